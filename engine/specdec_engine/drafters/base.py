@@ -1,0 +1,56 @@
+"""The `Drafter` protocol: what proposes tokens, and what it owes the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from specdec_engine.randomness import Randomness
+from specdec_engine.runtime import Runtime
+from specdec_engine.types import Draft, Sampling, Verdict
+
+
+class Drafter(Protocol):
+    """**Protocol:** proposes tokens for the target to verify.
+
+    The contract, checked for every drafter in tests/contracts:
+
+    - `propose` returns 0 to k tokens, each a valid id of the target, on the target's device;
+    - if it drew them at random, `probs[i]` is the exact distribution token i was drawn from, over the target's
+      vocabulary, whose uniform numbers come from `random` under the purpose "draft"; otherwise `probs` is None;
+    - it may stop early because of what it knows *before* drawing a token, or after including one; it never drops a drawn
+      token because of its value, which would bias the output;
+    - `observe` follows each `propose` and tells what became of the draft; own state is rolled back there. A call may be
+      skipped for cycles it was not asked in: the context is the truth, and the drafter catches up with it.
+    """
+
+    name: str
+
+    def begin(self, prompt: Sequence[int]) -> None:
+        """Forget everything; a run with this prompt follows."""
+        ...
+
+    def propose(self, context: Sequence[int], k: int, sampling: Sampling, random: Randomness) -> Draft:
+        """0 to k tokens that may follow `context`; k is at least 1."""
+        ...
+
+    def observe(self, draft: Draft, verdict: Verdict) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class DraftHost:
+    """What a drafter may know about the target it drafts for, when it is built."""
+
+    vocab: int
+    """Size of the target's logits: V."""
+    device: torch.device
+    load_draft: Callable[[str], Runtime]
+    """Loads a causal LM by name (hub id, folder, .gguf), checked against the target's tokenizer."""
+
+
+def nothing(device: torch.device, source: str = "none") -> Draft:
+    """The empty draft."""
+    return Draft(torch.empty(0, dtype=torch.long, device=device), None, source)

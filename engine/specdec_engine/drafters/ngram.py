@@ -1,0 +1,72 @@
+"""Prompt lookup: propose what followed the same n tokens before (Saxena 2023, "prompt lookup decoding").
+
+The longest suffix of the context that occurred earlier wins; among its occurrences, the most recent. Work on the host,
+with plain ints: an index from each n-gram to the positions after it is extended by the new tokens of each cycle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from specdec_engine.drafters.base import DraftHost, nothing
+from specdec_engine.errors import UsageError
+from specdec_engine.randomness import Randomness
+from specdec_engine.types import Draft, Sampling, Verdict
+
+
+class NgramDrafter:
+    """Looks up the last n tokens, n from `longest` down to `shortest`, in everything before them.
+
+    With the context 1 2 3 9 2 3 and k = 2: the suffix 9 2 3 is new, but 2 3 was followed by 9 2, which is proposed.
+    """
+
+    name = "ngram"
+
+    def __init__(self, host: DraftHost, longest: int = 3, shortest: int = 1) -> None:
+        if not 1 <= shortest <= longest:
+            raise UsageError(f"ngram:{longest} is not at least {shortest}", "the number is the longest n-gram to look up")
+        self._device = host.device
+        self._lengths = range(longest, shortest - 1, -1)
+        self._after: dict[tuple[int, ...], int] = {}  # n-gram -> where what followed its last occurrence begins
+        self._indexed = 0
+
+    def begin(self, prompt: Sequence[int]) -> None:
+        self._after.clear()
+        self._indexed = 0
+        self._index(prompt)
+
+    def propose(self, context: Sequence[int], k: int, sampling: Sampling, random: Randomness) -> Draft:
+        self._index(context)
+        for n in self._lengths:
+            start = self._after.get(tuple(context[-n:])) if len(context) > n else None
+            if start is not None:
+                return Draft(torch.tensor(_copy(context, start, k), device=self._device), None, self.name)
+        return nothing(self._device, self.name)
+
+    def observe(self, draft: Draft, verdict: Verdict) -> None:
+        pass
+
+    def _index(self, context: Sequence[int]) -> None:
+        """Enter all n-grams that end before the context's last token: the suffix itself must not find itself."""
+        for end in range(self._indexed + 1, len(context)):
+            for n in self._lengths:
+                if n <= end:
+                    self._after[tuple(context[end - n : end])] = end
+        self._indexed = max(self._indexed, len(context) - 1)
+
+
+def _copy(context: Sequence[int], start: int, k: int) -> list[int]:
+    """k tokens from `start` on, running into its own copy where the context ends: 1 2 1 2 goes on with 1 2 1 2."""
+    period = len(context) - start
+    return [context[start + i % period] for i in range(k)]
+
+
+def build(argument: str, host: DraftHost) -> NgramDrafter:
+    """`ngram` or `ngram:LONGEST`."""
+    if not argument:
+        return NgramDrafter(host)
+    if not argument.isdecimal():
+        raise UsageError(f"ngram:{argument} is not a number", "ngram:5 looks up at most 5 tokens")
+    return NgramDrafter(host, int(argument))

@@ -1,0 +1,31 @@
+"""No drafting: the loop then is plain decoding, one token a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from specdec_engine.drafters.base import DraftHost, nothing
+from specdec_engine.randomness import Randomness
+from specdec_engine.types import Draft, Sampling, Verdict
+
+
+class NoDrafter:
+    """Never proposes."""
+
+    name = "none"
+
+    def __init__(self, host: DraftHost) -> None:
+        self._device = host.device
+
+    def begin(self, prompt: Sequence[int]) -> None:
+        pass
+
+    def propose(self, context: Sequence[int], k: int, sampling: Sampling, random: Randomness) -> Draft:
+        return nothing(self._device)
+
+    def observe(self, draft: Draft, verdict: Verdict) -> None:
+        pass
+
+
+def build(argument: str, host: DraftHost) -> NoDrafter:
+    return NoDrafter(host)

@@ -1,0 +1,47 @@
+"""What can go wrong, as a tree. Each error says what, with which value; `hint` says what to do next.
+
+    SpecdecError
+    ├── UsageError          a value that cannot be used; nothing was run
+    ├── ModelUnavailable    a model that cannot be had: unknown, not cached, gated, damaged, unsafe format
+    ├── PairIncompatible    two models, or a model and speculation, that do not fit together
+    ├── OutOfMemory         weights, caches or buffers larger than what is free
+    ├── GenerationFailed    the run broke: logits that are not numbers, a drafter that breaks its contract
+    └── TraceError          a trace that cannot be written or read
+
+Exit codes are the command line's contract and live there. Programming mistakes raise `ValueError`.
+"""
+
+from __future__ import annotations
+
+
+class SpecdecError(Exception):
+    """Base of all errors a user can meet; catch it to catch them all."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(SpecdecError):
+    """A value that cannot be used: a negative temperature, an empty prompt, a prompt longer than the context."""
+
+
+class ModelUnavailable(SpecdecError):
+    """A model that cannot be had: unknown, offline and not cached, gated, damaged, or pickled."""
+
+
+class PairIncompatible(SpecdecError):
+    """Two models whose tokenizers differ, or a model whose cache cannot be rolled back."""
+
+
+class OutOfMemory(SpecdecError):
+    """More memory needed than is free, found out before loading or while running."""
+
+
+class GenerationFailed(SpecdecError):
+    """The run broke after it had started; what was emitted until then is valid."""
+
+
+class TraceError(SpecdecError):
+    """A trace that cannot be written (path, disk) or read (not ours, damaged, another schema)."""

@@ -1,0 +1,334 @@
+"""From a name to a model on a device: the one file that talks to the hub.
+
+A name is `builtin`, a `.gguf` file, a folder, or a hub id; all but the GGUF become a folder with safetensors weights, and
+are loaded alike. Pickle files are never read, code from a checkpoint is run only on demand, and with `offline` nothing
+leaves the machine. Everything that can be refused is refused before weights are read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+
+from specdec_engine.builtin import builtin_folder
+from specdec_engine.errors import ModelUnavailable, OutOfMemory, SpecdecError, UsageError
+from specdec_engine.memory import check_fits, estimate, free_bytes
+from specdec_engine.progress import Progress, Report, silent
+from specdec_engine.runtime.generic import GenericRuntime
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DeviceMap = Literal["auto"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """Where and how models are loaded; the same for target and draft."""
+
+    device: str = "auto"
+    """auto (cuda, then mps, then cpu), or a torch device such as cuda:1."""
+    dtype: str = "auto"
+    """auto, float32, bfloat16 or float16."""
+    device_map: DeviceMap | None = None
+    """`auto` spreads the target over all GPUs and the CPU, by accelerate."""
+    offline: bool = False
+    trust_remote_code: bool = False
+    tokens: int = 2048
+    """Context to reckon with when memory is estimated: prompt and output."""
+    report: Report = silent
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model with what belongs to it."""
+
+    name: str
+    runtime: GenericRuntime
+    tokenizer: Any
+    dtype: str
+    stop_ids: frozenset[int]
+    """All end-of-sequence ids of the generation config, the config and the tokenizer."""
+
+
+def load_model(name: str, options: LoadOptions) -> Loaded:
+    """The model that `name` means, ready to run.
+
+    Raises UsageError for a device or dtype that does not exist, ModelUnavailable for a model that cannot be had,
+    PairIncompatible for one that cannot be rolled back, OutOfMemory for one that does not fit.
+    """
+    device, dtype = pick_device(options.device), None
+    dtype = pick_dtype(options.dtype, device)
+    path = resolve(name, options)
+    with _explained(name, path):
+        config = _load_config(path, options)
+        need = estimate(path, config, dtype, options.tokens)
+        placement = _placement(name, need, device, options)
+        options.report(Progress("load", name, 0, need.weights))
+        tokenizer = load_tokenizer(path, options)
+        model = _load_weights(path, dtype, placement, options)
+        options.report(Progress("load", name, need.weights, need.weights))
+    return Loaded(name, GenericRuntime(model, name), tokenizer, str(dtype).removeprefix("torch."), _stop_ids(model, tokenizer))
+
+
+def pick_device(name: str) -> torch.device:
+    """cuda, then mps, then cpu for `auto`; otherwise the named one. Raises UsageError if this machine has none such."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"device {name!r} cannot be used here: {reason}", "choose auto, cpu, cuda, cuda:1 or mps") from error
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """bfloat16 for `auto` where the device computes in it, else float16 on a GPU and float32 on a CPU."""
+    if name != "auto":
+        if name not in DTYPES:
+            raise UsageError(f"dtype {name!r} is unknown", f"choose auto, {', '.join(DTYPES)}")
+        return DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "cpu":
+        return torch.bfloat16 if _cpu_computes_bfloat16() else torch.float32
+    return torch.float16
+
+
+def _cpu_computes_bfloat16() -> bool:
+    """Without the instructions bfloat16 is emulated, and slower than float32."""
+    known: dict[str, Any] = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(known.get("avx512_bf16") or known.get("amx_bf16") or known.get("bf16"))
+
+
+# -- names to paths ----------------------------------------------------------------------------------------------------
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+
+
+def resolve(name: str, options: LoadOptions) -> Path:
+    """The folder or .gguf file that holds the model, fetched if need be. Raises ModelUnavailable."""
+    path = Path(name).expanduser()
+    if name == "builtin":
+        return builtin_folder(options.offline, options.report)
+    if path.suffix == ".gguf":
+        return _checked_gguf(path)
+    if path.is_dir():
+        return _checked_folder(path)
+    if not _HUB_ID.fullmatch(name) or path.exists():
+        raise ModelUnavailable(
+            f"no model at {name!r}: there is no such folder or .gguf file",
+            "give a folder with config.json and *.safetensors, a .gguf file, a hub id such as org/name, or builtin",
+        )
+    return _checked_folder(_fetch(name, options))
+
+
+def _checked_gguf(path: Path) -> Path:
+    if not path.is_file():
+        raise ModelUnavailable(f"no file {str(path)!r}", "give the path of a .gguf file")
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise ModelUnavailable(f"{path} is not a GGUF file: it begins with {magic!r}", "download it again")
+    return path
+
+
+def _checked_folder(folder: Path) -> Path:
+    """Only safetensors, and all shards that the index names."""
+    if not (folder / "config.json").is_file():
+        raise ModelUnavailable(f"{folder} has no config.json", "give the folder that save_pretrained wrote")
+    shards = set(folder.glob("*.safetensors"))
+    if not shards:
+        pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl") for p in folder.glob(pattern))
+        what = f"only pickled weights ({pickled[0]}), which can run code when read" if pickled else "no weights"
+        raise ModelUnavailable(
+            f"{folder} has {what}",
+            "load it once with transformers where you trust it, and save it again with save_pretrained: safetensors",
+        )
+    named = {folder / file for index in folder.glob("*.safetensors.index.json") for file in _shards(index)}
+    if missing := sorted(named - shards):
+        raise ModelUnavailable(f"{folder} lacks {missing[0].name}, which its index names", "download it again")
+    return folder
+
+
+def _shards(index: Path) -> set[str]:
+    import json
+
+    try:
+        return set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ModelUnavailable(f"{index} cannot be read: {error}", "download it again") from error
+
+
+def _fetch(name: str, options: LoadOptions) -> Path:
+    """A hub model's files in the hub's own cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub import errors as hub
+
+    wanted = [*_WANTED, "*.py"] if options.trust_remote_code else _WANTED
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                allow_patterns=wanted,
+                ignore_patterns=["*/*"],  # other formats and precisions live in folders
+                local_files_only=options.offline,
+                tqdm_class=_reporting_tqdm(name, options.report),
+            )
+        )
+    except hub.GatedRepoError as error:
+        raise ModelUnavailable(
+            f"{name} is gated: its owner wants you to accept terms first",
+            f"accept them at the model's page, then run `hf auth login` ({_status(error)})",
+        ) from error
+    except hub.RepositoryNotFoundError as error:
+        raise ModelUnavailable(
+            f"the hub has no model {name!r}, or it is private",
+            f"check the spelling, or run `hf auth login` for a private one ({_status(error)})",
+        ) from error
+    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, OSError) as error:
+        if options.offline or isinstance(error, hub.OfflineModeIsEnabled):
+            raise ModelUnavailable(
+                f"{name} is not in the local cache, and offline mode forbids fetching it",
+                f"run `hf download {name}` while online, or leave out --offline",
+            ) from error
+        raise ModelUnavailable(
+            f"{name} is neither a local folder nor in the cache, and the hub cannot be reached",
+            "check the spelling and the network; `builtin` and local folders need no hub",
+        ) from error
+    except hub.HfHubHTTPError as error:
+        raise ModelUnavailable(f"{name} could not be fetched: {_status(error)}", "try again later") from error
+
+
+def _status(error: Any) -> str:
+    response = getattr(error, "response", None)
+    return f"HTTP {response.status_code}" if response is not None else str(error).splitlines()[0]
+
+
+def _reporting_tqdm(name: str, report: Report) -> type[Any]:
+    """huggingface_hub draws its progress with the tqdm class it is given: ours reports the bytes and draws nothing."""
+    from tqdm.auto import tqdm
+
+    class Reporting(tqdm):  # type: ignore[type-arg]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            kwargs.pop("name", None)
+            self._counts_bytes = kwargs.get("unit") == "B"
+            super().__init__(*args, **{**kwargs, "disable": True})
+            self._seen = 0
+
+        def update(self, n: float | None = 1) -> None:
+            self._seen += int(n or 0)
+            if self._counts_bytes:
+                report(Progress("download", name, self._seen, int(self.total) if self.total else None))
+
+    return Reporting
+
+
+# -- paths to models ---------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(path: Path, options: LoadOptions) -> Any:
+    """The tokenizer beside the weights. Raises ModelUnavailable if there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(**_source(path, options))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise ModelUnavailable(
+            f"{path} has no tokenizer that can be read: {_first_line(error)}",
+            "put tokenizer.json and tokenizer_config.json beside the weights; token ids mean nothing without them",
+        ) from error
+
+
+def _load_config(path: Path, options: LoadOptions) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(**_source(path, options))
+
+
+def _load_weights(path: Path, dtype: torch.dtype, placement: torch.device | DeviceMap, options: LoadOptions) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    on_map = {"device_map": placement} if isinstance(placement, str) else {}
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        **_source(path, options), **on_map, dtype=dtype, use_safetensors=True
+    )
+    if isinstance(placement, torch.device):
+        model = model.to(placement)
+    return model.eval()
+
+
+def _source(path: Path, options: LoadOptions) -> dict[str, Any]:
+    """What every from_pretrained takes; local paths only, so that nothing leaves the machine here."""
+    common = {"local_files_only": True, "trust_remote_code": options.trust_remote_code}
+    if path.is_file():
+        return {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name, **common}
+    return {"pretrained_model_name_or_path": path, **common}
+
+
+def _placement(name: str, need: Any, device: torch.device, options: LoadOptions) -> torch.device | DeviceMap:
+    """The device, if the model fits; else all of them together, where there is more than one GPU to spread over."""
+    if options.device_map is not None:
+        return options.device_map
+    free = free_bytes(device)
+    if device.type == "cuda" and options.device == "auto" and free is not None and need.total > free:
+        everywhere = sum(free_bytes(torch.device("cuda", i)) or 0 for i in range(torch.cuda.device_count()))
+        if need.total <= everywhere:
+            return "auto"
+    check_fits(name, need, device, free)
+    return device
+
+
+def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    ids: set[int] = set()
+    for holder in (model.generation_config, model.config.get_text_config(), tokenizer):
+        value = getattr(holder, "eos_token_id", None)
+        ids |= {value} if isinstance(value, int) else set(value or ())
+    return frozenset(ids)
+
+
+@contextmanager
+def _explained(name: str, path: Path) -> Iterator[None]:
+    """What goes wrong inside transformers, safetensors and gguf, as one of our errors."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SpecdecError:
+        raise
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemory(f"out of memory while loading {name}", "use --dtype bfloat16, or a smaller model") from error
+    except SafetensorError as error:
+        raise ModelUnavailable(
+            f"the weights of {name} are damaged: {_first_line(error)}", f"delete them and download again: {path}"
+        ) from error
+    except Exception as error:  # a checkpoint can be broken in as many ways as there are lines in its reader
+        if "trust_remote_code" in str(error):
+            raise ModelUnavailable(
+                f"{name} brings its own code, which is not run unless you ask for it",
+                "read the code, and pass --trust-remote-code if you trust it",
+            ) from error
+        if path.is_file():
+            raise ModelUnavailable(f"{name} cannot be read as GGUF: {_first_line(error)}", "download it again") from error
+        raise ModelUnavailable(f"{name} cannot be loaded: {_first_line(error)}", "run with --debug for the traceback") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def chat_ids(tokenizer: Any, prompt: str, system: str | None) -> list[int]:
+    """The prompt as one user turn of the tokenizer's chat template, the assistant's turn opened."""
+    turns = [{"role": "system", "content": system}] if system else []
+    encoded = tokenizer.apply_chat_template(
+        [*turns, {"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    return cast("list[int]", list(encoded["input_ids"]))

@@ -1,0 +1,144 @@
+"""A target and a drafter, loaded together and ready to decode: the library's front door."""
+
+from __future__ import annotations
+
+import platform
+import secrets
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+
+import specdec_engine
+from specdec_engine.control import Controls
+from specdec_engine.drafters import build_drafter
+from specdec_engine.drafters.base import Drafter, DraftHost
+from specdec_engine.errors import UsageError
+from specdec_engine.events import Event
+from specdec_engine.loading import Loaded, LoadOptions, chat_ids, load_model
+from specdec_engine.loop import decode
+from specdec_engine.pairing import check_pair
+from specdec_engine.randomness import KeyedRandomness
+from specdec_engine.runtime import Runtime
+from specdec_engine.stopping import Stop
+from specdec_engine.target import ModelTarget
+from specdec_engine.types import Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A loaded pair. Decoding keeps its state in the pair's two caches, so one run at a time."""
+
+    target: ModelTarget
+    drafter: Drafter
+    tokenizer: Any
+    stop_ids: frozenset[int]
+    environment: Mapping[str, Any]
+    notes: tuple[str, ...] = field(default=())
+    """What a user should know about this pair, in sentences."""
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+    def encode(self, prompt: str, *, chat: bool | None = None, system: str | None = None) -> list[int]:
+        """The prompt's token ids; as a user's turn where the tokenizer has a chat template, unless `chat` is False.
+
+        Raises UsageError for an empty prompt, and for a chat or system prompt without a template.
+        """
+        if not prompt.strip():
+            raise UsageError("the prompt is empty", 'for example: specdec generate "Explain how a lighthouse works."')
+        chat = self.has_chat_template if chat is None else chat
+        if not self.has_chat_template and (chat or system):
+            raise UsageError("this tokenizer has no chat template", "use --raw, and no --system")
+        if system and not chat:
+            raise UsageError("a system prompt needs the chat template", "leave out --raw or --system")
+        return chat_ids(self.tokenizer, prompt, system) if chat else list(self.tokenizer(prompt)["input_ids"])
+
+    def decode(
+        self,
+        prompt: Sequence[int],
+        *,
+        k: int = 4,
+        sampling: Sampling | None = None,
+        max_tokens: int = 256,
+        stop: Sequence[str] = (),
+        seed: int | None = None,
+        controls: Controls | None = None,
+    ) -> Iterator[Event]:
+        """The events of one run (`specdec_engine.loop.decode`). Without a seed a fresh one is drawn; Started has it.
+
+        `controls` takes the place of k and sampling for a caller that turns them while the run goes on.
+        """
+        return decode(
+            self.target,
+            self.drafter,
+            prompt,
+            controls=controls or Controls(k, sampling),
+            stop=Stop(max_tokens, self.stop_ids, tuple(stop)),
+            random=KeyedRandomness(secrets.randbits(32) if seed is None else seed),
+            tokenizer=self.tokenizer,
+            environment=self.environment,
+        )
+
+
+def load_pair(target: str = "builtin", draft: str = "ngram", options: LoadOptions | None = None) -> Pair:
+    """Load a target and a drafter by name.
+
+    target: `builtin`, a folder, a `.gguf` file or a hub id. draft: the same, or `ngram`, `none`, or several joined by
+    commas (`drafters.build_drafter`). Raises the errors of `load_model`, and PairIncompatible where tokenizers differ.
+    """
+    options = options or LoadOptions()
+    loaded = load_model(target, options)
+    runtime, drafts, notes = loaded.runtime, dict[str, Loaded](), list[str]()
+
+    def load_draft(name: str) -> Runtime:
+        small = load_model(name, options)
+        special = check_pair(target, loaded.tokenizer, name, small.tokenizer).special
+        if special:
+            notes.append(f"{len(special)} special tokens of {target} and {name} differ, from id {special[0].id} on")
+        drafts[name] = small
+        return small.runtime
+
+    drafter = build_drafter(draft, DraftHost(runtime.vocab, runtime.device, load_draft))
+    return Pair(
+        target=ModelTarget(runtime, target),
+        drafter=drafter,
+        tokenizer=loaded.tokenizer,
+        stop_ids=loaded.stop_ids,
+        environment=_environment(loaded, drafts),
+        notes=tuple(notes),
+    )
+
+
+def _environment(target: Loaded, drafts: Mapping[str, Loaded]) -> dict[str, Any]:
+    device = target.runtime.device
+    return {
+        "specdec": specdec_engine.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "platform": f"{sys.platform}-{platform.machine()}",
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "device_map": getattr(target.runtime.model, "hf_device_map", None) is not None,
+        "threads": torch.get_num_threads(),
+        "dtype": target.dtype,
+        "runtime": target.runtime.name,
+        "target": _described(target),
+        "drafts": {name: _described(draft) for name, draft in drafts.items()},
+    }
+
+
+def _described(loaded: Loaded) -> dict[str, Any]:
+    model = loaded.runtime.model
+    return {
+        "name": loaded.name,
+        "model_type": model.config.model_type,
+        "parameters": model.num_parameters(),
+        "vocab": loaded.runtime.vocab,
+        "context": loaded.runtime.limit,
+    }

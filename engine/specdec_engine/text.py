@@ -1,0 +1,145 @@
+"""Between token ids and text a person can see: whole characters only, nothing hostile.
+
+Three jobs, kept apart. `TextStream` turns emitted ids into exactly the text that decoding them all at once would give,
+as soon as it is certain. `printable` makes any text safe to put on a terminal. `token_bytes` gives one token's own bytes,
+for traces and for drafts that may be rejected. A tokenizer is anything with transformers' `decode`.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+REPLACEMENT = "\ufffd"
+_JOINERS = "\u200c\u200d"  # they shape Persian, Indic and emoji text, and cannot reorder or hide anything
+_CHARACTER_TOKENS = 4  # no UTF-8 character is longer than 4 bytes, so none spans more than 4 tokens
+
+
+class Tokenizer(Protocol):
+    """**Protocol:** the part of a transformers tokenizer that text needs."""
+
+    def decode(self, token_ids: Any, **kwargs: Any) -> Any: ...
+
+
+class Detokenizer:
+    """Decodes one token at a time and holds back what may still be part of a character.
+
+    The concatenation of all pieces is `tokenizer.decode(all ids, skip_special_tokens=True)`. Each step decodes a short
+    window twice, with and without the new tokens, because a token's text can depend on its neighbours (a leading space,
+    half a character); only the window's growth is new.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._window: list[int] = []
+        self._settled = 0  # tokens of the window whose text is already out
+
+    def feed(self, token: int) -> str:
+        """The text that this token completes; empty while a character is incomplete."""
+        self._window.append(token)
+        pending = len(self._window) - self._settled
+        known, text = self._decode(self._window[: self._settled]), self._decode(self._window)
+        if text.endswith(REPLACEMENT) and pending < _CHARACTER_TOKENS:
+            return ""
+        self._window = self._window[self._settled :]
+        self._settled = len(self._window)
+        return text[len(known) :]
+
+    def flush(self) -> str:
+        """What was held back: an unfinished character, as the replacement character."""
+        known, text = self._decode(self._window[: self._settled]), self._decode(self._window)
+        self._window, self._settled = [], 0
+        return text[len(known) :]
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+
+class TextStream:
+    """A `Detokenizer` that also ends at a stop string, wherever token borders fall.
+
+    Text that could be the beginning of a stop string is held back until it is certain; the stop string itself and all
+    after it never come out. With no stop strings this is the plain detokenizer.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self._detokenizer = Detokenizer(tokenizer)
+        self._stop = tuple(s for s in stop if s)
+        self._held = ""
+        self.stopped = False
+        """True once a stop string has been seen; nothing comes out any more."""
+
+    def feed(self, token: int) -> str:
+        return "" if self.stopped else self._release(self._detokenizer.feed(token))
+
+    def flush(self) -> str:
+        if self.stopped:
+            return ""
+        text = self._release(self._detokenizer.flush())
+        if not self.stopped:
+            text, self._held = text + self._held, ""
+        return text
+
+    def _release(self, piece: str) -> str:
+        text = self._held + piece
+        found = [at for s in self._stop if (at := text.find(s)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        keep = max((_overlap(text, s) for s in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def printable(text: str) -> str:
+    """The text with every character that could steer a terminal made visible, one for one.
+
+    C0 controls and DEL become their Unicode pictures; C1 controls, bidirectional and zero-width marks, tags, line and
+    paragraph separators and lone surrogates become `·`. Newline and tab stay. One for one, so that spans computed
+    before still fit, and character by character, because an escape sequence can straddle two tokens.
+    """
+    return "".join(map(_visible, text))
+
+
+def _visible(char: str) -> str:
+    if " " <= char <= "~" or char in "\n\t" or char in _JOINERS:
+        return char
+    if char < " ":
+        return chr(0x2400 + ord(char))
+    if char == "\x7f":
+        return "\u2421"
+    return "·" if unicodedata.category(char) in {"Cc", "Cf", "Cs", "Zl", "Zp"} else char
+
+
+def token_text(tokenizer: Any, token: int) -> str:
+    """One token's own bytes as text; bytes that are no UTF-8 by themselves become lone surrogates (PEP 383).
+
+    `token_text(...).encode("utf-8", "surrogateescape")` gives the bytes back, so half a character survives a trace.
+    """
+    piece = tokenizer.convert_ids_to_tokens(token)
+    if piece is None:  # an id of the padded part of the vocabulary: it has no text
+        return ""
+    if token in tokenizer.all_special_ids:
+        return str(piece)
+    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):  # SentencePiece's byte fallback
+        return bytes([int(piece[3:5], 16)]).decode("utf-8", "surrogateescape")
+    if all(char in _BYTE_OF for char in piece):  # byte-level BPE
+        return bytes(_BYTE_OF[char] for char in piece).decode("utf-8", "surrogateescape")
+    return str(piece).replace("\u2581", " ")  # SentencePiece's mark for a space
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-ins for the 256 bytes, inverted: printable Latin-1 is itself, the rest starts at U+0100."""
+    itself = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [b for b in range(256) if b not in itself]
+    return {chr(b): b for b in itself} | {chr(0x100 + i): b for i, b in enumerate(rest)}
+
+
+_BYTE_OF = _byte_level_alphabet()

@@ -1,0 +1,158 @@
+"""Events to JSON lines and back: one event a line, flushed as it happens, so that a killed run leaves what it did.
+
+A trace may hold several runs, one `started` line each. With a `describe` function the writer adds `pieces` to a line, the
+text of the token ids that this trace has not named yet, so that it can be read without the tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from specdec_engine.errors import TraceError
+from specdec_engine.events import TRACE_SCHEMA, Cycle, Event, Failed, Finished, SettingChanged, Source, Started
+
+_KINDS: dict[str, type[Event]] = {
+    "started": Started,
+    "cycle": Cycle,
+    "setting_changed": SettingChanged,
+    "finished": Finished,
+    "failed": Failed,
+}
+
+
+def to_json(event: Event) -> dict[str, Any]:
+    """The event as plain JSON values, `kind` first."""
+    record = asdict(event)
+    return {"kind": record.pop("kind"), **record}
+
+
+def from_json(record: dict[str, Any]) -> Event:
+    """The event a record holds; keys it does not know are ignored. Raises KeyError, TypeError or ValueError otherwise."""
+    if record["kind"] == "started" and record.get("schema") != TRACE_SCHEMA:
+        raise ValueError(f"schema {record.get('schema')!r} is not {TRACE_SCHEMA!r}")
+    cls = _KINDS[record["kind"]]
+    known = {f.name: _frozen(record[f.name]) for f in fields(cls) if f.name in record}
+    if cls is Cycle and "source" in known:
+        known["source"] = Source(**record["source"])
+    return cls(**known)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(v) for v in value) if isinstance(value, list) else value
+
+
+class TraceWriter:
+    """Appends events to a file, one flushed line each.
+
+    Raises TraceError when the file cannot be opened or a line cannot be written (no such folder, disk full).
+    """
+
+    def __init__(self, path: Path | str, describe: Callable[[int], str] | None = None) -> None:
+        self.path = Path(path)
+        self._describe = describe
+        self._named: set[int] = set()
+        try:
+            self._file: IO[str] = self.path.open("a", encoding="utf-8")
+            if _ends_inside_a_line(self.path):
+                self._file.write("\n")  # a killed run's last line stays the only damaged one
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+
+    def write(self, event: Event) -> None:
+        record = to_json(event)
+        if self._describe is not None:
+            record["pieces"] = {str(token): self._describe(token) for token in sorted(self._new_tokens(event))}
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+
+    def close(self) -> None:
+        try:
+            self._file.close()
+        except OSError as error:  # what could not be flushed before cannot be flushed now
+            raise _unwritable(self.path, error) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _new_tokens(self, event: Event) -> set[int]:
+        match event:
+            case Started():
+                tokens = set(event.prompt)
+            case Cycle():
+                tokens = {*event.drafted, *event.emitted, *(token for token, _ in event.residual)}
+            case _:
+                tokens = set()
+        new = tokens - self._named
+        self._named |= new
+        return new
+
+
+def read_trace(path: Path | str) -> Iterator[Event]:
+    """The events of a trace, in order.
+
+    A line that is cut short is accepted where a killed run would leave it: at the end, or before the next `started`.
+    Raises TraceError, with the line's number, for any other line that is not an event, and for another schema.
+    """
+    for _, event, _ in _records(Path(path)):
+        yield event
+
+
+def read_pieces(path: Path | str) -> dict[int, str]:
+    """Token id to text, for the ids that the trace names; bytes that are no UTF-8 come as lone surrogates (PEP 383)."""
+    pieces: dict[int, str] = {}
+    for _, _, record in _records(Path(path)):
+        pieces.update({int(token): piece for token, piece in record.get("pieces", {}).items()})
+    return pieces
+
+
+def _records(path: Path) -> Iterator[tuple[int, Event, dict[str, Any]]]:
+    damaged: tuple[int, Exception] | None = None
+    try:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line)
+                    event = from_json(record)
+                except (ValueError, TypeError, KeyError, AttributeError) as error:
+                    if damaged:
+                        raise _unreadable(path, number, error) from error
+                    damaged = number, error
+                    continue
+                if damaged and not isinstance(event, Started):
+                    raise _unreadable(path, *damaged)
+                damaged = None
+                yield number, event, record
+    except OSError as error:
+        raise TraceError(f"cannot read {path}: {error.strerror}", "give the path of a file written by --trace") from error
+    if damaged and line.endswith(b"\n"):
+        raise _unreadable(path, *damaged)
+
+
+def _unreadable(path: Path, number: int, error: Exception) -> TraceError:
+    said = f"no {error}" if isinstance(error, KeyError) else str(error)
+    return TraceError(f"{path}, line {number} is not an event of {TRACE_SCHEMA}: {said}", "was it written by --trace?")
+
+
+def _unwritable(path: Path, error: OSError) -> TraceError:
+    return TraceError(f"cannot write the trace {path}: {error.strerror}", "choose another path with --trace, or free some space")
+
+
+def _ends_inside_a_line(path: Path) -> bool:
+    if not path.is_file() or path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, 2)
+        return file.read() != b"\n"
