@@ -54,7 +54,8 @@ class TraceWriter:
 
     def __init__(self, path: Path | str, describe: Callable[[int], str] | None = None) -> None:
         self.path = Path(path)
-        self._describe = describe
+        self.describe = describe
+        """Names a token id; may be set later, when there is a tokenizer."""
         self._named: set[int] = set()
         try:
             self._file: IO[str] = self.path.open("a", encoding="utf-8")
@@ -65,8 +66,8 @@ class TraceWriter:
 
     def write(self, event: Event) -> None:
         record = to_json(event)
-        if self._describe is not None:
-            record["pieces"] = {str(token): self._describe(token) for token in sorted(self._new_tokens(event))}
+        if self.describe is not None:
+            record["pieces"] = {str(token): self.describe(token) for token in sorted(self._new_tokens(event))}
         try:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()

@@ -1,0 +1,186 @@
+"""`specdec generate`: text from a pair, streamed as it is verified."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from specdec_cli import options as opt
+from specdec_cli import output
+from specdec_cli.exits import ExitCode
+from specdec_cli.prompts import read_prompt
+from specdec_engine.control import Controls
+from specdec_engine.errors import TraceError, UsageError
+from specdec_engine.events import Event, Finished
+from specdec_engine.stats import Summary
+from specdec_engine.stopping import Stop
+from specdec_engine.text import TextStream, token_text
+from specdec_engine.trace import TraceWriter
+from specdec_engine.types import Sampling
+
+if TYPE_CHECKING:
+    from specdec_engine.pair import Pair
+
+
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(help="The prompt; - reads stdin. Piped stdin and --file come before it.")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", rich_help_panel="Prompt", help="Read the prompt from a file.")
+    ] = None,
+    target: opt.Target = "builtin",
+    draft: opt.Draft = "ngram",
+    k: opt.K = 4,
+    temperature: opt.Temperature = 0.0,
+    top_k: opt.TopK = 0,
+    top_p: opt.TopP = 1.0,
+    min_p: opt.MinP = 0.0,
+    seed: opt.Seed = None,
+    max_tokens: opt.MaxTokens = 256,
+    stop: opt.StopText = None,
+    chat: opt.Chat = None,
+    system: opt.System = None,
+    device: opt.Device = "auto",
+    device_map: opt.DeviceMap = None,
+    dtype: opt.Dtype = "auto",
+    offline: opt.Offline = False,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    json: opt.Json = False,
+    jsonl: opt.JsonLines = False,
+    trace: opt.Trace = None,
+    color: opt.Color = opt.ColorChoice.auto,
+    marks: opt.Marks = False,
+    stats: opt.Stats = True,
+    debug: opt.Debug = False,
+) -> None:
+    """Generate text from a draft/target pair, losslessly.
+
+    specdec generate "Explain how a lighthouse works."
+
+    specdec generate -t org/target -d org/draft -k 6 --temperature 0.7 -f question.txt
+    """
+    # All that can be wrong without a model is found out before one is loaded.
+    if json and jsonl:
+        raise UsageError("--json and --jsonl exclude each other", "--json is one object, --jsonl one event a line")
+    controls = Controls(k, Sampling(temperature, top_k, top_p, min_p))
+    stops = Stop(max_tokens, strings=tuple(stop or ())).strings
+    text = read_prompt(prompt, file)
+    recorder = Recorder(trace)
+
+    _quieten(offline, debug)
+    with output.narrated() as report:
+        # Deferred: torch and transformers take 3 s, and `--help` and usage errors must not pay them.
+        from specdec_engine.loading import LoadOptions
+        from specdec_engine.pair import load_pair
+
+        load = LoadOptions(
+            device=device,
+            dtype=dtype,
+            device_map=None if device_map is None else device_map.value,
+            offline=offline,
+            trust_remote_code=trust_remote_code,
+            tokens=len(text) // 3 + max_tokens,
+            report=report,
+        )
+        pair = load_pair(target, draft, load)
+    ids = pair.encode(text, chat=chat, system=system)
+    for sentence in pair.notes:
+        output.note(sentence)
+
+    stream = TextStream(pair.tokenizer, stops)
+    sink: output.Output
+    if jsonl:
+        sink = output.JsonLinesOutput()
+    elif json:
+        sink = output.JsonOutput(stream)
+    else:
+        sink = output.TextOutput(stream, color.value, marks)
+    recorder.describe(pair)
+    events = pair.decode(ids, controls=controls, max_tokens=max_tokens, stop=stops, seed=seed)
+    summary = _consume(events, sink, recorder)
+    if stats:
+        output.note(output.summary_line(summary, _state(pair, summary, draft, k)))
+    recorder.close()
+    if summary.finish_reason == "cancelled":
+        raise typer.Exit(ExitCode.INTERRUPTED)
+
+
+class Recorder:
+    """The trace, if one is wanted. A disk that fills up must not cost the text: the error waits until the end."""
+
+    def __init__(self, path: str | None) -> None:
+        self._writer = TraceWriter(path) if path is not None else None
+        self._error: TraceError | None = None
+
+    def describe(self, pair: Pair) -> None:
+        if self._writer is not None:
+            self._writer.describe = lambda token: token_text(pair.tokenizer, token)
+
+    def write(self, event: Event) -> None:
+        if self._writer is None or self._error is not None:
+            return
+        try:
+            self._writer.write(event)
+        except TraceError as error:
+            self._error = error
+
+    def close(self) -> None:
+        """Raises the first TraceError there was."""
+        if self._writer is not None:
+            with suppress(TraceError):
+                self._writer.close()
+        if self._error is not None:
+            raise self._error
+
+
+def _consume(events: Iterable[Event], sink: output.Output, recorder: Recorder) -> Summary:
+    """Every event to the trace, to stdout and into the summary, until the run or the user ends it."""
+    summary = Summary()
+
+    def take(event: Event) -> None:
+        nonlocal summary
+        summary = summary.plus(event)
+        recorder.write(event)
+        sink.show(event)
+
+    try:
+        for event in events:
+            take(event)
+    except KeyboardInterrupt:
+        take(Finished("cancelled", summary.emitted, summary.cycles, None))
+    except BrokenPipeError:
+        recorder.write(Finished("cancelled", summary.emitted, summary.cycles, None))
+        raise
+    finally:
+        with suppress(BrokenPipeError):
+            sink.end(summary)
+    return summary
+
+
+def _state(pair: Pair, summary: Summary, draft: str, k: int) -> str:
+    """Whether speculation ran, and why not if it did not."""
+    where = f"{pair.target.name}, {pair.environment['dtype']} on {pair.environment['device']}"
+    if k == 0:
+        return f"speculation off because k is 0 · {where}"
+    if draft == "none":
+        return f"speculation off because the draft is none · {where}"
+    found = "" if summary.drafted else ", which proposed nothing"
+    return f"speculation on: {pair.drafter.name}, k {k}{found} · {where}"
+
+
+def _quieten(offline: bool, debug: bool) -> None:
+    """Before transformers is imported: its own bars and warnings would tear our lines apart."""
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    if not debug:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        warnings.simplefilter("ignore")

@@ -1,0 +1,76 @@
+"""The `specdec` command: its commands, and how errors become one line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+from specdec_cli import output
+from specdec_cli.commands.generate import generate
+from specdec_cli.exits import ExitCode, exit_code
+from specdec_engine import __version__
+from specdec_engine.errors import SpecdecError
+
+COMMANDS = (generate,)
+
+app = typer.Typer(
+    name="specdec",
+    help="Speculative decoding in the terminal: lossless, measured, and visible cycle by cycle.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in COMMANDS:
+    app.command()(command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"specdec {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def specdec(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run a command and exit with its code."""
+    try:
+        code = app(standalone_mode=False)
+    except SpecdecError as error:
+        _trace_if_wanted()
+        output.error(error.message, error.hint)
+        code = exit_code(error)
+    except BrokenPipeError:
+        output.silence_stdout()  # the reader has had enough, as in `specdec generate … | head -n 1`
+        code = ExitCode.OK
+    except KeyboardInterrupt:
+        code = ExitCode.INTERRUPTED
+    except Exception as error:
+        code = _unforeseen(error)
+    sys.exit(code or ExitCode.OK)
+
+
+def _unforeseen(error: Exception) -> int:
+    if hasattr(error, "format_message"):  # Typer's own: an unknown option, a word where a number belongs
+        output.error(error.format_message().rstrip("."), f"specdec {' '.join(sys.argv[1:2])} --help lists the options")
+        return int(getattr(error, "exit_code", ExitCode.USAGE))
+    _trace_if_wanted()
+    output.error(f"{type(error).__name__}: {error}", "this is a bug in specdec; --debug shows where")
+    return ExitCode.FAILED
+
+
+def _trace_if_wanted() -> None:
+    if "--debug" in sys.argv or os.environ.get("SPECDEC_DEBUG"):
+        traceback.print_exc()

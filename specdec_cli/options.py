@@ -1,0 +1,92 @@
+"""Options that several commands share: one name, one meaning, one help text each."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+_MODELS, _SAMPLING, _PROMPT, _OUTPUT = "Models", "Sampling", "Prompt", "Output"
+
+
+class ColorChoice(StrEnum):
+    auto = "auto"
+    always = "always"
+    never = "never"
+
+
+class DeviceMapChoice(StrEnum):
+    auto = "auto"
+
+
+Target = Annotated[
+    str, typer.Option("--target", "-t", rich_help_panel=_MODELS, help="Hub id, folder, .gguf file, or builtin.")
+]
+Draft = Annotated[
+    str,
+    typer.Option(
+        "--draft",
+        "-d",
+        rich_help_panel=_MODELS,
+        help="Hub id, folder, .gguf file, ngram, ngram:N (look up at most N tokens), or none; "
+        "joined by commas, the first that proposes wins.",
+    ),
+]
+K = Annotated[int, typer.Option("-k", rich_help_panel=_MODELS, help="Drafted tokens a cycle; 0 is plain decoding.")]
+Device = Annotated[
+    str, typer.Option(rich_help_panel=_MODELS, help="auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps.")
+]
+DeviceMap = Annotated[
+    DeviceMapChoice | None,
+    typer.Option(rich_help_panel=_MODELS, help="auto spreads the target over all GPUs and the CPU."),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        rich_help_panel=_MODELS,
+        help="auto (bfloat16 where the hardware computes in it), float32, bfloat16, float16.",
+    ),
+]
+Offline = Annotated[bool, typer.Option("--offline", rich_help_panel=_MODELS, help="No network at all.")]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", rich_help_panel=_MODELS, help="Run code that comes with a checkpoint."),
+]
+
+Temperature = Annotated[float, typer.Option(rich_help_panel=_SAMPLING, help="0 is greedy.")]
+TopK = Annotated[int, typer.Option(rich_help_panel=_SAMPLING, help="Keep the k likeliest tokens; 0 is off.")]
+TopP = Annotated[float, typer.Option(rich_help_panel=_SAMPLING, help="Keep the likeliest mass p; 1 is off.")]
+MinP = Annotated[
+    float, typer.Option(rich_help_panel=_SAMPLING, help="Drop tokens below this share of the likeliest; 0 is off.")
+]
+Seed = Annotated[
+    int | None, typer.Option(rich_help_panel=_SAMPLING, help="Repeat a run; without it a fresh one is drawn and printed.")
+]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", rich_help_panel=_SAMPLING, help="Emitted tokens at most.")]
+StopText = Annotated[
+    list[str] | None, typer.Option("--stop", rich_help_panel=_SAMPLING, help="End before this text; repeatable.")
+]
+
+Chat = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat/--raw", rich_help_panel=_PROMPT, help="Apply the chat template; the default where there is one."
+    ),
+]
+System = Annotated[str | None, typer.Option(rich_help_panel=_PROMPT, help="System prompt for the chat template.")]
+
+Json = Annotated[bool, typer.Option("--json", rich_help_panel=_OUTPUT, help="One object at the end.")]
+JsonLines = Annotated[bool, typer.Option("--jsonl", rich_help_panel=_OUTPUT, help="One event a line as it happens.")]
+Trace = Annotated[
+    str | None, typer.Option(rich_help_panel=_OUTPUT, metavar="FILE", help="Append the events to this JSONL file.")
+]
+Color = Annotated[ColorChoice, typer.Option(rich_help_panel=_OUTPUT, help="Colour tokens by where they came from.")]
+Marks = Annotated[
+    bool,
+    typer.Option(
+        "--marks", rich_help_panel=_OUTPUT, help="Say it without colour too: ↳ recovered, + bonus, accepted unmarked."
+    ),
+]
+Stats = Annotated[bool, typer.Option("--stats/--no-stats", rich_help_panel=_OUTPUT, help="The summary on stderr.")]
+Debug = Annotated[bool, typer.Option("--debug", rich_help_panel=_OUTPUT, help="Tracebacks for errors.")]

@@ -1,0 +1,195 @@
+"""stdout is data, stderr is narration: everything the command line prints goes through here."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any, Literal, Protocol
+
+from rich.console import Console
+from rich.text import Text
+
+from specdec_engine.events import Cycle, Event, Started
+from specdec_engine.progress import Progress, Report
+from specdec_engine.stats import Summary
+from specdec_engine.text import TextStream, printable
+from specdec_engine.trace import to_json
+
+Color = Literal["auto", "always", "never"]
+
+STYLES = {
+    # Hue says who produced the token (Okabe-Ito: safe for colour-blind eyes); weight and underline say it again.
+    "accepted": "#56B4E9",
+    "recovered": "bold underline #E69F00",
+    "bonus": "bold #CC79A7",
+    "plain": "",
+}
+MARKS = {"accepted": "", "recovered": "↳", "bonus": "+", "plain": ""}
+
+
+def error(message: str, hint: str = "") -> None:
+    """The error, and what to do about it, each on one line of stderr."""
+    print(f"specdec: error: {printable(message)}", file=sys.stderr)  # noqa: T201
+    if hint:
+        print(f"hint: {printable(hint)}", file=sys.stderr)  # noqa: T201
+
+
+def note(message: str) -> None:
+    """A sentence of narration."""
+    print(f"specdec: {printable(message)}", file=sys.stderr)  # noqa: T201
+
+
+def silence_stdout() -> None:
+    """Point stdout at nothing, so that flushing it at exit cannot fail a second time."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def narrated() -> Iterator[Report]:
+    """Loading progress: a live line on a terminal; elsewhere a sentence for what takes long."""
+    if not sys.stderr.isatty():
+        yield lambda progress: note(_sentence(progress)) if _takes_long(progress) else None
+        return
+    with Console(stderr=True).status("starting") as status:
+        yield lambda progress: status.update(Text(printable(_sentence(progress))))
+
+
+def _takes_long(progress: Progress) -> bool:
+    return progress.stage != "load" and progress.done == 0
+
+
+def _sentence(progress: Progress) -> str:
+    doing = {"download": "fetching", "convert": "converting", "load": "loading"}[progress.stage]
+    if not progress.total:
+        return f"{doing} {progress.what}"
+    if not progress.done:
+        return f"{doing} {progress.what} ({progress.total / 1e6:.0f} MB)"
+    return f"{doing} {progress.what} ({progress.done / 1e6:.0f} of {progress.total / 1e6:.0f} MB)"
+
+
+class Output(Protocol):
+    """**Protocol:** where a run's events go on stdout."""
+
+    def show(self, event: Event) -> None: ...
+
+    def end(self, summary: Summary) -> None:
+        """The run is over, in whatever way; called once."""
+        ...
+
+
+class TextOutput:
+    """The text as it arrives: as it is for a pipe; safe and coloured by provenance for a terminal."""
+
+    def __init__(self, stream: TextStream, color: Color, marks: bool) -> None:
+        self._stream = stream
+        self._terminal = sys.stdout.isatty()
+        self._console = _styled_console() if color == "always" or (color == "auto" and self._terminal) else None
+        self._safe = self._terminal or self._console is not None
+        self._marks = marks
+        self._origin = "plain"
+        _speak_utf8(sys.stdout)
+
+    def show(self, event: Event) -> None:
+        if isinstance(event, Cycle):
+            for token, origin in zip(event.emitted, event.origins, strict=True):
+                self._origin = origin
+                self._write(self._stream.feed(token))
+            sys.stdout.flush()
+
+    def end(self, summary: Summary) -> None:
+        self._write(self._stream.flush())
+        if self._terminal:
+            sys.stdout.write("\n")
+        sys.stdout.flush()
+
+    def _write(self, text: str) -> None:
+        word = text.lstrip()
+        space = text[: len(text) - len(word)]
+        if word and self._marks:
+            word = MARKS[self._origin] + word
+        text = space + (printable(word) if self._safe else word)
+        if self._console is None or not word:
+            sys.stdout.write(text)
+        else:
+            # The word alone is styled: an underlined space in front of it looks like a fault.
+            styled = Text.assemble(space, (printable(word), STYLES[self._origin]))
+            self._console.print(styled, end="", soft_wrap=True)
+
+
+class JsonLinesOutput:
+    """One event a line as it happens, the trace's own schema."""
+
+    def show(self, event: Event) -> None:
+        print(json.dumps(to_json(event)), flush=True)  # noqa: T201
+
+    def end(self, summary: Summary) -> None:
+        pass
+
+
+class JsonOutput:
+    """One object at the end."""
+
+    def __init__(self, stream: TextStream) -> None:
+        self._stream = stream
+        self._text: list[str] = []
+        self._token_ids: list[int] = []
+        self._started: dict[str, Any] = {"settings": None, "environment": None}
+
+    def show(self, event: Event) -> None:
+        match event:
+            case Started():
+                self._started = {"settings": event.settings, "environment": event.environment}
+            case Cycle():
+                self._token_ids += event.emitted
+                self._text += [self._stream.feed(token) for token in event.emitted]
+
+    def end(self, summary: Summary) -> None:
+        text = "".join([*self._text, self._stream.flush()])
+        record = {"schema": "specdec.generate/1", "text": text, **summary.figures(), "token_ids": self._token_ids}
+        print(json.dumps({**record, **self._started}), flush=True)  # noqa: T201
+
+
+def summary_line(summary: Summary, state: str) -> str:
+    """The run in one line; what is undefined is a dash."""
+    accepted = f"accepted {summary.accepted} of {summary.drafted} ({_percent(summary.acceptance_rate)})"
+    return " · ".join(
+        [
+            f"{_number(summary.tokens_per_second, 1)} tok/s",
+            f"{_number(summary.mean_emitted_per_cycle, 2)} emitted per cycle",
+            accepted,
+            f"{summary.emitted} tokens",
+            f"seed {summary.seed if summary.seed is not None else '–'}",
+            state,
+        ]
+    )
+
+
+def legend() -> None:
+    """What the colours mean, in the colours, on a terminal's stderr."""
+    words = {"accepted": "accepted draft", "recovered": "recovered after a rejection", "bonus": "bonus"}
+    parts = [part for origin, word in words.items() for part in ((word, STYLES[origin]), " · ")]
+    Console(stderr=True).print(Text.assemble("specdec: ", *parts[:-1]))
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.0f} %"
+
+
+def _styled_console() -> Console:
+    """For `--color always` through a pipe, too; Rich honours NO_COLOR itself."""
+    if sys.stdout.isatty():
+        return Console(highlight=False)
+    return Console(highlight=False, force_terminal=True, color_system="truecolor")
+
+
+def _speak_utf8(stream: IO[str]) -> None:
+    """A pipe gets UTF-8 whatever the locale; a terminal its own encoding, with what that lacks replaced."""
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")

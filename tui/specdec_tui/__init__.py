@@ -1,0 +1,1 @@
+"""The Textual screens that show a run cycle by cycle."""
