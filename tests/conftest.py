@@ -1,0 +1,41 @@
+"""Shared fixtures: no network but where a test starts its own server, one torch thread, and models made on the spot."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before anything imports huggingface_hub, which reads it once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+from specdec_engine.builtin import builtin_folder
+from specdec_engine.errors import ModelUnavailable
+from tests import fakes
+
+
+@pytest.fixture(scope="session")
+def builtin() -> Path:
+    """The built-in target's folder. Without a network the test skips; in CI that is a failure."""
+    try:
+        return builtin_folder()
+    except ModelUnavailable as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real checkpoint on disk: a random 2-layer Llama with a byte-level BPE tokenizer and a chat template."""
+    return fakes.save_checkpoint(tmp_path_factory.mktemp("models") / "target", seed=0)
+
+
+@pytest.fixture(scope="session")
+def draft_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A smaller one with the same tokenizer."""
+    return fakes.save_checkpoint(tmp_path_factory.mktemp("models") / "draft", seed=1, layers=1, hidden=16)

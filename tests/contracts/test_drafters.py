@@ -1,0 +1,139 @@
+"""What every drafter owes the loop. Each entry of `DRAFTERS`, and a cascade of them, is held to the same assertions."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from specdec_engine.drafters import DRAFTERS, build_drafter
+from specdec_engine.randomness import KeyedRandomness
+from specdec_engine.runtime.generic import GenericRuntime
+from specdec_engine.target import ModelTarget
+from specdec_engine.types import Sampling, Verdict
+from tests.fakes import VOCAB, cycles, emitted, host, run, tiny_llama
+
+SPECS = {"none": "none", "ngram": "ngram", "model": "model:small"}
+CASES = [*SPECS.values(), "ngram:1", "ngram,model:small", "none,ngram,model:small"]
+SAMPLINGS = [Sampling(), Sampling(1.0), Sampling(0.7, top_k=20, top_p=0.9, min_p=0.01)]
+TARGET = tiny_llama(seed=0)
+SMALL = tiny_llama(seed=1, layers=1, hidden=16, vocab=VOCAB - 10)  # padding differs within a family
+
+
+def build(spec):
+    return build_drafter(spec, host(VOCAB, lambda name: GenericRuntime(SMALL, name)))
+
+
+def verdict(draft, accepted):
+    tokens = tuple(draft.tokens.tolist())
+    return Verdict(tokens, accepted, 5, "recovered" if accepted < len(tokens) else "bonus", (), (), (), (), ())
+
+
+def test_every_drafter_is_under_contract():
+    assert SPECS.keys() == DRAFTERS.keys(), "add the new drafter to SPECS above"
+
+
+@pytest.mark.parametrize("spec", CASES)
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "raw", "warped"])
+def test_proposals_keep_the_contract(spec, sampling):
+    """Length, ids, device, and a q that is a distribution and gave the token mass; over a run with every kind of verdict."""
+    rng = random.Random(0)
+    drafter, context = build(spec), [rng.randrange(VOCAB) for _ in range(12)] * 2
+    drafter.begin(context)
+    for _ in range(25):
+        k = rng.randint(1, 6)
+        draft = drafter.propose(context, k, sampling, KeyedRandomness(1))
+        assert len(draft) <= k
+        assert draft.tokens.dtype == torch.int64
+        assert all(0 <= t < VOCAB for t in draft.tokens.tolist())
+        assert draft.source in SPECS or draft.source == "small"
+        if draft.probs is not None:
+            assert draft.probs.shape == (len(draft), VOCAB)
+            assert torch.allclose(draft.probs.sum(-1), torch.ones(len(draft)), atol=1e-5)
+            assert (draft.probs.gather(1, draft.tokens[:, None]) > 0).all()
+        accepted = rng.randint(0, len(draft))
+        drafter.observe(draft, verdict(draft, accepted))
+        context += [*draft.tokens.tolist()[:accepted], rng.randrange(VOCAB)]
+
+
+@pytest.mark.parametrize("spec", CASES)
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "raw", "warped"])
+def test_a_proposal_depends_on_context_and_seed_alone(spec, sampling):
+    """After any history a drafter proposes what a fresh one would: own state is rolled back and caught up."""
+    rng = random.Random(1)
+    used, context = build(spec), [rng.randrange(VOCAB) for _ in range(9)] * 2
+    used.begin(context)
+    for step in range(12):
+        draft = used.propose(context, 4, sampling, KeyedRandomness(2))
+        fresh = build(spec)
+        fresh.begin(context)
+        again = fresh.propose(context, 4, sampling, KeyedRandomness(2))
+        assert draft.tokens.tolist() == again.tokens.tolist()
+        if draft.probs is not None:
+            assert torch.allclose(draft.probs, again.probs, atol=1e-5)
+        accepted = step % (len(draft) + 1)
+        if step % 4 != 3:  # a cycle in which another drafter was asked, or none
+            used.observe(draft, verdict(draft, accepted))
+            context += draft.tokens.tolist()[:accepted]
+        else:
+            used.observe(draft, verdict(draft, 0))
+            context += [rng.randrange(VOCAB) for _ in range(3)]
+        context.append(rng.randrange(VOCAB))
+
+
+@pytest.mark.parametrize("spec", CASES)
+def test_begin_forgets_the_run_before(spec):
+    drafter = build(spec)
+    for prompt in ([7, 8, 9] * 5, [20, 21] * 4):
+        drafter.begin(prompt)
+        fresh = build(spec)
+        fresh.begin(prompt)
+        a, b = (d.propose(prompt, 5, Sampling(), KeyedRandomness(0)) for d in (drafter, fresh))
+        assert a.tokens.tolist() == b.tokens.tolist()
+
+
+@pytest.mark.parametrize("spec", CASES)
+@pytest.mark.parametrize("k", range(1, 9))
+def test_greedy_output_is_the_targets_own(spec, k):
+    """Against transformers' own generate, in float32."""
+    prompt = [5, 6, 7, 8, 5, 6, 7]
+    plain = TARGET.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=40, eos_token_id=None, pad_token_id=0)
+    target = ModelTarget(GenericRuntime(TARGET, "tiny"), "tiny")
+    assert emitted(run(target, build(spec), prompt, k=k, max_tokens=40)) == plain[0, len(prompt) :].tolist()
+
+
+def test_a_model_that_is_its_own_draft_is_always_accepted():
+    """Drawn drafts, too: q equals p, so every token passes, through rollback-free and two-pending-token cycles."""
+    target = ModelTarget(GenericRuntime(TARGET, "tiny"), "tiny")
+    drafter = build_drafter("model:x", host(VOCAB, lambda name: GenericRuntime(TARGET, name)))
+    found = cycles(run(target, drafter, [5, 6, 7], k=4, sampling=Sampling(1.0), max_tokens=60))
+    assert sum(c.accepted for c in found) >= 0.99 * sum(len(c.drafted) for c in found)
+
+
+def test_a_full_acceptance_costs_no_extra_pass():
+    """k forwards a cycle, whatever was accepted: the pending tokens ride in the first."""
+    passes = []
+
+    class Counting(GenericRuntime):
+        def forward(self, tokens, rows):
+            passes.append(len(tokens))
+            return super().forward(tokens, rows)
+
+    target = ModelTarget(GenericRuntime(TARGET, "tiny"), "tiny")
+    drafter = build_drafter("model:x", host(VOCAB, lambda name: Counting(TARGET, name)))
+    run(target, drafter, [5, 6, 7], k=3, max_tokens=12)
+    assert passes == [2, 1, 1, 1, 2, 1, 1, 2, 1, 1]  # the prompt's first 2; then 3 a cycle, 2 tokens pending at first
+
+
+def test_a_drafts_context_limit_ends_drafting_and_not_the_run():
+    small = tiny_llama(seed=1, layers=1, hidden=16, max_position_embeddings=16)
+    drafter = build_drafter("model:x", host(VOCAB, lambda name: GenericRuntime(small, name)))
+    target = ModelTarget(GenericRuntime(TARGET, "tiny"), "tiny")
+    found = cycles(run(target, drafter, [5] * 10, k=4, max_tokens=30))
+    assert sum(len(c.emitted) for c in found) == 30
+    assert found[0].drafted
+    assert all(not c.drafted for c in found if c.context > 16)
+    assert all(c.context + len(c.drafted) - 1 <= 16 for c in found if c.drafted)
+    long = cycles(run(target, drafter, [5] * 40, k=4, max_tokens=5))
+    assert [c.drafted for c in long] == [()] * 5

@@ -1,0 +1,117 @@
+"""`decide` itself, draws included, exactly: distributions in eighths, uniform numbers on a grid of eighths.
+
+The enumeration in test_lossless weighs thresholds and rows; here the comparison with u and the draw from the cumulative
+row are run for every cell of the grid, so counting the outcomes gives exact probabilities.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from fractions import Fraction
+from itertools import product
+
+import pytest
+import torch
+
+from specdec_engine.acceptance import TokenRule, decide
+from specdec_engine.errors import GenerationFailed
+from specdec_engine.types import Draft
+from tests.fakes import ScriptedRandomness
+
+GRID = [(2 * i + 1) / 16 for i in range(8)]
+
+PAIRS = [
+    # q drawn from, p wanted; every ratio and every residual is a multiple of 1/8
+    ((2, 4, 2), (1, 2, 5)),
+    ((2, 2, 4), (4, 4, 0)),
+    ((8, 0, 0), (4, 2, 2)),
+    ((2, 4, 2), (2, 4, 2)),
+    ((0, 4, 4), (8, 0, 0)),
+]
+
+
+def eighths(row):
+    return torch.tensor([n / 8 for n in row])
+
+
+@pytest.mark.parametrize(("q", "p"), PAIRS)
+def test_one_sampled_token_over_the_whole_grid(q, p):
+    """First emitted token of a cycle with k = 1: must be p, counted in 512 equal cells."""
+    p_rows, q_row = torch.stack([eighths(p), eighths(p)]), eighths(q)
+    counts: Counter[int] = Counter()
+    for token, n in enumerate(q):
+        draft = Draft(torch.tensor([token]), q_row[None], "grid")
+        for u, w in product(GRID, GRID):
+            verdict = decide(TokenRule(), draft, p_rows, ScriptedRandomness(accept=[u], final=[w, w]), 0)
+            counts[verdict.tokens[0]] += n
+    assert [Fraction(counts[i], 512) for i in range(3)] == [Fraction(n, 8) for n in p]
+
+
+@pytest.mark.parametrize("p", [(1, 2, 5), (4, 4, 0), (0, 8, 0)])
+@pytest.mark.parametrize("token", range(3))
+def test_one_deterministic_token_over_the_whole_grid(p, token):
+    """The residual of a one-hot draft is p without the token; its thirds and fifths need a finer grid for the draw."""
+    p_rows = torch.stack([eighths(p), eighths(p)])
+    left = 8 - p[token]
+    fine = [(2 * i + 1) / (2 * left) for i in range(left)] if left else [0.5]
+    total: dict[int, Fraction] = {}
+    for u, w in product(GRID, fine):
+        draft = Draft(torch.tensor([token]), None, "grid")
+        verdict = decide(TokenRule(), draft, p_rows, ScriptedRandomness(accept=[u], final=[w, w]), 0)
+        total[verdict.tokens[0]] = total.get(verdict.tokens[0], Fraction(0)) + Fraction(1, 8 * len(fine))
+    assert [total.get(i, Fraction(0)) for i in range(3)] == [Fraction(n, 8) for n in p]
+
+
+def test_the_verdict_carries_its_evidence():
+    p = torch.stack([eighths((1, 2, 5)), eighths((8, 0, 0)), eighths((0, 0, 8))])
+    q = torch.stack([eighths((2, 4, 2)), eighths((2, 4, 2))])
+    verdict = decide(TokenRule(), Draft(torch.tensor([1, 1]), q, "x"), p, ScriptedRandomness(accept=[0.3, 0.5], final=[0.1, 0.5, 0.9]), 0)
+    assert (verdict.accepted, verdict.token, verdict.origin) == (1, 0, "recovered")
+    assert verdict.drafted == (1, 1)
+    assert verdict.p == (0.25, 0.0)
+    assert verdict.q == (0.5, 0.5)
+    assert verdict.u == (0.3, 0.5)
+    assert verdict.overlap == (0.625, 0.25)
+    assert verdict.residual == ((0, 1.0),)
+
+
+def test_u_past_the_rejection_is_unknown_and_a_bonus_has_no_residual():
+    p = torch.stack([eighths((8, 0, 0))] * 3)
+    rejected = decide(TokenRule(), Draft(torch.tensor([1, 0]), None, "x"), p, ScriptedRandomness(accept=[0.5, 0.5], final=[0.5] * 3), 0)
+    assert rejected.u == (0.5, None)
+    full = decide(TokenRule(), Draft(torch.tensor([0, 0]), None, "x"), p, ScriptedRandomness(accept=[0.5, 0.5], final=[0.5] * 3), 0)
+    assert (full.origin, full.residual) == ("bonus", ())
+
+
+def test_a_token_the_target_forbids_is_never_accepted_and_never_drawn():
+    """p = 0 must reject for every u (transformers accepts it when u comes out 0)."""
+    p = torch.tensor([[0.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
+    q = torch.tensor([[1.0, 0.0, 0.0]])
+    for u, w in product([2.0**-53, 0.5, 1 - 2.0**-53], repeat=2):
+        verdict = decide(TokenRule(), Draft(torch.tensor([0]), q, "x"), p, ScriptedRandomness(accept=[u], final=[w, w]), 0)
+        assert verdict.tokens == (1,)
+
+
+def test_equal_distributions_accept_for_the_largest_u():
+    """p/q = 1 and u one step below 1: in float32 that u would be 1.0 and reject."""
+    row = torch.full((3,), 1 / 3)
+    verdict = decide(
+        TokenRule(), Draft(torch.tensor([2]), row[None], "x"), torch.stack([row, row]),
+        ScriptedRandomness(accept=[1 - 2.0**-53], final=[0.5, 0.5]), 0,
+    )
+    assert verdict.accepted == 1
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("at", [0, 1])
+def test_numbers_that_are_none_are_reported_with_their_position(bad, at):
+    p = torch.full((2, 3), 1 / 3)
+    p[at, 1] = bad
+    with pytest.raises(GenerationFailed, match=f"target.*position {40 + at}"):
+        decide(TokenRule(), Draft(torch.tensor([1]), None, "x"), p / p.sum(-1, keepdim=True), ScriptedRandomness(accept=[0.1], final=[0.5, 0.5]), 40)
+
+
+def test_a_broken_draft_is_named():
+    q = torch.full((1, 3), float("nan"))
+    with pytest.raises(GenerationFailed, match="draft tiny"):
+        decide(TokenRule(), Draft(torch.tensor([1]), q, "tiny"), torch.full((2, 3), 1 / 3), ScriptedRandomness(accept=[0.1], final=[0.5, 0.5]), 0)

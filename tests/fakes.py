@@ -1,0 +1,247 @@
+"""Stand-ins small enough to reason about: a table for a target, scripted drafters, a byte tokenizer, tiny real Llamas."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdec_engine.control import Controls
+from specdec_engine.drafters.base import DraftHost, nothing
+from specdec_engine.events import Cycle, Event
+from specdec_engine.loop import decode
+from specdec_engine.randomness import KeyedRandomness, Randomness
+from specdec_engine.sampling import draw, warp
+from specdec_engine.stopping import Stop
+from specdec_engine.types import Draft, Sampling, Verdict
+
+CPU = torch.device("cpu")
+
+
+def table_logits(context: Sequence[int], vocab: int, seed: int, sharpness: float = 1.5) -> Tensor:
+    """[V] float64 logits that depend on the whole context: a language model as a hash."""
+    digest = hashlib.sha256(repr((seed, tuple(context))).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    return sharpness * torch.randn(vocab, generator=generator, dtype=torch.float64)
+
+
+def table_probs(context: Sequence[int], vocab: int, seed: int) -> Tensor:
+    """[V] float64, the distribution of a table model at temperature 1."""
+    return table_logits(context, vocab, seed).softmax(0)
+
+
+class TableTarget:
+    """A target whose cache is the list of tokens it was fed, so that a wrong rollback gives wrong logits."""
+
+    name = "table"
+    limit: int | None = None
+    device = CPU
+
+    def __init__(self, vocab: int = 5, seed: int = 0, logits: Callable[[Sequence[int]], Tensor] | None = None) -> None:
+        self.vocab = vocab
+        self.logits = logits or (lambda context: table_logits(context, vocab, seed))
+        self.tokens: list[int] = []
+        self.passes = 0
+
+    @property
+    def cached(self) -> int:
+        return len(self.tokens)
+
+    def prefill(self, tokens: Sequence[int]) -> None:
+        self.tokens = list(tokens)
+
+    def score(self, newest: int, draft: Draft) -> Tensor:
+        self.passes += 1
+        rows = []
+        for token in (newest, *draft.tokens.tolist()):
+            self.tokens.append(token)
+            rows.append(self.logits(self.tokens))
+        return torch.stack(rows)
+
+    def rollback(self, to: int) -> None:
+        del self.tokens[to:]
+
+
+class TableDrafter:
+    """Draws from a table of its own: a sampled draft with a context-dependent q."""
+
+    name = "table"
+
+    def __init__(self, vocab: int = 5, seed: int = 1) -> None:
+        self.vocab, self.seed = vocab, seed
+
+    def begin(self, prompt: Sequence[int]) -> None:
+        pass
+
+    def propose(self, context: Sequence[int], k: int, sampling: Sampling, random: Randomness) -> Draft:
+        grown, rows = list(context), []
+        for u in random.uniforms(len(context), "draft", k):
+            row = warp(table_logits(grown, self.vocab, self.seed)[None], sampling)[0]
+            grown.append(int(draw(row, torch.tensor(u, dtype=torch.float64))))
+            rows.append(row)
+        return Draft(torch.tensor(grown[len(context) :]), torch.stack(rows), self.name)
+
+    def observe(self, draft: Draft, verdict: Verdict) -> None:
+        pass
+
+
+class ScriptedDrafter:
+    """Proposes what a function of (context, k) says: always right, always wrong, too short, whatever."""
+
+    name = "scripted"
+
+    def __init__(self, script: Callable[[Sequence[int], int], Sequence[int]]) -> None:
+        self.script = script
+
+    def begin(self, prompt: Sequence[int]) -> None:
+        pass
+
+    def propose(self, context: Sequence[int], k: int, sampling: Sampling, random: Randomness) -> Draft:
+        tokens = list(self.script(context, k))
+        return Draft(torch.tensor(tokens), None, self.name) if tokens else nothing(CPU, self.name)
+
+    def observe(self, draft: Draft, verdict: Verdict) -> None:
+        pass
+
+
+class ScriptedRandomness:
+    """Hands out the numbers it was given, by purpose."""
+
+    seed = 0
+
+    def __init__(self, **numbers: Sequence[float]) -> None:
+        self.numbers = numbers
+
+    def uniforms(self, position: int, purpose: str, n: int) -> list[float]:
+        return list(self.numbers[purpose][:n])
+
+
+class FakeClock:
+    """One second later at every look."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1.0
+        return self.now
+
+
+def run(target: Any, drafter: Any, prompt: Sequence[int] = (1, 2), **options: Any) -> list[Event]:
+    """All events of a run; k, sampling, max_tokens, stop_ids, stop, seed and decode's own options."""
+    return list(events(target, drafter, prompt, **options))
+
+
+def events(
+    target: Any,
+    drafter: Any,
+    prompt: Sequence[int] = (1, 2),
+    *,
+    k: int = 3,
+    sampling: Sampling | None = None,
+    max_tokens: int = 12,
+    stop_ids: Sequence[int] = (),
+    stop: Sequence[str] = (),
+    seed: int = 0,
+    controls: Controls | None = None,
+    **options: Any,
+) -> Iterator[Event]:
+    return decode(
+        target,
+        drafter,
+        prompt,
+        controls=controls or Controls(k, sampling),
+        stop=Stop(max_tokens, frozenset(stop_ids), tuple(stop)),
+        random=KeyedRandomness(seed),
+        **options,
+    )
+
+
+def cycles(events: Sequence[Event]) -> list[Cycle]:
+    return [event for event in events if isinstance(event, Cycle)]
+
+
+def emitted(events: Sequence[Event]) -> list[int]:
+    return [token for cycle in cycles(events) for token in cycle.emitted]
+
+
+def greedy(target: TableTarget, prompt: Sequence[int], n: int) -> list[int]:
+    """Plain greedy decoding, written without the engine."""
+    context = list(prompt)
+    for _ in range(n):
+        context.append(int(target.logits(context).argmax()))
+    return context[len(prompt) :]
+
+
+# -- real models, without any download ---------------------------------------------------------------------------------
+
+VOCAB = 300
+
+
+def tiny_llama(seed: int = 0, layers: int = 2, hidden: int = 32, vocab: int = VOCAB, **config: Any) -> Any:
+    """A randomly initialised Llama in float32; weights large enough that its distributions are not flat."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.3,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        **config,
+    }
+    return LlamaForCausalLM(LlamaConfig(**settings)).eval()
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_MERGES = ["t h", "th e", "i n", "a n", "e r", "o n", "Ġ the", "Ġ a", "Ġ t", "l i", "g h", "li gh", "ligh t"]
+
+
+def byte_tokenizer(chat: bool = True, merges: Sequence[str] = _MERGES) -> Any:
+    """Byte-level BPE: 4 special tokens, 256 bytes and a few merges. Characters split into bytes, as in real ones."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|endoftext|>", "<|im_end|>", "<|im_start|>", "<|pad|>"]
+    pieces = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
+    vocab = {piece: i for i, piece in enumerate([*pieces, *(a + b for a, b in pairs if a + b not in pieces)])}
+    model = Tokenizer(models.BPE(vocab=vocab, merges=[pair for pair in pairs if set(pair) <= vocab.keys()]))
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    model.add_special_tokens([AddedToken(s, special=True) for s in special])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=model, eos_token="<|im_end|>", bos_token="<|endoftext|>", pad_token="<|pad|>"
+    )
+    if chat:
+        tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def save_checkpoint(folder: Path, seed: int = 0, tokenizer: Any = None, **llama: Any) -> Path:
+    """A checkpoint folder as save_pretrained writes it: safetensors, config, tokenizer."""
+    model = tiny_llama(seed=seed, **llama)
+    model.generation_config.eos_token_id = [1, 3]
+    model.save_pretrained(folder)
+    (tokenizer or byte_tokenizer()).save_pretrained(folder)
+    return folder
+
+
+def host(vocab: int = VOCAB, load_draft: Callable[[str], Any] | None = None) -> DraftHost:
+    def refuse(name: str) -> Any:
+        raise AssertionError(f"nothing should load {name}")
+
+    return DraftHost(vocab, CPU, load_draft or refuse)

@@ -1,0 +1,59 @@
+"""Prompt lookup, by worked examples and against the definition spelled out naively."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from specdec_engine.drafters import build_drafter
+from specdec_engine.drafters.ngram import NgramDrafter
+from specdec_engine.errors import UsageError
+from specdec_engine.randomness import KeyedRandomness
+from specdec_engine.types import Sampling
+from tests.fakes import host
+
+
+def propose(context, k, longest=3, begin=None):
+    drafter = NgramDrafter(host(), longest)
+    drafter.begin(context if begin is None else context[:begin])
+    return drafter.propose(context, k, Sampling(), KeyedRandomness(0)).tokens.tolist()
+
+
+@pytest.mark.parametrize(
+    ("context", "k", "expected"),
+    [
+        ([1, 2, 3, 9, 2, 3], 2, [9, 2]),  # 2 3 was followed by 9
+        ([1, 2, 7, 1, 2, 8, 1, 2], 1, [8]),  # the most recent of two
+        ([5, 1, 2, 6, 2, 7, 1, 2], 1, [6]),  # the longer suffix 1 2 before the more recent 2
+        ([1, 2, 3], 4, []),  # nothing repeats
+        ([4], 3, []),
+        ([1, 2, 1, 2], 5, [1, 2, 1, 2, 1]),  # runs on into its own copy
+        ([7, 7], 3, [7, 7, 7]),
+    ],
+)
+def test_examples(context, k, expected):
+    assert propose(context, k) == expected
+
+
+def naive(context, k, longest):
+    for n in range(longest, 0, -1):
+        suffix = context[-n:]
+        starts = [i for i in range(len(context) - n) if context[i : i + n] == suffix]
+        if len(context) > n and starts:
+            grown = list(context)
+            for i in range(k):
+                grown.append(grown[starts[-1] + n + i])
+            return grown[len(context) :]
+    return []
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.integers(1, 6), st.integers(1, 4), st.integers(1, 30))
+def test_finds_what_the_definition_says_however_the_context_grew(context, k, longest, begin):
+    assert propose(context, k, longest, begin) == naive(context, k, longest)
+
+
+@pytest.mark.parametrize("spec", ["ngram:0", "ngram:x", "ngram:-1", ",", ""])
+def test_a_bad_spec_is_a_usage_error(spec):
+    with pytest.raises(UsageError):
+        build_drafter(spec, host())
