@@ -22,10 +22,6 @@ def new_cache(model: Any, name: str) -> DynamicCache:
     Raises PairIncompatible, naming the layers, for a model whose state cannot be rolled back (recurrent, linear
     attention, convolution) or that keeps its state outside the cache.
     """
-    if getattr(model, "_is_stateful", False):
-        raise PairIncompatible(
-            f"{name} ({model.config.model_type}) cannot be rolled back: it keeps a recurrent state", _HINT
-        )
     cache = DynamicCache(config=model.config)
     cache.layers = [DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer for layer in cache.layers]
     stuck = [i for i, layer in enumerate(cache.layers) if not getattr(layer, "is_croppable", _is_attention(layer))]
@@ -34,6 +30,10 @@ def new_cache(model: Any, name: str) -> DynamicCache:
         raise PairIncompatible(
             f"{name} ({model.config.model_type}) cannot be rolled back: layers {_ranges(stuck)} are {', '.join(kinds)}",
             _HINT,
+        )
+    if getattr(model, "_is_stateful", False):
+        raise PairIncompatible(
+            f"{name} ({model.config.model_type}) cannot be rolled back: it keeps a recurrent state", _HINT
         )
     return cache
 

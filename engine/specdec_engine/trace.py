@@ -129,7 +129,7 @@ def _records(path: Path) -> Iterator[tuple[int, Event, dict[str, Any]]]:
                     event = from_json(record)
                 except (ValueError, TypeError, KeyError, AttributeError) as error:
                     if damaged:
-                        raise _unreadable(path, number, error) from error
+                        raise _unreadable(path, *damaged) from error
                     damaged = number, error
                     continue
                 if damaged and not isinstance(event, Started):

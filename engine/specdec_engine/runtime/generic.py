@@ -21,6 +21,7 @@ class GenericRuntime:
     name = "generic"
 
     def __init__(self, model: Any, label: str) -> None:
+        self._cache = new_cache(model, label)
         accepts = inspect.signature(model.forward).parameters
         if "past_key_values" not in accepts:
             raise PairIncompatible(f"{label} ({model.config.model_type}) has no key-value cache", "choose another model")
@@ -28,7 +29,6 @@ class GenericRuntime:
         self.vocab = _logits_size(model)
         self.limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.device = model.device
-        self._cache = new_cache(model, label)
         self._keeps_rows = "logits_to_keep" in accepts
 
     @property

@@ -1,0 +1,102 @@
+"""Which transformers architectures run, and which are refused: real classes with random weights, float32, no download."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from specdec_engine.errors import PairIncompatible
+from specdec_engine.runtime.generic import GenericRuntime
+from specdec_engine.target import ModelTarget
+from specdec_engine.types import Draft
+from tests.fakes import CPU, ScriptedDrafter, emitted, run
+
+COMMON = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "initializer_range": 0.3,
+}
+MIXED = ["sliding_attention", "full_attention"] * 2
+CONFIGS = {
+    "llama": ("LlamaConfig", {}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {}),
+    "phi3": ("Phi3Config", {}),
+    "olmo2": ("Olmo2Config", {}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 2, "num_experts_per_tok": 1}),
+    "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "bos_token_id": 0, "eos_token_id": 0}),
+    "mistral with a window": ("MistralConfig", {"sliding_window": 5}),
+    "qwen2 with a window": ("Qwen2Config", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
+    "gemma2": ("Gemma2Config", {"sliding_window": 5}),
+    "gemma3": ("Gemma3TextConfig", {"sliding_window": 5, "layer_types": MIXED}),
+    "gpt-oss": ("GptOssConfig", {"sliding_window": 5, "layer_types": MIXED, "num_local_experts": 2, "num_experts_per_tok": 1, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
+}
+
+
+def build(name, options):
+    config = getattr(transformers, name)(**{**COMMON, **options})
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_after_rollback_are_those_from_scratch(name):
+    """Past sliding windows of 5, too: the cache must give back what a window would have dropped."""
+    model = build(*CONFIGS[name])
+    tokens = torch.randint(0, 97, (24,), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        scratch = model(tokens[None], use_cache=False).logits[0]
+    runtime = GenericRuntime(model, name)
+    for start, end, junk in ((0, 9, 6), (9, 14, 3), (14, 15, 8), (15, 24, 1)):
+        logits = runtime.forward(tokens[start:end], end - start)
+        assert torch.allclose(logits, scratch[start:end], atol=1e-4), f"tokens {start} to {end}"
+        runtime.forward(torch.arange(junk), 1)
+        runtime.rollback(end)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_greedy_output_equals_transformers_generate(name):
+    model = build(*CONFIGS[name])
+    prompt = [5, 6, 7, 8]
+    plain = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=30, eos_token_id=None)[0, 4:].tolist()
+    half_right = ScriptedDrafter(lambda c, k: [t if (len(c) + i) % 3 else 1 for i, t in enumerate(plain[len(c) - 4 :][:k])])
+    found = run(ModelTarget(GenericRuntime(model, name), name), half_right, prompt, k=4, max_tokens=30)
+    assert emitted(found) == plain
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "layers"),
+    [
+        ("MambaConfig", {"state_size": 4}, "layers 0-3 are LinearAttentionLayer"),
+        ("Qwen3NextConfig", {"layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"], "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}, "layers 0-2 are"),
+        ("Lfm2Config", {"layer_types": ["conv", "full_attention", "conv", "full_attention"]}, "layers 0, 2"),
+    ],
+)
+def test_a_model_that_cannot_be_rolled_back_is_refused_with_its_layers(name, options, layers):
+    with pytest.raises(PairIncompatible, match=layers) as caught:
+        GenericRuntime(build(name, options), "that model")
+    assert "that model" in caught.value.message
+
+
+def test_a_long_prompt_is_read_in_chunks(monkeypatch):
+    """Same logits as in one pass, and no chunk above the limit."""
+    model = build(*CONFIGS["llama"])
+    monkeypatch.setattr("specdec_engine.runtime.PREFILL_CHUNK", 16)
+    runtime, sizes = GenericRuntime(model, "llama"), []
+    forward = runtime.forward
+    runtime.forward = lambda tokens, rows: (sizes.append(len(tokens)), forward(tokens, rows))[1]
+    prompt = torch.randint(0, 97, (50,), generator=torch.Generator().manual_seed(2))
+    target = ModelTarget(runtime, "llama")
+    target.prefill(prompt[:-1].tolist())
+    row = target.score(int(prompt[-1]), Draft(torch.empty(0, dtype=torch.long, device=CPU), None, "none"))
+    with torch.inference_mode():
+        assert torch.allclose(row[0], model(prompt[None], use_cache=False).logits[0, -1], atol=1e-4)
+    assert sizes == [16, 16, 16, 1, 1]

@@ -1,0 +1,90 @@
+"""The built-in target, for real: token for token what transformers' generate says, in float32."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from specdec_engine.drafters import build_drafter
+from specdec_engine.loading import LoadOptions, load_model
+from specdec_engine.target import ModelTarget
+from specdec_engine.types import Sampling
+from tests.fakes import cycles, emitted, host, run
+from tests.prompts import PROMPTS
+
+pytestmark = pytest.mark.builtin
+TOKENS = 64
+
+
+@pytest.fixture(scope="module")
+def loaded(builtin):
+    return load_model(str(builtin), LoadOptions(dtype="float32"))
+
+
+@pytest.fixture(scope="module")
+def perturbed(builtin, tmp_path_factory):
+    """A draft that is often right and often wrong: the target with 4 % noise on its weights, saved and reloaded."""
+    folder = tmp_path_factory.mktemp("perturbed")
+    model = load_model(str(builtin), LoadOptions(dtype="float32")).runtime.model
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.04 * weight.std() * torch.randn(weight.shape, generator=generator)
+    model.save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / file).write_bytes((builtin / file).read_bytes())
+    return load_model(str(folder), LoadOptions(dtype="float32")).runtime
+
+
+def chat(loaded, prompt):
+    return loaded.tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True
+    )["input_ids"]
+
+
+def drafted_by(loaded, spec, runtime=None):
+    return build_drafter(spec, host(loaded.runtime.vocab, lambda name: runtime))
+
+
+@pytest.mark.parametrize("i", range(len(PROMPTS)))
+def test_greedy_tokens_equal_transformers_generate(loaded, perturbed, i):
+    """Prompt i with k = 1 + i mod 8, for a lookup, a model and both: together every k from 1 to 8 is run."""
+    prompt, k = chat(loaded, PROMPTS[i]), 1 + i % 8
+    ids = torch.tensor([prompt])
+    plain = loaded.runtime.model.generate(ids, do_sample=False, max_new_tokens=TOKENS, attention_mask=torch.ones_like(ids))
+    expected, target = plain[0, len(prompt) :].tolist(), ModelTarget(loaded.runtime, "builtin")
+    for spec in ("ngram", "model:perturbed", "ngram,model:perturbed"):
+        found = run(target, drafted_by(loaded, spec, perturbed), prompt, k=k, max_tokens=TOKENS, stop_ids=loaded.stop_ids)
+        assert emitted(found) == expected, f"{spec}, k {k}"
+
+
+def test_the_perturbed_draft_is_neither_always_right_nor_always_wrong(loaded, perturbed):
+    """Otherwise the test above would not exercise rejection and acceptance both."""
+    drafter, target = drafted_by(loaded, "model:perturbed", perturbed), ModelTarget(loaded.runtime, "builtin")
+    found = cycles(run(target, drafter, chat(loaded, PROMPTS[0]), k=4, max_tokens=48))
+    assert {0, 4} < {c.accepted for c in found} or len({c.accepted for c in found}) >= 3
+
+
+def test_sampling_repeats_under_a_seed(loaded, perturbed):
+    def tokens(seed):
+        drafter, target = drafted_by(loaded, "model:perturbed", perturbed), ModelTarget(loaded.runtime, "builtin")
+        options = {"k": 3, "max_tokens": 24, "sampling": Sampling(0.8, top_p=0.95), "seed": seed}
+        return emitted(run(target, drafter, chat(loaded, PROMPTS[1]), **options))
+
+    assert tokens(1) == tokens(1) != tokens(2)
+
+
+def test_the_readme_shows_the_library_as_it_works(builtin):
+    """The README's Python block, run as it stands."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    code = re.search(r"<!-- tested: library -->\s*```python\n(.*?)```", readme, re.DOTALL)
+    assert code, "README.md has no block marked `tested: library`"
+    assert len(code[1].strip().splitlines()) <= 14
+    done = subprocess.run([sys.executable, "-c", code[1]], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr
+    assert "lighthouse" in done.stdout
