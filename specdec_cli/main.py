@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from itertools import pairwise
 from typing import Annotated
 
 import typer
@@ -52,9 +53,6 @@ def main() -> None:
         _trace_if_wanted()
         output.error(error.message, error.hint)
         code = exit_code(error)
-    except BrokenPipeError:
-        output.silence_stdout()  # the reader has had enough, as in `specdec generate … | head -n 1`
-        code = ExitCode.OK
     except KeyboardInterrupt:
         code = ExitCode.INTERRUPTED
     except Exception as error:
@@ -64,11 +62,18 @@ def main() -> None:
 
 def _unforeseen(error: Exception) -> int:
     if hasattr(error, "format_message"):  # Typer's own: an unknown option, a word where a number belongs
-        output.error(error.format_message().rstrip("."), f"specdec {' '.join(sys.argv[1:2])} --help lists the options")
+        said = error.format_message().rstrip(".") + _typed_value(error)
+        output.error(said, f"specdec {' '.join(sys.argv[1:2])} --help lists the options")
         return int(getattr(error, "exit_code", ExitCode.USAGE))
     _trace_if_wanted()
     output.error(f"{type(error).__name__}: {error}", "this is a bug in specdec; --debug shows where")
     return ExitCode.FAILED
+
+
+def _typed_value(error: Exception) -> str:
+    """Typer says which option had a bad value, and not always which value."""
+    options = getattr(getattr(error, "param", None), "opts", [])
+    return next((f", not {value!r}" for option, value in pairwise(sys.argv) if option in options), "")
 
 
 def _trace_if_wanted() -> None:

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
+from specdec_cli import output
+
 _MODELS, _SAMPLING, _PROMPT, _OUTPUT = "Models", "Sampling", "Prompt", "Output"
-
-
-class ColorChoice(StrEnum):
-    auto = "auto"
-    always = "always"
-    never = "never"
-
-
-class DeviceMapChoice(StrEnum):
-    auto = "auto"
 
 
 Target = Annotated[
@@ -38,7 +29,7 @@ Device = Annotated[
     str, typer.Option(rich_help_panel=_MODELS, help="auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps.")
 ]
 DeviceMap = Annotated[
-    DeviceMapChoice | None,
+    Literal["auto"] | None,
     typer.Option(rich_help_panel=_MODELS, help="auto spreads the target over all GPUs and the CPU."),
 ]
 Dtype = Annotated[
@@ -61,9 +52,12 @@ MinP = Annotated[
     float, typer.Option(rich_help_panel=_SAMPLING, help="Drop tokens below this share of the likeliest; 0 is off.")
 ]
 Seed = Annotated[
-    int | None, typer.Option(rich_help_panel=_SAMPLING, help="Repeat a run; without it a fresh one is drawn and printed.")
+    int | None,
+    typer.Option(rich_help_panel=_SAMPLING, help="Repeat a run; without it a fresh one is drawn and printed."),
 ]
-MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", rich_help_panel=_SAMPLING, help="Emitted tokens at most.")]
+MaxTokens = Annotated[
+    int, typer.Option("--max-tokens", "-n", rich_help_panel=_SAMPLING, help="Emitted tokens at most.")
+]
 StopText = Annotated[
     list[str] | None, typer.Option("--stop", rich_help_panel=_SAMPLING, help="End before this text; repeatable.")
 ]
@@ -81,7 +75,7 @@ JsonLines = Annotated[bool, typer.Option("--jsonl", rich_help_panel=_OUTPUT, hel
 Trace = Annotated[
     str | None, typer.Option(rich_help_panel=_OUTPUT, metavar="FILE", help="Append the events to this JSONL file.")
 ]
-Color = Annotated[ColorChoice, typer.Option(rich_help_panel=_OUTPUT, help="Colour tokens by where they came from.")]
+Color = Annotated[output.Color, typer.Option(rich_help_panel=_OUTPUT, help="Colour tokens by where they came from.")]
 Marks = Annotated[
     bool,
     typer.Option(

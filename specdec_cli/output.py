@@ -50,22 +50,26 @@ def silence_stdout() -> None:
 @contextmanager
 def narrated() -> Iterator[Report]:
     """Loading progress: a live line on a terminal; elsewhere a sentence for what takes long."""
-    if not sys.stderr.isatty():
-        yield lambda progress: note(_sentence(progress)) if _takes_long(progress) else None
+    if sys.stderr.isatty():
+        with Console(stderr=True).status("starting") as status:
+            yield lambda progress: status.update(Text(printable(_sentence(progress))))
         return
-    with Console(stderr=True).status("starting") as status:
-        yield lambda progress: status.update(Text(printable(_sentence(progress))))
+    told: set[tuple[str, str]] = set()
 
+    def tell_once(progress: Progress) -> None:
+        key = (progress.stage, progress.what)
+        if progress.stage != "load" and key not in told:
+            told.add(key)
+            note(_sentence(progress))
 
-def _takes_long(progress: Progress) -> bool:
-    return progress.stage != "load" and progress.done == 0
+    yield tell_once
 
 
 def _sentence(progress: Progress) -> str:
     doing = {"download": "fetching", "convert": "converting", "load": "loading"}[progress.stage]
     if not progress.total:
         return f"{doing} {progress.what}"
-    if not progress.done:
+    if not progress.done or progress.done == progress.total:
         return f"{doing} {progress.what} ({progress.total / 1e6:.0f} MB)"
     return f"{doing} {progress.what} ({progress.done / 1e6:.0f} of {progress.total / 1e6:.0f} MB)"
 
@@ -86,8 +90,9 @@ class TextOutput:
     def __init__(self, stream: TextStream, color: Color, marks: bool) -> None:
         self._stream = stream
         self._terminal = sys.stdout.isatty()
-        self._console = _styled_console() if color == "always" or (color == "auto" and self._terminal) else None
-        self._safe = self._terminal or self._console is not None
+        self.styled = color == "always" or (color == "auto" and self._terminal)
+        self._console = _styled_console() if self.styled else None
+        self._safe = self._terminal or self.styled
         self._marks = marks
         self._origin = "plain"
         _speak_utf8(sys.stdout)
@@ -168,7 +173,9 @@ def summary_line(summary: Summary, state: str) -> str:
 
 
 def legend() -> None:
-    """What the colours mean, in the colours, on a terminal's stderr."""
+    """What the colours mean, in the colours, if stderr is a terminal."""
+    if not sys.stderr.isatty():
+        return
     words = {"accepted": "accepted draft", "recovered": "recovered after a rejection", "bonus": "bonus"}
     parts = [part for origin, word in words.items() for part in ((word, STYLES[origin]), " · ")]
     Console(stderr=True).print(Text.assemble("specdec: ", *parts[:-1]))

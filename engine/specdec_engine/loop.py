@@ -153,5 +153,7 @@ def _understood(error: Exception) -> SpecdecError:
     if isinstance(error, SpecdecError):
         return error
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
-        return OutOfMemory(f"out of memory while generating: {error}", "lower --max-tokens, or use a smaller dtype or model")
+        return OutOfMemory(
+            f"out of memory while generating: {error}", "lower --max-tokens, or use a smaller dtype or model"
+        )
     return GenerationFailed(f"{type(error).__name__}: {error}", "run again with --debug for the traceback")

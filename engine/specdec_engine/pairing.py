@@ -36,9 +36,7 @@ def compare_tokenizers(target: Any, draft: Any) -> Comparison:
     """Every id that both tokenizers know, compared by content."""
     ours, theirs = _by_id(target), _by_id(draft)
     control = _control_ids(target) & _control_ids(draft)
-    differing = [
-        Difference(i, ours[i], theirs[i]) for i in sorted(ours.keys() & theirs.keys()) if ours[i] != theirs[i]
-    ]
+    differing = [Difference(i, ours[i], theirs[i]) for i in sorted(ours.keys() & theirs.keys()) if ours[i] != theirs[i]]
     return Comparison(
         ordinary=tuple(d for d in differing if d.id not in control),
         special=tuple(d for d in differing if d.id in control),

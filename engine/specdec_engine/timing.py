@@ -37,13 +37,13 @@ class CudaTimer:
     """Events on the current stream: when the GPU passed the mark, not when Python did."""
 
     def mark(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 
     def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
         end.synchronize()  # returns at once: the verdict's copy came after every mark that is asked about
-        return start.elapsed_time(end) / 1000.0
+        return float(start.elapsed_time(end)) / 1000.0
 
 
 def timer_for(device: torch.device) -> Timer:

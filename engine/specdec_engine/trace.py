@@ -137,7 +137,9 @@ def _records(path: Path) -> Iterator[tuple[int, Event, dict[str, Any]]]:
                 damaged = None
                 yield number, event, record
     except OSError as error:
-        raise TraceError(f"cannot read {path}: {error.strerror}", "give the path of a file written by --trace") from error
+        raise TraceError(
+            f"cannot read {path}: {error.strerror}", "give the path of a file written by --trace"
+        ) from error
     if damaged and line.endswith(b"\n"):
         raise _unreadable(path, *damaged)
 
@@ -148,7 +150,9 @@ def _unreadable(path: Path, number: int, error: Exception) -> TraceError:
 
 
 def _unwritable(path: Path, error: OSError) -> TraceError:
-    return TraceError(f"cannot write the trace {path}: {error.strerror}", "choose another path with --trace, or free some space")
+    return TraceError(
+        f"cannot write the trace {path}: {error.strerror}", "choose another path with --trace, or free some space"
+    )
 
 
 def _ends_inside_a_line(path: Path) -> bool:

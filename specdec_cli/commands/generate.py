@@ -16,7 +16,7 @@ from specdec_cli import output
 from specdec_cli.exits import ExitCode
 from specdec_cli.prompts import read_prompt
 from specdec_engine.control import Controls
-from specdec_engine.errors import TraceError, UsageError
+from specdec_engine.errors import SpecdecError, TraceError, UsageError
 from specdec_engine.events import Event, Finished
 from specdec_engine.stats import Summary
 from specdec_engine.stopping import Stop
@@ -55,7 +55,7 @@ def generate(
     json: opt.Json = False,
     jsonl: opt.JsonLines = False,
     trace: opt.Trace = None,
-    color: opt.Color = opt.ColorChoice.auto,
+    color: opt.Color = "auto",
     marks: opt.Marks = False,
     stats: opt.Stats = True,
     debug: opt.Debug = False,
@@ -83,7 +83,7 @@ def generate(
         load = LoadOptions(
             device=device,
             dtype=dtype,
-            device_map=None if device_map is None else device_map.value,
+            device_map=device_map,
             offline=offline,
             trust_remote_code=trust_remote_code,
             tokens=len(text) // 3 + max_tokens,
@@ -101,13 +101,22 @@ def generate(
     elif json:
         sink = output.JsonOutput(stream)
     else:
-        sink = output.TextOutput(stream, color.value, marks)
+        sink = output.TextOutput(stream, color, marks)
     recorder.describe(pair)
     events = pair.decode(ids, controls=controls, max_tokens=max_tokens, stop=stops, seed=seed)
-    summary = _consume(events, sink, recorder)
+    try:
+        summary = _consume(events, sink, recorder)
+    except BrokenPipeError:
+        # Here and not in main: Typer would turn it into exit code 1. The reader has had enough, and that is no failure.
+        output.silence_stdout()
+        raise typer.Exit(ExitCode.OK) from None
+    finally:
+        recorder.close()
     if stats:
+        if isinstance(sink, output.TextOutput) and sink.styled:
+            output.legend()
         output.note(output.summary_line(summary, _state(pair, summary, draft, k)))
-    recorder.close()
+    recorder.check()
     if summary.finish_reason == "cancelled":
         raise typer.Exit(ExitCode.INTERRUPTED)
 
@@ -132,10 +141,12 @@ class Recorder:
             self._error = error
 
     def close(self) -> None:
-        """Raises the first TraceError there was."""
         if self._writer is not None:
-            with suppress(TraceError):
+            with suppress(TraceError):  # an unflushed rest is what `check` reports
                 self._writer.close()
+
+    def check(self) -> None:
+        """Raises the first TraceError there was."""
         if self._error is not None:
             raise self._error
 
@@ -158,9 +169,10 @@ def _consume(events: Iterable[Event], sink: output.Output, recorder: Recorder) -
     except BrokenPipeError:
         recorder.write(Finished("cancelled", summary.emitted, summary.cycles, None))
         raise
-    finally:
-        with suppress(BrokenPipeError):
-            sink.end(summary)
+    except SpecdecError:
+        sink.end(summary)  # what was emitted until then is valid
+        raise
+    sink.end(summary)
     return summary
 
 

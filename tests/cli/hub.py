@@ -31,7 +31,9 @@ def hub(repositories: dict[str, Path], gated: str = "org/gated") -> Iterator[str
             path = unquote(self.path.split("?")[0]).strip("/")
             name = next((n for n in [*repositories, gated] if f"{n}/" in f"{path}/"), None)
             if name is None:
-                return self.send(401, b"{}", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
+                return self.send(
+                    401, b"{}", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}
+                )
             if name == gated:
                 return self.send(403, b"{}", {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"})
             folder = repositories[name]

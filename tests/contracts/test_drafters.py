@@ -98,7 +98,9 @@ def test_begin_forgets_the_run_before(spec):
 def test_greedy_output_is_the_targets_own(spec, k):
     """Against transformers' own generate, in float32."""
     prompt = [5, 6, 7, 8, 5, 6, 7]
-    plain = TARGET.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=40, eos_token_id=None, pad_token_id=0)
+    plain = TARGET.generate(
+        torch.tensor([prompt]), do_sample=False, max_new_tokens=40, eos_token_id=None, pad_token_id=0
+    )
     target = ModelTarget(GenericRuntime(TARGET, "tiny"), "tiny")
     assert emitted(run(target, build(spec), prompt, k=k, max_tokens=40)) == plain[0, len(prompt) :].tolist()
 

@@ -65,7 +65,13 @@ def test_one_deterministic_token_over_the_whole_grid(p, token):
 def test_the_verdict_carries_its_evidence():
     p = torch.stack([eighths((1, 2, 5)), eighths((8, 0, 0)), eighths((0, 0, 8))])
     q = torch.stack([eighths((2, 4, 2)), eighths((2, 4, 2))])
-    verdict = decide(TokenRule(), Draft(torch.tensor([1, 1]), q, "x"), p, ScriptedRandomness(accept=[0.3, 0.5], final=[0.1, 0.5, 0.9]), 0)
+    verdict = decide(
+        TokenRule(),
+        Draft(torch.tensor([1, 1]), q, "x"),
+        p,
+        ScriptedRandomness(accept=[0.3, 0.5], final=[0.1, 0.5, 0.9]),
+        0,
+    )
     assert (verdict.accepted, verdict.token, verdict.origin) == (1, 0, "recovered")
     assert verdict.drafted == (1, 1)
     assert verdict.p == (0.25, 0.0)
@@ -77,9 +83,21 @@ def test_the_verdict_carries_its_evidence():
 
 def test_u_past_the_rejection_is_unknown_and_a_bonus_has_no_residual():
     p = torch.stack([eighths((8, 0, 0))] * 3)
-    rejected = decide(TokenRule(), Draft(torch.tensor([1, 0]), None, "x"), p, ScriptedRandomness(accept=[0.5, 0.5], final=[0.5] * 3), 0)
+    rejected = decide(
+        TokenRule(),
+        Draft(torch.tensor([1, 0]), None, "x"),
+        p,
+        ScriptedRandomness(accept=[0.5, 0.5], final=[0.5] * 3),
+        0,
+    )
     assert rejected.u == (0.5, None)
-    full = decide(TokenRule(), Draft(torch.tensor([0, 0]), None, "x"), p, ScriptedRandomness(accept=[0.5, 0.5], final=[0.5] * 3), 0)
+    full = decide(
+        TokenRule(),
+        Draft(torch.tensor([0, 0]), None, "x"),
+        p,
+        ScriptedRandomness(accept=[0.5, 0.5], final=[0.5] * 3),
+        0,
+    )
     assert (full.origin, full.residual) == ("bonus", ())
 
 
@@ -88,7 +106,9 @@ def test_a_token_the_target_forbids_is_never_accepted_and_never_drawn():
     p = torch.tensor([[0.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
     q = torch.tensor([[1.0, 0.0, 0.0]])
     for u, w in product([2.0**-53, 0.5, 1 - 2.0**-53], repeat=2):
-        verdict = decide(TokenRule(), Draft(torch.tensor([0]), q, "x"), p, ScriptedRandomness(accept=[u], final=[w, w]), 0)
+        verdict = decide(
+            TokenRule(), Draft(torch.tensor([0]), q, "x"), p, ScriptedRandomness(accept=[u], final=[w, w]), 0
+        )
         assert verdict.tokens == (1,)
 
 
@@ -96,8 +116,11 @@ def test_equal_distributions_accept_for_the_largest_u():
     """p/q = 1 and u one step below 1: in float32 that u would be 1.0 and reject."""
     row = torch.full((3,), 1 / 3)
     verdict = decide(
-        TokenRule(), Draft(torch.tensor([2]), row[None], "x"), torch.stack([row, row]),
-        ScriptedRandomness(accept=[1 - 2.0**-53], final=[0.5, 0.5]), 0,
+        TokenRule(),
+        Draft(torch.tensor([2]), row[None], "x"),
+        torch.stack([row, row]),
+        ScriptedRandomness(accept=[1 - 2.0**-53], final=[0.5, 0.5]),
+        0,
     )
     assert verdict.accepted == 1
 
@@ -108,10 +131,22 @@ def test_numbers_that_are_none_are_reported_with_their_position(bad, at):
     p = torch.full((2, 3), 1 / 3)
     p[at, 1] = bad
     with pytest.raises(GenerationFailed, match=f"target.*position {40 + at}"):
-        decide(TokenRule(), Draft(torch.tensor([1]), None, "x"), p / p.sum(-1, keepdim=True), ScriptedRandomness(accept=[0.1], final=[0.5, 0.5]), 40)
+        decide(
+            TokenRule(),
+            Draft(torch.tensor([1]), None, "x"),
+            p / p.sum(-1, keepdim=True),
+            ScriptedRandomness(accept=[0.1], final=[0.5, 0.5]),
+            40,
+        )
 
 
 def test_a_broken_draft_is_named():
     q = torch.full((1, 3), float("nan"))
     with pytest.raises(GenerationFailed, match="draft tiny"):
-        decide(TokenRule(), Draft(torch.tensor([1]), q, "tiny"), torch.full((2, 3), 1 / 3), ScriptedRandomness(accept=[0.1], final=[0.5, 0.5]), 0)
+        decide(
+            TokenRule(),
+            Draft(torch.tensor([1]), q, "tiny"),
+            torch.full((2, 3), 1 / 3),
+            ScriptedRandomness(accept=[0.1], final=[0.5, 0.5]),
+            0,
+        )

@@ -190,7 +190,9 @@ MUTANTS = [
 ]
 
 
-@pytest.mark.parametrize(("rule", "how"), MUTANTS, ids=lambda x: type(x).__name__ if isinstance(x, TokenRule) else "-".join(x) or "sampled")
+@pytest.mark.parametrize(
+    ("rule", "how"), MUTANTS, ids=lambda x: type(x).__name__ if isinstance(x, TokenRule) else "-".join(x) or "sampled"
+)
 def test_a_wrong_rule_is_caught(rule, how):
     """A proof that cannot fail proves nothing: each of these is a bug that somebody shipped."""
     p, q = toy(1)

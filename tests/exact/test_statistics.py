@@ -63,7 +63,9 @@ def test_the_loop_emits_the_targets_distribution(drafter):
     assert statistic(observed(TokenRule(), drafter)) < CRITICAL
 
 
-@pytest.mark.parametrize("mutant", [SwappedRatio(), NoResidual(), BonusFromTheWrongRow()], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "mutant", [SwappedRatio(), NoResidual(), BonusFromTheWrongRow()], ids=lambda m: type(m).__name__
+)
 def test_the_test_has_the_power_it_claims(mutant):
     """Non-centrality from the exact distribution of the mutant: each would pass with a chance below one in a million."""
     wrong = enumerate_emitted(mutant, p, q, K, LENGTH)

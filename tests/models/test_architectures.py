@@ -32,12 +32,24 @@ CONFIGS = {
     "phi3": ("Phi3Config", {}),
     "olmo2": ("Olmo2Config", {}),
     "mixtral": ("MixtralConfig", {"num_local_experts": 2, "num_experts_per_tok": 1}),
-    "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "bos_token_id": 0, "eos_token_id": 0}),
+    "gpt2": (
+        "GPT2Config",
+        {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "bos_token_id": 0, "eos_token_id": 0},
+    ),
     "mistral with a window": ("MistralConfig", {"sliding_window": 5}),
     "qwen2 with a window": ("Qwen2Config", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
     "gemma2": ("Gemma2Config", {"sliding_window": 5}),
     "gemma3": ("Gemma3TextConfig", {"sliding_window": 5, "layer_types": MIXED}),
-    "gpt-oss": ("GptOssConfig", {"sliding_window": 5, "layer_types": MIXED, "num_local_experts": 2, "num_experts_per_tok": 1, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
+    "gpt-oss": (
+        "GptOssConfig",
+        {
+            "sliding_window": 5,
+            "layer_types": MIXED,
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    ),
 }
 
 
@@ -66,8 +78,12 @@ def test_logits_after_rollback_are_those_from_scratch(name):
 def test_greedy_output_equals_transformers_generate(name):
     model = build(*CONFIGS[name])
     prompt = [5, 6, 7, 8]
-    plain = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=30, eos_token_id=None)[0, 4:].tolist()
-    half_right = ScriptedDrafter(lambda c, k: [t if (len(c) + i) % 3 else 1 for i, t in enumerate(plain[len(c) - 4 :][:k])])
+    plain = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=30, eos_token_id=None)[
+        0, 4:
+    ].tolist()
+    half_right = ScriptedDrafter(
+        lambda c, k: [t if (len(c) + i) % 3 else 1 for i, t in enumerate(plain[len(c) - 4 :][:k])]
+    )
     found = run(ModelTarget(GenericRuntime(model, name), name), half_right, prompt, k=4, max_tokens=30)
     assert emitted(found) == plain
 
@@ -76,7 +92,21 @@ def test_greedy_output_equals_transformers_generate(name):
     ("name", "options", "layers"),
     [
         ("MambaConfig", {"state_size": 4}, "layers 0-3 are LinearAttentionLayer"),
-        ("Qwen3NextConfig", {"layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"], "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}, "layers 0-2 are"),
+        (
+            "Qwen3NextConfig",
+            {
+                "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"],
+                "num_experts": 2,
+                "num_experts_per_tok": 1,
+                "moe_intermediate_size": 16,
+                "shared_expert_intermediate_size": 16,
+                "linear_num_key_heads": 2,
+                "linear_num_value_heads": 2,
+                "linear_key_head_dim": 8,
+                "linear_value_head_dim": 8,
+            },
+            "layers 0-2 are",
+        ),
         ("Lfm2Config", {"layer_types": ["conv", "full_attention", "conv", "full_attention"]}, "layers 0, 2"),
     ],
 )

@@ -56,10 +56,14 @@ def test_greedy_tokens_equal_transformers_generate(loaded, perturbed, i):
     """Prompt i with k = 1 + i mod 8, for a lookup, a model and both: together every k from 1 to 8 is run."""
     prompt, k = chat(loaded, PROMPTS[i]), 1 + i % 8
     ids = torch.tensor([prompt])
-    plain = loaded.runtime.model.generate(ids, do_sample=False, max_new_tokens=TOKENS, attention_mask=torch.ones_like(ids))
+    plain = loaded.runtime.model.generate(
+        ids, do_sample=False, max_new_tokens=TOKENS, attention_mask=torch.ones_like(ids)
+    )
     expected, target = plain[0, len(prompt) :].tolist(), ModelTarget(loaded.runtime, "builtin")
     for spec in ("ngram", "model:perturbed", "ngram,model:perturbed"):
-        found = run(target, drafted_by(loaded, spec, perturbed), prompt, k=k, max_tokens=TOKENS, stop_ids=loaded.stop_ids)
+        found = run(
+            target, drafted_by(loaded, spec, perturbed), prompt, k=k, max_tokens=TOKENS, stop_ids=loaded.stop_ids
+        )
         assert emitted(found) == expected, f"{spec}, k {k}"
 
 

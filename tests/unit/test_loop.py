@@ -44,13 +44,18 @@ def scrambled(seed):
     rng = random.Random(seed)
     return lambda target: ScriptedDrafter(
         lambda context, k: [
-            t if rng.random() < 0.7 else rng.randrange(target.vocab)
-            for t in greedy(target, context, rng.randint(0, k))
+            t if rng.random() < 0.7 else rng.randrange(target.vocab) for t in greedy(target, context, rng.randint(0, k))
         ]
     )
 
 
-DRAFTERS = {"right": right, "wrong": wrong, "none": lambda target: ScriptedDrafter(lambda context, k: []), "short": lambda target: ScriptedDrafter(lambda context, k: greedy(target, context, 1)), **{f"scrambled{i}": scrambled(i) for i in range(6)}}
+DRAFTERS = {
+    "right": right,
+    "wrong": wrong,
+    "none": lambda target: ScriptedDrafter(lambda context, k: []),
+    "short": lambda target: ScriptedDrafter(lambda context, k: greedy(target, context, 1)),
+    **{f"scrambled{i}": scrambled(i) for i in range(6)},
+}
 
 
 @pytest.mark.parametrize("name", DRAFTERS)
@@ -108,7 +113,9 @@ def test_a_stop_string_across_token_borders_ends_the_run():
     tokenizer = byte_tokenizer()
     ids = tokenizer("xabcdy")["input_ids"]
     script = dict(enumerate(ids))
-    target = TableTarget(vocab=300, logits=lambda c: torch.nn.functional.one_hot(torch.tensor(script.get(len(c) - 1, 5)), 300).double())
+    target = TableTarget(
+        vocab=300, logits=lambda c: torch.nn.functional.one_hot(torch.tensor(script.get(len(c) - 1, 5)), 300).double()
+    )
     found = run(target, right(target), [0], k=4, stop=["bc"], tokenizer=tokenizer, max_tokens=20)
     assert tokenizer.decode(emitted(found)) == "xabc"
     assert found[-1].reason == "stop"
@@ -153,7 +160,9 @@ def test_events_come_in_order_and_add_up():
 
 def test_same_seed_same_tokens_and_another_seed_others():
     def tokens(seed):
-        return emitted(run(TableTarget(), TableDrafter(), PROMPT, k=3, sampling=Sampling(1.0), max_tokens=40, seed=seed))
+        return emitted(
+            run(TableTarget(), TableDrafter(), PROMPT, k=3, sampling=Sampling(1.0), max_tokens=40, seed=seed)
+        )
 
     assert tokens(7) == tokens(7)
     assert tokens(7) != tokens(8)

@@ -10,7 +10,9 @@ from tests.fakes import byte_tokenizer
 
 
 def test_a_tokenizer_agrees_with_itself():
-    assert compare_tokenizers(byte_tokenizer(), byte_tokenizer()) == compare_tokenizers(byte_tokenizer(), byte_tokenizer())
+    assert compare_tokenizers(byte_tokenizer(), byte_tokenizer()) == compare_tokenizers(
+        byte_tokenizer(), byte_tokenizer()
+    )
     assert not compare_tokenizers(byte_tokenizer(), byte_tokenizer()).ordinary
 
 
@@ -23,7 +25,9 @@ def test_ids_that_only_one_side_has_are_padding():
 
 def test_other_tokens_are_refused_with_the_first_ids():
     other = byte_tokenizer(merges=["o n", "t h", "i n"])
-    with pytest.raises(PairIncompatible, match=r"small differ in \d+ tokens: 260 is 'th' and 'on'; 261 is 'the' and 'th'"):
+    with pytest.raises(
+        PairIncompatible, match=r"small differ in \d+ tokens: 260 is 'th' and 'on'; 261 is 'the' and 'th'"
+    ):
         check_pair("big", byte_tokenizer(), "small", other)
 
 

@@ -17,7 +17,15 @@ LOGITS = 3 * torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize(
-    "settings", [{"temperature": 0.7}, {"temperature": 1.3, "top_k": 7}, {"temperature": 1.0, "top_p": 0.8}, {"temperature": 0.9, "min_p": 0.1}, {"temperature": 0.6, "top_k": 20, "top_p": 0.9, "min_p": 0.02}], ids=str
+    "settings",
+    [
+        {"temperature": 0.7},
+        {"temperature": 1.3, "top_k": 7},
+        {"temperature": 1.0, "top_p": 0.8},
+        {"temperature": 0.9, "min_p": 0.1},
+        {"temperature": 0.6, "top_k": 20, "top_p": 0.9, "min_p": 0.02},
+    ],
+    ids=str,
 )
 def test_the_distribution_is_what_transformers_samples_from(settings):
     """`generate(do_sample=True, output_scores=True)` with the same settings, on a real model."""
@@ -25,8 +33,14 @@ def test_the_distribution_is_what_transformers_samples_from(settings):
     prompt = torch.tensor([[5, 6, 7]])
     torch.manual_seed(0)
     made = model.generate(
-        prompt, do_sample=True, max_new_tokens=1, return_dict_in_generate=True, output_scores=True, output_logits=True,
-        pad_token_id=0, **{"top_k": 0, **settings},
+        prompt,
+        do_sample=True,
+        max_new_tokens=1,
+        return_dict_in_generate=True,
+        output_scores=True,
+        output_logits=True,
+        pad_token_id=0,
+        **{"top_k": 0, **settings},
     )
     assert torch.allclose(warp(made.logits[0], Sampling(**settings)), made.scores[0].softmax(-1), atol=1e-6)
 
@@ -65,14 +79,31 @@ def test_uniforms_are_strictly_inside_and_prefixes_agree(seed, position, n):
 
 def test_uniforms_differ_by_seed_position_purpose_and_index_and_are_uniform():
     numbers = [
-        u for seed in range(5) for position in range(50) for purpose in ("draft", "accept", "final")
+        u
+        for seed in range(5)
+        for position in range(50)
+        for purpose in ("draft", "accept", "final")
         for u in KeyedRandomness(seed).uniforms(position, purpose, 12)
     ]
     assert len(set(numbers)) == len(numbers)
     assert abs(sum(numbers) / len(numbers) - 0.5) < 0.015
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -0.1}, {"temperature": float("nan")}, {"temperature": float("inf")}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_p": float("nan")}, {"min_p": -0.1}, {"min_p": 1.5}], ids=str)
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_p": float("nan")},
+        {"min_p": -0.1},
+        {"min_p": 1.5},
+    ],
+    ids=str,
+)
 def test_values_out_of_range_are_refused_with_the_value(bad):
     (value,) = bad.values()
     with pytest.raises(UsageError, match=str(value).replace(".", r"\.")):

@@ -9,8 +9,20 @@ from specdec_engine.stats import Summary
 def cycle(drafted, accepted, emitted, overlap=None, seconds=(0.25, 0.5, 0.25)):
     n = len(drafted)
     return Cycle(
-        0, "x", n, drafted, accepted, emitted, "recovered", (None,) * n, (None,) * n, (None,) * n,
-        overlap or (None,) * n, (), *seconds, 10,
+        0,
+        "x",
+        n,
+        drafted,
+        accepted,
+        emitted,
+        "recovered",
+        (None,) * n,
+        (None,) * n,
+        (None,) * n,
+        overlap or (None,) * n,
+        (),
+        *seconds,
+        10,
     )
 
 
@@ -36,7 +48,12 @@ def test_the_rates_of_the_glossary():
     assert summary.mean_emitted_per_cycle == 7 / 3
     assert summary.tokens_per_second == 7 / 3.0
     figures = summary.figures()
-    assert (figures["prompt_tokens"], figures["seed"], figures["finish_reason"], figures["prefill_s"]) == (3, 7, "length", 0.5)
+    assert (figures["prompt_tokens"], figures["seed"], figures["finish_reason"], figures["prefill_s"]) == (
+        3,
+        7,
+        "length",
+        0.5,
+    )
 
 
 def test_accepted_counts_what_the_rule_kept_before_a_stop_clipped_it():

@@ -27,7 +27,11 @@ def trace(tmp_path):
 
 
 def test_every_event_is_read_back_as_it_was(tmp_path):
-    others = [SettingChanged(3, "k", 4, 5, "asked"), Failed("GenerationFailed", "m", "h"), Finished("cancelled", 1, 1, None)]
+    others = [
+        SettingChanged(3, "k", 4, 5, "asked"),
+        Failed("GenerationFailed", "m", "h"),
+        Finished("cancelled", 1, 1, None),
+    ]
     with TraceWriter(tmp_path / "t") as writer:
         for event in [*EVENTS, *others]:
             writer.write(event)
@@ -37,8 +41,24 @@ def test_every_event_is_read_back_as_it_was(tmp_path):
 def test_a_cycle_line_has_the_contracts_keys():
     record = to_json(cycles(EVENTS)[0])
     assert set(record) == {
-        "kind", "index", "drafter", "k", "drafted", "accepted", "emitted", "end", "p", "q", "u", "overlap", "residual",
-        "draft_s", "verify_s", "other_s", "context", "source",
+        "kind",
+        "index",
+        "drafter",
+        "k",
+        "drafted",
+        "accepted",
+        "emitted",
+        "end",
+        "p",
+        "q",
+        "u",
+        "overlap",
+        "residual",
+        "draft_s",
+        "verify_s",
+        "other_s",
+        "context",
+        "source",
     }
     assert record["source"] == {"engine": "specdec", "exactness": "exact"}
     assert to_json(EVENTS[0])["schema"] == "specdec.trace/1"

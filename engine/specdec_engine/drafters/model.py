@@ -27,7 +27,9 @@ class ModelDrafter:
         self.runtime = runtime
         self._device = host.device
         self._target_vocab = host.vocab
-        self._vocab = min(runtime.vocab, host.vocab)  # ids that both have; padding rows differ between sizes of a family
+        self._vocab = min(
+            runtime.vocab, host.vocab
+        )  # ids that both have; padding rows differ between sizes of a family
         self._drafted_from = 0  # length of the context that the last draft followed
 
     def begin(self, prompt: Sequence[int]) -> None:

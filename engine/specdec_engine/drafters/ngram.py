@@ -26,7 +26,9 @@ class NgramDrafter:
 
     def __init__(self, host: DraftHost, longest: int = 3, shortest: int = 1) -> None:
         if not 1 <= shortest <= longest:
-            raise UsageError(f"ngram:{longest} is not at least {shortest}", "the number is the longest n-gram to look up")
+            raise UsageError(
+                f"ngram:{longest} is not at least {shortest}", "the number is the longest n-gram to look up"
+            )
         self._device = host.device
         self._lengths = range(longest, shortest - 1, -1)
         self._after: dict[tuple[int, ...], int] = {}  # n-gram -> where what followed its last occurrence begins

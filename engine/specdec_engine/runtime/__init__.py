@@ -41,5 +41,5 @@ PREFILL_CHUNK = 512
 
 def prefill(runtime: Runtime, tokens: Tensor) -> None:
     """Cache [n] tokens in chunks, and keep no logits."""
-    for chunk in tokens.split(PREFILL_CHUNK):
+    for chunk in torch.split(tokens, PREFILL_CHUNK):
         runtime.forward(chunk, 1)

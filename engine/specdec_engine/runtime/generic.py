@@ -24,7 +24,9 @@ class GenericRuntime:
         self._cache = new_cache(model, label)
         accepts = inspect.signature(model.forward).parameters
         if "past_key_values" not in accepts:
-            raise PairIncompatible(f"{label} ({model.config.model_type}) has no key-value cache", "choose another model")
+            raise PairIncompatible(
+                f"{label} ({model.config.model_type}) has no key-value cache", "choose another model"
+            )
         self.model = model
         self.vocab = _logits_size(model)
         self.limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -1,0 +1,193 @@
+"""`specdec generate` on real checkpoints from disk: what it prints, where, and how it ends."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+
+import pytest
+
+from specdec_engine.trace import from_json, read_trace
+from tests.fakes import cycles, emitted
+
+KEYS = {
+    "schema",
+    "text",
+    "finish_reason",
+    "prompt_tokens",
+    "emitted",
+    "cycles",
+    "drafted",
+    "accepted",
+    "acceptance_rate",
+    "alpha",
+    "mean_emitted_per_cycle",
+    "tokens_per_second",
+    "draft_s",
+    "verify_s",
+    "other_s",
+    "seed",
+    "settings",
+    "token_ids",
+    "environment",
+}
+
+
+@pytest.fixture
+def generate(specdec, checkpoint):
+    return lambda *argv: specdec("generate", "the light in the night", "-t", checkpoint, "--dtype", "float32", *argv)
+
+
+def answer(result):
+    assert result.code == 0, result.err
+    return json.loads(result.out)
+
+
+def test_json_has_the_contracts_keys_and_adds_up(generate, checkpoint):
+    record = answer(generate("--json", "-n", "20", "--seed", "5"))
+    assert record.keys() >= KEYS
+    assert record["schema"] == "specdec.generate/1"
+    assert record["emitted"] == len(record["token_ids"]) == 20
+    assert record["finish_reason"] == "length"
+    assert record["settings"]["target"] == str(checkpoint)
+    assert record["settings"]["draft"] == "ngram"
+    assert record["environment"]["dtype"] == "float32"
+    assert record["seed"] == 5
+
+
+def test_a_model_draft_from_disk_gives_the_plain_tokens(generate, draft_checkpoint, checkpoint):
+    """Greedy, float32: no draft, a lookup, a small model, the target itself, and cascades say the same."""
+    plain = answer(generate("--json", "-n", "40", "-d", "none"))
+    assert plain["drafted"] == 0
+    for draft in ("ngram", "ngram:5", draft_checkpoint, checkpoint, f"ngram,{draft_checkpoint}"):
+        for k in (1, 4, 7):
+            assert answer(generate("--json", "-n", "40", "-d", draft, "-k", k))["token_ids"] == plain["token_ids"]
+
+
+def test_sampling_repeats_under_its_printed_seed(generate, draft_checkpoint):
+    options = ("--json", "-n", "30", "--temperature", "0.9", "--top-p", "0.95", "-d", draft_checkpoint)
+    first = answer(generate(*options))
+    assert answer(generate(*options, "--seed", first["seed"]))["token_ids"] == first["token_ids"]
+    assert answer(generate(*options))["seed"] != first["seed"]
+
+
+def test_text_streams_to_stdout_and_words_to_stderr(generate):
+    text = answer(generate("--json", "-n", "25"))["text"]
+    result = generate("-n", "25")
+    assert result.out == text
+    assert result.err.count("\n") == 1
+    for word in ("tok/s", "emitted per cycle", "accepted", "seed", "speculation on: ngram, k 4"):
+        assert word in result.err
+    assert generate("-n", "25", "--no-stats").err == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "why"), [(["-k", "0"], "because k is 0"), (["-d", "none"], "because the draft is none")]
+)
+def test_speculation_that_is_off_says_why(generate, options, why):
+    assert f"speculation off {why}" in generate("-n", "3", *options).err
+
+
+def test_jsonl_is_the_trace_as_it_happens(generate, tmp_path):
+    trace = tmp_path / "t.jsonl"
+    result = generate("--jsonl", "-n", "15", "--trace", trace)
+    found = [from_json(json.loads(line)) for line in result.out.splitlines()]
+    assert found == list(read_trace(trace))
+    assert len(emitted(found)) == 15
+    assert [event.kind for event in found] == ["started"] + ["cycle"] * len(cycles(found)) + ["finished"]
+
+
+def test_a_second_run_is_appended_to_the_trace(generate, tmp_path):
+    for _ in range(2):
+        assert generate("-n", "3", "--trace", tmp_path / "t").code == 0
+    assert [e.kind for e in read_trace(tmp_path / "t")].count("started") == 2
+
+
+def test_a_stop_string_ends_the_text_before_it(generate):
+    text = answer(generate("--json", "-n", "40"))["text"]
+    stop = text[10:13]
+    cut = answer(generate("--json", "-n", "40", "--stop", stop))
+    assert cut["text"] == text[: text.index(stop)]
+    assert cut["finish_reason"] == "stop"
+    assert generate("-n", "40", "--stop", stop).out == cut["text"]
+
+
+def test_all_eos_ids_stop(specdec, tmp_path):
+    """A checkpoint whose generation config has a list: whichever comes first ends the run, and is emitted."""
+    from tests.fakes import byte_tokenizer, tiny_llama
+
+    model = tiny_llama(seed=8)
+    byte_tokenizer().save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    options = ("generate", "the night", "-t", tmp_path, "--dtype", "float32", "--json", "-n", "30")
+    ids = answer(specdec(*options))["token_ids"]
+    model.generation_config.eos_token_id = [1, ids[9], ids[6]]
+    model.save_pretrained(tmp_path)
+    first = min(ids.index(ids[9]), ids.index(ids[6]))
+    record = answer(specdec(*options))
+    assert (record["token_ids"], record["finish_reason"]) == (ids[: first + 1], "stop")
+
+
+def test_chat_is_the_default_where_there_is_a_template(generate, specdec, checkpoint):
+    chat, raw = answer(generate("--json", "-n", "1")), answer(generate("--json", "-n", "1", "--raw"))
+    assert chat["prompt_tokens"] > raw["prompt_tokens"]
+    assert answer(generate("--json", "-n", "1", "--chat"))["prompt_tokens"] == chat["prompt_tokens"]
+    assert answer(generate("--json", "-n", "1", "--system", "Be brief."))["prompt_tokens"] > chat["prompt_tokens"]
+
+
+def test_colour_says_where_tokens_came_from_and_marks_say_it_without(generate, checkpoint):
+    """The target as its own draft: accepted tokens and bonuses. Nothing but styling is added."""
+    plain = generate("-n", "11", "-d", checkpoint, "-k", "4").out
+    coloured = generate("-n", "11", "-d", checkpoint, "-k", "4", "--color", "always").out
+    assert "\x1b[38;2;86;180;233m" in coloured  # accepted, sky blue
+    assert "\x1b[1;38;2;204;121;167m" in coloured  # bonus, bold purple
+    marked = generate("-n", "11", "-d", checkpoint, "-k", "4", "--marks").out
+    assert "+" in marked
+    assert len(marked) > len(plain)
+
+
+def test_no_color_is_honoured(generate, checkpoint, monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "38;2;" not in generate("-n", "11", "-d", checkpoint, "--color", "always").out
+
+
+def test_hostile_text_is_made_visible_when_styled(specdec, tmp_path):
+    """A model that answers with an escape sequence, markup and a bidi override: none of it steers the terminal."""
+    import torch
+
+    from tests.fakes import byte_tokenizer, tiny_llama
+
+    tokenizer = byte_tokenizer(merges=[])
+    hostile = "\x1b2J[/red]\u202e\x9b31m"
+    ids = [*tokenizer(hostile)["input_ids"], 1]
+    model = tiny_llama(hidden=512, layers=1, vocab=600)
+    follow = {0: ids[0], **dict(pairwise(ids))}
+    assert len(set(ids)) == len(ids), "each token decides the next"
+    with (
+        torch.no_grad()
+    ):  # embeddings are unit vectors, attention and MLP add nothing, the head maps each token to the next
+        for name, weight in model.named_parameters():
+            weight.copy_(
+                torch.eye(600, 512)
+                if "embed" in name
+                else torch.ones_like(weight)
+                if "norm" in name
+                else torch.zeros_like(weight)
+            )
+        for token, after in follow.items():
+            model.lm_head.weight[after, token] = 1.0
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    start = tokenizer.decode([0])
+    options = ("generate", start, "--raw", "-t", tmp_path, "--dtype", "float32", "-d", "none", "-n", "40", "--no-stats")
+    assert specdec(*options).out == hostile  # a pipe gets what the model said
+    shown = specdec(*options, "--color", "always").out
+    assert "␛2J[/red]··31m" in shown
+    assert "\x1b2J" not in shown
+    assert "\u202e" not in shown
+    assert "\x9b" not in shown
+
+
+def test_version_and_bare_command(specdec):
+    assert specdec("--version").out.startswith("specdec ")
+    assert "generate" in specdec().out
