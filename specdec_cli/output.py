@@ -51,7 +51,7 @@ def silence_stdout() -> None:
 def narrated() -> Iterator[Report]:
     """Loading progress: a live line on a terminal; elsewhere a sentence for what takes long."""
     if sys.stderr.isatty():
-        with Console(stderr=True).status("starting") as status:
+        with Console(stderr=True).status("loading PyTorch and transformers") as status:
             yield lambda progress: status.update(Text(printable(_sentence(progress))))
         return
     told: set[tuple[str, str]] = set()

@@ -100,7 +100,7 @@ class SettingChanged:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The run ended as it should: a stop, the budget, or the caller's wish."""
+    """The run ended as it should: a stop, the budget, or the consumer's wish, who then records `cancelled` itself."""
 
     reason: FinishReason
     emitted: int

@@ -57,7 +57,7 @@ def decode(
     except Exception as error:
         known = _understood(error)
         yield Failed(type(known).__name__, known.message, known.hint)
-        raise known from error
+        raise known from (None if known is error else error)
 
 
 def _cycles(
@@ -92,7 +92,8 @@ def _cycles(
         clipped = clipper.clip(verdict.tokens)
         context += clipped.emitted
         target.rollback(to=len(context) - 1)
-        drafter.observe(draft, verdict)
+        if k:
+            drafter.observe(draft, verdict)
         marks.append(timer.mark())
 
         yield _cycle(index, k, draft, verdict, clipped, [timer.seconds(a, b) for a, b in pairwise(marks)], position)
@@ -130,11 +131,6 @@ def _cycle(
         other_s=other_s,
         context=position,
     )
-
-
-def cancelled(emitted: int, cycles: int) -> Finished:
-    """The event a consumer records when it stopped iterating of its own accord."""
-    return Finished("cancelled", emitted, cycles, None)
 
 
 def _room(context: Sequence[int], stop: Stop, limit: int | None) -> int:

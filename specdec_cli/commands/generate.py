@@ -189,7 +189,7 @@ def _state(pair: Pair, summary: Summary, draft: str, k: int) -> str:
 
 def _quieten(offline: bool, debug: bool) -> None:
     """Before transformers is imported: its own bars and warnings would tear our lines apart."""
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = os.environ["TQDM_DISABLE"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
