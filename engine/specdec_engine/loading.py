@@ -7,6 +7,7 @@ leaves the machine. Everything that can be refused is refused before weights are
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from jinja2 import TemplateError
 
 from specdec_engine.builtin import builtin_folder
 from specdec_engine.errors import ModelUnavailable, OutOfMemory, SpecdecError, UsageError
@@ -66,7 +68,7 @@ def load_model(name: str, options: LoadOptions) -> Loaded:
     path = resolve(name, options)
     with _explained(name, path):
         config = _load_config(path, options)
-        need = estimate(path, config, dtype, options.tokens)
+        need = estimate(_weight_files(path), config, dtype, options.tokens)
         placement = _placement(name, need, device, options)
         options.report(Progress("load", name, 0, need.weights))
         tokenizer = load_tokenizer(path, options)
@@ -148,25 +150,25 @@ def _checked_folder(folder: Path) -> Path:
     """Only safetensors, and all shards that the index names."""
     if not (folder / "config.json").is_file():
         raise ModelUnavailable(f"{folder} has no config.json", "give the folder that save_pretrained wrote")
-    shards = set(folder.glob("*.safetensors"))
-    if not shards:
+    if not list(folder.glob("*.safetensors")):
         pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl") for p in folder.glob(pattern))
         what = f"only pickled weights ({pickled[0]}), which can run code when read" if pickled else "no weights"
         raise ModelUnavailable(
             f"{folder} has {what}",
             "load it once with transformers where you trust it, and save it again with save_pretrained: safetensors",
         )
-    named = {folder / file for index in folder.glob("*.safetensors.index.json") for file in _shards(index)}
-    if missing := sorted(named - shards):
-        raise ModelUnavailable(f"{folder} lacks {missing[0].name}, which its index names", "download it again")
+    if missing := [file.name for file in _weight_files(folder) if not file.is_file()]:
+        raise ModelUnavailable(f"{folder} lacks the weights file {missing[0]}", "download it again")
     return folder
 
 
-def _shards(index: Path) -> set[str]:
-    import json
-
+def _weight_files(path: Path) -> list[Path]:
+    """The files transformers will read: a GGUF, the shards of the index, or the one model.safetensors."""
+    index = path / "model.safetensors.index.json"
+    if path.is_file() or not index.is_file():
+        return [path if path.is_file() else path / "model.safetensors"]
     try:
-        return set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        return sorted(path / name for name in set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError) as error:
         raise ModelUnavailable(f"{index} cannot be read: {error}", "download it again") from error
 
@@ -182,7 +184,7 @@ def _fetch(name: str, options: LoadOptions) -> Path:
             snapshot_download(
                 name,
                 allow_patterns=wanted,
-                ignore_patterns=["*/*"],  # other formats and precisions live in folders
+                ignore_patterns=["*/*", "consolidated*"],  # the same weights in other formats
                 local_files_only=options.offline,
                 tqdm_class=_reporting_tqdm(name, options.report),
             )
@@ -316,7 +318,7 @@ def _explained(name: str, path: Path) -> Iterator[None]:
         raise OutOfMemory(f"out of memory while loading {name}", "use --dtype bfloat16, or a smaller model") from error
     except SafetensorError as error:
         raise ModelUnavailable(
-            f"the weights of {name} are damaged: {_first_line(error)}", f"delete them and download again: {path}"
+            f"the weights of {name} are damaged: {_first_line(error)}", f"delete them and download them again: {path}"
         ) from error
     except Exception as error:  # a checkpoint can be broken in as many ways as there are lines in its reader
         if "trust_remote_code" in str(error):
@@ -341,7 +343,11 @@ def _first_line(error: BaseException) -> str:
 def chat_ids(tokenizer: Any, prompt: str, system: str | None) -> list[int]:
     """The prompt as one user turn of the tokenizer's chat template, the assistant's turn opened."""
     turns = [{"role": "system", "content": system}] if system else []
-    encoded = tokenizer.apply_chat_template(
-        [*turns, {"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=True, return_dict=True
-    )
+    turns.append({"role": "user", "content": prompt})
+    try:
+        encoded = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=True)
+    except TemplateError as error:  # some templates refuse a system turn, in their own words
+        raise UsageError(
+            f"the chat template refuses this prompt: {error}", "leave out --system, or use --raw"
+        ) from error
     return cast("list[int]", list(encoded["input_ids"]))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from safetensors import safe_open
 
 from specdec_engine.errors import OutOfMemory
 
@@ -27,12 +29,13 @@ class Need:
         return int((self.weights + self.cache) * _HEADROOM)
 
 
-def estimate(path: Path, config: Any, dtype: torch.dtype, tokens: int) -> Need:
-    """From file headers and the config alone. A GGUF counts with its file size, which is the least it can take."""
-    if path.is_file():
-        return Need(path.stat().st_size, kv_bytes(config, dtype, tokens))
-    elements = sum(_elements(file) for file in path.glob("*.safetensors"))
-    return Need(elements * dtype.itemsize, kv_bytes(config, dtype, tokens))
+def estimate(files: Sequence[Path], config: Any, dtype: torch.dtype, tokens: int) -> Need:
+    """From file headers and the config alone. A GGUF counts with its file size, which is the least it can take.
+
+    Raises SafetensorError for a file whose size is not what its header says: a truncated download.
+    """
+    weights = sum(_weight_bytes(file, dtype) for file in files)
+    return Need(weights, kv_bytes(config, dtype, tokens))
 
 
 def kv_bytes(config: Any, dtype: torch.dtype, tokens: int) -> int:
@@ -44,18 +47,12 @@ def kv_bytes(config: Any, dtype: torch.dtype, tokens: int) -> int:
     return int(2 * getattr(text, "num_hidden_layers", 0) * kv_heads * head_size * dtype.itemsize * tokens)
 
 
-def _elements(file: Path) -> int:
-    """Numbers stored in a safetensors file: an 8-byte length, then a JSON header with each tensor's shape."""
-    with file.open("rb") as handle:
-        header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
-    total = 0
-    for name, entry in header.items():
-        if name != "__metadata__":
-            size = 1
-            for n in entry["shape"]:
-                size *= n
-            total += size
-    return total
+def _weight_bytes(file: Path, dtype: torch.dtype) -> int:
+    if file.suffix != ".safetensors":
+        return file.stat().st_size
+    with safe_open(file, "pt") as tensors:
+        numbers = sum(prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return int(numbers) * dtype.itemsize
 
 
 def free_bytes(device: torch.device) -> int | None:

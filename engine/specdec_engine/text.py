@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 REPLACEMENT = "\ufffd"
 _JOINERS = "\u200c\u200d"  # they shape Persian, Indic and emoji text, and cannot reorder or hide anything
-_CHARACTER_TOKENS = 4  # no UTF-8 character is longer than 4 bytes, so none spans more than 4 tokens
 
 
 class Tokenizer(Protocol):
@@ -38,9 +37,8 @@ class Detokenizer:
     def feed(self, token: int) -> str:
         """The text that this token completes; empty while a character is incomplete."""
         self._window.append(token)
-        pending = len(self._window) - self._settled
         known, text = self._decode(self._window[: self._settled]), self._decode(self._window)
-        if text.endswith(REPLACEMENT) and pending < _CHARACTER_TOKENS:
+        if text.endswith(REPLACEMENT):  # half a character, or rubbish: only what follows can tell
             return ""
         self._window = self._window[self._settled :]
         self._settled = len(self._window)
