@@ -55,6 +55,12 @@ def main() -> None:
         code = exit_code(error)
     except KeyboardInterrupt:
         code = ExitCode.INTERRUPTED
+    except OSError as error:
+        _trace_if_wanted()
+        what = f" {error.filename}" if error.filename else ""
+        output.error(f"reading or writing{what} failed: {error.strerror or error}", "check the path and the free space")
+        output.silence_stdout()
+        code = ExitCode.FAILED
     except Exception as error:
         code = _unforeseen(error)
     sys.exit(code or ExitCode.OK)
@@ -63,7 +69,8 @@ def main() -> None:
 def _unforeseen(error: Exception) -> int:
     if hasattr(error, "format_message"):  # Typer's own: an unknown option, a word where a number belongs
         said = error.format_message().rstrip(".") + _typed_value(error)
-        output.error(said, f"specdec {' '.join(sys.argv[1:2])} --help lists the options")
+        command = next((f" {word}" for word in sys.argv[1:2] if not word.startswith("-")), "")
+        output.error(said, f"specdec{command} --help lists the options")
         return int(getattr(error, "exit_code", ExitCode.USAGE))
     _trace_if_wanted()
     output.error(f"{type(error).__name__}: {error}", "this is a bug in specdec; --debug shows where")

@@ -39,6 +39,10 @@ Dtype = Annotated[
         help="auto (bfloat16 where the hardware computes in it), float32, bfloat16, float16.",
     ),
 ]
+Runtime = Annotated[
+    Literal["auto", "generic"],
+    typer.Option(rich_help_panel=_MODELS, help="How forwards are run; generic is the transformers forward."),
+]
 Offline = Annotated[bool, typer.Option("--offline", rich_help_panel=_MODELS, help="No network at all.")]
 TrustRemoteCode = Annotated[
     bool,

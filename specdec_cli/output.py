@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any, Literal, Protocol
 
-from rich.console import Console
+from rich.console import COLOR_SYSTEMS, Console
+from rich.style import Style
 from rich.text import Text
 
 from specdec_engine.events import Cycle, Event, Started
@@ -91,8 +92,7 @@ class TextOutput:
         self._stream = stream
         self._terminal = sys.stdout.isatty()
         self.styled = color == "always" or (color == "auto" and self._terminal)
-        self._console = _styled_console() if self.styled else None
-        self._safe = self._terminal or self.styled
+        self._codes = _codes() if self.styled else dict.fromkeys(STYLES, ("", ""))
         self._marks = marks
         self._origin = "plain"
         _speak_utf8(sys.stdout)
@@ -111,17 +111,15 @@ class TextOutput:
         sys.stdout.flush()
 
     def _write(self, text: str) -> None:
-        word = text.lstrip()
+        if self._terminal or self.styled:
+            text = printable(text)
+        word = text.lstrip(" \n\t")
         space = text[: len(text) - len(word)]
-        if word and self._marks:
-            word = MARKS[self._origin] + word
-        text = space + (printable(word) if self._safe else word)
-        if self._console is None or not word:
-            sys.stdout.write(text)
-        else:
-            # The word alone is styled: an underlined space in front of it looks like a fault.
-            styled = Text.assemble(space, (printable(word), STYLES[self._origin]))
-            self._console.print(styled, end="", soft_wrap=True)
+        if word:  # the word alone is styled: an underlined space in front of it looks like a fault
+            before, after = self._codes[self._origin]
+            mark = MARKS[self._origin] if self._marks else ""
+            text = f"{space}{before}{mark}{word}{after}"
+        sys.stdout.write(text)
 
 
 class JsonLinesOutput:
@@ -189,11 +187,20 @@ def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.0f} %"
 
 
-def _styled_console() -> Console:
-    """For `--color always` through a pipe, too; Rich honours NO_COLOR itself."""
-    if sys.stdout.isatty():
-        return Console(highlight=False)
-    return Console(highlight=False, force_terminal=True, color_system="truecolor")
+def _codes() -> dict[str, tuple[str, str]]:
+    """What switches each style on and off here, by Rich's knowledge of terminals and NO_COLOR.
+
+    The codes and not Rich's printing, which would expand the model's tabs.
+    """
+    terminal = sys.stdout.isatty()
+    console = Console(force_terminal=not terminal or None, color_system="auto" if terminal else "truecolor")
+    system = COLOR_SYSTEMS.get(console.color_system or "")
+    codes = {}
+    for origin, definition in STYLES.items():
+        style = Style.parse(definition)
+        on, off = (style.without_color if console.no_color else style).render("|", color_system=system).split("|")
+        codes[origin] = (on, off)
+    return codes
 
 
 def _speak_utf8(stream: IO[str]) -> None:

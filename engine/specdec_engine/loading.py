@@ -19,13 +19,15 @@ import torch
 from jinja2 import TemplateError
 
 from specdec_engine.builtin import builtin_folder
+from specdec_engine.cache import new_cache
 from specdec_engine.errors import ModelUnavailable, OutOfMemory, SpecdecError, UsageError
-from specdec_engine.memory import check_fits, estimate, free_bytes
+from specdec_engine.memory import Need, check_fits, estimate, free_bytes
 from specdec_engine.progress import Progress, Report, silent
 from specdec_engine.runtime.generic import GenericRuntime
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DeviceMap = Literal["auto"]
+RuntimeName = Literal["auto", "generic"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,8 @@ class LoadOptions:
     """auto, float32, bfloat16 or float16."""
     device_map: DeviceMap | None = None
     """`auto` spreads the target over all GPUs and the CPU, by accelerate."""
+    runtime: RuntimeName = "auto"
+    """How forwards are run: auto chooses the fastest that fits, of which there is one: generic."""
     offline: bool = False
     trust_remote_code: bool = False
     tokens: int = 2048
@@ -57,26 +61,58 @@ class Loaded:
     """All end-of-sequence ids of the generation config, the config and the tokenizer."""
 
 
-def load_model(name: str, options: LoadOptions) -> Loaded:
-    """The model that `name` means, ready to run.
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A model that was found and looked at; its weights are not read yet."""
+
+    name: str
+    path: Path
+    config: Any
+    tokenizer: Any
+    need: Need
+    device: torch.device
+    dtype: torch.dtype
+    options: LoadOptions
+
+    @property
+    def vocab(self) -> int:
+        """Size of the logits, by the config."""
+        return int(self.config.get_text_config().vocab_size)
+
+    def load(self) -> Loaded:
+        """Read the weights. Raises ModelUnavailable for damaged ones, OutOfMemory if they do not fit any more."""
+        report, size = self.options.report, self.need.weights
+        placement = _placement(self.name, self.need, self.device, self.options)
+        report(Progress("load", self.name, 0, size))
+        with _explained(self.name, self.path):
+            model = _load_weights(self.path, self.dtype, placement, self.options)
+        report(Progress("load", self.name, size, size))
+        runtime = GenericRuntime(model, self.name)
+        dtype = str(self.dtype).removeprefix("torch.")
+        return Loaded(self.name, runtime, self.tokenizer, dtype, _stop_ids(model, self.tokenizer))
+
+
+def find_model(name: str, options: LoadOptions) -> Candidate:
+    """The model that `name` means, fetched if need be and checked as far as that goes without its weights.
 
     Raises UsageError for a device or dtype that does not exist, ModelUnavailable for a model that cannot be had,
     PairIncompatible for one that cannot be rolled back, OutOfMemory for one that does not fit.
     """
-    device, dtype = pick_device(options.device), None
+    device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
     path = resolve(name, options)
     with _explained(name, path):
         config = _load_config(path, options)
-        need = estimate(_weight_files(path), config, dtype, options.tokens)
-        placement = _placement(name, need, device, options)
-        options.report(Progress("load", name, 0, need.weights))
+        new_cache(config, name)
         tokenizer = load_tokenizer(path, options)
-        model = _load_weights(path, dtype, placement, options)
-        options.report(Progress("load", name, need.weights, need.weights))
-    return Loaded(
-        name, GenericRuntime(model, name), tokenizer, str(dtype).removeprefix("torch."), _stop_ids(model, tokenizer)
-    )
+        need = estimate(_weight_files(path), config, dtype, options.tokens)
+        _placement(name, need, device, options)
+    return Candidate(name, path, config, tokenizer, need, device, dtype, options)
+
+
+def load_model(name: str, options: LoadOptions) -> Loaded:
+    """`find_model`, and its weights."""
+    return find_model(name, options).load()
 
 
 def pick_device(name: str) -> torch.device:
@@ -152,10 +188,11 @@ def _checked_folder(folder: Path) -> Path:
         raise ModelUnavailable(f"{folder} has no config.json", "give the folder that save_pretrained wrote")
     if not list(folder.glob("*.safetensors")):
         pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl") for p in folder.glob(pattern))
-        what = f"only pickled weights ({pickled[0]}), which can run code when read" if pickled else "no weights"
+        found = f", only pickled ones ({pickled[0]})" if pickled else ""
         raise ModelUnavailable(
-            f"{folder} has {what}",
-            "load it once with transformers where you trust it, and save it again with save_pretrained: safetensors",
+            f"{folder} has no safetensors weights{found}",
+            "pickled weights can run code when read, and are not; where you trust them, load them once with transformers "
+            "and save them again with save_pretrained, which writes safetensors",
         )
     if missing := [file.name for file in _weight_files(folder) if not file.is_file()]:
         raise ModelUnavailable(f"{folder} lacks the weights file {missing[0]}", "download it again")
@@ -199,7 +236,9 @@ def _fetch(name: str, options: LoadOptions) -> Path:
             f"the hub has no model {name!r}, or it is private",
             f"check the spelling, or run `hf auth login` for a private one ({_status(error)})",
         ) from error
-    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, OSError) as error:
+    except hub.HFValidationError as error:
+        raise ModelUnavailable(f"{name!r} is no hub id: {_first_line(error)}", "a hub id is org/name") from error
+    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
         if options.offline or isinstance(error, hub.OfflineModeIsEnabled):
             raise ModelUnavailable(
                 f"{name} is not in the local cache, and offline mode forbids fetching it",
@@ -211,6 +250,11 @@ def _fetch(name: str, options: LoadOptions) -> Path:
         ) from error
     except hub.HfHubHTTPError as error:
         raise ModelUnavailable(f"{name} could not be fetched: {_status(error)}", "try again later") from error
+    except Exception as error:  # a full disk, or whatever the client's transport says when a connection dies
+        raise ModelUnavailable(
+            f"{name} could not be fetched: {getattr(error, 'strerror', None) or _first_line(error)}",
+            "free some space or check the network, and try again: what was fetched is kept",
+        ) from error
 
 
 def _status(error: Any) -> str:
@@ -247,6 +291,8 @@ def load_tokenizer(path: Path, options: LoadOptions) -> Any:
     try:
         return AutoTokenizer.from_pretrained(**_source(path, options))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        if "trust_remote_code" in str(error):
+            raise
         raise ModelUnavailable(
             f"{path} has no tokenizer that can be read: {_first_line(error)}",
             "put tokenizer.json and tokenizer_config.json beside the weights; token ids mean nothing without them",
@@ -284,7 +330,7 @@ def _source(path: Path, options: LoadOptions) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": path, **common}
 
 
-def _placement(name: str, need: Any, device: torch.device, options: LoadOptions) -> torch.device | DeviceMap:
+def _placement(name: str, need: Need, device: torch.device, options: LoadOptions) -> torch.device | DeviceMap:
     """The device, if the model fits; else all of them together, where there is more than one GPU to spread over."""
     if options.device_map is not None:
         return options.device_map

@@ -49,11 +49,12 @@ def decode(
     """
     rule, timer = rule or TokenRule(), timer or timer_for(target.device)
     clipper = Clipper(stop, _room(prompt, stop, target.limit), tokenizer)
+    settings = controls.settings
     names = {"target": target.name, "draft": drafter.name, "rule": rule.name}
     limits = {"max_tokens": stop.max_tokens, "stop": list(stop.strings)}
-    yield Started(tuple(prompt), {**names, **controls.settings.named(), **limits}, random.seed, dict(environment or {}))
+    yield Started(tuple(prompt), {**names, **settings.named(), **limits}, random.seed, dict(environment or {}))
     try:
-        yield from _cycles(target, drafter, list(prompt), controls, clipper, random, rule, timer)
+        yield from _cycles(target, drafter, list(prompt), settings, controls, clipper, random, rule, timer)
     except Exception as error:
         known = _understood(error)
         yield Failed(type(known).__name__, known.message, known.hint)
@@ -64,21 +65,22 @@ def _cycles(
     target: Target,
     drafter: Drafter,
     context: list[int],
+    settings: Settings,
     controls: Controls,
     clipper: Clipper,
     random: Randomness,
     rule: AcceptanceRule,
     timer: Timer,
 ) -> Iterator[Event]:
-    prompt_tokens, index, settings = len(context), 0, controls.settings
+    prompt_tokens, index = len(context), 0
     began = timer.mark()
     drafter.begin(context)
     target.prefill(context[:-1])
     ready, reason = timer.mark(), None
     while reason is None:
         assert target.cached == len(context) - 1, f"{target.cached} cached, {len(context)} in context"
-        yield from changes(index, settings, controls.settings, controls.reason)
-        settings = controls.settings
+        before, settings = settings, controls.settings  # read once: what is announced is what runs
+        yield from changes(index, before, settings, controls.reason)
         marks, position = [timer.mark()], len(context)
 
         k = min(settings.k, clipper.room - 1)  # the last token of the budget is the target's own
@@ -92,7 +94,7 @@ def _cycles(
         clipped = clipper.clip(verdict.tokens)
         context += clipped.emitted
         target.rollback(to=len(context) - 1)
-        if k:
+        if len(draft):
             drafter.observe(draft, verdict)
         marks.append(timer.mark())
 

@@ -30,12 +30,13 @@ class Need:
 
 
 def estimate(files: Sequence[Path], config: Any, dtype: torch.dtype, tokens: int) -> Need:
-    """From file headers and the config alone. A GGUF counts with its file size, which is the least it can take.
+    """From file headers and the config alone; a GGUF is reckoned unpacked, as it will run.
 
     Raises SafetensorError for a file whose size is not what its header says: a truncated download.
     """
-    weights = sum(_weight_bytes(file, dtype) for file in files)
-    return Need(weights, kv_bytes(config, dtype, tokens))
+    packed = files[0].suffix == ".gguf"
+    numbers = _parameters(config) if packed else sum(_stored_numbers(file) for file in files)
+    return Need(numbers * dtype.itemsize, kv_bytes(config, dtype, tokens))
 
 
 def kv_bytes(config: Any, dtype: torch.dtype, tokens: int) -> int:
@@ -47,12 +48,17 @@ def kv_bytes(config: Any, dtype: torch.dtype, tokens: int) -> int:
     return int(2 * getattr(text, "num_hidden_layers", 0) * kv_heads * head_size * dtype.itemsize * tokens)
 
 
-def _weight_bytes(file: Path, dtype: torch.dtype) -> int:
-    if file.suffix != ".safetensors":
-        return file.stat().st_size
+def _stored_numbers(file: Path) -> int:
     with safe_open(file, "pt") as tensors:
-        numbers = sum(prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
-    return int(numbers) * dtype.itemsize
+        return int(sum(prod(tensors.get_slice(name).get_shape()) for name in tensors.keys()))  # noqa: SIM118
+
+
+def _parameters(config: Any) -> int:
+    """Counted on a model without storage."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return int(AutoModelForCausalLM.from_config(config).num_parameters())
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -6,7 +6,7 @@ import platform
 import secrets
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,9 +16,9 @@ import specdec_engine
 from specdec_engine.control import Controls
 from specdec_engine.drafters import build_drafter
 from specdec_engine.drafters.base import Drafter, DraftHost
-from specdec_engine.errors import UsageError
+from specdec_engine.errors import PairIncompatible, UsageError
 from specdec_engine.events import Event
-from specdec_engine.loading import Loaded, LoadOptions, chat_ids, load_model
+from specdec_engine.loading import Loaded, LoadOptions, chat_ids, find_model
 from specdec_engine.loop import decode
 from specdec_engine.pairing import check_pair
 from specdec_engine.randomness import KeyedRandomness
@@ -89,23 +89,33 @@ def load_pair(target: str = "builtin", draft: str = "ngram", options: LoadOption
     """Load a target and a drafter by name.
 
     target: `builtin`, a folder, a `.gguf` file or a hub id. draft: the same, or `ngram`, `none`, or several joined by
-    commas (`drafters.build_drafter`). Raises the errors of `load_model`, and PairIncompatible where tokenizers differ.
+    commas (`drafters.build_drafter`). Raises the errors of `find_model`, and PairIncompatible where tokenizers differ.
     """
     options = options or LoadOptions()
-    loaded = load_model(target, options)
-    runtime, drafts, notes = loaded.runtime, dict[str, Loaded](), list[str]()
+    found = find_model(target, options)
+    drafts, notes = dict[str, Loaded](), list[str]()
 
     def load_draft(name: str) -> Runtime:
-        small = load_model(name, options)
-        special = check_pair(target, loaded.tokenizer, name, small.tokenizer).special
+        small = find_model(name, replace(options, device_map=None))
+        special = check_pair(target, found.tokenizer, name, small.tokenizer).special
         if special:
             notes.append(f"{len(special)} special tokens of {target} and {name} differ, from id {special[0].id} on")
-        drafts[name] = small
-        return small.runtime
+        drafts[name] = small.load()
+        return drafts[name].runtime
 
-    drafter = build_drafter(draft, DraftHost(runtime.vocab, runtime.device, load_draft))
+    # The drafter first: what is wrong with it comes out before the larger model's weights are read.
+    drafter = build_drafter(draft, DraftHost(found.vocab, found.device, load_draft))
+    loaded = found.load()
+    if loaded.runtime.vocab != found.vocab:
+        raise PairIncompatible(
+            f"{target} has {loaded.runtime.vocab} logits where its config says {found.vocab}", "choose another target"
+        )
+    for model in (loaded, *drafts.values()):
+        made_for = getattr(model.runtime.model.config.get_text_config(), "max_position_embeddings", None)
+        if model.runtime.limit != made_for:
+            notes.append(f"{model.name} is used up to {model.runtime.limit} tokens, where its LongRoPE changes over")
     return Pair(
-        target=ModelTarget(runtime, target),
+        target=ModelTarget(loaded.runtime, target),
         drafter=drafter,
         tokenizer=loaded.tokenizer,
         stop_ids=loaded.stop_ids,

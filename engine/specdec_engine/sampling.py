@@ -30,7 +30,8 @@ def warp(logits: Tensor, sampling: Sampling) -> Tensor:  # [n, V] -> [n, V] floa
         finite = logits.amax(-1, keepdim=True).isfinite()
         best = torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
         return torch.where(finite, best, torch.nan)
-    warped: Tensor = _warpers(sampling)(None, logits)
+    # Shifted, which changes no distribution, so that a tiny temperature overflows to -inf and never to NaN.
+    warped: Tensor = _warpers(sampling)(None, logits - logits.amax(-1, keepdim=True))
     return warped.softmax(-1)
 
 
@@ -51,8 +52,10 @@ def draw(probs: Tensor, u: Tensor) -> Tensor:  # [V], [] -> []
     """The token at which the cumulative distribution first exceeds u (inverse transform sampling)."""
     # float64: over 49,152 float32 terms the running sum is off by up to 1e-5, which is more than many a token's mass.
     cumulative = probs.to(wide(probs.device)).cumsum(0)
-    index = torch.searchsorted(cumulative, (u.to(cumulative) * cumulative[-1])[None], right=True)[0]
-    return index.clamp(max=probs.shape[0] - 1)
+    # Kept below the total, which u · total can reach by rounding: past it there is no token.
+    total = cumulative[-1]
+    at = torch.minimum(u.to(cumulative) * total, total * (1 - torch.finfo(cumulative.dtype).eps))
+    return torch.searchsorted(cumulative, at[None], right=True)[0].clamp(max=probs.shape[0] - 1)
 
 
 def wide(device: torch.device) -> torch.dtype:

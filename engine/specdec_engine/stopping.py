@@ -21,6 +21,8 @@ class Stop:
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise UsageError(f"max-tokens {self.max_tokens} is not at least 1", "256 is the default")
+        if "" in self.strings:
+            raise UsageError("a stop text is empty", "leave out --stop, or give it a text")
 
 
 @dataclass(frozen=True, slots=True)

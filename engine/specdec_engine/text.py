@@ -1,12 +1,13 @@
 """Between token ids and text a person can see: whole characters only, nothing hostile.
 
 Three jobs, kept apart. `TextStream` turns emitted ids into exactly the text that decoding them all at once would give,
-as soon as it is certain. `printable` makes any text safe to put on a terminal. `token_bytes` gives one token's own bytes,
+as soon as it is certain. `printable` makes any text safe to put on a terminal. `TokenText` gives one token's own bytes,
 for traces and for drafts that may be rejected. A tokenizer is anything with transformers' `decode`.
 """
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -38,7 +39,8 @@ class Detokenizer:
         """The text that this token completes; empty while a character is incomplete."""
         self._window.append(token)
         known, text = self._decode(self._window[: self._settled]), self._decode(self._window)
-        if text.endswith(REPLACEMENT):  # half a character, or rubbish: only what follows can tell
+        # Half a character, or rubbish, or a token without text: only what follows can tell.
+        if text.endswith(REPLACEMENT) or text == known:
             return ""
         self._window = self._window[self._settled :]
         self._settled = len(self._window)
@@ -64,7 +66,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self._detokenizer = Detokenizer(tokenizer)
-        self._stop = tuple(s for s in stop if s)
+        self._stop = tuple(stop)
         self._held = ""
         self.stopped = False
         """True once a stop string has been seen; nothing comes out any more."""
@@ -116,21 +118,32 @@ def _visible(char: str) -> str:
     return "·" if unicodedata.category(char) in {"Cc", "Cf", "Cs", "Zl", "Zp"} else char
 
 
-def token_text(tokenizer: Any, token: int) -> str:
+class TokenText:
     """One token's own bytes as text; bytes that are no UTF-8 by themselves become lone surrogates (PEP 383).
 
-    `token_text(...).encode("utf-8", "surrogateescape")` gives the bytes back, so half a character survives a trace.
+    `TokenText(tokenizer)(token).encode("utf-8", "surrogateescape")` gives the bytes back: half a character survives.
     """
-    piece = tokenizer.convert_ids_to_tokens(token)
-    if piece is None:  # an id of the padded part of the vocabulary: it has no text
-        return ""
-    if token in tokenizer.all_special_ids:
-        return str(piece)
-    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):  # SentencePiece's byte fallback
-        return bytes([int(piece[3:5], 16)]).decode("utf-8", "surrogateescape")
-    if all(char in _BYTE_OF for char in piece):  # byte-level BPE
-        return bytes(_BYTE_OF[char] for char in piece).decode("utf-8", "surrogateescape")
-    return str(piece).replace("\u2581", " ")  # SentencePiece's mark for a space
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._byte_level = "ByteLevel" in repr(getattr(backend, "decoder", None))
+        self._special = set(tokenizer.all_special_ids)
+
+    def __call__(self, token: int) -> str:
+        piece = self._tokenizer.convert_ids_to_tokens(token)
+        if piece is None:  # an id of the padded part of the vocabulary: it has no text
+            return ""
+        if token in self._special:
+            return str(piece)
+        if self._byte_level and all(char in _BYTE_OF for char in piece):
+            return bytes(_BYTE_OF[char] for char in piece).decode("utf-8", "surrogateescape")
+        if _SENTENCEPIECE_BYTE.fullmatch(piece):
+            return bytes([int(piece[3:5], 16)]).decode("utf-8", "surrogateescape")
+        return str(piece).replace("\u2581", " ")  # SentencePiece's mark for a space
+
+
+_SENTENCEPIECE_BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 def _byte_level_alphabet() -> dict[str, int]:

@@ -42,7 +42,7 @@ class CudaTimer:
         return event
 
     def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
-        end.synchronize()  # returns at once: the verdict's copy came after every mark that is asked about
+        end.synchronize()  # all but returns at once: the verdict's copy has waited for everything before the last mark
         return float(start.elapsed_time(end)) / 1000.0
 
 

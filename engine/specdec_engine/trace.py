@@ -59,8 +59,9 @@ class TraceWriter:
         self._named: set[int] = set()
         try:
             self._file: IO[str] = self.path.open("a", encoding="utf-8")
-            if _ends_inside_a_line(self.path):
-                self._file.write("\n")  # a killed run's last line stays the only damaged one
+            # A killed run's last line stays the only damaged one; written with the first event, so that a start that
+            # fails leaves the file as it was.
+            self._before = "\n" if _ends_inside_a_line(self.path) else ""
         except OSError as error:
             raise _unwritable(self.path, error) from error
 
@@ -69,8 +70,9 @@ class TraceWriter:
         if self.describe is not None:
             record["pieces"] = {str(token): self.describe(token) for token in sorted(self._new_tokens(event))}
         try:
-            self._file.write(json.dumps(record) + "\n")
+            self._file.write(self._before + json.dumps(record) + "\n")
             self._file.flush()
+            self._before = ""
         except OSError as error:
             raise _unwritable(self.path, error) from error
 

@@ -66,10 +66,10 @@ class Verdict:
     token: int
     """The target's own token that ends the cycle."""
     origin: Literal["recovered", "bonus"]
-    p: tuple[float, ...]
+    p: tuple[float | None, ...]
     q: tuple[float, ...]
     u: tuple[float | None, ...]
-    overlap: tuple[float, ...]
+    overlap: tuple[float | None, ...]
     residual: tuple[tuple[int, float], ...]
 
     @property

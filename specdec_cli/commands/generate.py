@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import warnings
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,7 +21,7 @@ from specdec_engine.errors import SpecdecError, TraceError, UsageError
 from specdec_engine.events import Event, Finished
 from specdec_engine.stats import Summary
 from specdec_engine.stopping import Stop
-from specdec_engine.text import TextStream, token_text
+from specdec_engine.text import TextStream, TokenText
 from specdec_engine.trace import TraceWriter
 from specdec_engine.types import Sampling
 
@@ -50,6 +51,7 @@ def generate(
     device: opt.Device = "auto",
     device_map: opt.DeviceMap = None,
     dtype: opt.Dtype = "auto",
+    runtime: opt.Runtime = "auto",
     offline: opt.Offline = False,
     trust_remote_code: opt.TrustRemoteCode = False,
     json: opt.Json = False,
@@ -77,13 +79,15 @@ def generate(
     _quieten(offline, debug)
     with output.narrated() as report:
         # Deferred: torch and transformers take 3 s, and `--help` and usage errors must not pay them.
-        from specdec_engine.loading import LoadOptions
-        from specdec_engine.pair import load_pair
+        with deferred_interrupt():
+            from specdec_engine.loading import LoadOptions
+            from specdec_engine.pair import load_pair
 
         load = LoadOptions(
             device=device,
             dtype=dtype,
             device_map=device_map,
+            runtime=runtime,
             offline=offline,
             trust_remote_code=trust_remote_code,
             tokens=len(text) // 3 + max_tokens,
@@ -115,7 +119,7 @@ def generate(
     if stats:
         if isinstance(sink, output.TextOutput) and sink.styled:
             output.legend()
-        output.note(output.summary_line(summary, _state(pair, summary, draft, k)))
+        output.note(output.summary_line(summary, _state(pair, summary, k)))
     recorder.check()
     if summary.finish_reason == "cancelled":
         raise typer.Exit(ExitCode.INTERRUPTED)
@@ -130,7 +134,7 @@ class Recorder:
 
     def describe(self, pair: Pair) -> None:
         if self._writer is not None:
-            self._writer.describe = lambda token: token_text(pair.tokenizer, token)
+            self._writer.describe = TokenText(pair.tokenizer)
 
     def write(self, event: Event) -> None:
         if self._writer is None or self._error is not None:
@@ -170,21 +174,35 @@ def _consume(events: Iterable[Event], sink: output.Output, recorder: Recorder) -
         recorder.write(Finished("cancelled", summary.emitted, summary.cycles, None))
         raise
     except SpecdecError:
-        sink.end(summary)  # what was emitted until then is valid
+        if summary.seed is not None:  # it had started, and what was emitted until then is valid
+            sink.end(summary)
         raise
     sink.end(summary)
     return summary
 
 
-def _state(pair: Pair, summary: Summary, draft: str, k: int) -> str:
+def _state(pair: Pair, summary: Summary, k: int) -> str:
     """Whether speculation ran, and why not if it did not."""
     where = f"{pair.target.name}, {pair.environment['dtype']} on {pair.environment['device']}"
     if k == 0:
         return f"speculation off because k is 0 · {where}"
-    if draft == "none":
+    if set(pair.drafter.name.split(",")) == {"none"}:
         return f"speculation off because the draft is none · {where}"
     found = "" if summary.drafted else ", which proposed nothing"
     return f"speculation on: {pair.drafter.name}, k {k}{found} · {where}"
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[None]:
+    """Ctrl-C waits until the block is over: in the middle of torch's import it aborts the process (exit 134)."""
+    asked: list[int] = []
+    usual = signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    if asked:
+        raise KeyboardInterrupt
 
 
 def _quieten(offline: bool, debug: bool) -> None:

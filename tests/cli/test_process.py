@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import select
+import shutil
 import signal
 import subprocess
 import time
@@ -101,6 +102,20 @@ def test_a_reader_that_has_had_enough_ends_the_run_quietly(endless):
     assert b"Broken" not in err
 
 
+def test_a_full_disk_under_stdout_is_an_error_and_no_bug(checkpoint):
+    with open("/dev/full", "wb") as full:  # noqa: PTH123
+        done = subprocess.run(
+            command("generate", "hello", "-t", checkpoint, "-n", "5"),
+            stdin=subprocess.DEVNULL,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            env=environment(),
+        )
+    assert done.returncode == 1
+    assert b"No space left" in done.stderr
+    assert b"bug" not in done.stderr
+
+
 def test_prompts_from_stdin_a_file_and_the_argument_are_joined_in_this_order(checkpoint, tmp_path):
     (tmp_path / "f").write_text("file")
     options = ["-t", checkpoint, "--raw", "--jsonl", "-n", "1", "--no-stats"]
@@ -148,8 +163,10 @@ def test_on_a_terminal_tokens_are_coloured_and_the_answer_ends_its_line(checkpoi
 def test_hub_models_load_by_name_then_offline_and_refusals_say_why(checkpoint, tmp_path):
     """huggingface_hub's real client against a hub on this machine: one model, one gated, one that does not exist."""
     options = ["-n", "3", "--json"]
-    with hub({"org/tiny": checkpoint}) as endpoint:
-        online = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    pickled = shutil.copytree(checkpoint, tmp_path / "pickled")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    with hub({"org/tiny": checkpoint, "org/pickled": pickled}) as endpoint:
+        online = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
         done = process("generate", "hello", "-t", "org/tiny", *options, **online)
         assert done.returncode == 0, done.stderr
         assert b"fetching org/tiny" in done.stderr
@@ -157,6 +174,8 @@ def test_hub_models_load_by_name_then_offline_and_refusals_say_why(checkpoint, t
         assert (gated.returncode, b"gated" in gated.stderr, b"hf auth login" in gated.stderr) == (3, True, True)
         unknown = process("generate", "hello", "-t", "org/unknown", **online)
         assert (unknown.returncode, b"no model 'org/unknown'" in unknown.stderr) == (3, True)
+        unsafe = process("generate", "hello", "-t", "org/pickled", **online)
+        assert (unsafe.returncode, b"no safetensors weights" in unsafe.stderr) == (3, True)
     offline = process("generate", "hello", "-t", "org/tiny", "--offline", *options, **online)
     assert offline.returncode == 0, offline.stderr
     assert json.loads(offline.stdout)["token_ids"] == json.loads(done.stdout)["token_ids"]

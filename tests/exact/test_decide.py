@@ -125,6 +125,14 @@ def test_equal_distributions_accept_for_the_largest_u():
     assert verdict.accepted == 1
 
 
+def test_numbers_of_a_dead_prefix_may_be_none():
+    """NaN past the rejection is no failure, and no NaN in JSON."""
+    p = torch.stack([eighths((8, 0, 0)), torch.full((3,), float("nan")), torch.full((3,), float("nan"))])
+    randomness = ScriptedRandomness(accept=[0.5, 0.5], final=[0.5] * 3)
+    verdict = decide(TokenRule(), Draft(torch.tensor([1, 1]), None, "x"), p, randomness, 0)
+    assert (verdict.tokens, verdict.p, verdict.overlap) == ((0,), (0.0, None), (0.0, None))
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("at", [0, 1])
 def test_numbers_that_are_none_are_reported_with_their_position(bad, at):

@@ -116,6 +116,23 @@ def test_a_model_that_cannot_be_rolled_back_is_refused_with_its_layers(name, opt
     assert "that model" in caught.value.message
 
 
+def test_longrope_ends_where_it_would_become_another_function():
+    """Past the original length LongRoPE rotates all positions anew: until there every draft gives the plain tokens."""
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "long_factor": [4.0] * 4, "short_factor": [1.0] * 4}
+    options = {"rope_parameters": rope, "original_max_position_embeddings": 32}
+    model = build("Phi3Config", options)
+    prompt = list(range(5, 15))
+    target = ModelTarget(GenericRuntime(model, "phi3"), "phi3")
+    assert target.limit == 32
+    plain = run(target, ScriptedDrafter(lambda c, k: []), prompt, max_tokens=60)
+    assert (len(emitted(plain)), plain[-1].reason) == (22, "length")
+    made = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=22, eos_token_id=None)
+    assert emitted(plain) == made[0, 10:].tolist()
+    for k in (2, 4, 8):
+        drafter = ScriptedDrafter(lambda c, k: (emitted(plain)[len(c) - 10 :] + [1] * 8)[:k])
+        assert emitted(run(target, drafter, prompt, k=k, max_tokens=60)) == emitted(plain)
+
+
 def test_a_long_prompt_is_read_in_chunks(monkeypatch):
     """Same logits as in one pass, and no chunk above the limit."""
     model = build(*CONFIGS["llama"])

@@ -8,12 +8,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from specdec_engine.text import Detokenizer, TextStream, printable, token_text
+from specdec_engine.text import Detokenizer, TextStream, TokenText, printable
 from tests.fakes import VOCAB, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
+TEXT = TokenText(TOKENIZER)
 SIZE = len(TOKENIZER)
-BYTE = {token_text(TOKENIZER, i).encode("utf-8", "surrogateescape")[0]: i for i in range(4, 260)}
+BYTE = {TEXT(i).encode("utf-8", "surrogateescape")[0]: i for i in range(4, 260)}
 
 
 def streamed(ids, stop=()):
@@ -85,9 +86,41 @@ def test_a_character_split_over_tokens_is_held_back_until_it_is_whole(text):
 
 @given(st.text())
 def test_token_text_keeps_every_byte(text):
-    pieces = [token_text(TOKENIZER, i) for i in TOKENIZER(text)["input_ids"]]
+    pieces = [TEXT(i) for i in TOKENIZER(text)["input_ids"]]
     assert b"".join(p.encode("utf-8", "surrogateescape") for p in pieces) == text.encode()
 
 
+def sentencepiece_like():
+    """Llama-2's kind: a mark for a space, byte fallback, and a decoder that strips the first space."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {"<unk>": 0, "▁hello": 1, "▁world": 2, "é": 3, "<0xE2>": 4, "<0x82>": 5, "<0xAC>": 6, "<tool>": 7, "!": 8}
+    model = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    model.decoder = decoders.Sequence(steps)
+    model.add_special_tokens([AddedToken("<tool>", special=True)])
+    return PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>", additional_special_tokens=["<tool>"])
+
+
+SENTENCEPIECE = sentencepiece_like()
+
+
+@given(st.lists(st.integers(1, 8)))
+@example([1, 7, 2])
+@example([7, 1, 4, 5, 6])
+def test_a_sentencepiece_tokenizer_streams_what_it_decodes(ids):
+    stream = Detokenizer(SENTENCEPIECE)
+    text = "".join([*(stream.feed(i) for i in ids), stream.flush()])
+    assert text == SENTENCEPIECE.decode(ids, skip_special_tokens=True)
+
+
+def test_sentencepiece_tokens_have_their_own_bytes():
+    text = TokenText(SENTENCEPIECE)
+    pieces = [text(i) for i in (1, 3, 4, 5, 6)]
+    assert pieces[:2] == [" hello", "é"]
+    assert b"".join(p.encode("utf-8", "surrogateescape") for p in pieces[2:]) == "€".encode()
+
+
 def test_an_id_without_a_token_has_no_text():
-    assert token_text(TOKENIZER, VOCAB + 1000) == ""
+    assert TEXT(VOCAB + 1000) == ""

@@ -198,6 +198,21 @@ def test_settings_change_between_cycles_and_say_so():
     assert emitted(found) == greedy(target, PROMPT, 30)
 
 
+def test_no_setting_changes_without_an_event():
+    """Changed while Started, and again while SettingChanged, is being consumed: what is announced is what runs."""
+    controls, target, found = Controls(k=2), TableTarget(), []
+    for event in events(target, right(target), PROMPT, controls=controls, max_tokens=40):
+        found.append(event)
+        if isinstance(event, Started):
+            controls.change(k=3)
+        if isinstance(event, SettingChanged) and event.new == 3:
+            controls.change(k=5)
+    assert found[0].settings["k"] == 2
+    announced = [(e.cycle, e.old, e.new) for e in found if isinstance(e, SettingChanged)]
+    assert announced == [(0, 2, 3), (1, 3, 5)]
+    assert [c.k for c in cycles(found)][:3] == [3, 5, 5]
+
+
 def test_a_bad_setting_changes_nothing():
     controls = Controls(k=2)
     with pytest.raises(UsageError, match="-1"):

@@ -68,6 +68,20 @@ def test_the_extremes_draw_tokens_that_have_mass(u):
     assert int(draw(row, torch.tensor(u, dtype=torch.float64))) in (1, 2)
 
 
+def test_a_device_without_float64_draws_no_token_without_mass(monkeypatch):
+    """In float32 the largest u is 1.0, and u times the total the total: past the end there is no token."""
+    monkeypatch.setattr("specdec_engine.sampling.wide", lambda device: torch.float32)
+    row = torch.zeros(10)
+    row[3] = 1.0
+    assert int(draw(row, torch.tensor(1 - 2.0**-53, dtype=torch.float64))) == 3
+
+
+@pytest.mark.parametrize("temperature", [1e-38, 1e-3])
+def test_a_tiny_temperature_is_greedy(temperature):
+    assert torch.equal(warp(LOGITS, Sampling(temperature)).argmax(-1), LOGITS.argmax(-1))
+    assert torch.allclose(warp(LOGITS, Sampling(temperature)).sum(-1), torch.ones(6))
+
+
 @given(st.integers(0, 2**64 - 1), st.integers(0, 10**6), st.integers(0, 40))
 def test_uniforms_are_strictly_inside_and_prefixes_agree(seed, position, n):
     random = KeyedRandomness(seed)

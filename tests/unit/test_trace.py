@@ -9,7 +9,7 @@ import pytest
 from specdec_engine.errors import TraceError
 from specdec_engine.events import Failed, Finished, SettingChanged
 from specdec_engine.stats import Summary
-from specdec_engine.text import token_text
+from specdec_engine.text import TokenText
 from specdec_engine.trace import TraceWriter, read_pieces, read_trace, to_json
 from specdec_engine.types import Sampling
 from tests.fakes import TableDrafter, TableTarget, byte_tokenizer, cycles, run
@@ -82,6 +82,14 @@ def test_a_run_appended_to_a_cut_trace_keeps_both(trace):
     assert list(read_trace(trace)) == EVENTS[:-1] + EVENTS
 
 
+def test_a_start_that_fails_leaves_a_cut_trace_as_it_was(trace):
+    cut = trace.read_bytes()[:-20]
+    trace.write_bytes(cut)
+    TraceWriter(trace).close()
+    assert trace.read_bytes() == cut
+    assert list(read_trace(trace)) == EVENTS[:-1]
+
+
 def test_each_line_is_on_disk_before_the_next_event(tmp_path):
     path = tmp_path / "t"
     with TraceWriter(path) as writer:
@@ -134,7 +142,7 @@ def test_pieces_name_each_token_once_and_survive_half_characters(tmp_path):
     tokenizer = byte_tokenizer()
     ids = tokenizer("né\x1b[2J")["input_ids"]
     events = run(TableTarget(), TableDrafter(), ids, max_tokens=3)
-    with TraceWriter(tmp_path / "t", lambda token: token_text(tokenizer, token)) as writer:
+    with TraceWriter(tmp_path / "t", TokenText(tokenizer)) as writer:
         for event in events:
             writer.write(event)
     pieces = read_pieces(tmp_path / "t")

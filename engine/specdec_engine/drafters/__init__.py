@@ -1,7 +1,7 @@
 """Ways of drafting, by name. Listing them imports nothing but this file.
 
-A new one: a file here with `build(argument, host)`, and a line in `DRAFTERS`; the contract tests pick it up. Another
-package's: the entry-point group `specdec.drafters`, whose values are such `build` functions.
+A new one: a file here with `build(argument, host)`, a line in `DRAFTERS`, and a case in tests/contracts, which fail until
+there is one. Another package's: the entry-point group `specdec.drafters`, whose values are such `build` functions.
 """
 
 from __future__ import annotations

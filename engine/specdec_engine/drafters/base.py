@@ -23,8 +23,8 @@ class Drafter(Protocol):
       vocabulary, whose uniform numbers come from `random` under the purpose "draft"; otherwise `probs` is None;
     - it may stop early because of what it knows *before* drawing a token, or after including one; it never drops a drawn
       token because of its value, which would bias the output;
-    - `observe` follows each `propose` and tells what became of the draft; own state is rolled back there. A call may be
-      skipped for cycles it was not asked in: the context is the truth, and the drafter catches up with it.
+    - `observe` follows each `propose` that gave tokens and tells what became of them; own state is rolled back there. In
+      a cycle it may not be asked at all: the context is the truth, and the drafter catches up with it.
     """
 
     name: str

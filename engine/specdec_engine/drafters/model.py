@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from specdec_engine.drafters.base import DraftHost, nothing
+from specdec_engine.errors import UsageError
 from specdec_engine.randomness import Randomness
 from specdec_engine.runtime import Runtime, prefill
 from specdec_engine.sampling import draw, warp, wide
@@ -50,8 +51,7 @@ class ModelDrafter:
 
     def observe(self, draft: Draft, verdict: Verdict) -> None:
         """Forget what was fed for the rejected tokens; k - 1 of the drafted were fed."""
-        if len(draft):
-            self.runtime.rollback(to=self._drafted_from + min(verdict.accepted, len(draft) - 1))
+        self.runtime.rollback(to=self._drafted_from + min(verdict.accepted, len(draft) - 1))
 
     @torch.inference_mode()
     def _greedy(self, pending: Tensor, k: int) -> Draft:
@@ -94,4 +94,6 @@ _PENDING_IN_ONE_PASS = 64
 
 def build(argument: str, host: DraftHost) -> ModelDrafter:
     """The argument is the model's name, as for --target."""
+    if not argument:
+        raise UsageError("the draft model has no name", "model:NAME, or simply NAME")
     return ModelDrafter(host.load_draft(argument), host, argument)

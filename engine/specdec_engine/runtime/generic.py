@@ -21,15 +21,16 @@ class GenericRuntime:
     name = "generic"
 
     def __init__(self, model: Any, label: str) -> None:
-        self._cache = new_cache(model, label)
+        self._cache = new_cache(model.config, label)
         accepts = inspect.signature(model.forward).parameters
-        if "past_key_values" not in accepts:
+        if "past_key_values" not in accepts or getattr(model, "_is_stateful", False):
             raise PairIncompatible(
-                f"{label} ({model.config.model_type}) has no key-value cache", "choose another model"
+                f"{label} ({model.config.model_type}) cannot be rolled back: it keeps state outside a key-value cache",
+                "choose a model with attention in every layer",
             )
         self.model = model
         self.vocab = _logits_size(model)
-        self.limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.limit = context_limit(model.config)
         self.device = model.device
         self._keeps_rows = "logits_to_keep" in accepts
 
@@ -46,6 +47,24 @@ class GenericRuntime:
 
     def rollback(self, to: int) -> None:
         truncate(self._cache, to)
+
+
+def context_limit(config: Any) -> int | None:
+    """Positions at which the model still computes one and the same function of the tokens before.
+
+    LongRoPE (Phi-3 and its kin) changes the rotation of *all* positions once one passes the original length: rows of one
+    pass, and keys cached before, would then belong to another function, so the context ends there.
+    """
+    text = config.get_text_config()
+    limit: int | None = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    for kind in [rope, *(value for value in rope.values() if isinstance(value, dict))]:  # some have one a layer type
+        if kind.get("rope_type") == "longrope":
+            original = kind.get("original_max_position_embeddings") or getattr(
+                text, "original_max_position_embeddings", None
+            )
+            limit = min(filter(None, (limit, original)), default=None)
+    return limit
 
 
 def _logits_size(model: Any) -> int:
