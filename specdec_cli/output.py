@@ -155,6 +155,13 @@ class JsonOutput:
         print(json.dumps({**record, **self._started}), flush=True)  # noqa: T201
 
 
+def choose(json: bool, jsonl: bool, stream: TextStream, color: Color, marks: bool) -> Output:
+    """What the user asked stdout to be."""
+    if jsonl:
+        return JsonLinesOutput()
+    return JsonOutput(stream) if json else TextOutput(stream, color, marks)
+
+
 def summary_line(summary: Summary, state: str) -> str:
     """The run in one line; what is undefined is a dash."""
     accepted = f"accepted {summary.accepted} of {summary.drafted} ({_percent(summary.acceptance_rate)})"

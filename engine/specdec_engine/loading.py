@@ -1,14 +1,11 @@
-"""From a name to a model on a device: the one file that talks to the hub.
+"""From a name to a model on a device.
 
-A name is `builtin`, a `.gguf` file, a folder, or a hub id; all but the GGUF become a folder with safetensors weights, and
-are loaded alike. Pickle files are never read, code from a checkpoint is run only on demand, and with `offline` nothing
-leaves the machine. Everything that can be refused is refused before weights are read.
+`find_model` fetches and looks, `Candidate.load` reads the weights; what can be refused is refused in between. Code that
+comes with a checkpoint is run only on demand.
 """
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,12 +15,12 @@ from typing import Any, Literal, cast
 import torch
 from jinja2 import TemplateError
 
-from specdec_engine.builtin import builtin_folder
 from specdec_engine.cache import new_cache
 from specdec_engine.errors import ModelUnavailable, OutOfMemory, SpecdecError, UsageError
 from specdec_engine.memory import Need, check_fits, estimate, free_bytes
 from specdec_engine.progress import Progress, Report, silent
 from specdec_engine.runtime.generic import GenericRuntime
+from specdec_engine.sources import first_line, resolve, weight_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DeviceMap = Literal["auto"]
@@ -100,12 +97,12 @@ def find_model(name: str, options: LoadOptions) -> Candidate:
     """
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
-    path = resolve(name, options)
+    path = resolve(name, offline=options.offline, trust_remote_code=options.trust_remote_code, report=options.report)
     with _explained(name, path):
         config = _load_config(path, options)
         new_cache(config, name)
         tokenizer = load_tokenizer(path, options)
-        need = estimate(_weight_files(path), config, dtype, options.tokens)
+        need = estimate(weight_files(path), config, dtype, options.tokens)
         _placement(name, need, device, options)
     return Candidate(name, path, config, tokenizer, need, device, dtype, options)
 
@@ -149,141 +146,6 @@ def _cpu_computes_bfloat16() -> bool:
     return bool(known.get("avx512_bf16") or known.get("amx_bf16") or known.get("bf16"))
 
 
-# -- names to paths ----------------------------------------------------------------------------------------------------
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
-
-
-def resolve(name: str, options: LoadOptions) -> Path:
-    """The folder or .gguf file that holds the model, fetched if need be. Raises ModelUnavailable."""
-    path = Path(name).expanduser()
-    if name == "builtin":
-        return builtin_folder(options.offline, options.report)
-    if path.suffix == ".gguf":
-        return _checked_gguf(path)
-    if path.is_dir():
-        return _checked_folder(path)
-    if not _HUB_ID.fullmatch(name) or path.exists():
-        raise ModelUnavailable(
-            f"no model at {name!r}: there is no such folder or .gguf file",
-            "give a folder with config.json and *.safetensors, a .gguf file, a hub id such as org/name, or builtin",
-        )
-    return _checked_folder(_fetch(name, options))
-
-
-def _checked_gguf(path: Path) -> Path:
-    if not path.is_file():
-        raise ModelUnavailable(f"no file {str(path)!r}", "give the path of a .gguf file")
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic != b"GGUF":
-        raise ModelUnavailable(f"{path} is not a GGUF file: it begins with {magic!r}", "download it again")
-    return path
-
-
-def _checked_folder(folder: Path) -> Path:
-    """Only safetensors, and all shards that the index names."""
-    if not (folder / "config.json").is_file():
-        raise ModelUnavailable(f"{folder} has no config.json", "give the folder that save_pretrained wrote")
-    if not list(folder.glob("*.safetensors")):
-        pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl") for p in folder.glob(pattern))
-        found = f", only pickled ones ({pickled[0]})" if pickled else ""
-        raise ModelUnavailable(
-            f"{folder} has no safetensors weights{found}",
-            "pickled weights can run code when read, and are not; where you trust them, load them once with transformers "
-            "and save them again with save_pretrained, which writes safetensors",
-        )
-    if missing := [file.name for file in _weight_files(folder) if not file.is_file()]:
-        raise ModelUnavailable(f"{folder} lacks the weights file {missing[0]}", "download it again")
-    return folder
-
-
-def _weight_files(path: Path) -> list[Path]:
-    """The files transformers will read: a GGUF, the shards of the index, or the one model.safetensors."""
-    index = path / "model.safetensors.index.json"
-    if path.is_file() or not index.is_file():
-        return [path if path.is_file() else path / "model.safetensors"]
-    try:
-        return sorted(path / name for name in set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ModelUnavailable(f"{index} cannot be read: {error}", "download it again") from error
-
-
-def _fetch(name: str, options: LoadOptions) -> Path:
-    """A hub model's files in the hub's own cache."""
-    from huggingface_hub import errors as hub
-    from huggingface_hub import snapshot_download
-
-    wanted = [*_WANTED, "*.py"] if options.trust_remote_code else _WANTED
-    try:
-        return Path(
-            snapshot_download(
-                name,
-                allow_patterns=wanted,
-                ignore_patterns=["*/*", "consolidated*"],  # the same weights in other formats
-                local_files_only=options.offline,
-                tqdm_class=_reporting_tqdm(name, options.report),
-            )
-        )
-    except hub.GatedRepoError as error:
-        raise ModelUnavailable(
-            f"{name} is gated: its owner wants you to accept terms first",
-            f"accept them at the model's page, then run `hf auth login` ({_status(error)})",
-        ) from error
-    except hub.RepositoryNotFoundError as error:
-        raise ModelUnavailable(
-            f"the hub has no model {name!r}, or it is private",
-            f"check the spelling, or run `hf auth login` for a private one ({_status(error)})",
-        ) from error
-    except hub.HFValidationError as error:
-        raise ModelUnavailable(f"{name!r} is no hub id: {_first_line(error)}", "a hub id is org/name") from error
-    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
-        if options.offline or isinstance(error, hub.OfflineModeIsEnabled):
-            raise ModelUnavailable(
-                f"{name} is not in the local cache, and offline mode forbids fetching it",
-                f"run `hf download {name}` while online, or leave out --offline",
-            ) from error
-        raise ModelUnavailable(
-            f"{name} is neither a local folder nor in the cache, and the hub cannot be reached",
-            "check the spelling and the network; `builtin` and local folders need no hub",
-        ) from error
-    except hub.HfHubHTTPError as error:
-        raise ModelUnavailable(f"{name} could not be fetched: {_status(error)}", "try again later") from error
-    except Exception as error:  # a full disk, or whatever the client's transport says when a connection dies
-        raise ModelUnavailable(
-            f"{name} could not be fetched: {getattr(error, 'strerror', None) or _first_line(error)}",
-            "free some space or check the network, and try again: what was fetched is kept",
-        ) from error
-
-
-def _status(error: Any) -> str:
-    response = getattr(error, "response", None)
-    return f"HTTP {response.status_code}" if response is not None else str(error).splitlines()[0]
-
-
-def _reporting_tqdm(name: str, report: Report) -> type[Any]:
-    """huggingface_hub draws its progress with the tqdm class it is given: ours reports the bytes and draws nothing."""
-    from tqdm.auto import tqdm
-
-    class Reporting(tqdm):  # type: ignore[misc]
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            kwargs.pop("name", None)
-            self._counts_bytes = kwargs.get("unit") == "B"
-            super().__init__(*args, **{**kwargs, "disable": True})
-            self._seen = 0
-
-        def update(self, n: float | None = 1) -> None:
-            self._seen += int(n or 0)
-            if self._counts_bytes:
-                report(Progress("download", name, self._seen, int(self.total) if self.total else None))
-
-    return Reporting
-
-
-# -- paths to models ---------------------------------------------------------------------------------------------------
-
-
 def load_tokenizer(path: Path, options: LoadOptions) -> Any:
     """The tokenizer beside the weights. Raises ModelUnavailable if there is none."""
     from transformers import AutoTokenizer
@@ -294,7 +156,7 @@ def load_tokenizer(path: Path, options: LoadOptions) -> Any:
         if "trust_remote_code" in str(error):
             raise
         raise ModelUnavailable(
-            f"{path} has no tokenizer that can be read: {_first_line(error)}",
+            f"{path} has no tokenizer that can be read: {first_line(error)}",
             "put tokenizer.json and tokenizer_config.json beside the weights; token ids mean nothing without them",
         ) from error
 
@@ -364,7 +226,7 @@ def _explained(name: str, path: Path) -> Iterator[None]:
         raise OutOfMemory(f"out of memory while loading {name}", "use --dtype bfloat16, or a smaller model") from error
     except SafetensorError as error:
         raise ModelUnavailable(
-            f"the weights of {name} are damaged: {_first_line(error)}", f"delete them and download them again: {path}"
+            f"the weights of {name} are damaged: {first_line(error)}", f"delete them and download them again: {path}"
         ) from error
     except Exception as error:  # a checkpoint can be broken in as many ways as there are lines in its reader
         if "trust_remote_code" in str(error):
@@ -374,16 +236,11 @@ def _explained(name: str, path: Path) -> Iterator[None]:
             ) from error
         if path.is_file():
             raise ModelUnavailable(
-                f"{name} cannot be read as GGUF: {_first_line(error)}", "download it again"
+                f"{name} cannot be read as GGUF: {first_line(error)}", "download it again"
             ) from error
         raise ModelUnavailable(
-            f"{name} cannot be loaded: {_first_line(error)}", "run with --debug for the traceback"
+            f"{name} cannot be loaded: {first_line(error)}", "run with --debug for the traceback"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def chat_ids(tokenizer: Any, prompt: str, system: str | None) -> list[int]:

@@ -99,13 +99,7 @@ def generate(
         output.note(sentence)
 
     stream = TextStream(pair.tokenizer, stops)
-    sink: output.Output
-    if jsonl:
-        sink = output.JsonLinesOutput()
-    elif json:
-        sink = output.JsonOutput(stream)
-    else:
-        sink = output.TextOutput(stream, color, marks)
+    sink = output.choose(json, jsonl, stream, color, marks)
     recorder.describe(pair)
     events = pair.decode(ids, controls=controls, max_tokens=max_tokens, stop=stops, seed=seed)
     try:

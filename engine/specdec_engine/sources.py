@@ -1,0 +1,150 @@
+"""From a model's name to its files on this machine: the one file that talks to the hub.
+
+A name is `builtin`, a `.gguf` file, a folder, or a hub id. All but the GGUF become a folder with safetensors weights; pickle
+files are refused. With `offline` nothing leaves the machine.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from specdec_engine.builtin import builtin_folder
+from specdec_engine.errors import ModelUnavailable
+from specdec_engine.progress import Progress, Report, silent
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+
+
+def resolve(name: str, *, offline: bool = False, trust_remote_code: bool = False, report: Report = silent) -> Path:
+    """The folder or .gguf file that holds the model, fetched if need be. Raises ModelUnavailable."""
+    path = Path(name).expanduser()
+    if name == "builtin":
+        return builtin_folder(offline, report)
+    if path.suffix == ".gguf":
+        return _checked_gguf(path)
+    if path.is_dir():
+        return _checked_folder(path)
+    if not _HUB_ID.fullmatch(name) or path.exists():
+        raise ModelUnavailable(
+            f"no model at {name!r}: there is no such folder or .gguf file",
+            "give a folder with config.json and *.safetensors, a .gguf file, a hub id such as org/name, or builtin",
+        )
+    return _checked_folder(_fetch(name, offline, trust_remote_code, report))
+
+
+def _checked_gguf(path: Path) -> Path:
+    if not path.is_file():
+        raise ModelUnavailable(f"no file {str(path)!r}", "give the path of a .gguf file")
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise ModelUnavailable(f"{path} is not a GGUF file: it begins with {magic!r}", "download it again")
+    return path
+
+
+def _checked_folder(folder: Path) -> Path:
+    """Only safetensors, and all shards that the index names."""
+    if not (folder / "config.json").is_file():
+        raise ModelUnavailable(f"{folder} has no config.json", "give the folder that save_pretrained wrote")
+    if not list(folder.glob("*.safetensors")):
+        pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl") for p in folder.glob(pattern))
+        found = f", only pickled ones ({pickled[0]})" if pickled else ""
+        raise ModelUnavailable(
+            f"{folder} has no safetensors weights{found}",
+            "pickled weights can run code when read, and are not; where you trust them, load them once with transformers "
+            "and save them again with save_pretrained, which writes safetensors",
+        )
+    if missing := [file.name for file in weight_files(folder) if not file.is_file()]:
+        raise ModelUnavailable(f"{folder} lacks the weights file {missing[0]}", "download it again")
+    return folder
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files transformers will read: a GGUF, the shards of the index, or the one model.safetensors."""
+    index = path / "model.safetensors.index.json"
+    if path.is_file() or not index.is_file():
+        return [path if path.is_file() else path / "model.safetensors"]
+    try:
+        return sorted(path / name for name in set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ModelUnavailable(f"{index} cannot be read: {error}", "download it again") from error
+
+
+def _fetch(name: str, offline: bool, trust_remote_code: bool, report: Report) -> Path:
+    """A hub model's files in the hub's own cache."""
+    from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download
+
+    wanted = [*_WANTED, "*.py"] if trust_remote_code else _WANTED
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                allow_patterns=wanted,
+                ignore_patterns=["*/*", "consolidated*"],  # the same weights in other formats
+                local_files_only=offline,
+                tqdm_class=_reporting_tqdm(name, report),
+            )
+        )
+    except hub.GatedRepoError as error:
+        raise ModelUnavailable(
+            f"{name} is gated: its owner wants you to accept terms first",
+            f"accept them at the model's page, then run `hf auth login` ({_status(error)})",
+        ) from error
+    except hub.RepositoryNotFoundError as error:
+        raise ModelUnavailable(
+            f"the hub has no model {name!r}, or it is private",
+            f"check the spelling, or run `hf auth login` for a private one ({_status(error)})",
+        ) from error
+    except hub.HFValidationError as error:
+        raise ModelUnavailable(f"{name!r} is no hub id: {first_line(error)}", "a hub id is org/name") from error
+    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
+        if offline or isinstance(error, hub.OfflineModeIsEnabled):
+            raise ModelUnavailable(
+                f"{name} is not in the local cache, and offline mode forbids fetching it",
+                f"run `hf download {name}` while online, or leave out --offline",
+            ) from error
+        raise ModelUnavailable(
+            f"{name} is neither a local folder nor in the cache, and the hub cannot be reached",
+            "check the spelling and the network; `builtin` and local folders need no hub",
+        ) from error
+    except hub.HfHubHTTPError as error:
+        raise ModelUnavailable(f"{name} could not be fetched: {_status(error)}", "try again later") from error
+    except Exception as error:  # a full disk, or whatever the client's transport says when a connection dies
+        raise ModelUnavailable(
+            f"{name} could not be fetched: {getattr(error, 'strerror', None) or first_line(error)}",
+            "free some space or check the network, and try again: what was fetched is kept",
+        ) from error
+
+
+def _status(error: Any) -> str:
+    response = getattr(error, "response", None)
+    return f"HTTP {response.status_code}" if response is not None else str(error).splitlines()[0]
+
+
+def _reporting_tqdm(name: str, report: Report) -> type[Any]:
+    """huggingface_hub draws its progress with the tqdm class it is given: ours reports the bytes and draws nothing."""
+    from tqdm.auto import tqdm
+
+    class Reporting(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            kwargs.pop("name", None)
+            self._counts_bytes = kwargs.get("unit") == "B"
+            super().__init__(*args, **{**kwargs, "disable": True})
+            self._seen = 0
+
+        def update(self, n: float | None = 1) -> None:
+            self._seen += int(n or 0)
+            if self._counts_bytes:
+                report(Progress("download", name, self._seen, int(self.total) if self.total else None))
+
+    return Reporting
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
