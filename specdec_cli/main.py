@@ -57,8 +57,8 @@ def main() -> None:
         code = ExitCode.INTERRUPTED
     except OSError as error:
         _trace_if_wanted()
-        what = f" {error.filename}" if error.filename else ""
-        output.error(f"reading or writing{what} failed: {error.strerror or error}", "check the path and the free space")
+        what = f"reading or writing {error.filename}" if error.filename else "writing the output"
+        output.error(f"{what} failed: {error.strerror or error}", "check the path and the free space")
         output.silence_stdout()
         code = ExitCode.FAILED
     except Exception as error:
@@ -68,19 +68,21 @@ def main() -> None:
 
 def _unforeseen(error: Exception) -> int:
     if hasattr(error, "format_message"):  # Typer's own: an unknown option, a word where a number belongs
-        said = error.format_message().rstrip(".") + _typed_value(error)
-        command = next((f" {word}" for word in sys.argv[1:2] if not word.startswith("-")), "")
-        output.error(said, f"specdec{command} --help lists the options")
+        said = error.format_message().rstrip(".")
+        if said:  # empty for a bare `specdec`, which has printed its help
+            command = next((f" {word}" for word in sys.argv[1:2] if word in {c.__name__ for c in COMMANDS}), "")
+            output.error(said + _typed_value(error, said), f"specdec{command} --help lists what there is")
         return int(getattr(error, "exit_code", ExitCode.USAGE))
     _trace_if_wanted()
     output.error(f"{type(error).__name__}: {error}", "this is a bug in specdec; --debug shows where")
     return ExitCode.FAILED
 
 
-def _typed_value(error: Exception) -> str:
+def _typed_value(error: Exception, said: str) -> str:
     """Typer says which option had a bad value, and not always which value."""
     options = getattr(getattr(error, "param", None), "opts", [])
-    return next((f", not {value!r}" for option, value in pairwise(sys.argv) if option in options), "")
+    typed = next((repr(value) for option, value in pairwise(sys.argv) if option in options), "")
+    return f", not {typed}" if typed and typed not in said else ""
 
 
 def _trace_if_wanted() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any, Literal, Protocol
 
@@ -17,7 +17,7 @@ from specdec_engine.events import Cycle, Event, Started
 from specdec_engine.progress import Progress, Report
 from specdec_engine.stats import Summary
 from specdec_engine.text import TextStream, printable
-from specdec_engine.trace import to_json
+from specdec_engine.trace import Records
 
 Color = Literal["auto", "always", "never"]
 
@@ -41,6 +41,12 @@ def error(message: str, hint: str = "") -> None:
 def note(message: str) -> None:
     """A sentence of narration."""
     print(f"specdec: {printable(message)}", file=sys.stderr)  # noqa: T201
+
+
+def interrupted() -> None:
+    """Ctrl-C while loading: the live line is wiped and the cursor shown again."""
+    wipe = "\r\x1b[2K\x1b[?25h" if sys.stderr.isatty() else ""
+    os.write(2, f"{wipe}specdec: interrupted while loading\n".encode())
 
 
 def silence_stdout() -> None:
@@ -93,7 +99,7 @@ class TextOutput:
         self._terminal = sys.stdout.isatty()
         self.styled = color == "always" or (color == "auto" and self._terminal)
         self._codes = _codes() if self.styled else dict.fromkeys(STYLES, ("", ""))
-        self._marks = marks
+        self.marks = marks
         self._origin = "plain"
         _speak_utf8(sys.stdout)
 
@@ -110,6 +116,11 @@ class TextOutput:
             sys.stdout.write("\n")
         sys.stdout.flush()
 
+    def separate(self) -> None:
+        """A line of its own for what follows on stderr, where both streams show in one place and only one ended its line."""
+        if not self._terminal and (sys.stderr.isatty() or _same_place(sys.stdout, sys.stderr)):
+            print(file=sys.stderr)  # noqa: T201
+
     def _write(self, text: str) -> None:
         if self._terminal or self.styled:
             text = printable(text)
@@ -117,16 +128,19 @@ class TextOutput:
         space = text[: len(text) - len(word)]
         if word:  # the word alone is styled: an underlined space in front of it looks like a fault
             before, after = self._codes[self._origin]
-            mark = MARKS[self._origin] if self._marks else ""
+            mark = MARKS[self._origin] if self.marks else ""
             text = f"{space}{before}{mark}{word}{after}"
         sys.stdout.write(text)
 
 
 class JsonLinesOutput:
-    """One event a line as it happens, the trace's own schema."""
+    """One event a line as it happens: the lines a trace has."""
+
+    def __init__(self, text_of: Callable[[int], str]) -> None:
+        self._records = Records(text_of)
 
     def show(self, event: Event) -> None:
-        print(json.dumps(to_json(event)), flush=True)  # noqa: T201
+        print(json.dumps(self._records.of(event)), flush=True)  # noqa: T201
 
     def end(self, summary: Summary) -> None:
         pass
@@ -155,34 +169,44 @@ class JsonOutput:
         print(json.dumps({**record, **self._started}), flush=True)  # noqa: T201
 
 
-def choose(json: bool, jsonl: bool, stream: TextStream, color: Color, marks: bool) -> Output:
+def choose(
+    json: bool, jsonl: bool, stream: TextStream, text_of: Callable[[int], str], color: Color, marks: bool
+) -> Output:
     """What the user asked stdout to be."""
     if jsonl:
-        return JsonLinesOutput()
+        return JsonLinesOutput(text_of)
     return JsonOutput(stream) if json else TextOutput(stream, color, marks)
 
 
-def summary_line(summary: Summary, state: str) -> str:
+def summary_line(summary: Summary, ending: str, state: str) -> str:
     """The run in one line; what is undefined is a dash."""
     accepted = f"accepted {summary.accepted} of {summary.drafted} ({_percent(summary.acceptance_rate)})"
     return " · ".join(
         [
             f"{_number(summary.tokens_per_second, 1)} tok/s",
-            f"{_number(summary.mean_emitted_per_cycle, 2)} emitted per cycle",
+            f"{_number(summary.mean_emitted_per_cycle, 2)} emitted per cycle (plain: 1)",
             accepted,
-            f"{summary.emitted} tokens",
+            f"{summary.emitted} tokens, {ending}",
             f"seed {summary.seed if summary.seed is not None else '–'}",
             state,
         ]
     )
 
 
-def legend() -> None:
-    """What the colours mean, in the colours, if stderr is a terminal."""
-    if not sys.stderr.isatty():
+def legend(shown: TextOutput) -> None:
+    """What the colours and marks mean, in them, if stderr is a terminal and there are any."""
+    if not sys.stderr.isatty() or not (shown.styled or shown.marks):
         return
-    words = {"accepted": "accepted draft", "recovered": "recovered after a rejection", "bonus": "bonus"}
-    parts = [part for origin, word in words.items() for part in ((word, STYLES[origin]), " · ")]
+    words = {
+        "accepted": "accepted draft",
+        "recovered": "recovered after a rejection",
+        "bonus": "bonus, all accepted",
+        "plain": "plain: nothing drafted",
+    }
+    marked = {origin: (MARKS[origin] if shown.marks else "") + word for origin, word in words.items()}
+    parts = [
+        part for origin, word in marked.items() for part in ((word, STYLES[origin] if shown.styled else ""), " · ")
+    ]
     Console(stderr=True).print(Text.assemble("specdec: ", *parts[:-1]))
 
 
@@ -208,6 +232,13 @@ def _codes() -> dict[str, tuple[str, str]]:
         on, off = (style.without_color if console.no_color else style).render("|", color_system=system).split("|")
         codes[origin] = (on, off)
     return codes
+
+
+def _same_place(one: IO[str], other: IO[str]) -> bool:
+    try:
+        return os.path.sameopenfile(one.fileno(), other.fileno())
+    except (OSError, ValueError):  # replaced by something without a descriptor
+        return False
 
 
 def _speak_utf8(stream: IO[str]) -> None:

@@ -68,7 +68,7 @@ def builtin_folder(offline: bool = False, report: Report = silent) -> Path:
         return folder
     try:
         gguf = builtin_gguf(offline, report)
-        report(Progress("convert", "the built-in target, once"))
+        report(Progress("convert", "the built-in target, once, for about half a minute"))
         _sweep(gguf.parent)
         with tempfile.TemporaryDirectory(dir=gguf.parent, prefix=_SCRATCH, ignore_cleanup_errors=True) as scratch:
             converted = Path(scratch) / folder.name

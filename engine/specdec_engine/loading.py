@@ -120,10 +120,9 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(
-            f"device {name!r} cannot be used here: {reason}", "choose auto, cpu, cuda, cuda:1 or mps"
-        ) from error
+        here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        here += ["mps"] if torch.backends.mps.is_available() else []
+        raise UsageError(f"device {name!r} cannot be used here", f"there is {', '.join(here)}; or auto") from error
     return device
 
 

@@ -6,6 +6,7 @@ files are refused. With `offline` nothing leaves the machine.
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from pathlib import Path
@@ -16,6 +17,7 @@ from specdec_engine.errors import ModelUnavailable
 from specdec_engine.progress import Progress, Report, silent
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_WORDS = ["builtin", "ngram", "none"]
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
 
@@ -28,6 +30,8 @@ def resolve(name: str, *, offline: bool = False, trust_remote_code: bool = False
         return _checked_gguf(path)
     if path.is_dir():
         return _checked_folder(path)
+    if meant := difflib.get_close_matches(name, _WORDS, cutoff=0.75):
+        raise ModelUnavailable(f"no model {name!r}", f"did you mean {meant[0]}? A hub id is org/name")
     if not _HUB_ID.fullmatch(name) or path.exists():
         raise ModelUnavailable(
             f"no model at {name!r}: there is no such folder or .gguf file",
@@ -147,4 +151,4 @@ def _reporting_tqdm(name: str, report: Report) -> type[Any]:
 
 def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return lines[0].rstrip(": ") if lines else type(error).__name__

@@ -46,6 +46,33 @@ def _frozen(value: Any) -> Any:
     return tuple(_frozen(v) for v in value) if isinstance(value, list) else value
 
 
+class Records:
+    """Events as the records of a trace's lines; with `describe`, each names the token ids that no record named before."""
+
+    def __init__(self, describe: Callable[[int], str] | None = None) -> None:
+        self.describe = describe
+        """Names a token id; may be set later, when there is a tokenizer."""
+        self._named: set[int] = set()
+
+    def of(self, event: Event) -> dict[str, Any]:
+        record = to_json(event)
+        if self.describe is not None:
+            record["pieces"] = {str(token): self.describe(token) for token in sorted(self._new_tokens(event))}
+        return record
+
+    def _new_tokens(self, event: Event) -> set[int]:
+        match event:
+            case Started():
+                tokens = set(event.prompt)
+            case Cycle():
+                tokens = {*event.drafted, *event.emitted, *(token for token, _ in event.residual)}
+            case _:
+                tokens = set()
+        new = tokens - self._named
+        self._named |= new
+        return new
+
+
 class TraceWriter:
     """Appends events to a file, one flushed line each.
 
@@ -54,9 +81,7 @@ class TraceWriter:
 
     def __init__(self, path: Path | str, describe: Callable[[int], str] | None = None) -> None:
         self.path = Path(path)
-        self.describe = describe
-        """Names a token id; may be set later, when there is a tokenizer."""
-        self._named: set[int] = set()
+        self.records = Records(describe)
         try:
             self._file: IO[str] = self.path.open("a", encoding="utf-8")
             # A killed run's last line stays the only damaged one; written with the first event, so that a start that
@@ -66,9 +91,7 @@ class TraceWriter:
             raise _unwritable(self.path, error) from error
 
     def write(self, event: Event) -> None:
-        record = to_json(event)
-        if self.describe is not None:
-            record["pieces"] = {str(token): self.describe(token) for token in sorted(self._new_tokens(event))}
+        record = self.records.of(event)
         try:
             self._file.write(self._before + json.dumps(record) + "\n")
             self._file.flush()
@@ -87,18 +110,6 @@ class TraceWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
-
-    def _new_tokens(self, event: Event) -> set[int]:
-        match event:
-            case Started():
-                tokens = set(event.prompt)
-            case Cycle():
-                tokens = {*event.drafted, *event.emitted, *(token for token, _ in event.residual)}
-            case _:
-                tokens = set()
-        new = tokens - self._named
-        self._named |= new
-        return new
 
 
 def read_trace(path: Path | str) -> Iterator[Event]:

@@ -77,11 +77,10 @@ def generate(
     recorder = Recorder(trace)
 
     _quieten(offline, debug)
-    with output.narrated() as report:
+    with interruptible(), output.narrated() as report:
         # Deferred: torch and transformers take 3 s, and `--help` and usage errors must not pay them.
-        with deferred_interrupt():
-            from specdec_engine.loading import LoadOptions
-            from specdec_engine.pair import load_pair
+        from specdec_engine.loading import LoadOptions
+        from specdec_engine.pair import load_pair
 
         load = LoadOptions(
             device=device,
@@ -99,8 +98,9 @@ def generate(
         output.note(sentence)
 
     stream = TextStream(pair.tokenizer, stops)
-    sink = output.choose(json, jsonl, stream, color, marks)
-    recorder.describe(pair)
+    text_of = TokenText(pair.tokenizer)
+    sink = output.choose(json, jsonl, stream, text_of, color, marks)
+    recorder.describe(text_of)
     events = pair.decode(ids, controls=controls, max_tokens=max_tokens, stop=stops, seed=seed)
     try:
         summary = _consume(events, sink, recorder)
@@ -111,9 +111,10 @@ def generate(
     finally:
         recorder.close()
     if stats:
-        if isinstance(sink, output.TextOutput) and sink.styled:
-            output.legend()
-        output.note(output.summary_line(summary, _state(pair, summary, k)))
+        if isinstance(sink, output.TextOutput):
+            sink.separate()
+            output.legend(sink)
+        output.note(output.summary_line(summary, _ending(summary, max_tokens), _state(pair, summary, k)))
     recorder.check()
     if summary.finish_reason == "cancelled":
         raise typer.Exit(ExitCode.INTERRUPTED)
@@ -126,9 +127,9 @@ class Recorder:
         self._writer = TraceWriter(path) if path is not None else None
         self._error: TraceError | None = None
 
-    def describe(self, pair: Pair) -> None:
+    def describe(self, text_of: TokenText) -> None:
         if self._writer is not None:
-            self._writer.describe = TokenText(pair.tokenizer)
+            self._writer.records.describe = text_of
 
     def write(self, event: Event) -> None:
         if self._writer is None or self._error is not None:
@@ -175,6 +176,16 @@ def _consume(events: Iterable[Event], sink: output.Output, recorder: Recorder) -
     return summary
 
 
+def _ending(summary: Summary, max_tokens: int) -> str:
+    match summary.finish_reason:
+        case "stop":
+            return "ended by itself or at --stop"
+        case "length":
+            return "token budget spent" if summary.emitted == max_tokens else "context full"
+        case _:
+            return "interrupted"
+
+
 def _state(pair: Pair, summary: Summary, k: int) -> str:
     """Whether speculation ran, and why not if it did not."""
     where = f"{pair.target.name}, {pair.environment['dtype']} on {pair.environment['device']}"
@@ -187,16 +198,21 @@ def _state(pair: Pair, summary: Summary, k: int) -> str:
 
 
 @contextmanager
-def deferred_interrupt() -> Iterator[None]:
-    """Ctrl-C waits until the block is over: in the middle of torch's import it aborts the process (exit 134)."""
-    asked: list[int] = []
-    usual = signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
+def interruptible() -> Iterator[None]:
+    """Until the block ends Ctrl-C leaves at once: there is nothing to keep yet.
+
+    Not by KeyboardInterrupt: in the middle of torch's import that aborts the process (exit 134) or is swallowed.
+    """
+
+    def leave(number: int, frame: object) -> None:
+        output.interrupted()
+        os._exit(ExitCode.INTERRUPTED)
+
+    usual = signal.signal(signal.SIGINT, leave)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, usual)
-    if asked:
-        raise KeyboardInterrupt
 
 
 def _quieten(offline: bool, debug: bool) -> None:

@@ -115,6 +115,16 @@ def test_models_that_are_not_there(refused, tmp_path):
     assert "not in the local cache" in refused(3, "hello", "-t", "org/unheard-of", "--offline")
 
 
+def test_a_mistyped_word_is_recognised_at_once(refused, checkpoint):
+    assert "did you mean builtin" in refused(3, "hello", "-t", "builtn")
+    assert "did you mean ngram" in refused(3, "hello", "-t", checkpoint, "-d", "ngrm")
+
+
+def test_a_bare_command_shows_its_help_and_no_empty_error(specdec):
+    assert specdec().err == ""
+    assert "specdec --help" in specdec("generat", "x").err
+
+
 @pytest.mark.parametrize("name", ["org/a--b", "a b", "org/../x", "https://example.org/m"])
 def test_names_that_no_model_can_have(refused, name):
     assert name in refused(3, "hello", "-t", name)

@@ -76,6 +76,31 @@ def test_ctrl_c_ends_the_run_with_what_there_is(tmp_path, endless):
     assert list(read_trace(trace))[-1].reason == "cancelled"
 
 
+def test_ctrl_c_while_loading_leaves_at_once_and_says_so(endless):
+    running = subprocess.Popen(
+        command("generate", "hello", "-t", endless, "-n", "90000"),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(),
+    )
+    time.sleep(1.5)  # past our own imports, inside torch's
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=30)
+    assert (running.returncode, out, err) == (130, b"", b"specdec: interrupted while loading\n")
+
+
+def test_the_summary_has_a_line_of_its_own_where_both_streams_meet(checkpoint):
+    done = subprocess.run(
+        command("generate", "hello", "-t", checkpoint, "-n", "5"),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment(),
+    )
+    assert b"\nspecdec: " in done.stdout
+
+
 def test_ctrl_c_with_json_still_gives_the_object(tmp_path, endless):
     running, _ = started(tmp_path, endless, "--json")
     running.send_signal(signal.SIGINT)

@@ -44,7 +44,7 @@ def build_drafter(spec: str, host: DraftHost) -> Drafter:
     from specdec_engine.drafters.cascade import CascadeDrafter
 
     if not spec.replace(",", "").strip():
-        raise UsageError(f"the draft {spec!r} names no drafter", f"choose {', '.join(DRAFTERS)}, or a model's name")
+        raise UsageError(f"the draft {spec!r} names no drafter", "choose none, ngram, or a model's name")
     members = [_build_one(part.strip(), host) for part in spec.split(",") if part.strip()]
     return members[0] if len(members) == 1 else CascadeDrafter(members)
 
