@@ -25,9 +25,10 @@ class Tokenizer(Protocol):
 class Detokenizer:
     """Decodes one token at a time and holds back what may still be part of a character.
 
-    The concatenation of all pieces is `tokenizer.decode(all ids, skip_special_tokens=True)`. Each step decodes a short
-    window twice, with and without the new tokens, because a token's text can depend on its neighbours (a leading space,
-    half a character); only the window's growth is new.
+    The concatenation of all pieces is `tokenizer.decode(all ids, skip_special_tokens=True)`, wherever decoding more tokens
+    takes back no text (SentencePiece's byte fallback does, for a run of bytes that turns out not to be UTF-8). Each step
+    decodes a short window twice, with and without the new tokens, because a token's text can depend on its neighbours (a
+    leading space, half a character); only the window's growth is new.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:

@@ -71,7 +71,7 @@ def test_a_proposal_depends_on_context_and_seed_alone(spec, sampling):
         again = fresh.propose(context, 4, sampling, KeyedRandomness(2))
         assert draft.tokens.tolist() == again.tokens.tolist()
         if draft.probs is not None:
-            assert torch.allclose(draft.probs, again.probs, atol=1e-5)
+            assert torch.allclose(draft.probs, again.probs, atol=1e-4)
         accepted = step % (len(draft) + 1)
         if step % 4 != 3:  # a cycle in which another drafter was asked, or none
             used.observe(draft, verdict(draft, accepted))

@@ -69,7 +69,7 @@ def test_logits_after_rollback_are_those_from_scratch(name):
     runtime = GenericRuntime(model, name)
     for start, end, junk in ((0, 9, 6), (9, 14, 3), (14, 15, 8), (15, 24, 1)):
         logits = runtime.forward(tokens[start:end], end - start)
-        assert torch.allclose(logits, scratch[start:end], atol=1e-4), f"tokens {start} to {end}"
+        assert torch.allclose(logits, scratch[start:end], atol=1e-3), f"tokens {start} to {end}"
         runtime.forward(torch.arange(junk), 1)
         runtime.rollback(end)
 
@@ -145,5 +145,5 @@ def test_a_long_prompt_is_read_in_chunks(monkeypatch):
     target.prefill(prompt[:-1].tolist())
     row = target.score(int(prompt[-1]), Draft(torch.empty(0, dtype=torch.long, device=CPU), None, "none"))
     with torch.inference_mode():
-        assert torch.allclose(row[0], model(prompt[None], use_cache=False).logits[0, -1], atol=1e-4)
+        assert torch.allclose(row[0], model(prompt[None], use_cache=False).logits[0, -1], atol=1e-3)
     assert sizes == [16, 16, 16, 1, 1]

@@ -29,8 +29,8 @@ class CacheAgainstList(RuleBasedStateMachine):
         self.tokens += tokens
         with torch.inference_mode():
             scratch = MODEL(torch.tensor([self.tokens]), use_cache=False).logits[0, -rows:]
-        assert torch.allclose(logits, scratch, atol=1e-5)
-        assert torch.equal(logits.argmax(-1), scratch.argmax(-1))
+        # Logits are of size 3; rounding reaches 1e-4 at times, a wrong cache is off by 1.
+        assert torch.allclose(logits, scratch, atol=1e-3)
 
     @rule(data=st.data())
     def rollback(self, data):

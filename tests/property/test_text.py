@@ -106,10 +106,12 @@ def sentencepiece_like():
 SENTENCEPIECE = sentencepiece_like()
 
 
-@given(st.lists(st.integers(1, 8)))
-@example([1, 7, 2])
-@example([7, 1, 4, 5, 6])
-def test_a_sentencepiece_tokenizer_streams_what_it_decodes(ids):
+@given(st.lists(st.sampled_from([[1], [2], [3], [7], [8], [4, 5, 6]])))
+@example([[1], [7], [2]])
+@example([[7], [1], [4, 5, 6]])
+def test_a_sentencepiece_tokenizer_streams_what_it_decodes(tokens):
+    """Whole characters: of broken ones, byte fallback takes back what it had decoded, which no stream can."""
+    ids = [i for group in tokens for i in group]
     stream = Detokenizer(SENTENCEPIECE)
     text = "".join([*(stream.feed(i) for i in ids), stream.flush()])
     assert text == SENTENCEPIECE.decode(ids, skip_special_tokens=True)
