@@ -114,7 +114,7 @@ def generate(
         if isinstance(sink, output.TextOutput):
             sink.separate()
             output.legend(sink)
-        output.note(output.summary_line(summary, _ending(summary, max_tokens), _state(pair, summary, k)))
+        output.note(output.summary_line(summary, _ending(summary, max_tokens, stops), _state(pair, summary, k)))
     recorder.check()
     if summary.finish_reason == "cancelled":
         raise typer.Exit(ExitCode.INTERRUPTED)
@@ -176,10 +176,10 @@ def _consume(events: Iterable[Event], sink: output.Output, recorder: Recorder) -
     return summary
 
 
-def _ending(summary: Summary, max_tokens: int) -> str:
+def _ending(summary: Summary, max_tokens: int, stops: tuple[str, ...]) -> str:
     match summary.finish_reason:
         case "stop":
-            return "ended by itself or at --stop"
+            return "stopped" if stops else "ended by itself"
         case "length":
             return "token budget spent" if summary.emitted == max_tokens else "context full"
         case _:
