@@ -211,6 +211,13 @@ def test_tabs_stay_tabs(capsys):
     assert capsys.readouterr().out == "a\tb"
 
 
+def test_a_device_map_gives_the_same_tokens(generate):
+    """With one CPU there is nothing to spread, which is what the environment then says."""
+    spread = answer(generate("--json", "-n", "12", "--device-map", "auto"))
+    assert spread["token_ids"] == answer(generate("--json", "-n", "12"))["token_ids"]
+    assert spread["environment"]["device_map"] is False
+
+
 def test_the_runtime_can_be_named(generate):
     assert answer(generate("--json", "-n", "2", "--runtime", "generic"))["environment"]["runtime"] == "generic"
 

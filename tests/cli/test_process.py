@@ -41,16 +41,21 @@ def wait_for_lines(path, n):
         time.sleep(0.02)
 
 
-def started(tmp_path, endless, *options):
-    """A run in the background that has written a few cycles to its trace."""
-    trace = tmp_path / "t.jsonl"
-    running = subprocess.Popen(
-        command("generate", "hello", "-t", endless, "-n", "90000", "--trace", trace, *options),
+def background(endless, *options):
+    """A run that goes on for ever, its streams in our hands."""
+    return subprocess.Popen(
+        command("generate", "hello", "-t", endless, "-n", "90000", *options),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=environment(),
     )
+
+
+def started(tmp_path, endless, *options):
+    """A run in the background that has written a few cycles to its trace."""
+    trace = tmp_path / "t.jsonl"
+    running = background(endless, "--trace", trace, *options)
     wait_for_lines(trace, 5)
     return running, trace
 
@@ -77,13 +82,7 @@ def test_ctrl_c_ends_the_run_with_what_there_is(tmp_path, endless):
 
 
 def test_ctrl_c_while_loading_leaves_at_once_and_says_so(endless):
-    running = subprocess.Popen(
-        command("generate", "hello", "-t", endless, "-n", "90000"),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=environment(),
-    )
+    running = background(endless)
     time.sleep(1.5)  # past our own imports, inside torch's
     running.send_signal(signal.SIGINT)
     out, err = running.communicate(timeout=30)
@@ -111,13 +110,7 @@ def test_ctrl_c_with_json_still_gives_the_object(tmp_path, endless):
 
 def test_a_reader_that_has_had_enough_ends_the_run_quietly(endless):
     """`specdec generate … | head -c 10`."""
-    running = subprocess.Popen(
-        command("generate", "hello", "-t", endless, "-n", "90000"),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=environment(),
-    )
+    running = background(endless)
     assert running.stdout.read(10)
     running.stdout.close()
     err = running.stderr.read()
