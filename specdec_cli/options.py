@@ -40,8 +40,24 @@ Dtype = Annotated[
     ),
 ]
 Runtime = Annotated[
-    Literal["auto", "generic"],
-    typer.Option(rich_help_panel=_MODELS, help="How forwards are run; generic is the transformers forward."),
+    Literal["auto", "lean", "graph", "generic"],
+    typer.Option(
+        rich_help_panel=_MODELS,
+        help="How forwards are run: lean (our own, for the Llama family), graph (the same as CUDA graphs), "
+        "generic (the transformers forward).",
+    ),
+]
+_Quantize = Literal["auto", "none", "int8", "int4"]
+Quantize = Annotated[
+    _Quantize,
+    typer.Option(
+        rich_help_panel=_MODELS,
+        help="The target's weights on a CPU: auto (packed GGUF files stay packed), none (dequantised), int8, int4.",
+    ),
+]
+DraftQuantize = Annotated[_Quantize, typer.Option(rich_help_panel=_MODELS, help="The same for the draft.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, rich_help_panel=_MODELS, help="CPU threads; by default the cores usable here.")
 ]
 Offline = Annotated[bool, typer.Option("--offline", rich_help_panel=_MODELS, help="No network at all.")]
 TrustRemoteCode = Annotated[
@@ -87,4 +103,7 @@ Marks = Annotated[
     ),
 ]
 Stats = Annotated[bool, typer.Option("--stats/--no-stats", rich_help_panel=_OUTPUT, help="The summary on stderr.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", rich_help_panel=_OUTPUT, help="Say which runtime each model got, and why.")
+]
 Debug = Annotated[bool, typer.Option("--debug", rich_help_panel=_OUTPUT, help="Tracebacks for errors.")]

@@ -15,7 +15,7 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 from hypothesis import settings
 
-from specdec_engine.builtin import builtin_folder
+from specdec_engine.builtin import builtin_gguf
 from specdec_engine.errors import ModelUnavailable
 from tests import fakes
 
@@ -28,7 +28,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 def builtin() -> Path:
     """The built-in target's folder. Without a network the test skips; in CI that is a failure."""
     try:
-        return builtin_folder()
+        return builtin_gguf()
     except ModelUnavailable as error:
         if os.environ.get("CI"):
             raise

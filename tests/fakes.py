@@ -15,6 +15,10 @@ from specdec_engine.drafters.base import DraftHost, nothing
 from specdec_engine.events import Cycle, Event
 from specdec_engine.loop import decode
 from specdec_engine.randomness import KeyedRandomness, Randomness
+from specdec_engine.runtime.decoder import Decoder, shape_of
+from specdec_engine.runtime.graphs import GraphRuntime, Results
+from specdec_engine.runtime.lean import LeanRuntime
+from specdec_engine.runtime.linear import Quantize
 from specdec_engine.sampling import draw, warp
 from specdec_engine.stopping import Stop
 from specdec_engine.types import Draft, Sampling, Verdict
@@ -201,6 +205,54 @@ def tiny_llama(seed: int = 0, layers: int = 2, hidden: int = 32, vocab: int = VO
         **config,
     }
     return LlamaForCausalLM(LlamaConfig(**settings)).eval()
+
+
+class StateWeights:
+    """A model's state dict as a checkpoint."""
+
+    def __init__(self, model: Any) -> None:
+        self._state = dict(model.state_dict())
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(self._state)
+
+    def dense(self, name: str) -> Tensor:
+        return self._state[name]
+
+    stored = dense
+
+
+def lean(
+    model: Any, capacity: int = 64, dtype: torch.dtype = torch.float32, quantize: Quantize = "none"
+) -> LeanRuntime:
+    """The lean runtime over a transformers model's weights."""
+    decoder = Decoder(shape_of(model.config), StateWeights(model), dtype, CPU, quantize)
+    return LeanRuntime(decoder, "lean", model.config.max_position_embeddings, capacity)
+
+
+class Repeater:
+    """Stands in for CUDA graphs: runs the work again, into the tensors of the first time. Counts the recordings."""
+
+    def __init__(self) -> None:
+        self.recordings = 0
+
+    def record(self, work: Callable[[], Results]) -> Callable[[], Results]:
+        self.recordings += 1
+        results = work()
+
+        def replay() -> Results:
+            for kept, fresh in zip(results, work(), strict=True):
+                kept.copy_(fresh)
+            return results
+
+        return replay
+
+
+def graph(model: Any, capacity: int = 64, recorder: Repeater | None = None) -> GraphRuntime:
+    """The graph runtime's bookkeeping over a transformers model's weights."""
+    decoder = Decoder(shape_of(model.config), StateWeights(model), torch.float32, CPU, "none")
+    return GraphRuntime(decoder, "graph", model.config.max_position_embeddings, capacity, recorder or Repeater())
 
 
 CHAT_TEMPLATE = (

@@ -1,4 +1,4 @@
-"""From a name to a model on a device.
+"""From a name to a model on a device, on the fastest runtime that computes it exactly.
 
 `find_model` fetches and looks, `Candidate.load` reads the weights; what can be refused is refused in between. Code that
 comes with a checkpoint is run only on demand.
@@ -6,8 +6,8 @@ comes with a checkpoint is run only on demand.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -15,16 +15,23 @@ from typing import Any, Literal, cast
 import torch
 from jinja2 import TemplateError
 
+from specdec_engine import gguf_files
 from specdec_engine.cache import new_cache
 from specdec_engine.errors import ModelUnavailable, OutOfMemory, SpecdecError, UsageError
 from specdec_engine.memory import Need, check_fits, estimate, free_bytes
 from specdec_engine.progress import Progress, Report, silent
-from specdec_engine.runtime.generic import GenericRuntime
+from specdec_engine.runtime import Runtime
+from specdec_engine.runtime.decoder import Decoder, Shape, Unsupported, shape_of
+from specdec_engine.runtime.generic import GenericRuntime, context_limit
+from specdec_engine.runtime.graphs import CudaRecorder, GraphRuntime
+from specdec_engine.runtime.lean import LeanRuntime
+from specdec_engine.runtime.linear import Quantize, kernels_available
 from specdec_engine.sources import first_line, resolve, weight_files
+from specdec_engine.weights import GgufWeights, SafetensorsWeights, Weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DeviceMap = Literal["auto"]
-RuntimeName = Literal["auto", "generic"]
+RuntimeName = Literal["auto", "lean", "graph", "generic"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +45,14 @@ class LoadOptions:
     device_map: DeviceMap | None = None
     """`auto` spreads the target over all GPUs and the CPU, by accelerate."""
     runtime: RuntimeName = "auto"
-    """How forwards are run: auto chooses the fastest that fits, of which there is one: generic."""
+    """How forwards are run: auto chooses the fastest that computes this model exactly."""
+    quantize: Quantize = "auto"
+    """auto (packed files stay packed), none (dequantised), int8 or int4 (pack the target's weights); int8 and int4 on a
+    CPU."""
+    draft_quantize: Quantize = "auto"
+    """The same for the draft."""
+    threads: int | None = None
+    """CPU threads for all of torch; None leaves them as they are (`machine.usable_cores` says how many make sense)."""
     offline: bool = False
     trust_remote_code: bool = False
     tokens: int = 2048
@@ -51,11 +65,19 @@ class Loaded:
     """A model with what belongs to it."""
 
     name: str
-    runtime: GenericRuntime
+    runtime: Runtime
+    config: Any
     tokenizer: Any
     dtype: str
+    weights: str
+    """How the layers' weights are kept: int4, int8, or a dtype."""
+    parameters: int
     stop_ids: frozenset[int]
     """All end-of-sequence ids of the generation config, the config and the tokenizer."""
+    spread: bool = False
+    """Over several devices, by accelerate."""
+    remark: str = ""
+    """Why a faster runtime was not taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +86,9 @@ class Candidate:
 
     name: str
     path: Path
+    """The folder, or the GGUF."""
+    folder: Path
+    """Where config and tokenizer are."""
     config: Any
     tokenizer: Any
     need: Need
@@ -82,11 +107,77 @@ class Candidate:
         placement = _placement(self.name, self.need, self.device, self.options)
         report(Progress("load", self.name, 0, size))
         with _explained(self.name, self.path):
-            model = _load_weights(self.path, self.dtype, placement, self.options)
+            loaded = self._on_runtime(placement)
         report(Progress("load", self.name, size, size))
-        runtime = GenericRuntime(model, self.name)
-        dtype = str(self.dtype).removeprefix("torch.")
-        return Loaded(self.name, runtime, self.tokenizer, dtype, _stop_ids(model, self.tokenizer))
+        return loaded
+
+    def _on_runtime(self, placement: torch.device | DeviceMap) -> Loaded:
+        """The lean forward, on a GPU as recorded graphs; or the generic one, and why."""
+        try:
+            return self._lean(lean_shape(self.config, self.options, self.device, placement))
+        except Unsupported as reason:
+            if self.options.runtime in ("lean", "graph") or self.options.quantize in ("int8", "int4"):
+                raise UsageError(
+                    f"{self.name} cannot run on the lean forward: {reason}",
+                    "leave out --runtime, --quantize and --draft-quantize",
+                ) from None
+            return self._generic(placement, str(reason))
+
+    def _lean(self, shape: Shape) -> Loaded:
+        decoder = Decoder(shape, self._weights(), self.dtype, self.device, self._quantize)
+        limit, tokens = context_limit(self.config), self.options.tokens
+        runtime: Runtime
+        if self.device.type == "cuda" and self.options.runtime != "lean":
+            runtime = GraphRuntime(decoder, self.name, limit, tokens, CudaRecorder())
+        else:
+            runtime = LeanRuntime(decoder, self.name, limit, tokens)
+        return self._loaded(runtime, decoder.forms, decoder.parameters)
+
+    def _generic(self, placement: torch.device | DeviceMap, remark: str) -> Loaded:
+        model = _load_weights(self.path, self.config, self._gguf_state, self.dtype, placement, self.options)
+        runtime, form = GenericRuntime(model, self.name), str(self.dtype).removeprefix("torch.")
+        return self._loaded(runtime, form, model.num_parameters(), isinstance(placement, str), remark)
+
+    def _loaded(
+        self, runtime: Runtime, weights: str, parameters: int, spread: bool = False, remark: str = ""
+    ) -> Loaded:
+        return Loaded(
+            name=self.name,
+            runtime=runtime,
+            config=self.config,
+            tokenizer=self.tokenizer,
+            dtype=str(self.dtype).removeprefix("torch."),
+            weights=weights,
+            parameters=parameters,
+            stop_ids=_stop_ids(_generation_config(self.folder), self.config, self.tokenizer),
+            spread=spread,
+            remark=remark,
+        )
+
+    def _weights(self) -> Weights:
+        if self.path.is_dir():
+            return SafetensorsWeights(weight_files(self.path))
+        found = gguf_files.entries(self.folder)
+        if not found:
+            raise Unsupported("the names in this GGUF are known to transformers only")
+        return GgufWeights(self.path, found)
+
+    def _gguf_state(self) -> dict[str, torch.Tensor] | None:
+        """A GGUF's tensors, dequantised; None if that is left to transformers, which takes half a minute for 100 MB."""
+        found = gguf_files.entries(self.folder)
+        if "rope_freqs.weight" in found:  # transformers would leave them out, and compute another function
+            raise ModelUnavailable(
+                f"{self.name} stretches its rotary embedding by a tensor, which only the lean runtime reads",
+                "leave out --runtime and --device-map",
+            )
+        weights = GgufWeights(self.path, found)
+        return {name: weights.dense(name) for name in found} or None
+
+    @property
+    def _quantize(self) -> Quantize:
+        """Packed weights need the CPU's kernels, and these bfloat16."""
+        packs = self.device.type == "cpu" and self.dtype == torch.bfloat16 and kernels_available()
+        return self.options.quantize if packs else "none"
 
 
 def find_model(name: str, options: LoadOptions) -> Candidate:
@@ -96,15 +187,43 @@ def find_model(name: str, options: LoadOptions) -> Candidate:
     PairIncompatible for one that cannot be rolled back, OutOfMemory for one that does not fit.
     """
     device = pick_device(options.device)
-    dtype = pick_dtype(options.dtype, device)
     path = resolve(name, offline=options.offline, trust_remote_code=options.trust_remote_code, report=options.report)
+    dtype = _packed_dtype(options, device, path) or pick_dtype(options.dtype, device)
     with _explained(name, path):
-        config = _load_config(path, options)
+        folder = gguf_files.beside(path, name, options.report) if path.is_file() else path
+        config = _load_config(folder, options)
         new_cache(config, name)
-        tokenizer = load_tokenizer(path, options)
+        tokenizer = load_tokenizer(folder, options)
         need = estimate(weight_files(path), config, dtype, options.tokens)
         _placement(name, need, device, options)
-    return Candidate(name, path, config, tokenizer, need, device, dtype, options)
+    return Candidate(name, path, folder, config, tokenizer, need, device, dtype, options)
+
+
+def lean_shape(config: Any, options: LoadOptions, device: torch.device, placement: torch.device | DeviceMap) -> Shape:
+    """What the lean forward needs of this config. Raises Unsupported, with the reason, where the generic one is to run."""
+    if options.runtime == "generic":
+        raise Unsupported("--runtime generic was asked for")
+    if isinstance(placement, str):
+        raise Unsupported("it is spread over devices")
+    if device.type == "mps":
+        raise Unsupported("it has not been tried on Apple's GPUs")
+    if options.runtime == "graph" and device.type != "cuda":
+        raise Unsupported(f"graphs are recorded on a CUDA device, and this is {device}")
+    return shape_of(config)
+
+
+def _packed_dtype(options: LoadOptions, device: torch.device, path: Path) -> torch.dtype | None:
+    """bfloat16 where weights are packed, or a GGUF's stay so: the kernels' own. Raises UsageError where they cannot be."""
+    asked = options.quantize in ("int8", "int4")
+    can = device.type == "cpu" and kernels_available() and options.dtype in ("auto", "bfloat16")
+    if asked and not can:
+        here = f"on {device} in dtype {options.dtype}"
+        raise UsageError(
+            f"weights cannot be packed to {options.quantize} {here}",
+            "packed weights run on an x86 CPU with AVX2 or later, in bfloat16; leave out --quantize and --draft-quantize",
+        )
+    keeps = path.suffix == ".gguf" and options.quantize == "auto" and options.runtime != "generic"
+    return torch.bfloat16 if can and (asked or keeps) else None
 
 
 def load_model(name: str, options: LoadOptions) -> Loaded:
@@ -166,14 +285,25 @@ def _load_config(path: Path, options: LoadOptions) -> Any:
     return AutoConfig.from_pretrained(**_source(path, options))
 
 
-def _load_weights(path: Path, dtype: torch.dtype, placement: torch.device | DeviceMap, options: LoadOptions) -> Any:
-    from transformers import AutoModelForCausalLM
+def _load_weights(
+    path: Path,
+    config: Any,
+    gguf_state: Callable[[], dict[str, torch.Tensor] | None],
+    dtype: torch.dtype,
+    placement: torch.device | DeviceMap,
+    options: LoadOptions,
+) -> Any:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
-    on_map = {"device_map": placement} if isinstance(placement, str) else {}
+    state = gguf_state() if path.is_file() else None
+    common: dict[str, Any] = {"device_map": placement} if isinstance(placement, str) else {}
+    common |= {"dtype": dtype, "output_loading_info": True}
     model: Any
-    model, info = AutoModelForCausalLM.from_pretrained(
-        **_source(path, options), **on_map, dtype=dtype, use_safetensors=True, output_loading_info=True
-    )
+    if state is not None:
+        made = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        model, info = made.from_pretrained(None, config=config, state_dict=state, **common)
+    else:
+        model, info = AutoModelForCausalLM.from_pretrained(**_source(path, options), **common, use_safetensors=True)
     if missing := sorted(info["missing_keys"]):  # transformers would go on with random numbers in their place
         raise ModelUnavailable(
             f"{path} lacks {len(missing)} tensors that its config asks for, the first {missing[0]}", "download it again"
@@ -181,6 +311,14 @@ def _load_weights(path: Path, dtype: torch.dtype, placement: torch.device | Devi
     if isinstance(placement, torch.device):
         model = model.to(placement)
     return model.eval()
+
+
+def _generation_config(folder: Path) -> Any:
+    from transformers import GenerationConfig
+
+    with suppress(OSError, ValueError):  # it need not be there
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return None
 
 
 def _source(path: Path, options: LoadOptions) -> dict[str, Any]:
@@ -204,10 +342,11 @@ def _placement(name: str, need: Need, device: torch.device, options: LoadOptions
     return device
 
 
-def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+def _stop_ids(*holders: Any) -> frozenset[int]:
     ids: set[int] = set()
-    for holder in (model.generation_config, model.config.get_text_config(), tokenizer):
-        value = getattr(holder, "eos_token_id", None)
+    for holder in holders:
+        text = holder.get_text_config() if hasattr(holder, "get_text_config") else holder
+        value = getattr(text, "eos_token_id", None)
         ids |= {value} if isinstance(value, int) else set(value or ())
     return frozenset(ids)
 
@@ -219,7 +358,7 @@ def _explained(name: str, path: Path) -> Iterator[None]:
 
     try:
         yield
-    except SpecdecError:
+    except (SpecdecError, Unsupported):
         raise
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemory(f"out of memory while loading {name}", "use --dtype bfloat16, or a smaller model") from error

@@ -39,6 +39,8 @@ class Pair:
     environment: Mapping[str, Any]
     notes: tuple[str, ...] = field(default=())
     """What a user should know about this pair, in sentences."""
+    remarks: tuple[str, ...] = field(default=())
+    """What a curious user may want to know: which runtimes were taken, and why not a faster one."""
 
     @property
     def has_chat_template(self) -> bool:
@@ -92,11 +94,13 @@ def load_pair(target: str = "builtin", draft: str = "ngram", options: LoadOption
     commas (`drafters.build_drafter`). Raises the errors of `find_model`, and PairIncompatible where tokenizers differ.
     """
     options = options or LoadOptions()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     found = find_model(target, options)
     drafts, notes = dict[str, Loaded](), list[str]()
 
     def load_draft(name: str) -> Runtime:
-        small = find_model(name, replace(options, device_map=None))
+        small = find_model(name, replace(options, device_map=None, quantize=options.draft_quantize))
         special = check_pair(target, found.tokenizer, name, small.tokenizer).special
         if special:
             notes.append(f"{len(special)} special tokens of {target} and {name} differ, from id {special[0].id} on")
@@ -111,7 +115,7 @@ def load_pair(target: str = "builtin", draft: str = "ngram", options: LoadOption
             f"{target} has {loaded.runtime.vocab} logits where its config says {found.vocab}", "choose another target"
         )
     for model in (loaded, *drafts.values()):
-        made_for = getattr(model.runtime.model.config.get_text_config(), "max_position_embeddings", None)
+        made_for = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if model.runtime.limit != made_for:
             notes.append(f"{model.name} is used up to {model.runtime.limit} tokens, where its LongRoPE changes over")
     return Pair(
@@ -121,7 +125,13 @@ def load_pair(target: str = "builtin", draft: str = "ngram", options: LoadOption
         stop_ids=loaded.stop_ids,
         environment=_environment(loaded, drafts),
         notes=tuple(notes),
+        remarks=tuple(_remark(model) for model in (loaded, *drafts.values())),
     )
+
+
+def _remark(model: Loaded) -> str:
+    why = f", because {model.remark}" if model.remark else ""
+    return f"{model.name} runs on the {model.runtime.name} runtime, {model.weights} weights{why}"
 
 
 def _environment(target: Loaded, drafts: Mapping[str, Loaded]) -> dict[str, Any]:
@@ -134,9 +144,10 @@ def _environment(target: Loaded, drafts: Mapping[str, Loaded]) -> dict[str, Any]
         "platform": f"{sys.platform}-{platform.machine()}",
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-        "device_map": getattr(target.runtime.model, "hf_device_map", None) is not None,
+        "device_map": target.spread,
         "threads": torch.get_num_threads(),
         "dtype": target.dtype,
+        "weights": target.weights,
         "runtime": target.runtime.name,
         "target": _described(target),
         "drafts": {name: _described(draft) for name, draft in drafts.items()},
@@ -144,11 +155,13 @@ def _environment(target: Loaded, drafts: Mapping[str, Loaded]) -> dict[str, Any]
 
 
 def _described(loaded: Loaded) -> dict[str, Any]:
-    model = loaded.runtime.model
     return {
         "name": loaded.name,
-        "model_type": model.config.model_type,
-        "parameters": model.num_parameters(),
+        "model_type": loaded.config.model_type,
+        "parameters": loaded.parameters,
         "vocab": loaded.runtime.vocab,
         "context": loaded.runtime.limit,
+        "runtime": loaded.runtime.name,
+        "dtype": loaded.dtype,
+        "weights": loaded.weights,
     }

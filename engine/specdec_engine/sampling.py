@@ -6,12 +6,12 @@ made here, as a one-hot row, so that the acceptance rule needs no greedy branch.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor
 from transformers.generation.logits_process import (
-    LogitsProcessorList,
     MinPLogitsWarper,
-    TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
@@ -19,33 +19,33 @@ from transformers.generation.logits_process import (
 from specdec_engine.types import Sampling
 
 
-def warp(logits: Tensor, sampling: Sampling) -> Tensor:  # [n, V] -> [n, V] float32
+def warp(logits: Tensor, sampling: Sampling, temperature: Tensor | None = None) -> Tensor:  # [n, V] -> [n, V] float32
     """Each row's distribution after temperature, top-k, top-p and min-p.
 
-    A row whose largest logit is not finite (NaN, +inf, or all -inf) becomes a row of NaN, for the rule to report:
-    checking here would cost a device synchronisation.
+    A row whose largest logit is not finite (NaN, +inf, or all -inf) gets a NaN, for the rule to report: checking here would
+    cost a device synchronisation. `temperature` [] takes the place of sampling's own where the work is recorded and
+    replayed.
     """
-    logits = logits.float()
     if sampling.greedy:
-        finite = logits.amax(-1, keepdim=True).isfinite()
-        best = torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-        return torch.where(finite, best, torch.nan)
+        best, at = logits.max(-1, keepdim=True)
+        one = torch.where(best.isfinite(), 1.0, torch.nan)
+        return torch.zeros(logits.shape, device=logits.device).scatter_(-1, at, one.float())
+    logits = logits.float()
     # Shifted, which changes no distribution, so that a tiny temperature overflows to -inf and never to NaN.
-    warped: Tensor = _warpers(sampling)(None, logits - logits.amax(-1, keepdim=True))
-    return warped.softmax(-1)
+    shifted = logits - logits.amax(-1, keepdim=True)
+    scores = shifted / (sampling.temperature if temperature is None else temperature.float())
+    for warper in _warpers(sampling):
+        scores = warper(None, scores)
+    return scores.softmax(-1)
 
 
-def _warpers(sampling: Sampling) -> LogitsProcessorList:
-    warpers = LogitsProcessorList()
-    if sampling.temperature != 1.0:
-        warpers.append(TemperatureLogitsWarper(sampling.temperature))
+def _warpers(sampling: Sampling) -> Iterator[Callable[[None, Tensor], Tensor]]:
     if sampling.top_k:
-        warpers.append(TopKLogitsWarper(sampling.top_k))
+        yield TopKLogitsWarper(sampling.top_k)
     if sampling.top_p < 1.0:
-        warpers.append(TopPLogitsWarper(sampling.top_p))
+        yield TopPLogitsWarper(sampling.top_p)
     if sampling.min_p:
-        warpers.append(MinPLogitsWarper(sampling.min_p))
-    return warpers
+        yield MinPLogitsWarper(sampling.min_p)
 
 
 def draw(probs: Tensor, u: Tensor) -> Tensor:  # [V], [] -> []

@@ -1,6 +1,6 @@
 """From a model's name to its files on this machine: the one file that talks to the hub.
 
-A name is `builtin`, a `.gguf` file, a folder, or a hub id. All but the GGUF become a folder with safetensors weights; pickle
+A name is `builtin`, a `.gguf` file, a folder, or a hub id, and becomes a GGUF or a folder with safetensors weights; pickle
 files are refused. With `offline` nothing leaves the machine.
 """
 
@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from specdec_engine.builtin import builtin_folder
+from specdec_engine.builtin import builtin_gguf
 from specdec_engine.errors import ModelUnavailable
 from specdec_engine.progress import Progress, Report, silent
 
@@ -25,7 +25,7 @@ def resolve(name: str, *, offline: bool = False, trust_remote_code: bool = False
     """The folder or .gguf file that holds the model, fetched if need be. Raises ModelUnavailable."""
     path = Path(name).expanduser()
     if name == "builtin":
-        return builtin_folder(offline, report)
+        return builtin_gguf(offline, report)
     if path.suffix == ".gguf":
         return _checked_gguf(path)
     if path.is_dir():

@@ -41,6 +41,11 @@ class Sampling:
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
+    @property
+    def filters(self) -> tuple[int, float, float]:
+        """All but the temperature."""
+        return self.top_k, self.top_p, self.min_p
+
 
 @dataclass(frozen=True, slots=True)
 class Draft:

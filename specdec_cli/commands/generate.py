@@ -52,6 +52,9 @@ def generate(
     device_map: opt.DeviceMap = None,
     dtype: opt.Dtype = "auto",
     runtime: opt.Runtime = "auto",
+    quantize: opt.Quantize = "auto",
+    draft_quantize: opt.DraftQuantize = "auto",
+    threads: opt.Threads = None,
     offline: opt.Offline = False,
     trust_remote_code: opt.TrustRemoteCode = False,
     json: opt.Json = False,
@@ -60,6 +63,7 @@ def generate(
     color: opt.Color = "auto",
     marks: opt.Marks = False,
     stats: opt.Stats = True,
+    verbose: opt.Verbose = False,
     debug: opt.Debug = False,
 ) -> None:
     """Generate text from a draft/target pair, losslessly.
@@ -80,6 +84,7 @@ def generate(
     with interruptible(), output.narrated() as report:
         # Deferred: torch and transformers take 3 s, and `--help` and usage errors must not pay them.
         from specdec_engine.loading import LoadOptions
+        from specdec_engine.machine import usable_cores
         from specdec_engine.pair import load_pair
 
         load = LoadOptions(
@@ -87,6 +92,9 @@ def generate(
             dtype=dtype,
             device_map=device_map,
             runtime=runtime,
+            quantize=quantize,
+            draft_quantize=draft_quantize,
+            threads=threads or usable_cores(),
             offline=offline,
             trust_remote_code=trust_remote_code,
             tokens=len(text) // 3 + max_tokens,
@@ -94,7 +102,7 @@ def generate(
         )
         pair = load_pair(target, draft, load)
     ids = pair.encode(text, chat=chat, system=system)
-    for sentence in pair.notes:
+    for sentence in (*pair.notes, *(pair.remarks if verbose else ())):
         output.note(sentence)
 
     stream = TextStream(pair.tokenizer, stops)
@@ -188,7 +196,8 @@ def _ending(summary: Summary, max_tokens: int, stops: tuple[str, ...]) -> str:
 
 def _state(pair: Pair, summary: Summary, k: int) -> str:
     """Whether speculation ran, and why not if it did not."""
-    where = f"{pair.target.name}, {pair.environment['dtype']} on {pair.environment['device']}"
+    made = pair.environment
+    where = f"{pair.target.name}, {made['weights']} on {made['device']}, {made['runtime']} runtime"
     if k == 0:
         return f"speculation off because k is 0 · {where}"
     if set(pair.drafter.name.split(",")) == {"none"}:

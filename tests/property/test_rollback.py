@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from specdec_engine.runtime.generic import GenericRuntime
-from tests.fakes import VOCAB, tiny_llama
+from tests.fakes import VOCAB, graph, lean, tiny_llama
 
 MODEL = tiny_llama(seed=3)
 TOKENS = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=7)
@@ -19,8 +19,11 @@ class CacheAgainstList(RuleBasedStateMachine):
 
     @initialize()
     def fresh(self):
-        self.runtime = GenericRuntime(MODEL, "tiny")
+        self.runtime = self.make()
         self.tokens: list[int] = []
+
+    def make(self):
+        return GenericRuntime(MODEL, "tiny")
 
     @rule(tokens=TOKENS, rows=st.integers(1, 7))
     def forward(self, tokens, rows):
@@ -45,5 +48,23 @@ class CacheAgainstList(RuleBasedStateMachine):
             assert self.runtime.cached == len(self.tokens)
 
 
-CacheAgainstList.TestCase.settings = settings(max_examples=60, stateful_step_count=12, deadline=None)
+class LeanCacheAgainstList(CacheAgainstList):
+    """The lean forward, whose cache begins with room for 16 tokens, and so is made anew on the way."""
+
+    def make(self):
+        return lean(MODEL, capacity=16)
+
+
+class GraphCacheAgainstList(CacheAgainstList):
+    """Recorded passes, padded to a few widths: what surplus rows leave in the cache must never be seen."""
+
+    def make(self):
+        return graph(MODEL)
+
+
+SETTINGS = settings(max_examples=60, stateful_step_count=12, deadline=None)
+for machine in (CacheAgainstList, LeanCacheAgainstList, GraphCacheAgainstList):
+    machine.TestCase.settings = SETTINGS
 TestRollback = CacheAgainstList.TestCase
+TestLeanRollback = LeanCacheAgainstList.TestCase
+TestGraphRollback = GraphCacheAgainstList.TestCase

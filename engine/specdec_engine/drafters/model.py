@@ -7,7 +7,8 @@ draft's first pass; no extra pass closes the gap.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -46,36 +47,19 @@ class ModelDrafter:
             return nothing(self._device, self.name)
         self._drafted_from = len(context)
         self._catch_up(context, keep=_PENDING_IN_ONE_PASS)
-        pending = self._ids(context[self.runtime.cached :])
-        return self._greedy(pending, k) if sampling.greedy else self._drawn(pending, k, sampling, random, len(context))
+        device = self.runtime.device
+        uniforms = [0.0] * k if sampling.greedy else random.uniforms(len(context), "draft", k)
+        numbers = torch.tensor([*uniforms, sampling.temperature], dtype=wide(device)).to(device)
+        tokens, rows = self.runtime.unroll(
+            self._ids(context[self.runtime.cached :]), numbers[:k], numbers[k], _Choose(sampling, self._vocab)
+        )
+        if rows is not None:  # ids that the draft lacks: q is 0 there
+            rows = torch.nn.functional.pad(rows, (0, self._target_vocab - self._vocab)).to(self._device)
+        return Draft(tokens.to(self._device), rows, self.name)
 
     def observe(self, draft: Draft, verdict: Verdict) -> None:
         """Forget what was fed for the rejected tokens; k - 1 of the drafted were fed."""
         self.runtime.rollback(to=self._drafted_from + min(verdict.accepted, len(draft) - 1))
-
-    @torch.inference_mode()
-    def _greedy(self, pending: Tensor, k: int) -> Draft:
-        tokens: list[Tensor] = []
-        for _ in range(k):
-            pending = self._logits(pending).argmax(-1)
-            tokens.append(pending)
-        return Draft(torch.cat(tokens).to(self._device), None, self.name)
-
-    @torch.inference_mode()
-    def _drawn(self, pending: Tensor, k: int, sampling: Sampling, random: Randomness, position: int) -> Draft:
-        u = torch.tensor(random.uniforms(position, "draft", k), dtype=wide(pending.device)).to(pending.device)
-        tokens, rows = [], []
-        for i in range(k):
-            row = warp(self._logits(pending), sampling)
-            pending = draw(row[0], u[i])[None]
-            tokens.append(pending)
-            rows.append(row)
-        unseen = self._target_vocab - self._vocab  # the target's ids that the draft lacks: q is 0 there
-        probs = torch.nn.functional.pad(torch.cat(rows), (0, unseen))
-        return Draft(torch.cat(tokens).to(self._device), probs.to(self._device), self.name)
-
-    def _logits(self, pending: Tensor) -> Tensor:
-        return self.runtime.forward(pending, 1)[:, : self._vocab]  # [1, min(V_draft, V)]
 
     def _catch_up(self, context: Sequence[int], keep: int) -> None:
         """Cache the context but for its last `keep` tokens; usually there is nothing to do."""
@@ -90,6 +74,25 @@ class ModelDrafter:
 
 _PENDING_IN_ONE_PASS = 64
 """Tokens behind that still go into the draft's own first pass instead of a prefill of their own."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Choose:
+    """The likeliest token at temperature 0; otherwise one drawn under the run's sampling settings."""
+
+    sampling: Sampling
+    vocab: int
+
+    @property
+    def key(self) -> Hashable:
+        return (self.sampling.greedy, *self.sampling.filters, self.vocab)
+
+    def __call__(self, logits: Tensor, u: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor | None]:
+        logits = logits[:, : self.vocab]
+        if self.sampling.greedy:
+            return logits.argmax(-1), None
+        row = warp(logits, self.sampling, temperature)
+        return draw(row[0], u)[None], row
 
 
 def build(argument: str, host: DraftHost) -> ModelDrafter:

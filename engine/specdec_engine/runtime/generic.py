@@ -10,6 +10,7 @@ from torch import Tensor
 
 from specdec_engine.cache import new_cache, truncate
 from specdec_engine.errors import PairIncompatible
+from specdec_engine.runtime import step_by_step
 
 
 class GenericRuntime:
@@ -47,6 +48,8 @@ class GenericRuntime:
 
     def rollback(self, to: int) -> None:
         truncate(self._cache, to)
+
+    unroll = step_by_step
 
 
 def context_limit(config: Any) -> int | None:

@@ -1,0 +1,136 @@
+"""GGUF files as checkpoints: what transformers needs beside the weights is made once and kept in the cache.
+
+Reading a GGUF's header takes 7 s for each of config, tokenizer and tensor list, because its vocabulary is parsed piece by
+piece in Python. The folder made here holds those three; the weights stay where they are and are read in place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from platformdirs import user_cache_path
+
+from specdec_engine.errors import ModelUnavailable
+from specdec_engine.progress import Progress, Report
+
+if TYPE_CHECKING:
+    from specdec_engine.weights import Entry
+
+LAYOUT = 1
+"""Version of the folder; raise it when its contents change."""
+SCRATCH = ".scratch-"
+_INDEX = "tensors.json"
+_INTERLEAVED = ("llama",)
+"""GGUF architectures whose query and key rows are stored as llama.cpp rotates them: in pairs."""
+_MEMBERS = ("llama", "qwen2", "qwen3")
+"""Those whose tensors have Hugging Face names one to one. Others are left to transformers."""
+
+
+def cache_folder() -> Path:
+    """Where our files live: $SPECDEC_CACHE, or the platform's cache folder for this user."""
+    return Path(os.environ["SPECDEC_CACHE"]) if os.environ.get("SPECDEC_CACHE") else user_cache_path("specdec")
+
+
+def beside(gguf: Path, name: str, report: Report) -> Path:
+    """The folder with this file's config, tokenizer and tensor list; made if it is not there.
+
+    Keyed by path, size and time, so that a file that was replaced is read anew. Raises ModelUnavailable where the cache
+    cannot be written, and whatever transformers and gguf raise for a file they cannot read.
+    """
+    stat = gguf.stat()
+    key = hashlib.sha256(f"{gguf.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:12]
+    folder = cache_folder() / "gguf" / f"{key}-{LAYOUT}"
+    if (folder / _INDEX).is_file():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        sweep(folder.parent)
+        report(Progress("convert", f"the header of {name}, once, for about half a minute"))
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=SCRATCH, ignore_cleanup_errors=True) as scratch:
+            made = Path(scratch) / folder.name
+            _make(gguf, made)
+            with suppress(OSError):  # another process was faster, and has made the same folder
+                made.replace(folder)
+    except OSError as error:
+        raise ModelUnavailable(
+            f"{name} needs a few MB in {folder.parent}, which cannot be written: {error.strerror or error}",
+            "free some space, or point SPECDEC_CACHE to a folder that can be written",
+        ) from error
+    return folder
+
+
+def entries(folder: Path) -> dict[str, Entry]:
+    """The tensor list by Hugging Face names; empty for an architecture whose names are not known."""
+    from specdec_engine.weights import Entry
+
+    found: dict[str, Any] = json.loads((folder / _INDEX).read_text("utf-8"))
+    return {name: Entry(**{**entry, "shape": tuple(entry["shape"])}) for name, entry in found.items()}
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed runs left, once it is too old to be another process's work."""
+    for left in folder.glob(f"{SCRATCH}*"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > 3600:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _make(gguf: Path, into: Path) -> None:
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name, "local_files_only": True}
+    config = AutoConfig.from_pretrained(**source)
+    config.save_pretrained(into)
+    GenerationConfig.from_model_config(config).save_pretrained(into)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(into)
+    found = {name: asdict(entry) for name, entry in _read_entries(gguf).items()}
+    (into / _INDEX).write_text(json.dumps(found), "utf-8")
+
+
+def _read_entries(gguf: Path) -> dict[str, Entry]:
+    from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map
+
+    from specdec_engine.weights import Entry
+
+    reader: Any = GGUFReader(gguf)
+    arch = reader.fields["general.architecture"].contents()
+    if arch not in _MEMBERS:
+        return {}
+    number: dict[str, MODEL_ARCH] = {name: member for member, name in MODEL_ARCH_NAMES.items()}
+    layers = int(reader.fields[f"{arch}.block_count"].contents())
+    heads = int(reader.fields[f"{arch}.attention.head_count"].contents())
+    kv_heads = int(reader.fields[f"{arch}.attention.head_count_kv"].contents())
+    interleaved = {"q_proj": heads, "k_proj": kv_heads} if arch in _INTERLEAVED else {}
+    names = _hf_names(get_tensor_name_map(number[arch], layers), layers)
+    found = {}
+    for tensor in reader.tensors:
+        name = names.get(tensor.name, tensor.name)  # an unknown one keeps its name, and is seen to be left over
+        found[name] = Entry(
+            kind=tensor.tensor_type.name,
+            shape=tuple(int(size) for size in reversed(tensor.shape)),
+            offset=int(tensor.data_offset),
+            size=int(tensor.n_bytes),
+            heads=next((n for part, n in interleaved.items() if f".{part}." in name), 0),
+        )
+    return found
+
+
+def _hf_names(table: Any, layers: int) -> dict[str, str]:
+    """GGUF's names -> Hugging Face's, from the gguf library's own table."""
+    parts = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "self_attn.q_norm"]
+    parts += ["self_attn.k_norm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    parts += ["input_layernorm", "post_attention_layernorm"]
+    stems = ["model.embed_tokens", "model.norm", "lm_head"]
+    stems += [f"model.layers.{i}.{part}" for i in range(layers) for part in parts]
+    wanted = (f"{stem}.{kind}" for stem in stems for kind in ("weight", "bias"))
+    known = ((table.get_name(name, try_suffixes=(".weight", ".bias")), name) for name in wanted)
+    return {gguf: name for gguf, name in known if gguf is not None}

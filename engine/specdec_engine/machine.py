@@ -1,0 +1,25 @@
+"""How many threads make sense here."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import psutil
+
+
+def usable_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Physical cores, but no more than this process may run on, nor than a container's quota pays for.
+
+    torch counts the machine's cores only: in a container with two of 64 its threads would mostly wait for each other.
+    """
+    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = min(cores, len(os.sched_getaffinity(0)))
+    try:
+        limit, period = quota.read_text("ascii").split()
+        cores = min(cores, math.ceil(int(limit) / int(period)))
+    except (OSError, ValueError):  # no cgroup, or its quota is "max"
+        pass
+    return max(cores, 1)

@@ -1,0 +1,384 @@
+"""The dense decoder family (Llama, SmolLM, Mistral, Qwen2, Qwen3) as one lean forward.
+
+What transformers computes, in fewer and larger steps: query, key and value are one projection, so are gate and up; keys and
+values lie in one preallocated tensor; the rotation is one complex multiplication; nothing is decided per step that could be
+decided once. Positions are a tensor, never a Python number, so that the same code can be recorded as a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad, rms_norm, scaled_dot_product_attention, silu
+
+from specdec_engine.runtime.linear import Projection, Quantize, project
+from specdec_engine.weights import Grouped, Weights
+
+FAMILY = ("llama", "mistral", "qwen2", "qwen3")
+"""transformers' model types that `shape_of` knows."""
+
+
+class Unsupported(Exception):
+    """Why a model cannot run on the lean forward; the generic one takes it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What the forward needs to know of a config."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    hidden: int
+    vocab: int
+    eps: float
+    tied: bool
+    windows: tuple[int | None, ...]
+    """Per layer: how many positions back it sees; None for all."""
+    frequencies: Tensor
+    """[head_size / 2] float32, radians a position."""
+    rope_scale: float
+    """Factor on rotated queries and keys (YaRN's attention factor)."""
+
+    @property
+    def kv_values(self) -> int:
+        """Numbers cached a token, keys and values, all layers."""
+        return self.layers * 2 * self.kv_heads * self.head_size
+
+
+def shape_of(config: Any) -> Shape:
+    """Raises Unsupported, with the reason, for a model that this forward would not compute exactly."""
+    if config.model_type not in FAMILY:
+        raise Unsupported(f"{config.model_type} is not one of {', '.join(FAMILY)}")
+    if config.hidden_act != "silu":
+        raise Unsupported(f"its activation is {config.hidden_act}")
+    heads, layers = config.num_attention_heads, config.num_hidden_layers
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    frequencies, scale = _rope(config, head_size)
+    return Shape(
+        layers=layers,
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_size=head_size,
+        hidden=config.hidden_size,
+        vocab=config.vocab_size,
+        eps=config.rms_norm_eps,
+        tied=config.tie_word_embeddings,
+        windows=_windows(config, layers),
+        frequencies=frequencies,
+        rope_scale=scale,
+    )
+
+
+def _rope(config: Any, head_size: int) -> tuple[Tensor, float]:
+    rope = config.rope_parameters
+    kind = rope.get("rope_type", "default")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise Unsupported("it rotates only part of each head")
+    if kind == "default":
+        steps = torch.arange(0, head_size, 2, dtype=torch.int64).float() / head_size
+        return 1.0 / (rope["rope_theta"] ** steps), 1.0
+    if kind not in ("linear", "llama3", "yarn"):  # the others depend on the length, or on the model
+        raise Unsupported(f"its rotary embedding is of type {kind}")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    return frequencies, float(scale)
+
+
+def _windows(config: Any, layers: int) -> tuple[int | None, ...]:
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:  # Mistral: one window for all layers
+        return (window,) * layers
+    if set(kinds) - {"full_attention", "sliding_attention"}:
+        raise Unsupported(f"it has layers of the kinds {', '.join(sorted(set(kinds)))}")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One block; the norms' weights carry the factor √size, see `Decoder._normed`."""
+
+    attention_norm: Tensor
+    qkv: Projection
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    out: Projection
+    mlp_norm: Tensor
+    gate_up: Projection
+    down: Projection
+    window: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a pass computes once for all its layers; views of the cache and of buffers that the layers fill one after
+    another."""
+
+    positions: Tensor
+    """[n] int64"""
+    rotation: Tensor
+    """[n, heads + 2 · kv_heads, head_size / 2] complex64; 1 for the values, which are not rotated."""
+    masks: dict[int | None, Tensor]
+    """By window: [rows of a group, span], 0 or -inf."""
+    kept: Sequence[Tensor]
+    """Per layer: [2 · kv_heads, capacity, head_size], to write into."""
+    keys: Sequence[Tensor]
+    """Per layer: [1, kv_heads, span, head_size]."""
+    values: Sequence[Tensor]
+    queries: Tensor
+    """[1, groups, rows, head_size]; rows beyond the real ones stay 0."""
+    asked: Tensor
+    """The real rows of `queries` as [groups, heads a group, n, head_size]."""
+    mixed: Tensor
+    """[n, groups, heads a group, head_size], in the activations' dtype."""
+
+
+class Decoder:
+    """The weights, and the forward over a cache that the caller owns."""
+
+    def __init__(
+        self, shape: Shape, weights: Weights, dtype: torch.dtype, device: torch.device, quantize: Quantize
+    ) -> None:
+        """Raises Unsupported if the checkpoint has tensors that this forward does not know, or lacks one."""
+        take = _Taker(weights, shape)
+        to = (dtype, device, quantize)
+        self.shape, self.dtype, self.device = shape, dtype, device
+        self._embedding = _Embedding(take.stored("model.embed_tokens.weight"), device)
+        self.layers = [self._layer(take, i, to) for i in range(shape.layers)]
+        self._norm = self._norm_weight(take, "model.norm.weight")
+        head = "model.embed_tokens.weight" if shape.tied else "lm_head.weight"
+        # The head stays dense, also where its file has it in 8 bits: reordered bfloat16 takes 2.0 ms for one row as for
+        # eight, packed 1.8 for one and 7 for eight (49,152 x 576); and all logits pass through its rounding.
+        self._head = project([take.dense(head)], take.bias("lm_head"), dtype, device, "none")
+        self.vocab = int(take.rows(head))
+        self.parameters = take.parameters
+        frequencies = shape.frequencies
+        if (factors := take.optional("rope_freqs.weight")) is not None:  # how GGUF keeps Llama 3's stretched rotation
+            frequencies = frequencies / factors
+        self._frequencies = frequencies.to(device)
+        self._eps = torch.tensor([(shape.eps * shape.hidden) ** 0.5], device=device)
+        self._padding = 4 if device.type == "cpu" else 1
+        take.check_all_taken(tied=shape.tied)
+
+    @property
+    def forms(self) -> str:
+        """How the layers' weights are kept: int4, int8, or a dtype."""
+        return "+".join(
+            sorted({p.form for layer in self.layers for p in (layer.qkv, layer.out, layer.gate_up, layer.down)})
+        )
+
+    def _layer(self, take: _Taker, i: int, to: tuple[torch.dtype, torch.device, Quantize]) -> Layer:
+        shape, at = self.shape, f"model.layers.{i}"
+        attention, mlp = f"{at}.self_attn", f"{at}.mlp"
+        paired = {"q_proj": _paired(shape.heads, shape.head_size), "k_proj": _paired(shape.kv_heads, shape.head_size)}
+        one = _paired(1, shape.head_size)
+        return Layer(
+            attention_norm=self._norm_weight(take, f"{at}.input_layernorm.weight"),
+            qkv=take.projection(attention, ("q_proj", "k_proj", "v_proj"), to, paired),
+            q_norm=take.optional(f"{attention}.q_norm.weight", one, self.device),
+            k_norm=take.optional(f"{attention}.k_norm.weight", one, self.device),
+            out=take.projection(attention, ("o_proj",), to),
+            mlp_norm=self._norm_weight(take, f"{at}.post_attention_layernorm.weight"),
+            gate_up=take.projection(mlp, ("gate_proj", "up_proj"), to),
+            down=take.projection(mlp, ("down_proj",), to),
+            window=shape.windows[i],
+        )
+
+    def _norm_weight(self, take: _Taker, name: str) -> Tensor:
+        weight: Tensor = take.dense(name).to(self.device).float()
+        return weight * float(self.shape.hidden**0.5)
+
+    def new_cache(self, capacity: int) -> Tensor:
+        """[layers, 2 · kv_heads, capacity, head_size]: each layer's keys, then its values; zeros, so that no masked row is
+        NaN.
+
+        On a CPU in float32, where attention takes half the time it takes in bfloat16, and in pages that cost nothing until
+        they are written.
+        """
+        s = self.shape
+        size = (s.layers, 2 * s.kv_heads, capacity, s.head_size)
+        if self.device.type == "cpu":
+            import numpy as np
+
+            return torch.from_numpy(np.zeros(size, np.float32))
+        return torch.zeros(size, dtype=self.dtype, device=self.device)
+
+    @torch.inference_mode()
+    def __call__(self, tokens: Tensor, positions: Tensor, cache: Tensor, span: int, rows: int) -> Tensor:
+        """[n] tokens at [n] positions -> [rows, V] logits of the last `rows`.
+
+        Writes their keys and values into `cache`, and looks at its first `span` positions, which must take in all of
+        `positions`.
+        """
+        step = self._step(positions, cache, span)
+        x = self._embedding(tokens)
+        for i, layer in enumerate(self.layers):
+            x.add_(layer.out(self._attention(i, layer, self._normed(x, layer.attention_norm), step)))
+            gate_up = layer.gate_up(self._normed(x, layer.mlp_norm))
+            half = gate_up.shape[1] // 2
+            x.add_(layer.down(silu(gate_up[:, :half]).mul_(gate_up[:, half:])))
+        logits: Tensor = self._head(self._normed(x[-rows:], self._norm))
+        return logits
+
+    def _step(self, positions: Tensor, cache: Tensor, span: int) -> Step:
+        s, n, kept = self.shape, positions.shape[0], cache.dtype
+        angles = positions[:, None] * self._frequencies
+        rotation = torch.polar(torch.full_like(angles, s.rope_scale), angles)[:, None]
+        still = torch.ones_like(rotation).expand(n, s.kv_heads, -1)
+        # A group's query heads go as further rows of one head, whose keys are read once; many rows would need too large a
+        # mask.
+        groups = s.kv_heads if n <= _GROUPED_ROWS else s.heads
+        together = s.heads // groups
+        rows = n * together
+        # To a multiple of 4 rows: then a row has the same bits alone and among others (117 of 130 cases, against 29 without).
+        surplus = -rows % self._padding
+        queries = torch.zeros(1, groups, rows + surplus, s.head_size, dtype=kept, device=self.device)
+        return Step(
+            positions=positions,
+            rotation=torch.cat([rotation.expand(n, s.heads + s.kv_heads, -1), still], 1),
+            masks={window: self._mask(positions, span, window, together, surplus, kept) for window in set(s.windows)},
+            kept=cache.unbind(0),
+            keys=cache[:, None, : s.kv_heads, :span].unbind(0),
+            values=cache[:, None, s.kv_heads :, :span].unbind(0),
+            queries=queries,
+            asked=queries[0, :, :rows].view(groups, together, n, s.head_size),
+            mixed=torch.empty(n, groups, together, s.head_size, dtype=self.dtype, device=self.device),
+        )
+
+    def _mask(
+        self, positions: Tensor, span: int, window: int | None, together: int, surplus: int, dtype: torch.dtype
+    ) -> Tensor:
+        columns = torch.arange(span, device=self.device)
+        seen = columns <= positions[:, None]
+        if window is not None:
+            seen &= columns > positions[:, None] - window
+        mask = torch.zeros(seen.shape, dtype=dtype, device=self.device).masked_fill_(~seen, float("-inf"))
+        return pad(mask.repeat(together, 1), (0, 0, 0, surplus))
+
+    def _attention(self, i: int, layer: Layer, h: Tensor, step: Step) -> Tensor:
+        s, n = self.shape, h.shape[0]
+        heads = layer.qkv(h).float().view(n, -1, s.head_size)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            queries, keys = heads[:, : s.heads], heads[:, s.heads : s.heads + s.kv_heads]
+            queries.copy_(rms_norm(queries, (s.head_size,), layer.q_norm, s.eps))
+            keys.copy_(rms_norm(keys, (s.head_size,), layer.k_norm, s.eps))
+        torch.view_as_complex(heads.view(n, -1, s.head_size // 2, 2)).mul_(step.rotation)  # in place: `heads` is turned
+
+        step.kept[i].index_copy_(1, step.positions, heads[:, s.heads :].transpose(0, 1).to(step.kept[i].dtype))
+        groups, together = step.asked.shape[:2]
+        step.asked.copy_(heads[:, : s.heads].view(n, groups, together, -1).permute(1, 2, 0, 3))
+        seen = scaled_dot_product_attention(
+            step.queries, step.keys[i], step.values[i], step.masks[layer.window], enable_gqa=groups != s.kv_heads
+        )
+        step.mixed.copy_(seen[0, :, : n * together].view(groups, together, n, -1).permute(2, 0, 1, 3))
+        return step.mixed.view(n, -1)
+
+    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        """RMSNorm of float32 x, as x · w√d / √(Σx² + d·eps); `weight` holds w√d.
+
+        Five operations that take 11 µs, where torch's rms_norm takes 23; a pass of 30 layers has 61 of them.
+        """
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return (x * weight).div_(torch.hypot(size, self._eps)).to(self.dtype)
+
+
+_GROUPED_ROWS = 32
+"""Rows of a pass up to which query heads are grouped."""
+
+
+class _Embedding:
+    """Rows of the table on demand; a packed table stays packed, in the file."""
+
+    def __init__(self, table: Tensor | Grouped, device: torch.device) -> None:
+        self._table = table if isinstance(table, Grouped) and device.type == "cpu" else None
+        dense = table.dense() if isinstance(table, Grouped) and self._table is None else table
+        self._dense = dense.to(device) if isinstance(dense, Tensor) else None
+
+    def __call__(self, tokens: Tensor) -> Tensor:  # [n] -> [n, hidden] float32
+        if self._dense is not None:
+            return self._dense[tokens].float()
+        assert self._table is not None
+        return self._table.rows(tokens).dense()
+
+
+def _paired(heads: int, size: int) -> Tensor:
+    """Row order that brings each head's halves together in pairs, which is what a complex multiplication rotates.
+
+    Scores are sums over a head's entries, so the same order for queries and keys changes nothing.
+    """
+    return torch.arange(heads * size).view(heads, 2, size // 2).transpose(1, 2).flatten()
+
+
+class _Taker:
+    """Hands out a checkpoint's tensors, and knows which were not asked for."""
+
+    def __init__(self, weights: Weights, shape: Shape) -> None:
+        self._weights = weights
+        self._left = set(weights.names)
+        self.parameters = 0
+
+    def stored(self, name: str) -> Tensor | Grouped:
+        found: Tensor | Grouped = self._found(name, self._weights.stored)
+        self.parameters += found.q.numel() if isinstance(found, Grouped) else found.numel()
+        return found
+
+    def dense(self, name: str) -> Tensor:
+        fresh = name in self._left
+        found: Tensor = self._found(name, self._weights.dense)
+        self.parameters += found.numel() if fresh else 0
+        return found
+
+    def _found(self, name: str, read: Callable[[str], Any]) -> Any:
+        if name not in self._weights.names:
+            raise Unsupported(f"its checkpoint has no {name}")
+        self._left.discard(name)
+        return read(name)
+
+    def optional(self, name: str, order: Tensor | None = None, device: torch.device | None = None) -> Tensor | None:
+        if name not in self._weights.names:
+            return None
+        found = self.dense(name).float()
+        return (found if order is None else found[order]).to(device)
+
+    def rows(self, name: str) -> int:
+        return self.dense(name).shape[0]
+
+    def bias(self, stem: str) -> Tensor | None:
+        return self.dense(f"{stem}.bias") if f"{stem}.bias" in self._weights.names else None
+
+    def projection(
+        self,
+        stem: str,
+        parts: Sequence[str],
+        to: tuple[torch.dtype, torch.device, Quantize],
+        orders: dict[str, Tensor] | None = None,
+    ) -> Projection:
+        """The named matrices, stacked; rows in the order given for a part."""
+        dtype, device, quantize = to
+        matrices, biases = [], []
+        for part in parts:
+            matrix, bias = self.stored(f"{stem}.{part}.weight"), self.bias(f"{stem}.{part}")
+            order = (orders or {}).get(part)
+            if order is not None:
+                matrix = matrix.rows(order) if isinstance(matrix, Grouped) else matrix[order]
+                bias = None if bias is None else bias[order]
+            matrices.append(matrix)
+            biases.append(bias)
+        known = [bias for bias in biases if bias is not None]
+        if known and len(known) < len(parts):
+            raise Unsupported(f"{stem} has a bias on some of {', '.join(parts)} only")
+        return project(matrices, torch.cat(known) if known else None, dtype, device, quantize)
+
+    def check_all_taken(self, *, tied: bool) -> None:
+        left = sorted(
+            n for n in self._left if not n.endswith("rotary_emb.inv_freq") and not (tied and n == "lm_head.weight")
+        )
+        if left:
+            raise Unsupported(f"its checkpoint has {len(left)} tensors this forward does not know, the first {left[0]}")

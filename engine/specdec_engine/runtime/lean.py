@@ -1,0 +1,75 @@
+"""The lean forward with a cache that grows: the fast road on a CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specdec_engine.errors import OutOfMemory
+from specdec_engine.runtime import step_by_step
+from specdec_engine.runtime.decoder import Decoder
+
+_SPAN = 16
+"""Attention looks at a multiple of this many positions, so that a row's sums are cut alike in passes of any width."""
+
+
+class LeanRuntime:
+    """A `Decoder` and its cache. Several may share one decoder."""
+
+    name = "lean"
+
+    def __init__(self, decoder: Decoder, label: str, limit: int | None, capacity: int) -> None:
+        """capacity: tokens to make room for at first."""
+        self.decoder = decoder
+        self.vocab = decoder.vocab
+        self.limit = limit
+        self.device = decoder.device
+        self._label = label
+        self._cached = 0
+        self._cache = self._new_cache(_rounded(capacity))
+
+    @property
+    def cached(self) -> int:
+        return self._cached
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit before the cache is made anew."""
+        return self._cache.shape[2]
+
+    def forward(self, tokens: Tensor, rows: int) -> Tensor:
+        end = self._cached + tokens.shape[0]
+        if end > self.capacity:
+            self._grow(end)
+        positions = torch.arange(self._cached, end, device=self.device)
+        logits = self.decoder(tokens, positions, self._cache, _rounded(end), rows)
+        self._cached = end
+        return logits
+
+    def rollback(self, to: int) -> None:
+        self._cached = min(self._cached, to)
+        if to == 0:  # a run that ended in NaN would otherwise leave them behind the mask, and 0 · NaN is NaN
+            self._cache.zero_()
+
+    unroll = step_by_step
+
+    def _grow(self, end: int) -> None:
+        wider = self._new_cache(_rounded(max(end, 2 * self.capacity)))
+        wider[:, :, : self._cached] = self._cache[:, :, : self._cached]
+        self._cache = wider
+
+    def _new_cache(self, capacity: int) -> Tensor:
+        try:
+            return self.decoder.new_cache(capacity)
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "memory" not in str(error):
+                raise
+            size = capacity * self.decoder.shape.kv_values * 4 / 2**30
+            raise OutOfMemory(
+                f"out of memory: the cache of {self._label} for {capacity} tokens needs {size:.1f} GiB",
+                f"{self._cached} tokens fit; lower --max-tokens, or shorten the prompt",
+            ) from error
+
+
+def _rounded(tokens: int) -> int:
+    return -(-tokens // _SPAN) * _SPAN

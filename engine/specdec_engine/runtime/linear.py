@@ -1,0 +1,162 @@
+"""A weight matrix in the form in which this machine multiplies it fastest: dense, int8 or int4.
+
+All take x [n, K] and give [n, N]. On an x86 CPU every form gives a row the same bits whether it comes alone or among others
+(n from 1 to 16, oneDNN and the int4/int8 kernels of torch 2.13), which keeps plain and speculative decoding together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from specdec_engine.weights import GROUP, Grouped
+
+Quantize = Literal["auto", "none", "int8", "int4"]
+
+
+class Projection(Protocol):
+    """**Protocol:** one matrix, ready to multiply."""
+
+    form: str
+    """int4, int8, or the dtype's name."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[n, K] -> [n, N]"""
+        ...
+
+
+class Dense:
+    """Weights in the activations' dtype; on a CPU in oneDNN's own layout, where it has one.
+
+    Reordered once instead of at every call: 11 ms against 24 for all matrices of a 135M model in bfloat16, and about as much
+    for eight rows as for one (2 cores, AVX-512).
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.form = str(weight.dtype).removeprefix("torch.")
+        self._bias = bias
+        self._reordered = weight.device.type == "cpu" and _onednn_takes(weight.dtype)
+        # The 1 is a hint at the usual number of rows; with 5 the result is the same and no faster.
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1) if self._reordered else weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self._reordered:
+            return linear(x, self._weight, self._bias)
+        n = x.shape[0]
+        # One row alone would take a kernel that sums in another order than the one for several.
+        x = torch.cat([x, x]) if n == 1 else x
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        return out[:n]
+
+
+class Int8:
+    """Symmetric int8 weights, one scale an output row; activations stay bfloat16."""
+
+    form = "int8"
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        scale = weight.abs().amax(1).clamp(min=1e-8) / 127
+        self._q = (weight / scale[:, None]).round_().to(torch.int8)
+        self._scale = scale.bfloat16()
+        self._bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return _biased(torch._weight_int8pack_mm(x, self._q, self._scale), self._bias)
+
+
+class Int4:
+    """Packed weights in groups of 32, multiplied without unpacking; 8-bit ones as two 4-bit halves.
+
+    An 8-bit q is 16 · high + low, so [x, x] · [high, low] needs no other scales than the file's own. Scales and offsets are
+    rounded to bfloat16, as the kernel wants them: at most 1/30 of a quantisation step.
+    """
+
+    form = "int4"
+
+    def __init__(self, weight: Grouped, bias: Tensor | None) -> None:
+        q, scale, offset = weight.q.int(), weight.scale, weight.offset
+        self._halves = offset is None
+        if offset is None:
+            q = torch.cat([(q >> 4) + 8, q & 15], 1)
+            scale, offset = torch.cat([scale * 16, scale], 1), torch.cat([scale * -128, torch.zeros_like(scale)], 1)
+            self.form = "int8"
+        # The kernel computes (q - 8) · scale + zero.
+        zero = offset + 8 * scale
+        self._q = torch._convert_weight_to_int4pack_for_cpu(q, 1)
+        self._scale_and_zero = torch.stack([scale, zero], -1).transpose(0, 1).bfloat16().contiguous()
+        self._bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = torch.cat([x, x], -1) if self._halves else x
+        return _biased(torch._weight_int4pack_mm_for_cpu(x, self._q, GROUP, self._scale_and_zero), self._bias)
+
+
+def project(
+    weights: Sequence[Tensor | Grouped],
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantize: Quantize,
+) -> Projection:
+    """One projection for matrices that share their input, stacked along N.
+
+    `auto` keeps packed weights packed where the kernel takes them, `none` makes all dense, int8 and int4 pack dense ones.
+    """
+    bias = None if bias is None else bias.to(device, dtype)
+    packed = [w for w in weights if isinstance(w, Grouped)]
+    alike = len(packed) == len(weights) and len({w.offset is None for w in packed}) == 1
+    if alike and quantize in ("auto", "int4") and packs_int4(*_shape(weights)):
+        return Int4(_stacked(packed), bias)
+    dense = torch.cat([w.dense() if isinstance(w, Grouped) else w for w in weights])
+    if quantize == "int4" and packs_int4(*dense.shape):
+        return Int4(quantized(dense), bias)
+    if quantize in ("int8", "int4"):
+        return Int8(dense.float(), bias)
+    return Dense(dense.to(device, dtype), bias)
+
+
+def quantized(weight: Tensor) -> Grouped:
+    """Dense [N, K] -> 4 bits a weight, each group between its own least and largest."""
+    blocks = weight.float().view(weight.shape[0], -1, GROUP)
+    low, high = blocks.aminmax(dim=-1)
+    scale = ((high - low) / 15).clamp(min=1e-8)
+    q = ((blocks - low[..., None]) / scale[..., None]).round_().clamp_(0, 15)
+    return Grouped(q.to(torch.int8).flatten(1), scale, low)
+
+
+def packs_int4(rows: int, columns: int) -> bool:
+    """Whether the int4 kernel takes this shape."""
+    return rows % 16 == 0 and columns % GROUP == 0
+
+
+def kernels_available() -> bool:
+    """Whether this CPU has fast int4 and int8 kernels: without AVX2 torch's are scalar, 100 times slower than dense."""
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512", "AMX") and _onednn_takes(torch.bfloat16)
+
+
+def _onednn_takes(dtype: torch.dtype) -> bool:
+    if not torch._C._has_mkldnn or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _shape(weights: Sequence[Tensor | Grouped]) -> tuple[int, int]:
+    shapes = [w.q.shape if isinstance(w, Grouped) else w.shape for w in weights]
+    return sum(shape[0] for shape in shapes), shapes[0][1]
+
+
+def _stacked(parts: Sequence[Grouped]) -> Grouped:
+    offsets = [part.offset for part in parts if part.offset is not None]
+    return Grouped(
+        torch.cat([part.q for part in parts]),
+        torch.cat([part.scale for part in parts]),
+        torch.cat(offsets) if offsets else None,
+    )
+
+
+def _biased(y: Tensor, bias: Tensor | None) -> Tensor:
+    return y if bias is None else y.add_(bias)

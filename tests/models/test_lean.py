@@ -1,0 +1,171 @@
+"""The lean forward against transformers' own: same logits, same greedy tokens, for every member of its family."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from specdec_engine.errors import OutOfMemory, UsageError
+from specdec_engine.loading import LoadOptions, load_model
+from specdec_engine.runtime.decoder import Decoder, Unsupported, shape_of
+from specdec_engine.target import ModelTarget
+from tests.fakes import CPU, ScriptedDrafter, StateWeights, emitted, events, lean, run, tiny_llama
+from tests.models.test_architectures import build
+
+WINDOWED = ["sliding_attention", "full_attention"] * 2
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+FAMILY = {
+    "llama": ("LlamaConfig", {}),
+    "llama, tied": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "llama with biases": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
+    "llama, every head its own keys": ("LlamaConfig", {"num_key_value_heads": 4}),
+    "llama3's rotation": ("LlamaConfig", {"rope_parameters": LLAMA3}),
+    "yarn": ("LlamaConfig", {"rope_parameters": YARN}),
+    "linear scaling": (
+        "LlamaConfig",
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
+    ),
+    "mistral with a window": ("MistralConfig", {"sliding_window": 5}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen2 with windows": ("Qwen2Config", {"use_sliding_window": True, "sliding_window": 5, "layer_types": WINDOWED}),
+    "qwen3": ("Qwen3Config", {}),
+    "qwen3, wide heads": ("Qwen3Config", {"head_dim": 16}),
+}
+
+
+def made(name):
+    """Random norms and biases too: transformers would begin with ones and zeros, which hide mistakes."""
+    model = build(*FAMILY[name])
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_logits_equal_transformers_through_rollbacks_and_cache_growth(name):
+    """The cache begins with 16 places, and each pass is followed by junk that is rolled back."""
+    model = made(name)
+    tokens = torch.randint(0, 97, (60,), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        scratch = model(tokens[None], use_cache=False).logits[0]
+    runtime = lean(model, capacity=16)
+    for start, end, junk in ((0, 9, 6), (9, 14, 3), (14, 15, 8), (15, 24, 1), (24, 60, 2)):
+        logits = runtime.forward(tokens[start:end], end - start)
+        assert torch.allclose(logits, scratch[start:end], atol=1e-3), f"tokens {start} to {end}"
+        runtime.forward(torch.arange(junk), 1)
+        runtime.rollback(end)
+    assert runtime.capacity >= 60
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_greedy_output_equals_transformers_generate(name):
+    model = made(name)
+    prompt = [5, 6, 7, 8]
+    plain = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=30, eos_token_id=None)
+    plain = plain[0, 4:].tolist()
+    half_right = ScriptedDrafter(
+        lambda c, k: [t if (len(c) + i) % 3 else 1 for i, t in enumerate(plain[len(c) - 4 :][:k])]
+    )
+    found = run(ModelTarget(lean(model), name), half_right, prompt, k=4, max_tokens=30)
+    assert emitted(found) == plain
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "reason"),
+    [
+        ("Phi3Config", {}, "phi3 is not one of"),
+        ("LlamaConfig", {"hidden_act": "gelu"}, "activation is gelu"),
+        (
+            "LlamaConfig",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}},
+            "type dynamic",
+        ),
+        (
+            "LlamaConfig",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+            "part of each head",
+        ),
+    ],
+)
+def test_what_it_would_not_compute_exactly_is_left_to_the_generic_runtime(config, options, reason):
+    with pytest.raises(Unsupported, match=reason):
+        shape_of(build(config, options).config)
+
+
+def test_a_checkpoint_with_other_tensors_is_not_guessed_at():
+    """A fine-tune with further tensors under a known model type must not run without them."""
+    model = tiny_llama()
+    extra, short = StateWeights(model), StateWeights(model)
+    extra._state["model.layers.0.self_attn.sinks"] = torch.zeros(4)
+    del short._state["model.layers.1.mlp.up_proj.weight"]
+    unknown, missing = "1 tensors .* model.layers.0.self_attn.sinks", "no model.layers.1.mlp.up_proj.weight"
+    for weights, reason in ((extra, unknown), (short, missing)):
+        with pytest.raises(Unsupported, match=reason):
+            Decoder(shape_of(model.config), weights, torch.float32, CPU, "none")
+
+
+def test_memory_that_runs_out_while_the_cache_grows_is_a_clean_end(monkeypatch):
+    """What was emitted stands, and the message says what fitted."""
+    runtime = lean(tiny_llama(), capacity=16)
+
+    def refuse(capacity):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99999999999 bytes")
+
+    monkeypatch.setattr(runtime.decoder, "new_cache", refuse)
+    found = events(ModelTarget(runtime, "tiny"), ScriptedDrafter(lambda c, k: []), list(range(10)), max_tokens=30)
+    seen = []
+    with pytest.raises(OutOfMemory, match="cache of lean for 32 tokens") as caught:
+        seen.extend(found)
+    assert "16 tokens fit" in caught.value.hint
+    assert len(emitted(seen)) == 7  # 9 of the prompt and 7 more are cached; the next pass needs a 17th place
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
+def test_two_runtimes_share_a_decoder_and_not_a_cache(dtype, quantize):
+    if quantize != "none" and dtype == torch.float32:
+        pytest.skip("packed weights compute in bfloat16")
+    model = tiny_llama(hidden=64, max_position_embeddings=64)
+    first = lean(model, dtype=dtype, quantize=quantize)
+    second = type(first)(first.decoder, "second", 64, 16)
+    first.forward(torch.arange(9), 1)
+    alone = second.forward(torch.arange(5, 9), 4)
+    first.rollback(0)
+    assert torch.equal(first.forward(torch.arange(5, 9), 4), alone)
+
+
+@pytest.mark.parametrize(("quantize", "closeness"), [("none", 0.02), ("int8", 0.04), ("int4", 0.35)])
+def test_quantized_logits_stay_near(quantize, closeness):
+    """Relative to the logits' spread; half as much again as was measured. A wrong scale is off by 1 and more."""
+    model = tiny_llama(hidden=64, initializer_range=0.1)
+    tokens = torch.arange(20)
+    with torch.inference_mode():
+        expected = model(tokens[None], use_cache=False).logits[0]
+    found = lean(model, dtype=torch.bfloat16, quantize=quantize).forward(tokens, 20).float()
+    assert (found - expected).pow(2).mean().sqrt() < closeness * expected.std()
+
+
+def test_auto_takes_the_lean_runtime_and_says_so(checkpoint):
+    loaded = load_model(str(checkpoint), LoadOptions(dtype="float32"))
+    assert (loaded.runtime.name, loaded.weights, loaded.remark) == ("lean", "float32", "")
+    forced = load_model(str(checkpoint), LoadOptions(dtype="float32", runtime="generic"))
+    assert (forced.runtime.name, forced.remark) == ("generic", "--runtime generic was asked for")
+    assert forced.parameters == loaded.parameters
+
+
+def test_quantize_is_refused_where_it_cannot_be_done(checkpoint):
+    with pytest.raises(UsageError, match="cannot be packed to int8 on cpu in dtype float32"):
+        load_model(str(checkpoint), LoadOptions(dtype="float32", quantize="int8"))
+    with pytest.raises(UsageError, match="cannot run on the lean forward: --runtime generic"):
+        load_model(str(checkpoint), LoadOptions(runtime="generic", quantize="int8"))

@@ -1,0 +1,128 @@
+"""What is recorded, when, and what a replay may not forget: the graph runtime's bookkeeping, on a CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from specdec_engine.control import Controls
+from specdec_engine.drafters.model import ModelDrafter
+from specdec_engine.runtime.graphs import span_for
+from specdec_engine.target import ModelTarget
+from specdec_engine.types import Sampling
+from tests.fakes import VOCAB, Repeater, cycles, emitted, events, graph, host, lean, run, tiny_llama
+
+TARGET = tiny_llama(seed=0, max_position_embeddings=1024)
+SMALL = tiny_llama(seed=1, layers=1, hidden=16, max_position_embeddings=1024)
+PROMPT = [5, 6, 7, 8, 5, 6]
+
+
+def pair(recorder=None):
+    """A target and a draft, both recorded."""
+    drafter = ModelDrafter(graph(SMALL, recorder=recorder), host(VOCAB), "small")
+    return ModelTarget(graph(TARGET, recorder=recorder), "tiny"), drafter
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(0.7, top_k=30, top_p=0.9)])
+def test_recorded_runs_say_what_unrecorded_ones_say(sampling):
+    """Tokens, p and q, drawn ones too: the same uniform numbers reach the recorded loop."""
+    target, drafter = pair()
+    plain_target, plain_drafter = ModelTarget(lean(TARGET), "tiny"), ModelDrafter(lean(SMALL), host(VOCAB), "small")
+    options = {"k": 4, "sampling": sampling, "max_tokens": 60, "seed": 3}
+    recorded, plain = (
+        cycles(run(t, d, PROMPT, **options)) for t, d in ((target, drafter), (plain_target, plain_drafter))
+    )
+    assert [c.emitted for c in recorded] == [c.emitted for c in plain]
+    assert [c.drafted for c in recorded] == [c.drafted for c in plain]
+    for ours, theirs in zip(recorded, plain, strict=True):
+        assert ours.q == pytest.approx(theirs.q, abs=1e-4)
+
+
+def test_a_second_run_records_nothing():
+    recorder = Repeater()
+    target, drafter = pair(recorder)
+    run(target, drafter, PROMPT, k=4, max_tokens=40)
+    before = recorder.recordings
+    run(target, drafter, [9, *PROMPT], k=4, max_tokens=40)
+    assert recorder.recordings == before
+
+
+def test_a_new_temperature_records_nothing_and_a_new_k_once():
+    """By the draft's recordings: it is the target itself, so that from the second cycle on two tokens are pending."""
+    recorder, controls = Repeater(), Controls(3, Sampling(0.8))
+    target = ModelTarget(lean(TARGET), "tiny")
+    drafter = ModelDrafter(graph(TARGET, recorder=recorder), host(VOCAB), "small")
+    turns = {10: {"sampling": Sampling(1.3)}, 20: {"k": 5}, 30: {"k": 3, "sampling": Sampling(0.8)}}
+    counts = {}
+    for event in cycles_as_they_come(events(target, drafter, PROMPT, controls=controls, max_tokens=250)):
+        counts[event.index] = recorder.recordings
+        controls.change(**turns.get(event.index, {}))
+    first, warmer, longer, back = (counts[i] for i in (10, 20, 30, 40))
+    assert warmer == first
+    assert first < longer <= first + 2
+    assert back == longer
+
+
+def test_growing_the_cache_records_anew_and_keeps_what_was_cached():
+    recorder = Repeater()
+    runtime = graph(TARGET, capacity=64, recorder=recorder)
+    assert runtime.capacity == 256
+    tokens = torch.randint(0, VOCAB, (300,), generator=torch.Generator().manual_seed(0))
+    plain = lean(TARGET)
+    for start, end in ((0, 200), (200, 204), (204, 260), (260, 263), (263, 264), (264, 300)):
+        expected = plain.forward(tokens[start:end], 1)
+        assert torch.allclose(runtime.forward(tokens[start:end], 1), expected, atol=1e-4)
+    assert runtime.capacity == 512
+
+
+def test_surplus_rows_of_a_padded_pass_leave_no_trace():
+    """Three tokens in a pass of width four: the fourth's keys lie behind the end, masked, and are written over."""
+    runtime, plain = graph(TARGET), lean(TARGET)
+    for tokens in ([1, 2, 3], [4], [5, 6, 7, 8, 9], [10, 11]):
+        found = runtime.forward(torch.tensor(tokens), len(tokens))
+        assert torch.allclose(found, plain.forward(torch.tensor(tokens), len(tokens)), atol=1e-4)
+        assert runtime.cached == plain.cached
+
+
+def test_logits_outlive_the_next_replay():
+    runtime = graph(TARGET)
+    first = runtime.forward(torch.tensor([1]), 1)
+    before = first.clone()
+    runtime.forward(torch.tensor([2]), 1)
+    assert torch.equal(first, before)
+
+
+@pytest.mark.parametrize(("end", "span"), [(1, 256), (256, 256), (257, 512), (4096, 4096), (4097, 8192)])
+def test_spans_are_powers_of_two(end, span):
+    assert span_for(end) == span
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8)])
+def test_a_cycle_reads_from_the_device_once(sampling, monkeypatch):
+    """Every way by which a tensor's value reaches Python is counted; on a GPU each would wait for all that came before."""
+    target, drafter = pair()
+    reads = []
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda self, *a, _o=original, _n=name, **o: (reads.append(_n), _o(self, *a, **o))[1]
+        )
+    per_cycle, seen = [], 0
+    for _ in cycles_as_they_come(events(target, drafter, PROMPT, k=4, sampling=sampling, max_tokens=40)):
+        per_cycle.append(reads[seen:])
+        seen = len(reads)
+    assert len(per_cycle) > 5
+    assert all(found == ["tolist"] for found in per_cycle), per_cycle
+
+
+def cycles_as_they_come(found):
+    return (event for event in found if hasattr(event, "drafted"))
+
+
+def test_the_recorded_output_is_the_targets_own():
+    plain = TARGET.generate(
+        torch.tensor([PROMPT]), do_sample=False, max_new_tokens=60, eos_token_id=None, pad_token_id=0
+    )
+    for k in (1, 4, 7):
+        target, drafter = pair()
+        assert emitted(run(target, drafter, PROMPT, k=k, max_tokens=60)) == plain[0, len(PROMPT) :].tolist()
