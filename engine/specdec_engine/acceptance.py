@@ -16,7 +16,7 @@ from torch import Tensor
 
 from specdec_engine.errors import GenerationFailed
 from specdec_engine.randomness import Randomness
-from specdec_engine.sampling import draw, wide
+from specdec_engine.sampling import draw, top, wide
 from specdec_engine.types import Draft, Verdict
 
 RESIDUAL_TOP = 8
@@ -26,10 +26,10 @@ RESIDUAL_TOP = 8
 def accept_prob(p: Tensor, q: Tensor) -> Tensor:  # [k], [k] -> [k]
     """min(1, p/q) at the drafted tokens (Leviathan et al., algorithm 1); 0 where either has no mass.
 
-    In log space, so that two tiny probabilities give their ratio and not 0/0.
+    In float64, where two tiny float32 probabilities give their ratio and not 0/0.
     """
-    ratio = (p.log() - q.log()).clamp(max=0.0).exp()
-    return torch.where((p > 0) & (q > 0), ratio, torch.zeros_like(p))
+    q = q.to(wide(q.device))
+    return torch.where(q > 0, (p / q).clamp(max=1.0), 0.0)
 
 
 def residual(p: Tensor, q: Tensor) -> Tensor:  # [V], [V] -> [V]
@@ -77,7 +77,7 @@ class TokenRule:
         return accept_prob(p_drafted, q_drafted)
 
     def count(self, passed: Tensor) -> Tensor:
-        return passed.long().cumprod(0).sum()
+        return passed.cumprod(0, dtype=torch.long).sum()
 
     def final(self, p: Tensor, tokens: Tensor, probs: Tensor | None, accepted: Tensor) -> Tensor:
         row = p.index_select(0, accepted[None])[0]
@@ -114,28 +114,16 @@ def decide(rule: AcceptanceRule, draft: Draft, p: Tensor, random: Randomness, po
     accept_u, final_u = random.uniforms(position, "accept", k), random.uniforms(position, "final", k + 1)
     u = torch.tensor([[*accept_u, 0.0], final_u], dtype=wide(p.device)).to(p.device, non_blocking=True)
 
-    at = draft.tokens[:, None]  # [k, 1]
-    p_drafted = p[:k].gather(1, at)[:, 0]
-    if draft.probs is None:
-        q_drafted, overlap = torch.ones_like(p_drafted), p_drafted
-    else:
-        q_drafted = draft.probs.gather(1, at)[:, 0]
-        overlap = torch.minimum(p[:k], draft.probs).sum(-1)
-    # log u < log threshold is u < threshold, but keeps float32 exact near 1, where u itself would round up to 1.
-    passed = u[0, :k].log().float() < rule.thresholds(p_drafted, q_drafted).log()
-    accepted = rule.count(passed)
-    final = rule.final(p, draft.tokens, draft.probs, accepted)
-    token = draw(final, u[1].index_select(0, accepted[None])[0])
-    top = final.topk(min(RESIDUAL_TOP, final.shape[0]))
-
-    parts = [accepted[None], token[None], final.sum()[None], draft.tokens, p_drafted, q_drafted, overlap, *top]
-    host = torch.cat([part.to(u.dtype) for part in parts]).tolist()
+    parts = _judged(rule, draft, p, u) if k else [u.new_zeros(1), draw(p[0], u[1, 0])[None], p[0].sum()[None]]
+    # Mixed dtypes: cat widens them to float64, which MPS has not.
+    host = torch.cat([part.to(u.dtype) for part in parts] if p.device.type == "mps" else parts).tolist()
 
     head, rest = host[:3], host[3:]
     drafted, p_host, q_host, overlap_host = (tuple(rest[i * k : (i + 1) * k]) for i in range(4))
     n, token_id, mass = int(head[0]), int(head[1]), head[2]
     _check_numbers(mass, (*p_host[: n + 1], *overlap_host[: n + 1]), q_host, draft.source, position + n)
-    values, ids = rest[4 * k : 4 * k + len(top[0])], rest[4 * k + len(top[0]) :]
+    shown = (len(rest) - 4 * k) // 2
+    values, ids = rest[4 * k : 4 * k + shown], rest[4 * k + shown :]
     rejected = n < k
     return Verdict(
         drafted=tuple(int(t) for t in drafted),
@@ -148,6 +136,23 @@ def decide(rule: AcceptanceRule, draft: Draft, p: Tensor, random: Randomness, po
         overlap=_known(overlap_host),
         residual=tuple((int(i), v) for i, v in zip(ids, values, strict=True) if v > 0) if rejected else (),
     )
+
+
+def _judged(rule: AcceptanceRule, draft: Draft, p: Tensor, u: Tensor) -> list[Tensor]:
+    """On the device: accepted, final token and the final row's mass; per drafted token itself, p, q and overlap; the
+    residual's top."""
+    k, at = len(draft), draft.tokens[:, None]
+    p_drafted = p[:k].gather(1, at)[:, 0]
+    if draft.probs is None:
+        q_drafted, overlap = torch.ones_like(p_drafted), p_drafted
+    else:
+        q_drafted = draft.probs.gather(1, at)[:, 0]
+        overlap = torch.minimum(p[:k], draft.probs).sum(-1)
+    accepted = rule.count(u[0, :k] < rule.thresholds(p_drafted, q_drafted))
+    final = rule.final(p, draft.tokens, draft.probs, accepted)
+    token = draw(final, u[1].index_select(0, accepted[None])[0])
+    likeliest = top(final, min(RESIDUAL_TOP, final.shape[0]))
+    return [accepted[None], token[None], final.sum()[None], draft.tokens, p_drafted, q_drafted, overlap, *likeliest]
 
 
 def _known(values: tuple[float, ...]) -> tuple[float | None, ...]:

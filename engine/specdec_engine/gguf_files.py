@@ -15,6 +15,7 @@ import time
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from platformdirs import user_cache_path
@@ -25,10 +26,10 @@ from specdec_engine.progress import Progress, Report
 if TYPE_CHECKING:
     from specdec_engine.weights import Entry
 
-LAYOUT = 1
+LAYOUT = 2
 """Version of the folder; raise it when its contents change."""
 SCRATCH = ".scratch-"
-_INDEX = "tensors.json"
+_INDEX = "index.json"
 _INTERLEAVED = ("llama",)
 """GGUF architectures whose query and key rows are stored as llama.cpp rotates them: in pairs."""
 _MEMBERS = ("llama", "qwen2", "qwen3")
@@ -72,8 +73,25 @@ def entries(folder: Path) -> dict[str, Entry]:
     """The tensor list by Hugging Face names; empty for an architecture whose names are not known."""
     from specdec_engine.weights import Entry
 
-    found: dict[str, Any] = json.loads((folder / _INDEX).read_text("utf-8"))
+    found: dict[str, Any] = _read_index(folder)["tensors"]
     return {name: Entry(**{**entry, "shape": tuple(entry["shape"])}) for name, entry in found.items()}
+
+
+class PlainConfig(SimpleNamespace):
+    """A config's values without its class, which takes 2 s to import: transformers.configuration_utils brings
+    torch._dynamo."""
+
+    def get_text_config(self) -> PlainConfig:
+        return self
+
+
+def plain_config(folder: Path) -> PlainConfig:
+    return PlainConfig(**_read_index(folder)["config"])
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    index: dict[str, Any] = json.loads((folder / _INDEX).read_text("utf-8"))
+    return index
 
 
 def sweep(folder: Path) -> None:
@@ -92,8 +110,9 @@ def _make(gguf: Path, into: Path) -> None:
     config.save_pretrained(into)
     GenerationConfig.from_model_config(config).save_pretrained(into)
     AutoTokenizer.from_pretrained(**source).save_pretrained(into)
-    found = {name: asdict(entry) for name, entry in _read_entries(gguf).items()}
-    (into / _INDEX).write_text(json.dumps(found), "utf-8")
+    tensors = {name: asdict(entry) for name, entry in _read_entries(gguf).items()}
+    # All values, defaults too: `config.json` leaves them to the class.
+    (into / _INDEX).write_text(json.dumps({"config": config.to_dict(), "tensors": tensors}), "utf-8")
 
 
 def _read_entries(gguf: Path) -> dict[str, Entry]:

@@ -6,7 +6,8 @@ comes with a checkpoint is run only on demand.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,20 +17,19 @@ import torch
 from jinja2 import TemplateError
 
 from specdec_engine import gguf_files
-from specdec_engine.cache import new_cache
+from specdec_engine.context import context_limit
+from specdec_engine.devices import packed_dtype, pick_device, pick_dtype
 from specdec_engine.errors import ModelUnavailable, OutOfMemory, SpecdecError, UsageError
-from specdec_engine.memory import Need, check_fits, estimate, free_bytes
+from specdec_engine.memory import Need, check_fits, estimate, free_bytes, kept_bytes, kv_bytes
 from specdec_engine.progress import Progress, Report, silent
 from specdec_engine.runtime import Runtime
 from specdec_engine.runtime.decoder import Decoder, Shape, Unsupported, shape_of
-from specdec_engine.runtime.generic import GenericRuntime, context_limit
 from specdec_engine.runtime.graphs import CudaRecorder, GraphRuntime
 from specdec_engine.runtime.lean import LeanRuntime
-from specdec_engine.runtime.linear import Quantize, kernels_available
+from specdec_engine.runtime.linear import Quantize
 from specdec_engine.sources import first_line, resolve, weight_files
 from specdec_engine.weights import GgufWeights, SafetensorsWeights, Weights
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DeviceMap = Literal["auto"]
 RuntimeName = Literal["auto", "lean", "graph", "generic"]
 
@@ -90,6 +90,8 @@ class Candidate:
     folder: Path
     """Where config and tokenizer are."""
     config: Any
+    shape: Shape | Unsupported
+    """For the lean forward, or why it is not taken."""
     tokenizer: Any
     need: Need
     device: torch.device
@@ -114,8 +116,10 @@ class Candidate:
     def _on_runtime(self, placement: torch.device | DeviceMap) -> Loaded:
         """The lean forward, on a GPU as recorded graphs; or the generic one, and why."""
         try:
-            return self._lean(lean_shape(self.config, self.options, self.device, placement))
-        except Unsupported as reason:
+            if isinstance(self.shape, Unsupported):
+                raise self.shape
+            return self._lean(self.shape)
+        except Unsupported as reason:  # of the config, or now of the checkpoint
             if self.options.runtime in ("lean", "graph") or self.options.quantize in ("int8", "int4"):
                 raise UsageError(
                     f"{self.name} cannot run on the lean forward: {reason}",
@@ -124,7 +128,8 @@ class Candidate:
             return self._generic(placement, str(reason))
 
     def _lean(self, shape: Shape) -> Loaded:
-        decoder = Decoder(shape, self._weights(), self.dtype, self.device, self._quantize)
+        packs = packed_dtype("auto", str(self.dtype).removeprefix("torch."), self.device, keeps=True) is not None
+        decoder = Decoder(shape, self._weights(), self.dtype, self.device, self.options.quantize if packs else "none")
         limit, tokens = context_limit(self.config), self.options.tokens
         runtime: Runtime
         if self.device.type == "cuda" and self.options.runtime != "lean":
@@ -134,7 +139,9 @@ class Candidate:
         return self._loaded(runtime, decoder.forms, decoder.parameters)
 
     def _generic(self, placement: torch.device | DeviceMap, remark: str) -> Loaded:
-        model = _load_weights(self.path, self.config, self._gguf_state, self.dtype, placement, self.options)
+        from specdec_engine.runtime.generic import GenericRuntime  # its imports take 2 s
+
+        model = _load_weights(self.path, self.folder, self._gguf_state, self.dtype, placement, self.options)
         runtime, form = GenericRuntime(model, self.name), str(self.dtype).removeprefix("torch.")
         return self._loaded(runtime, form, model.num_parameters(), isinstance(placement, str), remark)
 
@@ -173,12 +180,6 @@ class Candidate:
         weights = GgufWeights(self.path, found)
         return {name: weights.dense(name) for name in found} or None
 
-    @property
-    def _quantize(self) -> Quantize:
-        """Packed weights need the CPU's kernels, and these bfloat16."""
-        packs = self.device.type == "cpu" and self.dtype == torch.bfloat16 and kernels_available()
-        return self.options.quantize if packs else "none"
-
 
 def find_model(name: str, options: LoadOptions) -> Candidate:
     """The model that `name` means, fetched if need be and checked as far as that goes without its weights.
@@ -188,15 +189,40 @@ def find_model(name: str, options: LoadOptions) -> Candidate:
     """
     device = pick_device(options.device)
     path = resolve(name, offline=options.offline, trust_remote_code=options.trust_remote_code, report=options.report)
-    dtype = _packed_dtype(options, device, path) or pick_dtype(options.dtype, device)
+    packed = path.is_file() and options.quantize == "auto" and options.runtime != "generic"
+    dtype = packed_dtype(options.quantize, options.dtype, device, packed) or pick_dtype(options.dtype, device)
     with _explained(name, path):
         folder = gguf_files.beside(path, name, options.report) if path.is_file() else path
-        config = _load_config(folder, options)
-        new_cache(config, name)
+        config: Any = gguf_files.plain_config(folder) if path.is_file() else _load_config(folder, options)
+        need = _need(path, folder, config, dtype, options)
+        shape = _shape(config, options, device, _placement(name, need, device, options))
+        if isinstance(shape, Unsupported):
+            _check_rollback(_load_config(folder, options), name)
         tokenizer = load_tokenizer(folder, options)
-        need = estimate(weight_files(path), config, dtype, options.tokens)
-        _placement(name, need, device, options)
-    return Candidate(name, path, folder, config, tokenizer, need, device, dtype, options)
+    return Candidate(name, path, folder, config, shape, tokenizer, need, device, dtype, options)
+
+
+def _shape(
+    config: Any, options: LoadOptions, device: torch.device, placement: torch.device | DeviceMap
+) -> Shape | Unsupported:
+    try:
+        return lean_shape(config, options, device, placement)
+    except Unsupported as reason:
+        return reason
+
+
+def _check_rollback(config: Any, name: str) -> None:
+    """Raises PairIncompatible before the weights are read."""
+    from specdec_engine.cache import new_cache  # 0.5 s of imports that the lean forward does without
+
+    new_cache(config, name)
+
+
+def _need(path: Path, folder: Path, config: Any, dtype: torch.dtype, options: LoadOptions) -> Need:
+    if path.is_file() and (found := gguf_files.entries(folder)):
+        weights = sum(kept_bytes(entry, dtype, options.quantize) for entry in found.values())
+        return Need(weights, kv_bytes(config, dtype, options.tokens))
+    return estimate(weight_files(path), config, dtype, options.tokens)
 
 
 def lean_shape(config: Any, options: LoadOptions, device: torch.device, placement: torch.device | DeviceMap) -> Shape:
@@ -212,64 +238,15 @@ def lean_shape(config: Any, options: LoadOptions, device: torch.device, placemen
     return shape_of(config)
 
 
-def _packed_dtype(options: LoadOptions, device: torch.device, path: Path) -> torch.dtype | None:
-    """bfloat16 where weights are packed, or a GGUF's stay so: the kernels' own. Raises UsageError where they cannot be."""
-    asked = options.quantize in ("int8", "int4")
-    can = device.type == "cpu" and kernels_available() and options.dtype in ("auto", "bfloat16")
-    if asked and not can:
-        here = f"on {device} in dtype {options.dtype}"
-        raise UsageError(
-            f"weights cannot be packed to {options.quantize} {here}",
-            "packed weights run on an x86 CPU with AVX2 or later, in bfloat16; leave out --quantize and --draft-quantize",
-        )
-    keeps = path.suffix == ".gguf" and options.quantize == "auto" and options.runtime != "generic"
-    return torch.bfloat16 if can and (asked or keeps) else None
-
-
 def load_model(name: str, options: LoadOptions) -> Loaded:
     """`find_model`, and its weights."""
     return find_model(name, options).load()
 
 
-def pick_device(name: str) -> torch.device:
-    """cuda, then mps, then cpu for `auto`; otherwise the named one. Raises UsageError if this machine has none such."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        here += ["mps"] if torch.backends.mps.is_available() else []
-        raise UsageError(f"device {name!r} cannot be used here", f"there is {', '.join(here)}; or auto") from error
-    return device
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """bfloat16 for `auto` where the device computes in it, else float16 on a GPU and float32 on a CPU."""
-    if name != "auto":
-        if name not in DTYPES:
-            raise UsageError(f"dtype {name!r} is unknown", f"choose auto, {', '.join(DTYPES)}")
-        return DTYPES[name]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device.type == "cpu":
-        return torch.bfloat16 if _cpu_computes_bfloat16() else torch.float32
-    return torch.float16
-
-
-def _cpu_computes_bfloat16() -> bool:
-    """Without the instructions bfloat16 is emulated, and slower than float32."""
-    known: Mapping[str, Any] = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(known.get("avx512_bf16") or known.get("amx_bf16") or known.get("bf16"))
-
-
 def load_tokenizer(path: Path, options: LoadOptions) -> Any:
     """The tokenizer beside the weights. Raises ModelUnavailable if there is none."""
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(**_source(path, options))
+        return _tokenizer_class(path).from_pretrained(**_source(path, options))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         if "trust_remote_code" in str(error):
             raise
@@ -277,6 +254,17 @@ def load_tokenizer(path: Path, options: LoadOptions) -> Any:
             f"{path} has no tokenizer that can be read: {first_line(error)}",
             "put tokenizer.json and tokenizer_config.json beside the weights; token ids mean nothing without them",
         ) from error
+
+
+def _tokenizer_class(path: Path) -> Any:
+    """The plain fast tokenizer where the folder names it, as the one beside a GGUF does: AutoTokenizer imports for 2 s."""
+    import transformers
+
+    with suppress(OSError, ValueError, AttributeError):
+        named = json.loads((path / "tokenizer_config.json").read_text("utf-8")).get("tokenizer_class")
+        if named in ("TokenizersBackend", "PreTrainedTokenizerFast") and (path / "tokenizer.json").is_file():
+            return transformers.PreTrainedTokenizerFast
+    return transformers.AutoTokenizer
 
 
 def _load_config(path: Path, options: LoadOptions) -> Any:
@@ -287,7 +275,7 @@ def _load_config(path: Path, options: LoadOptions) -> Any:
 
 def _load_weights(
     path: Path,
-    config: Any,
+    folder: Path,
     gguf_state: Callable[[], dict[str, torch.Tensor] | None],
     dtype: torch.dtype,
     placement: torch.device | DeviceMap,
@@ -300,6 +288,7 @@ def _load_weights(
     common |= {"dtype": dtype, "output_loading_info": True}
     model: Any
     if state is not None:
+        config = _load_config(folder, options)
         made = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         model, info = made.from_pretrained(None, config=config, state_dict=state, **common)
     else:

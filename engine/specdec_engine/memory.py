@@ -13,6 +13,8 @@ import torch
 from safetensors import safe_open
 
 from specdec_engine.errors import OutOfMemory
+from specdec_engine.runtime.linear import Quantize
+from specdec_engine.weights import PACKED, Entry
 
 _HEADROOM = 1.1  # activations, buffers, the allocator's own; 5 % measured on the built-in target, twice that allowed
 
@@ -30,13 +32,20 @@ class Need:
 
 
 def estimate(files: Sequence[Path], config: Any, dtype: torch.dtype, tokens: int) -> Need:
-    """From file headers and the config alone; a GGUF is reckoned unpacked, as it will run.
+    """From file headers and the config alone; a GGUF with unknown names is reckoned unpacked.
 
     Raises SafetensorError for a file whose size is not what its header says: a truncated download.
     """
     packed = files[0].suffix == ".gguf"
     numbers = _parameters(config) if packed else sum(_stored_numbers(file) for file in files)
     return Need(numbers * dtype.itemsize, kv_bytes(config, dtype, tokens))
+
+
+def kept_bytes(entry: Entry, dtype: torch.dtype, quantize: Quantize) -> int:
+    """What a GGUF's tensor takes once loaded: packed, a tenth more than in the file; else one `dtype` a number."""
+    if quantize == "auto" and dtype == torch.bfloat16 and entry.kind in PACKED:
+        return int(entry.size * 1.2)
+    return prod(entry.shape) * dtype.itemsize
 
 
 def kv_bytes(config: Any, dtype: torch.dtype, tokens: int) -> int:

@@ -1,20 +1,15 @@
 """From logits to probabilities, and from probabilities and a uniform number to a token.
 
-The warpers are transformers' own, so "the target's distribution" means what `generate` means by it. Temperature 0 is
+The filters are those of transformers, so "the target's distribution" means what `generate` means by it. Temperature 0 is
 made here, as a one-hot row, so that the acceptance rule needs no greedy branch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
 import torch
 from torch import Tensor
-from transformers.generation.logits_process import (
-    MinPLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from torch.nn.functional import pad
+from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper
 
 from specdec_engine.types import Sampling
 
@@ -27,35 +22,82 @@ def warp(logits: Tensor, sampling: Sampling, temperature: Tensor | None = None) 
     replayed.
     """
     if sampling.greedy:
-        best, at = logits.max(-1, keepdim=True)
-        one = torch.where(best.isfinite(), 1.0, torch.nan)
-        return torch.zeros(logits.shape, device=logits.device).scatter_(-1, at, one.float())
-    logits = logits.float()
+        best, at = best_of(logits)
+        one = best.float() * 0 + 1  # NaN where the best is not finite
+        return torch.zeros(logits.shape, device=logits.device).scatter_(-1, at[:, None], one[:, None])
+    scores = logits.to(torch.float32, copy=True)
     # Shifted, which changes no distribution, so that a tiny temperature overflows to -inf and never to NaN.
-    shifted = logits - logits.amax(-1, keepdim=True)
-    scores = shifted / (sampling.temperature if temperature is None else temperature.float())
-    for warper in _warpers(sampling):
-        scores = warper(None, scores)
+    scores.sub_(scores.amax(-1, keepdim=True)).div_(
+        sampling.temperature if temperature is None else temperature.float()
+    )
+    if sampling.top_k:
+        scores = TopKLogitsWarper(sampling.top_k)(None, scores)
+    if sampling.top_p < 1.0:
+        scores = _top_p(scores, sampling.top_p)
+    if sampling.min_p:
+        scores = MinPLogitsWarper(sampling.min_p)(None, scores)
     return scores.softmax(-1)
 
 
-def _warpers(sampling: Sampling) -> Iterator[Callable[[None, Tensor], Tensor]]:
-    if sampling.top_k:
-        yield TopKLogitsWarper(sampling.top_k)
-    if sampling.top_p < 1.0:
-        yield TopPLogitsWarper(sampling.top_p)
-    if sampling.min_p:
-        yield MinPLogitsWarper(sampling.min_p)
+def _top_p(scores: Tensor, top_p: float) -> Tensor:  # [n, V] -> [n, V]
+    """-inf wherever the likelier tokens already hold the mass top_p, as transformers' TopPLogitsWarper has it.
+
+    That one sorts the whole vocabulary: 9 ms for 4 rows of 49,152 on two cores. Here, on a CPU, the likeliest 256 nearly
+    always suffice; elsewhere looking whether they do would cost a synchronisation.
+    """
+    probs, vocab = scores.softmax(-1), scores.shape[-1]
+    tries = (256, 4096) if scores.device.type == "cpu" else ()
+    for m in (*(m for m in tries if m < vocab), vocab):
+        likeliest, at = probs.topk(m)
+        before = likeliest.cumsum(-1) - likeliest
+        if m == vocab or bool((before[:, -1] >= top_p).all()):
+            break
+    kept = scores.gather(-1, at).masked_fill_((before >= top_p) & (before > 0), -torch.inf)
+    return torch.full_like(scores, -torch.inf).scatter_(-1, at, kept)
+
+
+_BLOCK = 256
+"""Entries summed or compared before blocks are: for 49,152 entries a search in two steps takes a quarter of the time of
+one."""
+
+
+def _blocks(rows: Tensor, fill: float) -> Tensor:  # [n, V] -> [n, ceil(V / 256), 256]
+    surplus = -rows.shape[-1] % _BLOCK
+    return (pad(rows, (0, surplus), value=fill) if surplus else rows).view(rows.shape[0], -1, _BLOCK)
+
+
+def best_of(rows: Tensor) -> tuple[Tensor, Tensor]:  # [n, V] -> [n], [n]
+    """The largest entry of each row and its first place; a NaN counts as the largest."""
+    blocks = _blocks(rows, -torch.inf)
+    best, block = blocks.amax(-1).max(-1)
+    inside = blocks.gather(1, block[:, None, None].expand(-1, 1, _BLOCK)).argmax(-1)[:, 0]
+    return best, block * _BLOCK + inside
+
+
+def top(row: Tensor, n: int) -> tuple[Tensor, Tensor]:  # [V] -> [n], [n]
+    """The n largest entries and where they are: all in the n blocks whose largest entries are largest."""
+    blocks = _blocks(row[None], -torch.inf)[0]
+    where = blocks.amax(-1).topk(min(n, blocks.shape[0])).indices
+    values, at = blocks[where].flatten().topk(n)
+    return values, where[at // _BLOCK] * _BLOCK + at % _BLOCK
 
 
 def draw(probs: Tensor, u: Tensor) -> Tensor:  # [V], [] -> []
     """The token at which the cumulative distribution first exceeds u (inverse transform sampling)."""
     # float64: over 49,152 float32 terms the running sum is off by up to 1e-5, which is more than many a token's mass.
-    cumulative = probs.to(wide(probs.device)).cumsum(0)
-    # Kept below the total, which u · total can reach by rounding: past it there is no token.
+    blocks = _blocks(probs[None], 0.0)[0]
+    ends = blocks.sum(-1, dtype=wide(probs.device)).cumsum(0)
+    block = _exceeds(ends, u.to(ends) * ends[-1])
+    rest = blocks.index_select(0, block[None])[0].to(ends.dtype).cumsum(0)
+    inside = _exceeds(rest, u.to(ends) * ends[-1] - (ends.index_select(0, block[None])[0] - rest[-1]))
+    return (block * _BLOCK + inside).clamp(max=probs.shape[0] - 1)
+
+
+def _exceeds(cumulative: Tensor, level: Tensor) -> Tensor:
+    """The first place above the level; kept below the total, which rounding can reach and past which there is no token."""
     total = cumulative[-1]
-    at = torch.minimum(u.to(cumulative) * total, total * (1 - torch.finfo(cumulative.dtype).eps))
-    return torch.searchsorted(cumulative, at[None], right=True)[0].clamp(max=probs.shape[0] - 1)
+    level = torch.minimum(level, total * (1 - torch.finfo(cumulative.dtype).eps))
+    return torch.searchsorted(cumulative, level[None], right=True)[0].clamp(max=cumulative.shape[0] - 1)
 
 
 def wide(device: torch.device) -> torch.dtype:

@@ -162,3 +162,5 @@ _PLAIN = {
     "BF16": (np.int16, torch.bfloat16),
 }
 _UNPACK = {"Q4_0": _q4_0, "Q4_1": _q4_1, "Q8_0": _q8_0}
+PACKED = frozenset(_UNPACK)
+"""GGUF formats that stay packed."""

@@ -17,7 +17,7 @@ from specdec_engine.drafters.base import DraftHost, nothing
 from specdec_engine.errors import UsageError
 from specdec_engine.randomness import Randomness
 from specdec_engine.runtime import Runtime, prefill
-from specdec_engine.sampling import draw, warp, wide
+from specdec_engine.sampling import best_of, draw, warp, wide
 from specdec_engine.types import Draft, Sampling, Verdict
 
 
@@ -90,7 +90,7 @@ class _Choose:
     def __call__(self, logits: Tensor, u: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor | None]:
         logits = logits[:, : self.vocab]
         if self.sampling.greedy:
-            return logits.argmax(-1), None
+            return best_of(logits)[1], None
         row = warp(logits, self.sampling, temperature)
         return draw(row[0], u)[None], row
 
