@@ -1,6 +1,7 @@
 """Is greedy speculation token for token what transformers' own `generate` says? Over a file of prompts, in float32.
 
     python benchmarks/greedy_equality.py PROMPTS.jsonl [--tokens 64] [--target builtin] [--draft perturbed] [--limit N]
+                                         [--runtime auto]
 
 Prompt i runs with k = 1 + i mod 8, for the lookup and for a model draft. `perturbed` is the target itself with noise on
 its weights: often right, often wrong. Prints one JSON object; exits 6 if any ids differ.
@@ -26,11 +27,16 @@ NOISE = 0.04
 def main() -> None:
     options = parsed()
     prompts = read_prompts(options.prompts)[: options.limit]
-    load = LoadOptions(dtype="float32")
+    load = LoadOptions(dtype="float32", runtime=options.runtime)
+    reference = theirs(options.target)
     with TemporaryDirectory() as scratch:
         draft = perturbed(options.target, Path(scratch)) if options.draft == "perturbed" else options.draft
         pairs = [load_pair(options.target, spec, load) for spec in ("ngram", draft)]
-        rows = [row for i, prompt in enumerate(prompts) for row in compare(pairs, prompt, 1 + i % 8, options.tokens)]
+        rows = [
+            row
+            for i, prompt in enumerate(prompts)
+            for row in compare(reference, pairs, prompt, 1 + i % 8, options.tokens)
+        ]
     differing = [row for row in rows if not row["identical"]]
     report = {
         "schema": "specdec.greedy_equality/1",
@@ -55,6 +61,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--target", default="builtin")
     parser.add_argument("--draft", default="perturbed")
     parser.add_argument("--limit", type=int)
+    parser.add_argument("--runtime", default="auto")
     return parser.parse_args()
 
 
@@ -63,10 +70,15 @@ def read_prompts(path: Path) -> list[str]:
     return [record.get("prompt") or record["turns"][0] for record in records]
 
 
+def theirs(target: str) -> Any:
+    """transformers' own model, which `generate` is a method of."""
+    pair = load_pair(target, "none", LoadOptions(dtype="float32", runtime="generic"))
+    return pair.target.runtime.model  # type: ignore[attr-defined]
+
+
 def perturbed(target: str, folder: Path) -> str:
     """The target with noise on its weights, saved as an ordinary checkpoint."""
-    pair = load_pair(target, "none", LoadOptions(dtype="float32"))
-    model = pair.target.runtime.model  # type: ignore[attr-defined]
+    model, pair = theirs(target), load_pair(target, "none", LoadOptions(dtype="float32"))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in model.parameters():
@@ -76,11 +88,10 @@ def perturbed(target: str, folder: Path) -> str:
     return str(folder)
 
 
-def compare(pairs: list[Pair], prompt: str, k: int, tokens: int) -> Iterator[dict[str, Any]]:
+def compare(reference: Any, pairs: list[Pair], prompt: str, k: int, tokens: int) -> Iterator[dict[str, Any]]:
     ids = pairs[0].encode(prompt)
     batch = torch.tensor([ids])
-    model = pairs[0].target.runtime.model  # type: ignore[attr-defined]
-    made = model.generate(batch, attention_mask=torch.ones_like(batch), do_sample=False, max_new_tokens=tokens)
+    made = reference.generate(batch, attention_mask=torch.ones_like(batch), do_sample=False, max_new_tokens=tokens)
     expected = made[0, len(ids) :].tolist()
     for name, pair in zip(("ngram", "model"), pairs, strict=True):
         found, summary = [], Summary()

@@ -297,3 +297,46 @@ def host(vocab: int = VOCAB, load_draft: Callable[[str], Any] | None = None) -> 
         raise AssertionError(f"nothing should load {name}")
 
     return DraftHost(vocab, CPU, load_draft or refuse)
+
+
+def save_gguf(file: Path, kind: str = "Q4_0", seed: int = 0) -> Path:
+    """A small Llama as llama.cpp would store it: packed matrices, query and key rows in its own order, vocabulary inside."""
+    import gguf
+
+    tokenizer = byte_tokenizer()
+    model = tiny_llama(seed, hidden=64, vocab=len(tokenizer), tie_word_embeddings=True)
+    config, state = model.config, model.state_dict()
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    pieces = tokenizer.get_vocab()
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(sorted(pieces, key=pieces.__getitem__))
+    writer.add_token_types([3 if i < 4 else 1 for i in range(len(pieces))])
+    writer.add_token_merges(_MERGES)
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_chat_template(CHAT_TEMPLATE)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in state.items():
+        if name == "lm_head.weight":
+            continue
+        for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
+            if part in name:
+                tensor = tensor.view(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
+        packed = gguf.GGMLQuantizationType[kind if tensor.dim() == 2 else "F32"]
+        stored = names.get_name(name, try_suffixes=(".weight",))
+        writer.add_tensor(stored, gguf.quantize(tensor.float().numpy(), packed), raw_dtype=packed)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file

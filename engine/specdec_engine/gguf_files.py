@@ -30,6 +30,8 @@ LAYOUT = 2
 """Version of the folder; raise it when its contents change."""
 SCRATCH = ".scratch-"
 _INDEX = "index.json"
+_SLOW = 10_000_000
+"""Bytes from which on a file has a vocabulary that takes long to read."""
 _INTERLEAVED = ("llama",)
 """GGUF architectures whose query and key rows are stored as llama.cpp rotates them: in pairs."""
 _MEMBERS = ("llama", "qwen2", "qwen3")
@@ -55,7 +57,8 @@ def beside(gguf: Path, name: str, report: Report) -> Path:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         sweep(folder.parent)
-        report(Progress("convert", f"the header of {name}, once, for about half a minute"))
+        if stat.st_size > _SLOW:
+            report(Progress("convert", f"the header of {name}, once, for about half a minute"))
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=SCRATCH, ignore_cleanup_errors=True) as scratch:
             made = Path(scratch) / folder.name
             _make(gguf, made)

@@ -143,7 +143,8 @@ class Candidate:
 
         model = _load_weights(self.path, self.folder, self._gguf_state, self.dtype, placement, self.options)
         runtime, form = GenericRuntime(model, self.name), str(self.dtype).removeprefix("torch.")
-        return self._loaded(runtime, form, model.num_parameters(), isinstance(placement, str), remark)
+        spread = getattr(model, "hf_device_map", None) is not None  # not so where there is but one device
+        return self._loaded(runtime, form, model.num_parameters(), spread, remark)
 
     def _loaded(
         self, runtime: Runtime, weights: str, parameters: int, spread: bool = False, remark: str = ""
@@ -178,7 +179,8 @@ class Candidate:
                 "leave out --runtime and --device-map",
             )
         weights = GgufWeights(self.path, found)
-        return {name: weights.dense(name) for name in found} or None
+        # Copied: an unpacked tensor is the mapped file itself, and whoever wrote to it would be killed.
+        return {name: weights.dense(name).clone() for name in found} or None
 
 
 def find_model(name: str, options: LoadOptions) -> Candidate:

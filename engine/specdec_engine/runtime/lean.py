@@ -25,7 +25,7 @@ class LeanRuntime:
         self.limit = limit
         self.device = decoder.device
         self._label = label
-        self._cached = 0
+        self._cached = self._written = 0
         self._cache = self._new_cache(_rounded(capacity))
 
     @property
@@ -41,15 +41,17 @@ class LeanRuntime:
         end = self._cached + tokens.shape[0]
         if end > self.capacity:
             self._grow(end)
+        self._written = max(self._written, end)
         positions = torch.arange(self._cached, end, device=self.device)
         logits = self.decoder(tokens, positions, self._cache, _rounded(end), rows)
         self._cached = end
         return logits
 
     def rollback(self, to: int) -> None:
+        if to == 0:  # a run that ended in NaN would leave them behind the mask, and 0 · NaN is NaN
+            self._cache[:, :, : self._written].zero_()  # no more: what was never written takes no memory yet
+            self._written = 0
         self._cached = min(self._cached, to)
-        if to == 0:  # a run that ended in NaN would otherwise leave them behind the mask, and 0 · NaN is NaN
-            self._cache.zero_()
 
     unroll = step_by_step
 

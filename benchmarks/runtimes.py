@@ -1,0 +1,285 @@
+"""How fast is decoding on our runtimes, side by side with transformers and, where it is installed, llama.cpp?
+
+    python benchmarks/runtimes.py PROMPTS.jsonl [--tokens 128] [--limit N] [--arms NAME,NAME] [--only
+    speed,passes,start,memory]
+
+Greedy, end-of-sequence ignored so that every arm emits the same number of tokens. The arms take turns prompt by prompt (A B
+C, then B C A, ...), so that a machine that slows down slows all of them; ratios are medians over prompts of paired ratios.
+Prints one JSON object. The peer llama.cpp takes part if `pip install llama-cpp-python` has been run in the same
+environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+from specdec_engine import Cycle, LoadOptions, Pair, load_pair
+from specdec_engine.builtin import builtin_gguf
+from specdec_engine.machine import usable_cores
+
+Arm = Callable[[list[int], int], int]
+"""Prompt and number of tokens -> tokens emitted."""
+PASSES = (1, 2, 3, 4, 5, 6, 8, 16)
+
+
+def main() -> None:
+    options = parsed()
+    torch.set_num_threads(options.threads)
+    sections = {"speed": speed, "passes": passes, "outside": outside, "start": start, "memory": memory}
+    report: dict[str, Any] = {"schema": "specdec.runtimes/1", "conditions": conditions(options)}
+    for name in options.only.split(","):
+        report[name] = sections[name](options)
+    json.dump(report, sys.stdout, indent=1)
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prompts", type=Path)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--limit", type=int, default=60, help="this many prompts, evenly spread over the file")
+    parser.add_argument("--target", default="builtin")
+    parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--arms", default=",".join(ARMS), help="the first is what the others are compared with")
+    parser.add_argument("--only", default="speed,passes,outside,start,memory")
+    return parser.parse_args()
+
+
+def conditions(options: argparse.Namespace) -> dict[str, Any]:
+    pair = load_pair(options.target, "none", LoadOptions(threads=options.threads))
+    lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines() if Path("/proc/cpuinfo").is_file() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "environment": dict(pair.environment),
+        "processor": models[0] if models else "unknown",
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "tokens": options.tokens,
+    }
+
+
+# -- arms --------------------------------------------------------------------------------------------------------------
+
+
+def ours(pair: Pair, k: int) -> Arm:
+    def run(prompt: list[int], tokens: int) -> int:
+        endless = replace(pair, stop_ids=frozenset())
+        return sum(len(e.emitted) for e in endless.decode(prompt, k=k, max_tokens=tokens) if isinstance(e, Cycle))
+
+    return run
+
+
+def with_transformers(model: Any, **how: Any) -> Arm:
+    def run(prompt: list[int], tokens: int) -> int:
+        ids = torch.tensor([prompt], device=model.device)
+        mask = torch.ones_like(ids)
+        made = model.generate(
+            ids, attention_mask=mask, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens, **how
+        )
+        return int(made.shape[1]) - len(prompt)
+
+    return run
+
+
+def with_llama_cpp(options: argparse.Namespace) -> Arm:
+    from llama_cpp import Llama  # type: ignore[import-not-found]
+
+    gguf = builtin_gguf() if options.target == "builtin" else options.target
+    model = Llama(str(gguf), n_ctx=4096, n_threads=options.threads, n_threads_batch=options.threads, verbose=False)
+
+    def run(prompt: list[int], tokens: int) -> int:
+        model.reset()
+        made = 0
+        for _ in model.generate(prompt, temp=0.0, repeat_penalty=1.0):
+            made += 1
+            if made == tokens:
+                break
+        return made
+
+    return run
+
+
+def build_arms(options: argparse.Namespace) -> dict[str, Arm]:
+    wanted = options.arms.split(",")
+    made: dict[str, Arm] = {}
+    models: dict[str, Any] = {}
+    for name in wanted:
+        try:
+            made[name] = ARMS[name](options, models)
+        except ImportError as error:
+            print(f"{name} is left out: {error}", file=sys.stderr)
+    return made
+
+
+def our_pair(options: argparse.Namespace, models: dict[str, Any], draft: str, quantize: str) -> Pair:
+    key = f"{draft} {quantize}"
+    if key not in models:
+        load = LoadOptions(quantize=quantize, dtype="bfloat16", threads=options.threads)  # type: ignore[arg-type]
+        models[key] = load_pair(options.target, draft, load)
+    pair: Pair = models[key]
+    return pair
+
+
+def their_model(options: argparse.Namespace, models: dict[str, Any]) -> Any:
+    if "transformers" not in models:
+        pair = load_pair(options.target, "none", LoadOptions(runtime="generic", dtype="bfloat16"))
+        models["transformers"] = pair.target.runtime.model  # type: ignore[attr-defined]
+    return models["transformers"]
+
+
+ARMS: dict[str, Callable[[argparse.Namespace, dict[str, Any]], Arm]] = {
+    "specdec packed": lambda o, m: ours(our_pair(o, m, "none", "auto"), 0),
+    "specdec packed, ngram k 3": lambda o, m: ours(our_pair(o, m, "ngram", "auto"), 3),
+    "specdec packed, ngram k 8": lambda o, m: ours(our_pair(o, m, "ngram", "auto"), 8),
+    "specdec bfloat16": lambda o, m: ours(our_pair(o, m, "none", "none"), 0),
+    "specdec bfloat16, ngram k 8": lambda o, m: ours(our_pair(o, m, "ngram", "none"), 8),
+    "transformers bfloat16": lambda o, m: with_transformers(their_model(o, m)),
+    "transformers bfloat16, prompt lookup 3": lambda o, m: with_transformers(
+        their_model(o, m), prompt_lookup_num_tokens=3
+    ),
+    "transformers bfloat16, prompt lookup 10": lambda o, m: with_transformers(
+        their_model(o, m), prompt_lookup_num_tokens=10
+    ),
+    "llama.cpp": lambda o, m: with_llama_cpp(o),
+}
+
+
+# -- sections ----------------------------------------------------------------------------------------------------------
+
+
+def speed(options: argparse.Namespace) -> dict[str, Any]:
+    """Tokens a second, prefill included, over whole answers."""
+    pair = load_pair(options.target, "none")
+    lines = options.prompts.read_text("utf-8").splitlines()
+    records = [json.loads(line) for line in lines if line.strip()]
+    chosen = records[:: max(1, len(records) // options.limit)][: options.limit]
+    prompts = [pair.encode(record.get("prompt") or record["turns"][0]) for record in chosen]
+    arms = build_arms(options)
+    for arm in arms.values():
+        arm(prompts[0], 16)  # the first call sets things up
+    rates: dict[str, list[float]] = {name: [] for name in arms}
+    for i, prompt in enumerate(prompts):
+        names = list(arms)
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            began = time.perf_counter()
+            emitted = arms[name](prompt, options.tokens)
+            rates[name].append(emitted / (time.perf_counter() - began))
+        print(i, len(prompt), {name: round(rate[-1], 1) for name, rate in rates.items()}, file=sys.stderr)
+    return {
+        "prompts": len(prompts),
+        "prompt_tokens": [len(prompt) for prompt in prompts],
+        "arms": {
+            name: {**spread(found), "samples": [round(rate, 2) for rate in found]} for name, found in rates.items()
+        },
+        "ratios": {f"{a} / {b}": spread(paired(rates[a], rates[b])) for a in rates for b in rates if a != b},
+    }
+
+
+def passes(options: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of one target pass over n tokens after 128 cached, by runtime, taken in turns."""
+    found: dict[str, Any] = {}
+    tokens = torch.arange(1, 160)
+    kinds = {"packed": LoadOptions(), "bfloat16": LoadOptions(quantize="none", dtype="bfloat16")}
+    kinds["generic bfloat16"] = LoadOptions(runtime="generic", dtype="bfloat16")
+    for kind, load in kinds.items():
+        runtime = our_runtime(options, load)
+        runtime.forward(tokens[:128], 1)
+        times: dict[int, list[float]] = {n: [] for n in PASSES}
+        for _ in range(40):
+            for n in PASSES:
+                began = time.perf_counter()
+                runtime.forward(tokens[128 : 128 + n], n)
+                times[n].append(1e3 * (time.perf_counter() - began))
+                runtime.rollback(128)
+        found[kind] = {
+            "milliseconds": {n: spread(times[n]) for n in PASSES},
+            "over one token": {n: round(median(paired(times[n], times[1])), 3) for n in PASSES},
+        }
+    return found
+
+
+def our_runtime(options: argparse.Namespace, load: LoadOptions) -> Any:
+    target: Any = load_pair(options.target, "none", replace(load, threads=options.threads)).target
+    return target.runtime
+
+
+def outside(options: argparse.Namespace) -> dict[str, Any]:
+    """Share of a cycle that is not a forward, for the lookup at k 3; loop, sampling, verdict and events are all in it."""
+    pair = load_pair(options.target, "ngram", LoadOptions(threads=options.threads))
+    prompt = pair.encode("Repeat this list twice, then explain each: apple, pear, plum, cherry.")
+    runtime: Any = pair.target.runtime  # type: ignore[attr-defined]
+    plain, spent = runtime.forward, [0.0]
+
+    def timed(tokens: torch.Tensor, rows: int) -> torch.Tensor:
+        began = time.perf_counter()
+        logits: torch.Tensor = plain(tokens, rows)
+        spent[0] += time.perf_counter() - began
+        return logits
+
+    runtime.forward = timed
+    shares, costs = [], []
+    for _ in range(7):
+        cycles, began, before = 0, 0.0, 0.0
+        for event in pair.decode(prompt, k=3, max_tokens=options.tokens):
+            if isinstance(event, Cycle):
+                if not cycles:
+                    began, before = time.perf_counter(), spent[0]
+                cycles += 1
+        total = time.perf_counter() - began
+        rest = total - (spent[0] - before)
+        shares.append(rest / total)
+        costs.append(1e3 * rest / (cycles - 1))
+    return {"share": spread(shares), "milliseconds a cycle": spread(costs)}
+
+
+def start(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds from the command to the first byte of text, models cached."""
+    command = [sys.executable, "-m", "specdec_cli", "generate", "hi", "-t", options.target, "-n", "8", "--offline"]
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+            assert process.stdout is not None
+            process.stdout.read(1)
+            seconds.append(time.perf_counter() - began)
+            process.stdout.read()
+    return spread(seconds)
+
+
+def memory(options: argparse.Namespace) -> dict[str, Any]:
+    """Resident MiB after 32 tokens, less those of a process that imported torch."""
+    report = "import psutil; print(psutil.Process().memory_info().rss / 2**20)"
+    run = f"""
+from specdec_engine import load_pair
+pair = load_pair({options.target!r}, "ngram")
+list(pair.decode(pair.encode("Explain how a lighthouse works."), k=3, max_tokens=32))
+{report}
+"""
+    empty, full = (
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+        for code in (f"import torch; {report}", run)
+    )
+    return {"empty torch process": round(empty), "with the target": round(full), "above": round(full - empty)}
+
+
+def paired(a: Sequence[float], b: Sequence[float]) -> list[float]:
+    return [x / y for x, y in zip(a, b, strict=True)]
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    low, middle, high = quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
+    return {"median": round(middle, 4), "low": round(low, 4), "high": round(high, 4)}
+
+
+if __name__ == "__main__":
+    main()

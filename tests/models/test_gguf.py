@@ -1,0 +1,78 @@
+"""GGUF files, written here as llama.cpp writes them, on every runtime and against transformers' own reading."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from specdec_engine.gguf_files import beside
+from specdec_engine.loading import LoadOptions, find_model, load_model
+from specdec_engine.progress import silent
+from specdec_engine.target import ModelTarget
+from tests.fakes import ScriptedDrafter, emitted, run, save_gguf
+
+TOKENS = torch.arange(4, 40)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path_factory.getbasetemp() / "specdec-cache"))
+
+
+@pytest.fixture(scope="module", params=["Q4_0", "Q4_1", "Q8_0", "F16"])
+def file(request, tmp_path_factory):
+    return save_gguf(tmp_path_factory.mktemp("gguf") / f"tiny.{request.param}.gguf", request.param)
+
+
+@pytest.fixture(scope="module")
+def theirs(file):
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    with torch.inference_mode():
+        return model(TOKENS[None]).logits[0]
+
+
+@pytest.mark.parametrize("runtime", ["generic", "lean"])
+def test_float32_logits_are_those_of_transformers(file, theirs, runtime):
+    loaded = load_model(str(file), LoadOptions(dtype="float32", runtime=runtime))
+    assert loaded.runtime.name == runtime
+    assert torch.allclose(loaded.runtime.forward(TOKENS, len(TOKENS)), theirs, atol=1e-3)
+
+
+def test_packed_logits_are_near(file, theirs):
+    """To bfloat16's rounding; a wrong scale, nibble or row order is off by the logits' own spread."""
+    loaded = load_model(str(file), LoadOptions())
+    assert loaded.weights == ("bfloat16" if "F16" in file.name else "int8" if "Q8" in file.name else "int4")
+    found = loaded.runtime.forward(TOKENS, len(TOKENS)).float()
+    assert (found - theirs).pow(2).mean().sqrt() < 0.05 * theirs.std()
+
+
+def test_it_decodes_like_any_other_target(file):
+    loaded = load_model(str(file), LoadOptions(dtype="float32"))
+    generic = load_model(str(file), LoadOptions(dtype="float32", runtime="generic"))
+    nothing = ScriptedDrafter(lambda c, k: [])
+    repeated = ScriptedDrafter(lambda c, k: [c[-1]] * k)
+    plain, ours, drafted = (
+        emitted(run(ModelTarget(model.runtime, "gguf"), drafter, [5, 6, 7], max_tokens=40))
+        for model, drafter in ((generic, nothing), (loaded, nothing), (loaded, repeated))
+    )
+    assert plain == ours == drafted
+
+
+def test_its_header_is_read_once_and_again_if_the_file_changes(file, tmp_path, monkeypatch):
+    copy = tmp_path / "copy.gguf"
+    copy.write_bytes(file.read_bytes())
+    first = beside(copy, "copy", silent)
+    with monkeypatch.context() as patched:
+        patched.setattr("specdec_engine.gguf_files._make", None)
+        assert beside(copy, "copy", silent) == first
+    save_gguf(copy, "F16", seed=3)
+    assert beside(copy, "copy", silent) != first
+
+
+def test_memory_is_reckoned_packed(file):
+    """An 8B model in 4 bits must not be refused for what it would need in 16."""
+    packed, dense = (find_model(str(file), LoadOptions(quantize=q)).need.weights for q in ("auto", "none"))
+    size = file.stat().st_size
+    assert dense > packed or "F16" in file.name
+    assert packed < 1.3 * size
