@@ -6,8 +6,8 @@ The shapes are those of Llama 3 (8b, 1b) and Qwen 2.5 (1.5b, 0.5b). Weights are 
 likely successor is fixed by embedding and head, and the draft has the target's successor for a share of the tokens,
 `--acceptance`. So every engine can run the same pair, and at temperature 0 a drafted token is right with that probability.
 
-Prints one JSON object: copy bandwidth, plain decoding against the bound it sets, c (draft step / plain step) against the ratio
-of bytes, speculation, and transformers plain, compiled and assisted on the same weights.
+Prints one JSON object: copy bandwidth, plain decoding against the bound it sets, c (draft step / plain step) against the
+ratio of bytes, speculation, and transformers plain, compiled and assisted on the same weights.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How fast is decoding on our runtimes, side by side with transformers and, where it is installed, llama.cpp?
 
-    python benchmarks/runtimes.py PROMPTS.jsonl [--tokens 128] [--limit N] [--arms NAME,NAME] [--only
+    python benchmarks/runtimes.py PROMPTS.jsonl [--tokens 128] [--limit N] [--arms "NAME;NAME"] [--only
     speed,passes,start,memory]
 
 Greedy, end-of-sequence ignored so that every arm emits the same number of tokens. The arms take turns prompt by prompt (A B
@@ -50,7 +50,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=60, help="this many prompts, evenly spread over the file")
     parser.add_argument("--target", default="builtin")
     parser.add_argument("--threads", type=int, default=usable_cores())
-    parser.add_argument("--arms", default=",".join(ARMS), help="the first is what the others are compared with")
+    parser.add_argument("--arms", default=";".join(ARMS), help="joined by ;")
     parser.add_argument("--only", default="speed,passes,outside,start,memory")
     return parser.parse_args()
 
@@ -109,7 +109,7 @@ def with_llama_cpp(options: argparse.Namespace) -> Arm:
 
 
 def build_arms(options: argparse.Namespace) -> dict[str, Arm]:
-    wanted = options.arms.split(",")
+    wanted = options.arms.split(";")
     made: dict[str, Arm] = {}
     models: dict[str, Any] = {}
     for name in wanted:
