@@ -3,10 +3,10 @@
     python benchmarks/runtimes.py PROMPTS.jsonl [--tokens 128] [--limit N] [--arms "NAME;NAME"] [--only
     speed,passes,start,memory]
 
-Greedy, end-of-sequence ignored so that every arm emits the same number of tokens. The arms take turns prompt by prompt (A B
-C, then B C A, ...), so that a machine that slows down slows all of them; ratios are medians over prompts of paired ratios.
-Prints one JSON object. The peer llama.cpp takes part if `pip install llama-cpp-python` has been run in the same
-environment.
+Greedy, end-of-sequence ignored so that every arm emits the same number of tokens, prefill included. The arms take turns
+prompt by prompt (A B C, then B C A, ...), so that a machine that slows down slows all of them; ratios are medians over
+prompts of paired ratios. Prints one JSON object. The peer llama.cpp takes part if `pip install llama-cpp-python` has been
+run in the same environment.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -28,8 +29,8 @@ from specdec_engine import Cycle, LoadOptions, Pair, load_pair
 from specdec_engine.builtin import builtin_gguf
 from specdec_engine.machine import usable_cores
 
-Arm = Callable[[list[int], int], int]
-"""Prompt and number of tokens -> tokens emitted."""
+Arm = Callable[[list[int], int], list[int]]
+"""Prompt and number of tokens -> ids emitted."""
 PASSES = (1, 2, 3, 4, 5, 6, 8, 16)
 
 
@@ -71,21 +72,24 @@ def conditions(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def ours(pair: Pair, k: int) -> Arm:
-    def run(prompt: list[int], tokens: int) -> int:
-        endless = replace(pair, stop_ids=frozenset())
-        return sum(len(e.emitted) for e in endless.decode(prompt, k=k, max_tokens=tokens) if isinstance(e, Cycle))
+    endless = replace(pair, stop_ids=frozenset())
+
+    def run(prompt: list[int], tokens: int) -> list[int]:
+        events = endless.decode(prompt, k=k, max_tokens=tokens)
+        return [token for event in events if isinstance(event, Cycle) for token in event.emitted]
 
     return run
 
 
 def with_transformers(model: Any, **how: Any) -> Arm:
-    def run(prompt: list[int], tokens: int) -> int:
+    def run(prompt: list[int], tokens: int) -> list[int]:
         ids = torch.tensor([prompt], device=model.device)
         mask = torch.ones_like(ids)
         made = model.generate(
             ids, attention_mask=mask, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens, **how
         )
-        return int(made.shape[1]) - len(prompt)
+        found: list[int] = made[0, len(prompt) :].tolist()
+        return found
 
     return run
 
@@ -96,14 +100,9 @@ def with_llama_cpp(options: argparse.Namespace) -> Arm:
     gguf = builtin_gguf() if options.target == "builtin" else options.target
     model = Llama(str(gguf), n_ctx=4096, n_threads=options.threads, n_threads_batch=options.threads, verbose=False)
 
-    def run(prompt: list[int], tokens: int) -> int:
+    def run(prompt: list[int], tokens: int) -> list[int]:
         model.reset()
-        made = 0
-        for _ in model.generate(prompt, temp=0.0, repeat_penalty=1.0):
-            made += 1
-            if made == tokens:
-                break
-        return made
+        return list(islice(model.generate(prompt, temp=0.0, repeat_penalty=1.0), tokens))
 
     return run
 
@@ -167,18 +166,24 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
     for arm in arms.values():
         arm(prompts[0], 16)  # the first call sets things up
     rates: dict[str, list[float]] = {name: [] for name in arms}
+    texts: dict[str, list[list[int]]] = {name: [] for name in arms}
     for i, prompt in enumerate(prompts):
         names = list(arms)
         for name in names[i % len(names) :] + names[: i % len(names)]:
             began = time.perf_counter()
-            emitted = arms[name](prompt, options.tokens)
-            rates[name].append(emitted / (time.perf_counter() - began))
+            texts[name].append(arms[name](prompt, options.tokens))
+            rates[name].append(len(texts[name][-1]) / (time.perf_counter() - began))
         print(i, len(prompt), {name: round(rate[-1], 1) for name, rate in rates.items()}, file=sys.stderr)
     return {
         "prompts": len(prompts),
         "prompt_tokens": [len(prompt) for prompt in prompts],
         "arms": {
             name: {**spread(found), "samples": [round(rate, 2) for rate in found]} for name, found in rates.items()
+        },
+        "same ids as plain": {
+            name: sum(x == y for x, y in zip(texts[name], texts[plain], strict=True))
+            for name in texts
+            if (plain := name.split(",")[0]) != name and plain in texts
         },
         "ratios": {f"{a} / {b}": spread(paired(rates[a], rates[b])) for a in rates for b in rates if a != b},
     }
