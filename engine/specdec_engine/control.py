@@ -39,7 +39,7 @@ class Settings:
 class Controls:
     """Mutable holder of the `Settings` in force from the next cycle on; `reason` says why they were last changed."""
 
-    def __init__(self, k: int = 4, sampling: Sampling | None = None) -> None:
+    def __init__(self, k: int = 3, sampling: Sampling | None = None) -> None:
         self.settings = Settings(k, sampling or Sampling())
         self.reason = ""
 

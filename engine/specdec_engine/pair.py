@@ -64,7 +64,7 @@ class Pair:
         self,
         prompt: Sequence[int],
         *,
-        k: int = 4,
+        k: int = 3,
         sampling: Sampling | None = None,
         max_tokens: int = 256,
         stop: Sequence[str] = (),

@@ -38,7 +38,7 @@ def generate(
     ] = None,
     target: opt.Target = "builtin",
     draft: opt.Draft = "ngram",
-    k: opt.K = 4,
+    k: opt.K = 3,
     temperature: opt.Temperature = 0.0,
     top_k: opt.TopK = 0,
     top_p: opt.TopP = 1.0,

@@ -218,8 +218,22 @@ def test_a_device_map_gives_the_same_tokens(generate):
     assert spread["environment"]["device_map"] is False
 
 
-def test_the_runtime_can_be_named(generate):
-    assert answer(generate("--json", "-n", "2", "--runtime", "generic"))["environment"]["runtime"] == "generic"
+def test_the_runtime_can_be_named_and_says_why(generate):
+    """The text is the same; -v says what was taken, and why not the faster one."""
+    lean, generic = (generate("--json", "-n", "12", "--runtime", name, "-v") for name in ("auto", "generic"))
+    assert answer(lean)["environment"]["runtime"] == "lean"
+    assert answer(generic)["environment"]["runtime"] == "generic"
+    assert answer(lean)["token_ids"] == answer(generic)["token_ids"]
+    assert "runs on the lean runtime, float32 weights\n" in lean.err
+    assert "runs on the generic runtime, float32 weights, because --runtime generic was asked for" in generic.err
+
+
+def test_weights_can_be_packed(specdec, checkpoint, draft_checkpoint):
+    arguments = ("generate", "hi", "-t", checkpoint, "-d", draft_checkpoint, "-n", "4", "--json")
+    packed = answer(specdec(*arguments, "--quantize", "int8", "--draft-quantize", "int8", "--threads", "1"))
+    made = packed["environment"]
+    assert (made["weights"], made["threads"]) == ("int8", 1)
+    assert [draft["weights"] for draft in made["drafts"].values()] == ["int8"]
 
 
 def test_version_and_bare_command(specdec):

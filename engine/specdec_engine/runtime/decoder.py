@@ -180,8 +180,9 @@ class Decoder:
         head = "model.embed_tokens.weight" if shape.tied else "lm_head.weight"
         # The head stays dense, also where its file has it in 8 bits: reordered bfloat16 takes 2.0 ms for one row as for
         # eight, packed 1.8 for one and 7 for eight (49,152 x 576); and all logits pass through its rounding.
-        self._head = project([take.dense(head)], take.bias("lm_head"), dtype, device, "none")
-        self.vocab = int(take.rows(head))
+        matrix = self._embedding.table if shape.tied and self._embedding.table is not None else take.dense(head)
+        self._head = project([matrix], take.bias("lm_head"), dtype, device, "none")
+        self.vocab = int(matrix.shape[0])
         self.parameters = take.parameters
         frequencies = shape.frequencies
         if (factors := take.optional("rope_freqs.weight")) is not None:  # how GGUF keeps Llama 3's stretched rotation
@@ -360,18 +361,20 @@ _GROUPED_ROWS = 32
 
 
 class _Embedding:
-    """Rows of the table on demand; a packed table stays packed, in the file."""
+    """Rows of the table on demand; on a CPU a packed table stays packed."""
 
-    def __init__(self, table: Tensor | Grouped, device: torch.device) -> None:
-        self._table = table if isinstance(table, Grouped) and device.type == "cpu" else None
-        dense = table.dense() if isinstance(table, Grouped) and self._table is None else table
-        self._dense = dense.to(device) if isinstance(dense, Tensor) else None
+    def __init__(self, stored: Tensor | Grouped, device: torch.device) -> None:
+        self._packed = stored if isinstance(stored, Grouped) and device.type == "cpu" else None
+        self.table = None
+        if self._packed is None:
+            self.table = (stored.dense() if isinstance(stored, Grouped) else stored).to(device)
+        """[V, hidden], where it is dense: a tied head can share it."""
 
     def __call__(self, tokens: Tensor) -> Tensor:  # [n] -> [n, hidden] float32
-        if self._dense is not None:
-            return self._dense[tokens].float()
-        assert self._table is not None
-        return self._table.rows(tokens).dense()
+        if self._packed is not None:
+            return self._packed.rows(tokens).dense()
+        assert self.table is not None
+        return self.table[tokens].float()
 
 
 def _paired(heads: int, size: int) -> Tensor:
@@ -412,9 +415,6 @@ class _Taker:
             return None
         found = self.dense(name).float()
         return (found if order is None else found[order]).to(device)
-
-    def rows(self, name: str) -> int:
-        return self.dense(name).shape[0]
 
     def bias(self, stem: str) -> Tensor | None:
         return self.dense(f"{stem}.bias") if f"{stem}.bias" in self._weights.names else None

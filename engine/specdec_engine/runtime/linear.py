@@ -111,7 +111,8 @@ def project(
     alike = len(packed) == len(weights) and len({w.offset is None for w in packed}) == 1
     if alike and quantize in ("auto", "int4") and packs_int4(*_shape(weights)):
         return Int4(_stacked(packed), bias)
-    dense = torch.cat([w.dense() if isinstance(w, Grouped) else w for w in weights])
+    matrices = [w.dense() if isinstance(w, Grouped) else w for w in weights]
+    dense = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
     if quantize == "int4" and packs_int4(*dense.shape):
         return Int4(quantized(dense), bias)
     if quantize in ("int8", "int4"):
