@@ -26,7 +26,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 @pytest.fixture(scope="session")
 def builtin() -> Path:
-    """The built-in target's folder. Without a network the test skips; in CI that is a failure."""
+    """The built-in target's file. Without a network the test skips; in CI that is a failure."""
     try:
         return builtin_gguf()
     except ModelUnavailable as error:

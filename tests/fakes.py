@@ -299,7 +299,7 @@ def host(vocab: int = VOCAB, load_draft: Callable[[str], Any] | None = None) -> 
     return DraftHost(vocab, CPU, load_draft or refuse)
 
 
-def save_gguf(file: Path, kind: str = "Q4_0", seed: int = 0) -> Path:
+def save_gguf(file: Path, kind: str = "Q4_0", seed: int = 0, scaling: str | None = None) -> Path:
     """A small Llama as llama.cpp would store it: packed matrices, query and key rows in its own order, vocabulary inside."""
     import gguf
 
@@ -315,6 +315,8 @@ def save_gguf(file: Path, kind: str = "Q4_0", seed: int = 0) -> Path:
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if scaling:
+        writer.add_rope_scaling_type(gguf.RopeScalingType(scaling))
     writer.add_vocab_size(config.vocab_size)
     pieces = tokenizer.get_vocab()
     writer.add_tokenizer_model("gpt2")

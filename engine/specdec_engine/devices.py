@@ -50,7 +50,7 @@ def packed_dtype(quantize: Quantize, dtype: str, device: torch.device, keeps: bo
     if quantize in ("int8", "int4") and not can:
         raise UsageError(
             f"weights cannot be packed to {quantize} on {device} in dtype {dtype}",
-            "packed weights run on an x86 CPU with AVX2 or later, in bfloat16; leave out --quantize and --draft-quantize",
+            "packed weights run on an x86 CPU with AVX-512, in bfloat16; leave out --quantize and --draft-quantize",
         )
     return torch.bfloat16 if can and (keeps or quantize in ("int8", "int4")) else None
 

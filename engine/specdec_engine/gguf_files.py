@@ -12,8 +12,10 @@ import os
 import shutil
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -46,30 +48,45 @@ def cache_folder() -> Path:
 def beside(gguf: Path, name: str, report: Report) -> Path:
     """The folder with this file's config, tokenizer and tensor list; made if it is not there.
 
-    Keyed by path, size and time, so that a file that was replaced is read anew. Raises ModelUnavailable where the cache
-    cannot be written, and whatever transformers and gguf raise for a file they cannot read.
+    Keyed by path, size and time, so that a file that was replaced is read anew, and by the versions of its readers. Raises
+    ModelUnavailable where the cache cannot be written, and whatever transformers and gguf raise for a file they cannot
+    read.
     """
     stat = gguf.stat()
-    key = hashlib.sha256(f"{gguf.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:12]
+    known = f"{gguf.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{version('transformers')}:{version('gguf')}"
+    key = hashlib.sha256(known.encode()).hexdigest()[:12]
     folder = cache_folder() / "gguf" / f"{key}-{LAYOUT}"
     if (folder / _INDEX).is_file():
         return folder
-    try:
+    with _writing(name, folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
         sweep(folder.parent)
+        scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=SCRATCH))
+    try:
         if stat.st_size > _SLOW:
             report(Progress("convert", f"the header of {name}, once, for about half a minute"))
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=SCRATCH, ignore_cleanup_errors=True) as scratch:
-            made = Path(scratch) / folder.name
-            _make(gguf, made)
-            with suppress(OSError):  # another process was faster, and has made the same folder
-                made.replace(folder)
+        _make(gguf, scratch)
+        with _writing(name, folder.parent):
+            if folder.exists() and not (folder / _INDEX).is_file():  # not ours, or damaged
+                shutil.rmtree(folder)
+            scratch.replace(folder)
+    except ModelUnavailable:
+        if not (folder / _INDEX).is_file():  # no other process was faster, either
+            raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+@contextmanager
+def _writing(name: str, where: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise ModelUnavailable(
-            f"{name} needs a few MB in {folder.parent}, which cannot be written: {error.strerror or error}",
+            f"{name} needs a few MB in {where}, which cannot be written: {error.strerror or error}",
             "free some space, or point SPECDEC_CACHE to a folder that can be written",
         ) from error
-    return folder
 
 
 def entries(folder: Path) -> dict[str, Entry]:
@@ -127,6 +144,12 @@ def _read_entries(gguf: Path) -> dict[str, Entry]:
     arch = reader.fields["general.architecture"].contents()
     if arch not in _MEMBERS:
         return {}
+    scaling = reader.fields.get(f"{arch}.rope.scaling.type")
+    if scaling is not None and scaling.contents() != "none":  # transformers leaves it out of the config
+        raise ModelUnavailable(
+            f"{gguf} scales its rotary embedding ({scaling.contents()}), which is not read from GGUF files",
+            "use the model's safetensors checkpoint, whose config says how",
+        )
     number: dict[str, MODEL_ARCH] = {name: member for member, name in MODEL_ARCH_NAMES.items()}
     layers = int(reader.fields[f"{arch}.block_count"].contents())
     heads = int(reader.fields[f"{arch}.attention.head_count"].contents())

@@ -7,7 +7,7 @@ comes with a checkpoint is run only on demand.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +23,12 @@ from specdec_engine.errors import ModelUnavailable, OutOfMemory, SpecdecError, U
 from specdec_engine.memory import Need, check_fits, estimate, free_bytes, kept_bytes, kv_bytes
 from specdec_engine.progress import Progress, Report, silent
 from specdec_engine.runtime import Runtime
-from specdec_engine.runtime.decoder import Decoder, Shape, Unsupported, shape_of
-from specdec_engine.runtime.graphs import CudaRecorder, GraphRuntime
+from specdec_engine.runtime.decoder import Decoder, Shape, Unsupported, cache_dtype, shape_of
+from specdec_engine.runtime.graphs import CudaRecorder, GraphRuntime, span_for
 from specdec_engine.runtime.lean import LeanRuntime
 from specdec_engine.runtime.linear import Quantize
 from specdec_engine.sources import first_line, resolve, weight_files
-from specdec_engine.weights import GgufWeights, SafetensorsWeights, Weights
+from specdec_engine.weights import PACKED, Entry, GgufWeights, SafetensorsWeights, Weights
 
 DeviceMap = Literal["auto"]
 RuntimeName = Literal["auto", "lean", "graph", "generic"]
@@ -190,27 +190,25 @@ def find_model(name: str, options: LoadOptions) -> Candidate:
     PairIncompatible for one that cannot be rolled back, OutOfMemory for one that does not fit.
     """
     device = pick_device(options.device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # streams, events and graphs are the current device's
     path = resolve(name, offline=options.offline, trust_remote_code=options.trust_remote_code, report=options.report)
-    packed = path.is_file() and options.quantize == "auto" and options.runtime != "generic"
-    dtype = packed_dtype(options.quantize, options.dtype, device, packed) or pick_dtype(options.dtype, device)
     with _explained(name, path):
         folder = gguf_files.beside(path, name, options.report) if path.is_file() else path
-        config: Any = gguf_files.plain_config(folder) if path.is_file() else _load_config(folder, options)
-        need = _need(path, folder, config, dtype, options)
-        shape = _shape(config, options, device, _placement(name, need, device, options))
+        found = gguf_files.entries(folder) if path.is_file() else {}
+        config: Any = gguf_files.plain_config(folder) if found else _load_config(folder, options)
+        shape = lean_shape(config, options, device)
+        stays = (
+            isinstance(shape, Shape) and options.quantize == "auto" and any(e.kind in PACKED for e in found.values())
+        )
+        dtype = packed_dtype(options.quantize, options.dtype, device, stays) or pick_dtype(options.dtype, device)
+        need = _need(path, found, config, shape, dtype, device, options)
+        if isinstance(_placement(name, need, device, options), str):
+            shape = Unsupported("it is spread over devices")
         if isinstance(shape, Unsupported):
             _check_rollback(_load_config(folder, options), name)
         tokenizer = load_tokenizer(folder, options)
     return Candidate(name, path, folder, config, shape, tokenizer, need, device, dtype, options)
-
-
-def _shape(
-    config: Any, options: LoadOptions, device: torch.device, placement: torch.device | DeviceMap
-) -> Shape | Unsupported:
-    try:
-        return lean_shape(config, options, device, placement)
-    except Unsupported as reason:
-        return reason
 
 
 def _check_rollback(config: Any, name: str) -> None:
@@ -220,24 +218,39 @@ def _check_rollback(config: Any, name: str) -> None:
     new_cache(config, name)
 
 
-def _need(path: Path, folder: Path, config: Any, dtype: torch.dtype, options: LoadOptions) -> Need:
-    if path.is_file() and (found := gguf_files.entries(folder)):
-        weights = sum(kept_bytes(entry, dtype, options.quantize) for entry in found.values())
-        return Need(weights, kv_bytes(config, dtype, options.tokens))
-    return estimate(weight_files(path), config, dtype, options.tokens)
+def _need(
+    path: Path,
+    found: Mapping[str, Entry],
+    config: Any,
+    shape: Shape | Unsupported,
+    dtype: torch.dtype,
+    device: torch.device,
+    options: LoadOptions,
+) -> Need:
+    """Weights in the form they will be kept in, and the cache in its own dtype and size."""
+    quantize: Quantize
+    if isinstance(shape, Unsupported):
+        quantize, cache = "none", kv_bytes(config, dtype, options.tokens)
+    else:
+        tokens = span_for(options.tokens) if device.type == "cuda" else options.tokens
+        quantize, cache = options.quantize, tokens * shape.kv_values * cache_dtype(dtype, device).itemsize
+    if not found:
+        return estimate(weight_files(path), config, dtype, cache, quantize)
+    return Need(sum(kept_bytes(name, entry, dtype, quantize) for name, entry in found.items()), cache)
 
 
-def lean_shape(config: Any, options: LoadOptions, device: torch.device, placement: torch.device | DeviceMap) -> Shape:
-    """What the lean forward needs of this config. Raises Unsupported, with the reason, where the generic one is to run."""
+def lean_shape(config: Any, options: LoadOptions, device: torch.device) -> Shape | Unsupported:
+    """What the lean forward needs of this config, or why the generic one is to run."""
     if options.runtime == "generic":
-        raise Unsupported("--runtime generic was asked for")
-    if isinstance(placement, str):
-        raise Unsupported("it is spread over devices")
+        return Unsupported("--runtime generic was asked for")
     if device.type == "mps":
-        raise Unsupported("it has not been tried on Apple's GPUs")
+        return Unsupported("it has not been tried on Apple's GPUs")
     if options.runtime == "graph" and device.type != "cuda":
-        raise Unsupported(f"graphs are recorded on a CUDA device, and this is {device}")
-    return shape_of(config)
+        return Unsupported(f"graphs are recorded on a CUDA device, and this is {device}")
+    try:
+        return shape_of(config)
+    except Unsupported as reason:
+        return reason
 
 
 def load_model(name: str, options: LoadOptions) -> Loaded:

@@ -31,20 +31,26 @@ class Need:
         return int((self.weights + self.cache) * _HEADROOM)
 
 
-def estimate(files: Sequence[Path], config: Any, dtype: torch.dtype, tokens: int) -> Need:
+def estimate(files: Sequence[Path], config: Any, dtype: torch.dtype, cache: int, quantize: Quantize = "none") -> Need:
     """From file headers and the config alone; a GGUF with unknown names is reckoned unpacked.
 
     Raises SafetensorError for a file whose size is not what its header says: a truncated download.
     """
     packed = files[0].suffix == ".gguf"
     numbers = _parameters(config) if packed else sum(_stored_numbers(file) for file in files)
-    return Need(numbers * dtype.itemsize, kv_bytes(config, dtype, tokens))
+    return Need(int(numbers * PACKED_BYTES.get(quantize, dtype.itemsize)), cache)
 
 
-def kept_bytes(entry: Entry, dtype: torch.dtype, quantize: Quantize) -> int:
-    """What a GGUF's tensor takes once loaded: packed, a tenth more than in the file; else one `dtype` a number."""
-    if quantize == "auto" and dtype == torch.bfloat16 and entry.kind in PACKED:
-        return int(entry.size * 1.2)
+PACKED_BYTES: dict[Quantize, float] = {"int4": 0.7, "int8": 1.1}
+"""A number's bytes in each form, scales included, and a little for the head, which stays dense."""
+
+
+def kept_bytes(name: str, entry: Entry, dtype: torch.dtype, quantize: Quantize) -> int:
+    """What a GGUF's tensor takes once loaded: packed, a fifth more than in the file; else one `dtype` a number."""
+    if dtype == torch.bfloat16 and name not in ("lm_head.weight", "model.embed_tokens.weight"):
+        if quantize == "auto" and entry.kind in PACKED:
+            return int(entry.size * 1.2)
+        return int(prod(entry.shape) * PACKED_BYTES.get(quantize, dtype.itemsize))
     return prod(entry.shape) * dtype.itemsize
 
 

@@ -94,9 +94,9 @@ def draw(probs: Tensor, u: Tensor) -> Tensor:  # [V], [] -> []
 
 
 def _exceeds(cumulative: Tensor, level: Tensor) -> Tensor:
-    """The first place above the level; kept below the total, which rounding can reach and past which there is no token."""
+    """The first place above the level; kept from 0 to below the total, which rounding can leave, and where no token is."""
     total = cumulative[-1]
-    level = torch.minimum(level, total * (1 - torch.finfo(cumulative.dtype).eps))
+    level = torch.minimum(level, total * (1 - torch.finfo(cumulative.dtype).eps)).clamp(min=0)
     return torch.searchsorted(cumulative, level[None], right=True)[0].clamp(max=cumulative.shape[0] - 1)
 
 

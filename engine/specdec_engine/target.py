@@ -54,7 +54,7 @@ class ModelTarget:
             prefill(self.runtime, torch.tensor(tokens, device=self.device))
 
     def score(self, newest: int, draft: Draft) -> Tensor:
-        tokens = torch.cat([torch.tensor([newest], device=self.device), draft.tokens])
+        tokens = torch.cat([torch.tensor([newest]).to(self.device, non_blocking=True), draft.tokens])
         return self.runtime.forward(tokens, len(draft) + 1)
 
     def rollback(self, to: int) -> None:

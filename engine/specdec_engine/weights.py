@@ -91,7 +91,7 @@ class Entry:
 
 
 class GgufWeights:
-    """A GGUF file, read in place: Q4_0, Q4_1 and Q8_0 stay packed, the rest is dequantised by the gguf library."""
+    """A GGUF file, read in place: Q4_0, Q4_1, Q4_K and Q8_0 stay packed, the rest is dequantised by the gguf library."""
 
     def __init__(self, file: Path, entries: dict[str, Entry]) -> None:
         self._bytes = np.memmap(file, np.uint8, "r")
@@ -156,11 +156,28 @@ def _q8_0(raw: np.ndarray, shape: Sequence[int]) -> Grouped:
     return Grouped(torch.from_numpy(q), torch.from_numpy(head[..., 0]), None)
 
 
+def _q4_k(raw: np.ndarray, shape: Sequence[int]) -> Grouped:
+    """256 weights a block: d and dmin, a 6-bit scale and minimum for each 32; w = d · scale · q - dmin · minimum."""
+    blocks = raw.reshape(-1, 144)
+    d, dmin = blocks[:, :4].copy().view(np.float16).astype(np.float32).T[..., None]  # [blocks, 1] each
+    packed, body = blocks[:, 4:16], blocks[:, 16:].reshape(-1, 4, 32)
+    low, high, rest = packed[:, :4], packed[:, 4:8], packed[:, 8:]
+    scales = np.concatenate([low & 63, (rest & 15) | (low >> 6) << 4], 1)
+    minima = np.concatenate([high & 63, (rest >> 4) | (high >> 6) << 4], 1)
+    q = np.stack([body & 15, body >> 4], 2)  # [blocks, 4, 2, 32]: low halves are one group of 32, high ones the next
+    groups = (shape[0], shape[1] // GROUP)
+    return Grouped(
+        torch.from_numpy(q.astype(np.int8).reshape(tuple(shape))),
+        torch.from_numpy((d * scales).reshape(groups)),
+        torch.from_numpy((-dmin * minima).reshape(groups)),
+    )
+
+
 _PLAIN = {
     "F32": (np.float32, torch.float32),
     "F16": (np.float16, torch.float16),
     "BF16": (np.int16, torch.bfloat16),
 }
-_UNPACK = {"Q4_0": _q4_0, "Q4_1": _q4_1, "Q8_0": _q8_0}
+_UNPACK = {"Q4_0": _q4_0, "Q4_1": _q4_1, "Q4_K": _q4_k, "Q8_0": _q8_0}
 PACKED = frozenset(_UNPACK)
 """GGUF formats that stay packed."""

@@ -76,7 +76,7 @@ def test_text_streams_to_stdout_and_words_to_stderr(generate):
     result = generate("-n", "25")
     assert result.out == text
     assert result.err.count("\n") == 1
-    for word in ("tok/s", "emitted per cycle", "accepted", "seed", "speculation on: ngram, k 4"):
+    for word in ("tok/s", "emitted per cycle", "accepted", "seed", "speculation on: ngram, k 3", "lean runtime"):
         assert word in result.err
     assert generate("-n", "25", "--no-stats").err == ""
 

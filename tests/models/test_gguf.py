@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from specdec_engine.errors import ModelUnavailable
 from specdec_engine.gguf_files import beside
 from specdec_engine.loading import LoadOptions, find_model, load_model
 from specdec_engine.progress import silent
@@ -70,9 +71,23 @@ def test_its_header_is_read_once_and_again_if_the_file_changes(file, tmp_path, m
     assert beside(copy, "copy", silent) != first
 
 
+def test_an_architecture_whose_names_we_do_not_know_is_left_to_transformers(file, theirs, monkeypatch):
+    monkeypatch.setattr("specdec_engine.gguf_files._MEMBERS", ())
+    monkeypatch.setattr("specdec_engine.gguf_files.LAYOUT", "unknown")
+    loaded = load_model(str(file), LoadOptions(dtype="float32"))
+    assert loaded.runtime.name == "generic"
+    assert "known to transformers only" in loaded.remark
+    assert torch.allclose(loaded.runtime.forward(TOKENS, len(TOKENS)), theirs, atol=1e-3)
+
+
+def test_a_scaled_rotation_is_refused_and_not_left_out(tmp_path):
+    """transformers drops it from the config, and every position would be rotated wrongly."""
+    file = save_gguf(tmp_path / "scaled.gguf", "F16", scaling="linear")
+    with pytest.raises(ModelUnavailable, match=r"scales its rotary embedding \(linear\)"):
+        load_model(str(file), LoadOptions())
+
+
 def test_memory_is_reckoned_packed(file):
     """An 8B model in 4 bits must not be refused for what it would need in 16."""
     packed, dense = (find_model(str(file), LoadOptions(quantize=q)).need.weights for q in ("auto", "none"))
-    size = file.stat().st_size
     assert dense > packed or "F16" in file.name
-    assert packed < 1.3 * size

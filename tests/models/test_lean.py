@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from specdec_engine.drafters.model import ModelDrafter
 from specdec_engine.errors import OutOfMemory, UsageError
 from specdec_engine.loading import LoadOptions, load_model
 from specdec_engine.runtime.decoder import Decoder, Unsupported, shape_of
 from specdec_engine.target import ModelTarget
-from tests.fakes import CPU, ScriptedDrafter, StateWeights, emitted, events, lean, run, tiny_llama
+from tests.fakes import CPU, VOCAB, ScriptedDrafter, StateWeights, emitted, events, graph, host, lean, run, tiny_llama
 from tests.models.test_architectures import build
 
 WINDOWED = ["sliding_attention", "full_attention"] * 2
@@ -36,7 +37,9 @@ FAMILY = {
     "mistral with a window": ("MistralConfig", {"sliding_window": 5}),
     "qwen2": ("Qwen2Config", {}),
     "qwen2 with windows": ("Qwen2Config", {"use_sliding_window": True, "sliding_window": 5, "layer_types": WINDOWED}),
+    "llama with a window that its own model ignores": ("LlamaConfig", {"sliding_window": 5}),
     "qwen3": ("Qwen3Config", {}),
+    "qwen3 with biases": ("Qwen3Config", {"attention_bias": True}),
     "qwen3, wide heads": ("Qwen3Config", {"head_dim": 16}),
 }
 
@@ -68,7 +71,9 @@ def test_logits_equal_transformers_through_rollbacks_and_cache_growth(name):
     assert runtime.capacity >= 60
 
 
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize(
+    "name", [name for name in FAMILY if "ignores" not in name]
+)  # `generate`'s cache does not ignore it
 def test_greedy_output_equals_transformers_generate(name):
     model = made(name)
     prompt = [5, 6, 7, 8]
@@ -103,16 +108,71 @@ def test_what_it_would_not_compute_exactly_is_left_to_the_generic_runtime(config
         shape_of(build(config, options).config)
 
 
+def test_a_head_of_its_own_is_used_where_the_config_says_tied():
+    """As transformers does: it ties only what is missing or the same."""
+    model = tiny_llama(tie_word_embeddings=True)
+    weights = StateWeights(model)
+    weights._state = {**weights._state, "lm_head.weight": 2 * model.lm_head.weight.detach()}
+    doubled = Decoder(shape_of(model.config), weights, torch.float32, CPU, "none")
+    tokens, plain = torch.arange(5), lean(model)
+    found = type(plain)(doubled, "doubled", 64, 16).forward(tokens, 5)
+    assert torch.allclose(found, 2 * plain.forward(tokens, 5), atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [lean, graph])
+def test_a_run_after_one_that_outgrew_the_cache(make):
+    """The new cache was made in the middle of a draft; the next run clears it."""
+    model = tiny_llama(max_position_embeddings=1024)
+    target = ModelTarget(lean(model), "tiny")
+    drafter = ModelDrafter(make(model, capacity=16), host(VOCAB), "itself")
+    prompt = list(range(5, 200))
+    first, second = (emitted(run(target, drafter, prompt, k=4, max_tokens=120)) for _ in range(2))
+    assert first == second
+    assert drafter.runtime.capacity > 256
+
+
+@pytest.mark.parametrize("make", [lean, graph])
+def test_a_run_that_broke_leaves_nothing_to_the_next(make):
+    """A token whose embedding is not a number: its keys and values are behind the mask of the next run, or gone."""
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = torch.nan
+    runtime, clean = make(model), make(model)
+    runtime.forward(torch.tensor([1, 7, 7]), 1)
+    runtime.rollback(0)
+    found, expected = (each.forward(torch.tensor([4]), 1) for each in (runtime, clean))
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
 def test_a_checkpoint_with_other_tensors_is_not_guessed_at():
     """A fine-tune with further tensors under a known model type must not run without them."""
     model = tiny_llama()
     extra, short = StateWeights(model), StateWeights(model)
     extra._state["model.layers.0.self_attn.sinks"] = torch.zeros(4)
     del short._state["model.layers.1.mlp.up_proj.weight"]
+    silent = StateWeights(
+        tiny_llama(attention_bias=True)
+    )  # biases where the config has none: transformers ignores them
+    with pytest.raises(Unsupported, match=r"8 tensors .* model.layers.0.self_attn.k_proj.bias"):
+        Decoder(shape_of(model.config), silent, torch.float32, CPU, "none")
     unknown, missing = "1 tensors .* model.layers.0.self_attn.sinks", "no model.layers.1.mlp.up_proj.weight"
     for weights, reason in ((extra, unknown), (short, missing)):
         with pytest.raises(Unsupported, match=reason):
             Decoder(shape_of(model.config), weights, torch.float32, CPU, "none")
+
+
+def test_growing_asks_before_it_takes(monkeypatch):
+    """A CPU's memory is granted when it is written to: twice the room, else just enough, else a clean end."""
+    runtime = lean(tiny_llama(), capacity=64)
+    token = runtime.decoder.shape.kv_values * 4
+    for free, capacity in ((200 * token, 128), (100 * token, 80)):
+        monkeypatch.setattr("specdec_engine.runtime.lean.free_bytes", lambda device, free=free: free)
+        runtime = lean(tiny_llama(), capacity=64)
+        runtime.forward(torch.arange(70), 1)
+        assert runtime.capacity == capacity
+    with pytest.raises(OutOfMemory, match="for 112 tokens needs"):
+        runtime.forward(torch.arange(40), 1)
+    assert runtime.cached == 70
 
 
 def test_memory_that_runs_out_while_the_cache_grows_is_a_clean_end(monkeypatch):

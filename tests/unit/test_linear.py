@@ -36,6 +36,18 @@ def test_blocks_hold_what_the_gguf_library_says(tmp_path, kind):
     assert isinstance(weights.stored("w"), Grouped) == (kind in ("Q4_0", "Q4_1", "Q8_0"))
 
 
+def test_k_quants_of_four_bits_are_groups_of_32_too(tmp_path):
+    """The gguf library reads Q4_K and does not write it: any bytes will do, with scales of a usual size."""
+    raw = np.random.default_rng(0).integers(0, 256, (ROWS, 144), np.uint8)
+    raw[:, :4] = np.array([0.01, 0.02], np.float16).view(np.uint8)
+    file = tmp_path / "raw"
+    file.write_bytes(raw.tobytes())
+    expected = gguf.dequantize(raw, gguf.GGMLQuantizationType.Q4_K)
+    weights = GgufWeights(file, {"w": Entry("Q4_K", (ROWS, 256), 0, raw.nbytes)})
+    assert isinstance(weights.stored("w"), Grouped)
+    assert np.allclose(weights.dense("w").numpy(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_interleaved_heads_come_back_in_halves(tmp_path):
     """llama.cpp stores a head's rows 0, d/2, 1, d/2 + 1 ...; Hugging Face has 0, 1 ... d/2, d/2 + 1 ..."""
     plain, _ = stored(tmp_path, "Q4_1")
@@ -66,8 +78,15 @@ def test_forms_by_choice(tmp_path):
     assert isinstance(project(mixed, None, torch.bfloat16, CPU, "auto"), Dense)
     assert isinstance(project([weight()], None, torch.bfloat16, CPU, "int8"), Int8)
     assert isinstance(project([weight()], None, torch.bfloat16, CPU, "int4"), Int4)
+    eight = stored(tmp_path, "Q8_0")[0].stored("w")
+    assert isinstance(project([eight], None, torch.bfloat16, CPU, "auto"), Int4)  # as two halves
+    assert project([eight], None, torch.bfloat16, CPU, "int4").form == "int4"
+    assert isinstance(project([packed.stored("w")], None, torch.bfloat16, CPU, "int8"), Int8)
     odd = project([weight()[:47]], None, torch.bfloat16, CPU, "int4")  # no multiple of 16 rows
     assert isinstance(odd, Int8)
+    x = torch.randn(3, COLUMNS).bfloat16()
+    exact = x.float() @ weight()[:47].T
+    assert (odd(x).float() - exact).abs().max() < 0.03 * exact.abs().max()
 
 
 def test_quantized_groups_keep_their_ends():

@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.generation.logits_process import TopPLogitsWarper
 
 from specdec_engine.errors import UsageError
 from specdec_engine.randomness import KeyedRandomness
-from specdec_engine.sampling import draw, warp
+from specdec_engine.sampling import best_of, draw, top, warp
 from specdec_engine.types import Sampling
 from tests.fakes import tiny_llama
 
@@ -122,3 +123,52 @@ def test_values_out_of_range_are_refused_with_the_value(bad):
     (value,) = bad.values()
     with pytest.raises(UsageError, match=str(value).replace(".", r"\.")):
         Sampling(**bad)
+
+
+@pytest.mark.parametrize("vocab", [5, 255, 256, 257, 1000, 1024])
+def test_searching_by_blocks_finds_what_searching_all_finds(vocab):
+    """Largest entry, its first place among ties, the top few, and the token of a uniform number."""
+    generator = torch.Generator().manual_seed(vocab)
+    rows = torch.randint(0, 40, (8, vocab), generator=generator).float()  # many ties
+    best, at = best_of(rows)
+    assert torch.equal(at, torch.from_numpy(rows.numpy().argmax(-1)))
+    assert torch.equal(best, rows.amax(-1))
+    values, places = top(rows[0], 4)
+    assert torch.equal(values, rows[0].topk(4).values)
+    assert torch.equal(rows[0][places], values)
+    probs = rows / rows.sum(-1, keepdim=True)
+    for row in probs:
+        cumulative = row.double().cumsum(0)
+        for u in (1e-12, 0.1, 0.5, 0.9, 1 - 1e-12):
+            token = int(draw(row, torch.tensor(u, dtype=torch.float64)))
+            before = float(cumulative[token] - row[token].double())
+            assert row[token] > 0
+            assert before - 1e-9 <= u * float(cumulative[-1]) <= float(cumulative[token]) + 1e-9
+
+
+@pytest.mark.parametrize("at", [0, 300, 600])
+def test_a_nan_is_found_in_any_block(at):
+    row = torch.zeros(1, 700)
+    row[0, at] = torch.nan
+    best, place = best_of(row)
+    assert best.isnan().all()
+    assert int(place) == at
+    assert warp(row, Sampling()).isnan().any()
+
+
+def test_a_block_that_begins_without_mass_is_entered_at_its_first_token():
+    """At the very edge between two blocks rounding must not pick an entry of probability 0."""
+    probs = torch.zeros(512)
+    probs[10], probs[300] = 0.5, 0.5
+    for u in (0.5 - 2**-53, 0.5, 0.5 + 2**-53):
+        assert int(draw(probs, torch.tensor(u, dtype=torch.float64))) in (10, 300)
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 4.0])
+def test_top_p_is_transformers_own_where_few_candidates_do_not_suffice(spread):
+    """Flat rows need more than 256 and more than 4,096 of the vocabulary."""
+    rows = spread * torch.randn(3, 6000, generator=torch.Generator().manual_seed(1))
+    expected = TopPLogitsWarper(0.9)(None, rows).softmax(-1)
+    found = warp(rows, Sampling(1.0, top_p=0.9))
+    assert ((found > 0) != (expected > 0)).sum() <= 3  # a token at the edge, by rounding
+    assert torch.allclose(found, expected, atol=1e-4)

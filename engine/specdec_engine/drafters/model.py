@@ -49,7 +49,7 @@ class ModelDrafter:
         self._catch_up(context, keep=_PENDING_IN_ONE_PASS)
         device = self.runtime.device
         uniforms = [0.0] * k if sampling.greedy else random.uniforms(len(context), "draft", k)
-        numbers = torch.tensor([*uniforms, sampling.temperature], dtype=wide(device)).to(device)
+        numbers = torch.tensor([*uniforms, sampling.temperature], dtype=wide(device)).to(device, non_blocking=True)
         tokens, rows = self.runtime.unroll(
             self._ids(context[self.runtime.cached :]), numbers[:k], numbers[k], _Choose(sampling, self._vocab)
         )
@@ -69,7 +69,8 @@ class ModelDrafter:
 
     def _ids(self, tokens: Sequence[int]) -> Tensor:
         # An id the draft has no embedding for is fed as its last one: any q is lossless, as long as it was drawn from.
-        return torch.tensor([min(t, self.runtime.vocab - 1) for t in tokens], device=self.runtime.device)
+        ids = torch.tensor([min(t, self.runtime.vocab - 1) for t in tokens])
+        return ids.to(self.runtime.device, non_blocking=True)
 
 
 _PENDING_IN_ONE_PASS = 64

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, rms_norm, scaled_dot_product_attention, silu
@@ -38,6 +39,8 @@ class Shape:
     vocab: int
     eps: float
     tied: bool
+    tensors: frozenset[str]
+    """What a checkpoint must have, all of it and nothing else, but for an untied head."""
     windows: tuple[int | None, ...]
     """Per layer: how many positions back it sees; None for all."""
     frequencies: Tensor
@@ -69,6 +72,7 @@ def shape_of(config: Any) -> Shape:
         vocab=config.vocab_size,
         eps=config.rms_norm_eps,
         tied=config.tie_word_embeddings,
+        tensors=_tensors(config),
         windows=_windows(config, layers),
         frequencies=frequencies,
         rope_scale=scale,
@@ -92,13 +96,36 @@ def _rope(config: Any, head_size: int) -> tuple[Tensor, float]:
 
 
 def _windows(config: Any, layers: int) -> tuple[int | None, ...]:
+    """As transformers' own model of each type reads its config: Llama ignores a window, Mistral has it in all layers."""
     window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:  # Mistral: one window for all layers
+    if config.model_type == "llama":
+        return (None,) * layers
+    if config.model_type == "mistral":
         return (window,) * layers
-    if set(kinds) - {"full_attention", "sliding_attention"}:
-        raise Unsupported(f"it has layers of the kinds {', '.join(sorted(set(kinds)))}")
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    if set(config.layer_types) - {"full_attention", "sliding_attention"}:
+        raise Unsupported(f"it has layers of the kinds {', '.join(sorted(set(config.layer_types)))}")
+    return tuple(window if kind == "sliding_attention" else None for kind in config.layer_types)
+
+
+def _tensors(config: Any) -> frozenset[str]:
+    """Names of all tensors that transformers' model of this config has, but for an untied head's."""
+    biased = getattr(config, "attention_bias", False)
+    queries, out, mlp = {
+        "llama": (biased, biased, getattr(config, "mlp_bias", False)),
+        "mistral": (False, False, False),
+        "qwen2": (True, False, False),
+        "qwen3": (biased, biased, False),
+    }[config.model_type]
+    parts = {f"self_attn.{part}_proj": queries for part in "qkv"} | {"self_attn.o_proj": out}
+    parts |= {f"mlp.{part}_proj": mlp for part in ("gate", "up", "down")}
+    parts |= {"input_layernorm": False, "post_attention_layernorm": False}
+    if config.model_type == "qwen3":
+        parts |= {"self_attn.q_norm": False, "self_attn.k_norm": False}
+    names = {"model.embed_tokens.weight", "model.norm.weight"}
+    for i in range(config.num_hidden_layers):
+        for part, bias in parts.items():
+            names |= {f"model.layers.{i}.{part}.{kind}" for kind in (("weight", "bias") if bias else ("weight",))}
+    return frozenset(names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +191,11 @@ class Step:
     """Shaped as `answers`, in the activations' dtype."""
 
 
+def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What keys and values are kept in: on a CPU float32, where attention takes half the time it takes in bfloat16."""
+    return torch.float32 if device.type == "cpu" else dtype
+
+
 class Decoder:
     """The weights, and the forward over a cache that the caller owns."""
 
@@ -171,17 +203,19 @@ class Decoder:
         self, shape: Shape, weights: Weights, dtype: torch.dtype, device: torch.device, quantize: Quantize
     ) -> None:
         """Raises Unsupported if the checkpoint has tensors that this forward does not know, or lacks one."""
-        take = _Taker(weights, shape)
+        _check_names(weights.names, shape)
+        take = _Taker(weights)
         to = (dtype, device, quantize)
         self.shape, self.dtype, self.device = shape, dtype, device
-        self._embedding = _Embedding(take.stored("model.embed_tokens.weight"), device)
+        self._embedding = _Embedding(take.stored("model.embed_tokens.weight"), device, dtype)
         self.layers = [self._layer(take, i, to) for i in range(shape.layers)]
         self._norm = self._norm_weight(take, "model.norm.weight")
-        head = "model.embed_tokens.weight" if shape.tied else "lm_head.weight"
+        tied = shape.tied and _same_head(weights)
         # The head stays dense, also where its file has it in 8 bits: reordered bfloat16 takes 2.0 ms for one row as for
         # eight, packed 1.8 for one and 7 for eight (49,152 x 576); and all logits pass through its rounding.
-        matrix = self._embedding.table if shape.tied and self._embedding.table is not None else take.dense(head)
-        self._head = project([matrix], take.bias("lm_head"), dtype, device, "none")
+        matrix = self._embedding.table if tied else take.dense("lm_head.weight")
+        matrix = take.dense("model.embed_tokens.weight") if matrix is None else matrix
+        self._head = project([matrix], None, dtype, device, "none")
         self.vocab = int(matrix.shape[0])
         self.parameters = take.parameters
         frequencies = shape.frequencies
@@ -189,7 +223,6 @@ class Decoder:
             frequencies = frequencies / factors
         self._frequencies = frequencies.to(device)
         self._padding = 4 if device.type == "cpu" else 1
-        take.check_all_taken(tied=shape.tied)
 
     @property
     def forms(self) -> str:
@@ -219,6 +252,10 @@ class Decoder:
         weight: Tensor = take.dense(name).to(self.device).float()
         return weight * float(self.shape.hidden**0.5)
 
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        return cache_dtype(self.dtype, self.device)
+
     def new_cache(self, capacity: int) -> Tensor:
         """[layers, 2 · kv_heads, capacity, head_size]: each layer's keys, then its values; zeros, so that no masked row is
         NaN.
@@ -228,11 +265,9 @@ class Decoder:
         """
         s = self.shape
         size = (s.layers, 2 * s.kv_heads, capacity, s.head_size)
-        if self.device.type == "cpu":
-            import numpy as np
-
+        if self.device.type == "cpu":  # numpy's zeros are the system's; torch's would be written
             return torch.from_numpy(np.zeros(size, np.float32))
-        return torch.zeros(size, dtype=self.dtype, device=self.device)
+        return torch.zeros(size, dtype=self.cache_dtype, device=self.device)
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor, positions: Tensor, cache: Tensor, span: int, rows: int) -> Tensor:
@@ -363,11 +398,9 @@ _GROUPED_ROWS = 32
 class _Embedding:
     """Rows of the table on demand; on a CPU a packed table stays packed."""
 
-    def __init__(self, stored: Tensor | Grouped, device: torch.device) -> None:
+    def __init__(self, stored: Tensor | Grouped, device: torch.device, dtype: torch.dtype) -> None:
         self._packed = stored if isinstance(stored, Grouped) and device.type == "cpu" else None
-        self.table = None
-        if self._packed is None:
-            self.table = (stored.dense() if isinstance(stored, Grouped) else stored).to(device)
+        self.table = None if self._packed is not None else _dense(stored, dtype).to(device)
         """[V, hidden], where it is dense: a tied head can share it."""
 
     def __call__(self, tokens: Tensor) -> Tensor:  # [n] -> [n, hidden] float32
@@ -375,6 +408,10 @@ class _Embedding:
             return self._packed.rows(tokens).dense()
         assert self.table is not None
         return self.table[tokens].float()
+
+
+def _dense(stored: Tensor | Grouped, dtype: torch.dtype) -> Tensor:
+    return stored.dense().to(dtype) if isinstance(stored, Grouped) else stored
 
 
 def _paired(heads: int, size: int) -> Tensor:
@@ -386,9 +423,9 @@ def _paired(heads: int, size: int) -> Tensor:
 
 
 class _Taker:
-    """Hands out a checkpoint's tensors, and knows which were not asked for."""
+    """Hands out a checkpoint's tensors, and counts their numbers, each tensor once."""
 
-    def __init__(self, weights: Weights, shape: Shape) -> None:
+    def __init__(self, weights: Weights) -> None:
         self._weights = weights
         self._left = set(weights.names)
         self.parameters = 0
@@ -405,8 +442,6 @@ class _Taker:
         return found
 
     def _found(self, name: str, read: Callable[[str], Any]) -> Any:
-        if name not in self._weights.names:
-            raise Unsupported(f"its checkpoint has no {name}")
         self._left.discard(name)
         return read(name)
 
@@ -438,13 +473,22 @@ class _Taker:
             matrices.append(matrix)
             biases.append(bias)
         known = [bias for bias in biases if bias is not None]
-        if known and len(known) < len(parts):
-            raise Unsupported(f"{stem} has a bias on some of {', '.join(parts)} only")
         return project(matrices, torch.cat(known) if known else None, dtype, device, quantize)
 
-    def check_all_taken(self, *, tied: bool) -> None:
-        left = sorted(
-            n for n in self._left if not n.endswith("rotary_emb.inv_freq") and not (tied and n == "lm_head.weight")
-        )
-        if left:
-            raise Unsupported(f"its checkpoint has {len(left)} tensors this forward does not know, the first {left[0]}")
+
+def _check_names(names: frozenset[str], shape: Shape) -> None:
+    """Raises Unsupported for a checkpoint that lacks a tensor, or has one that would have to be left out."""
+    wanted = shape.tensors if shape.tied else shape.tensors | {"lm_head.weight"}
+    if missing := sorted(wanted - names):
+        raise Unsupported(f"its checkpoint has no {missing[0]}")
+    ignored = {"lm_head.weight", "rope_freqs.weight"}
+    left = sorted(n for n in names - wanted - ignored if not n.endswith("rotary_emb.inv_freq"))
+    if left:
+        raise Unsupported(f"its checkpoint has {len(left)} tensors this forward does not know, the first {left[0]}")
+
+
+def _same_head(weights: Weights) -> bool:
+    """Whether a model that calls its head tied has no other one; transformers then takes the other."""
+    if "lm_head.weight" not in weights.names:
+        return True
+    return torch.equal(weights.dense("lm_head.weight"), weights.dense("model.embed_tokens.weight"))

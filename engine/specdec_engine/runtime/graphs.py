@@ -41,13 +41,14 @@ class CudaRecorder:
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        # One for all: cuBLAS keeps a workspace for every stream.
+        self._aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def record(self, work: Callable[[], Results]) -> Callable[[], Results]:
-        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
+        self._aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._aside):
             work()  # libraries set themselves up at the first call, which must not be recorded
-        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.current_stream().wait_stream(self._aside)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             results = work()
@@ -86,7 +87,7 @@ class GraphRuntime:
         self._label = label
         self._recorder = recorder
         self._recordings: dict[Hashable, Recorded] = {}
-        self._cached = 0
+        self._cached = self._written = 0
         self._cache = decoder.new_cache(span_for(capacity))
 
     @property
@@ -102,9 +103,12 @@ class GraphRuntime:
     def forward(self, tokens: Tensor, rows: int) -> Tensor:
         n = tokens.shape[0]
         width = next((width for width in WIDTHS if width >= n), n)
+        if self._cached + width > self.capacity >= self._cached + n:
+            width = n  # no new cache for padding alone
         self._make_room(self._cached + width)
+        self._written = max(self._written, self._cached + width)
         span = span_for(self._cached + width)
-        if width > WIDTHS[-1]:
+        if width not in WIDTHS:
             positions = torch.arange(self._cached, self._cached + n, device=self.device)
             logits = self.decoder(tokens, positions, self._cache, span, rows)
         else:
@@ -115,10 +119,12 @@ class GraphRuntime:
         self._cached += n
         return logits
 
+    @torch.inference_mode()
     def rollback(self, to: int) -> None:
+        if to == 0:  # what a run that broke has left, NaN or inf, would come through the mask
+            self._cache[:, :, : self._written].zero_()  # no more: what was never written takes no memory yet
+            self._written = 0
         self._cached = min(self._cached, to)
-        if to == 0:  # a run that ended in NaN would otherwise leave them behind the mask, and 0 · NaN is NaN
-            self._cache.zero_()
 
     @torch.inference_mode()
     def unroll(self, pending: Tensor, u: Tensor, temperature: Tensor, choose: Choose) -> tuple[Tensor, Tensor | None]:
@@ -128,6 +134,7 @@ class GraphRuntime:
             pending = pending[-1:]
         m, k = pending.shape[0], u.shape[0]
         self._make_room(self._cached + m + k)
+        self._written = max(self._written, self._cached + m + k)
         span = span_for(self._cached + m + k)
         recorded = self._recorded(
             ("loop", m, k, span, choose.key), m, k + 1, lambda *fixed: self._loop(span, choose, *fixed)
@@ -172,6 +179,7 @@ class GraphRuntime:
         if end <= self.capacity:
             return
         capacity = span_for(end)
+        self._recordings.clear()  # they hold memory, and the old cache
         try:
             wider = self.decoder.new_cache(capacity)
         except torch.OutOfMemoryError as error:
@@ -182,7 +190,6 @@ class GraphRuntime:
             ) from error
         wider[:, :, : self._cached] = self._cache[:, :, : self._cached]
         self._cache = wider
-        self._recordings.clear()
 
 
 def span_for(end: int) -> int:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from specdec_engine.errors import OutOfMemory
+from specdec_engine.memory import free_bytes, gib
 from specdec_engine.runtime import step_by_step
 from specdec_engine.runtime.decoder import Decoder
 
@@ -37,6 +38,7 @@ class LeanRuntime:
         """Tokens that fit before the cache is made anew."""
         return self._cache.shape[2]
 
+    @torch.inference_mode()
     def forward(self, tokens: Tensor, rows: int) -> Tensor:
         end = self._cached + tokens.shape[0]
         if end > self.capacity:
@@ -47,8 +49,9 @@ class LeanRuntime:
         self._cached = end
         return logits
 
+    @torch.inference_mode()
     def rollback(self, to: int) -> None:
-        if to == 0:  # a run that ended in NaN would leave them behind the mask, and 0 · NaN is NaN
+        if to == 0:  # what a run that broke has left, NaN or inf, would come through the mask
             self._cache[:, :, : self._written].zero_()  # no more: what was never written takes no memory yet
             self._written = 0
         self._cached = min(self._cached, to)
@@ -56,9 +59,20 @@ class LeanRuntime:
     unroll = step_by_step
 
     def _grow(self, end: int) -> None:
-        wider = self._new_cache(_rounded(max(end, 2 * self.capacity)))
+        wider = self._new_cache(self._fitting(end))
         wider[:, :, : self._cached] = self._cache[:, :, : self._cached]
         self._cache = wider
+
+    def _fitting(self, end: int) -> int:
+        """Twice the capacity, or no more than is needed where memory is short. Raises OutOfMemory where that is too much.
+
+        Asked before, because a CPU's memory is granted when it is written to, and whoever then has too little is killed.
+        """
+        free = free_bytes(self.device)
+        for capacity in (_rounded(max(end, 2 * self.capacity)), _rounded(end)):
+            if free is None or capacity * self._token_bytes < free:
+                return capacity
+        raise self._too_much(_rounded(end))
 
     def _new_cache(self, capacity: int) -> Tensor:
         try:
@@ -66,11 +80,17 @@ class LeanRuntime:
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "memory" not in str(error):
                 raise
-            size = capacity * self.decoder.shape.kv_values * 4 / 2**30
-            raise OutOfMemory(
-                f"out of memory: the cache of {self._label} for {capacity} tokens needs {size:.1f} GiB",
-                f"{self._cached} tokens fit; lower --max-tokens, or shorten the prompt",
-            ) from error
+            raise self._too_much(capacity) from error
+
+    @property
+    def _token_bytes(self) -> int:
+        return self.decoder.shape.kv_values * self.decoder.cache_dtype.itemsize
+
+    def _too_much(self, capacity: int) -> OutOfMemory:
+        return OutOfMemory(
+            f"out of memory: the cache of {self._label} for {capacity} tokens needs {gib(capacity * self._token_bytes)}",
+            f"{self._cached} tokens fit; lower --max-tokens, or shorten the prompt",
+        )
 
 
 def _rounded(tokens: int) -> int:

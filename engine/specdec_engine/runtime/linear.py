@@ -1,7 +1,7 @@
 """A weight matrix in the form in which this machine multiplies it fastest: dense, int8 or int4.
 
-All take x [n, K] and give [n, N]. On an x86 CPU every form gives a row the same bits whether it comes alone or among others
-(n from 1 to 16, oneDNN and the int4/int8 kernels of torch 2.13), which keeps plain and speculative decoding together.
+All take x [n, K] and give [n, N]. On a CPU with AVX-512 every form gives a row the same bits whether it comes alone or among
+others (tested from 1 to 9 rows, torch 2.13), which keeps plain and speculative decoding together.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Int4:
     """Packed weights in groups of 32, multiplied without unpacking; 8-bit ones as two 4-bit halves.
 
     An 8-bit q is 16 · high + low, so [x, x] · [high, low] needs no other scales than the file's own. Scales and offsets are
-    rounded to bfloat16, as the kernel wants them: at most 1/30 of a quantisation step.
+    rounded to bfloat16, as the kernel wants them, which moves a weight about as much as rounding it to bfloat16 itself.
     """
 
     form = "int4"
@@ -108,8 +108,9 @@ def project(
     """
     bias = None if bias is None else bias.to(device, dtype)
     packed = [w for w in weights if isinstance(w, Grouped)]
-    alike = len(packed) == len(weights) and len({w.offset is None for w in packed}) == 1
-    if alike and quantize in ("auto", "int4") and packs_int4(*_shape(weights)):
+    stored = {"int8" if w.offset is None else "int4" for w in packed}
+    alike = len(packed) == len(weights) and len(stored) == 1
+    if alike and (quantize == "auto" or quantize in stored) and packs_int4(*_shape(weights)):
         return Int4(_stacked(packed), bias)
     matrices = [w.dense() if isinstance(w, Grouped) else w for w in weights]
     dense = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
@@ -135,8 +136,12 @@ def packs_int4(rows: int, columns: int) -> bool:
 
 
 def kernels_available() -> bool:
-    """Whether this CPU has fast int4 and int8 kernels: without AVX2 torch's are scalar, 100 times slower than dense."""
-    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512", "AMX") and _onednn_takes(torch.bfloat16)
+    """Whether this CPU has fast int4 and int8 kernels, and oneDNN's bfloat16 beside them, which the head runs on.
+
+    Elsewhere torch's kernels are scalar, 100 times slower than dense.
+    """
+    vectorised = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512", "AMX")
+    return vectorised and hasattr(torch, "_weight_int4pack_mm_for_cpu") and _onednn_takes(torch.bfloat16)
 
 
 def _onednn_takes(dtype: torch.dtype) -> bool:
