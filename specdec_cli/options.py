@@ -52,7 +52,7 @@ Quantize = Annotated[
     _Quantize,
     typer.Option(
         rich_help_panel=_MODELS,
-        help="The target's weights on a CPU: auto (packed GGUF files stay packed), none (dequantised), int8, int4.",
+        help="The target's weights on a CPU: auto (a GGUF's Q4_0, Q4_1, Q4_K, Q8_0 stay packed), none, int8, int4.",
     ),
 ]
 DraftQuantize = Annotated[_Quantize, typer.Option(rich_help_panel=_MODELS, help="The same for the draft.")]

@@ -47,8 +47,7 @@ class LoadOptions:
     runtime: RuntimeName = "auto"
     """How forwards are run: auto chooses the fastest that computes this model exactly."""
     quantize: Quantize = "auto"
-    """auto (packed files stay packed), none (dequantised), int8 or int4 (pack the target's weights); int8 and int4 on a
-    CPU."""
+    """auto (Q4_0, Q4_1, Q4_K and Q8_0 of a GGUF stay packed), none (unpacked), int8 or int4 (pack the target's); on a CPU."""
     draft_quantize: Quantize = "auto"
     """The same for the draft."""
     threads: int | None = None

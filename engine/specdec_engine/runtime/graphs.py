@@ -16,9 +16,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from specdec_engine.errors import OutOfMemory
 from specdec_engine.runtime import Choose
 from specdec_engine.runtime.decoder import Decoder
+from specdec_engine.runtime.lean import LeanRuntime
 
 Results = tuple[Tensor, ...]
 WIDTHS = (1, 2, 4, 6, 8, 12, 16)
@@ -73,31 +73,16 @@ class Recorded:
     replay: Callable[[], Results]
 
 
-class GraphRuntime:
-    """A `Decoder` on one GPU, with a cache that stays in place. Several may share one decoder."""
+class GraphRuntime(LeanRuntime):
+    """A `Decoder` on one GPU, whose cache stays in place. Several may share one decoder."""
 
     name = "graph"
 
     def __init__(self, decoder: Decoder, label: str, limit: int | None, capacity: int, recorder: Recorder) -> None:
         """capacity: tokens to make room for at first."""
-        self.decoder = decoder
-        self.vocab = decoder.vocab
-        self.limit = limit
-        self.device = decoder.device
-        self._label = label
+        super().__init__(decoder, label, limit, capacity)
         self._recorder = recorder
         self._recordings: dict[Hashable, Recorded] = {}
-        self._cached = self._written = 0
-        self._cache = decoder.new_cache(span_for(capacity))
-
-    @property
-    def cached(self) -> int:
-        return self._cached
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that fit before the cache is made anew, and all recordings with it."""
-        return self._cache.shape[2]
 
     @torch.inference_mode()
     def forward(self, tokens: Tensor, rows: int) -> Tensor:
@@ -106,7 +91,6 @@ class GraphRuntime:
         if self._cached + width > self.capacity >= self._cached + n:
             width = n  # no new cache for padding alone
         self._make_room(self._cached + width)
-        self._written = max(self._written, self._cached + width)
         span = span_for(self._cached + width)
         if width not in WIDTHS:
             positions = torch.arange(self._cached, self._cached + n, device=self.device)
@@ -120,13 +104,6 @@ class GraphRuntime:
         return logits
 
     @torch.inference_mode()
-    def rollback(self, to: int) -> None:
-        if to == 0:  # what a run that broke has left, NaN or inf, would come through the mask
-            self._cache[:, :, : self._written].zero_()  # no more: what was never written takes no memory yet
-            self._written = 0
-        self._cached = min(self._cached, to)
-
-    @torch.inference_mode()
     def unroll(self, pending: Tensor, u: Tensor, temperature: Tensor, choose: Choose) -> tuple[Tensor, Tensor | None]:
         """One replay. More than two pending tokens, which is rare, are fed before in a pass of their own."""
         if pending.shape[0] > 2:
@@ -134,7 +111,6 @@ class GraphRuntime:
             pending = pending[-1:]
         m, k = pending.shape[0], u.shape[0]
         self._make_room(self._cached + m + k)
-        self._written = max(self._written, self._cached + m + k)
         span = span_for(self._cached + m + k)
         recorded = self._recorded(
             ("loop", m, k, span, choose.key), m, k + 1, lambda *fixed: self._loop(span, choose, *fixed)
@@ -175,21 +151,12 @@ class GraphRuntime:
             self._recordings[key] = Recorded(tokens, start, values, replay)
         return self._recordings[key]
 
-    def _make_room(self, end: int) -> None:
-        if end <= self.capacity:
-            return
-        capacity = span_for(end)
+    def _grow(self, end: int) -> None:
         self._recordings.clear()  # they hold memory, and the old cache
-        try:
-            wider = self.decoder.new_cache(capacity)
-        except torch.OutOfMemoryError as error:
-            size = capacity * self.decoder.shape.kv_values * self.decoder.dtype.itemsize / 2**30
-            raise OutOfMemory(
-                f"out of memory: the cache of {self._label} for {capacity} tokens needs {size:.1f} GiB",
-                f"{self._cached} tokens fit; lower --max-tokens, or shorten the prompt",
-            ) from error
-        wider[:, :, : self._cached] = self._cache[:, :, : self._cached]
-        self._cache = wider
+        super()._grow(end)
+
+    def _rounded(self, tokens: int) -> int:
+        return span_for(tokens)
 
 
 def span_for(end: int) -> int:

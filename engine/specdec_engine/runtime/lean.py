@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ class LeanRuntime:
         self.device = decoder.device
         self._label = label
         self._cached = self._written = 0
-        self._cache = self._new_cache(_rounded(capacity))
+        self._cache = self._new_cache(self._rounded(capacity))
 
     @property
     def cached(self) -> int:
@@ -41,11 +43,9 @@ class LeanRuntime:
     @torch.inference_mode()
     def forward(self, tokens: Tensor, rows: int) -> Tensor:
         end = self._cached + tokens.shape[0]
-        if end > self.capacity:
-            self._grow(end)
-        self._written = max(self._written, end)
+        self._make_room(end)
         positions = torch.arange(self._cached, end, device=self.device)
-        logits = self.decoder(tokens, positions, self._cache, _rounded(end), rows)
+        logits = self.decoder(tokens, positions, self._cache, self._rounded(end), rows)
         self._cached = end
         return logits
 
@@ -58,6 +58,12 @@ class LeanRuntime:
 
     unroll = step_by_step
 
+    def _make_room(self, end: int) -> None:
+        """Places up to `end` are about to be written."""
+        if end > self.capacity:
+            self._grow(end)
+        self._written = max(self._written, end)
+
     def _grow(self, end: int) -> None:
         wider = self._new_cache(self._fitting(end))
         wider[:, :, : self._cached] = self._cache[:, :, : self._cached]
@@ -68,11 +74,19 @@ class LeanRuntime:
 
         Asked before, because a CPU's memory is granted when it is written to, and whoever then has too little is killed.
         """
-        free = free_bytes(self.device)
-        for capacity in (_rounded(max(end, 2 * self.capacity)), _rounded(end)):
-            if free is None or capacity * self._token_bytes < free:
-                return capacity
-        raise self._too_much(_rounded(end))
+        least, ample = self._rounded(end), self._rounded(max(end, 2 * self.capacity))
+        free = free_bytes(self.device) or math.inf
+        if self._token_bytes * ample < free:
+            return ample
+        if (
+            self._token_bytes * least > free and self.device.type == "cpu"
+        ):  # a GPU's allocator has some of its own, and says so
+            raise self._too_much(least)
+        return least
+
+    def _rounded(self, tokens: int) -> int:
+        """To the span that attention looks at: then every row of a pass finds its places."""
+        return -(-tokens // _SPAN) * _SPAN
 
     def _new_cache(self, capacity: int) -> Tensor:
         try:
@@ -91,7 +105,3 @@ class LeanRuntime:
             f"out of memory: the cache of {self._label} for {capacity} tokens needs {gib(capacity * self._token_bytes)}",
             f"{self._cached} tokens fit; lower --max-tokens, or shorten the prompt",
         )
-
-
-def _rounded(tokens: int) -> int:
-    return -(-tokens // _SPAN) * _SPAN
