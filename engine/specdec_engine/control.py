@@ -22,7 +22,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.k < 0:
-            raise UsageError(f"k {self.k} is negative", "0 is plain decoding, 4 is usual")
+            raise UsageError(f"k {self.k} is negative", "0 is plain decoding, 3 is usual")
 
     def named(self) -> dict[str, float]:
         """Name to value, as in events and JSON."""

@@ -125,12 +125,12 @@ def sweep(folder: Path) -> None:
 def _make(gguf: Path, into: Path) -> None:
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+    tensors = {name: asdict(entry) for name, entry in _read_entries(gguf).items()}
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name, "local_files_only": True}
     config = AutoConfig.from_pretrained(**source)
     config.save_pretrained(into)
     GenerationConfig.from_model_config(config).save_pretrained(into)
     AutoTokenizer.from_pretrained(**source).save_pretrained(into)
-    tensors = {name: asdict(entry) for name, entry in _read_entries(gguf).items()}
     # All values, defaults too: `config.json` leaves them to the class.
     (into / _INDEX).write_text(json.dumps({"config": config.to_dict(), "tensors": tensors}), "utf-8")
 
@@ -140,7 +140,10 @@ def _read_entries(gguf: Path) -> dict[str, Entry]:
 
     from specdec_engine.weights import Entry
 
-    reader: Any = GGUFReader(gguf)
+    try:
+        reader: Any = GGUFReader(gguf)
+    except ValueError as error:  # numpy's words for a tensor that reaches past the end
+        raise ModelUnavailable(f"{gguf} is damaged or cut short: {error}", "download it again") from error
     arch = reader.fields["general.architecture"].contents()
     if arch not in _MEMBERS:
         return {}

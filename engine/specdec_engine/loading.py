@@ -119,10 +119,14 @@ class Candidate:
                 raise self.shape
             return self._lean(self.shape)
         except Unsupported as reason:  # of the config, or now of the checkpoint
-            if self.options.runtime in ("lean", "graph") or self.options.quantize in ("int8", "int4"):
+            if self.options.quantize in ("int8", "int4"):
                 raise UsageError(
-                    f"{self.name} cannot run on the lean forward: {reason}",
-                    "leave out --runtime, --quantize and --draft-quantize",
+                    f"the weights of {self.name} cannot be packed: that needs the lean runtime, and {reason}",
+                    "leave out --quantize or --draft-quantize, and --runtime and --device-map if you gave them",
+                ) from None
+            if self.options.runtime in ("lean", "graph"):
+                raise UsageError(
+                    f"{self.name} cannot run on the {self.options.runtime} runtime: {reason}", "leave out --runtime"
                 ) from None
             return self._generic(placement, str(reason))
 
@@ -334,7 +338,9 @@ def _source(path: Path, options: LoadOptions) -> dict[str, Any]:
 
 def _placement(name: str, need: Need, device: torch.device, options: LoadOptions) -> torch.device | DeviceMap:
     """The device, if the model fits; else all of them together, where there is more than one GPU to spread over."""
-    if options.device_map is not None:
+    if (
+        options.device_map is not None and device.type != "cpu"
+    ):  # where there are only CPUs there is nothing to spread over
         return options.device_map
     free = free_bytes(device)
     if device.type == "cuda" and options.device == "auto" and free is not None and need.total > free:

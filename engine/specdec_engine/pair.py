@@ -125,13 +125,13 @@ def load_pair(target: str = "builtin", draft: str = "ngram", options: LoadOption
         stop_ids=loaded.stop_ids,
         environment=_environment(loaded, drafts),
         notes=tuple(notes),
-        remarks=tuple(_remark(model) for model in (loaded, *drafts.values())),
+        remarks=(_remark("target", loaded), *(_remark("draft", model) for model in drafts.values())),
     )
 
 
-def _remark(model: Loaded) -> str:
+def _remark(role: str, model: Loaded) -> str:
     why = f", because {model.remark}" if model.remark else ""
-    return f"{model.name} runs on the {model.runtime.name} runtime, {model.weights} weights{why}"
+    return f"{role} {model.name} runs on the {model.runtime.name} runtime, {model.weights} weights{why}"
 
 
 def _environment(target: Loaded, drafts: Mapping[str, Loaded]) -> dict[str, Any]:

@@ -87,6 +87,13 @@ def test_a_scaled_rotation_is_refused_and_not_left_out(tmp_path):
         load_model(str(file), LoadOptions())
 
 
+def test_a_download_that_was_cut_short_says_so(file, tmp_path):
+    short = tmp_path / "short.gguf"
+    short.write_bytes(file.read_bytes()[:-20_000])
+    with pytest.raises(ModelUnavailable, match=r"short.gguf is damaged or cut short"):
+        load_model(str(short), LoadOptions())
+
+
 def test_memory_is_reckoned_packed(file):
     """An 8B model in 4 bits must not be refused for what it would need in 16."""
     packed, dense = (find_model(str(file), LoadOptions(quantize=q)).need.weights for q in ("auto", "none"))

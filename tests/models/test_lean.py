@@ -227,5 +227,7 @@ def test_auto_takes_the_lean_runtime_and_says_so(checkpoint):
 def test_quantize_is_refused_where_it_cannot_be_done(checkpoint):
     with pytest.raises(UsageError, match="cannot be packed to int8 on cpu in dtype float32"):
         load_model(str(checkpoint), LoadOptions(dtype="float32", quantize="int8"))
-    with pytest.raises(UsageError, match="cannot run on the lean forward: --runtime generic"):
+    with pytest.raises(UsageError, match="that needs the lean runtime, and --runtime generic was asked for"):
         load_model(str(checkpoint), LoadOptions(runtime="generic", quantize="int8"))
+    with pytest.raises(UsageError, match="cannot run on the graph runtime: graphs are recorded on a CUDA device"):
+        load_model(str(checkpoint), LoadOptions(runtime="graph"))
