@@ -31,9 +31,10 @@ from specdec_engine.drafters.model import ModelDrafter
 from specdec_engine.drafters.none import NoDrafter
 from specdec_engine.loop import decode
 from specdec_engine.randomness import KeyedRandomness
-from specdec_engine.runtime.decoder import Decoder, shape_of
+from specdec_engine.runtime.decoder import Decoder
 from specdec_engine.runtime.graphs import CudaRecorder, GraphRuntime
 from specdec_engine.runtime.lean import LeanRuntime
+from specdec_engine.runtime.shape import shape_of
 from specdec_engine.stopping import Stop
 from specdec_engine.target import ModelTarget
 

@@ -15,10 +15,11 @@ from specdec_engine.drafters.base import DraftHost, nothing
 from specdec_engine.events import Cycle, Event
 from specdec_engine.loop import decode
 from specdec_engine.randomness import KeyedRandomness, Randomness
-from specdec_engine.runtime.decoder import Decoder, shape_of
+from specdec_engine.runtime.decoder import Decoder
 from specdec_engine.runtime.graphs import GraphRuntime, Results
 from specdec_engine.runtime.lean import LeanRuntime
 from specdec_engine.runtime.linear import Quantize
+from specdec_engine.runtime.shape import shape_of
 from specdec_engine.sampling import draw, warp
 from specdec_engine.stopping import Stop
 from specdec_engine.types import Draft, Sampling, Verdict

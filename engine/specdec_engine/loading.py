@@ -23,10 +23,11 @@ from specdec_engine.errors import ModelUnavailable, OutOfMemory, SpecdecError, U
 from specdec_engine.memory import Need, check_fits, estimate, free_bytes, kept_bytes, kv_bytes
 from specdec_engine.progress import Progress, Report, silent
 from specdec_engine.runtime import Runtime
-from specdec_engine.runtime.decoder import Decoder, Shape, Unsupported, cache_dtype, shape_of
+from specdec_engine.runtime.decoder import Decoder, cache_dtype
 from specdec_engine.runtime.graphs import CudaRecorder, GraphRuntime, span_for
 from specdec_engine.runtime.lean import LeanRuntime
 from specdec_engine.runtime.linear import Quantize
+from specdec_engine.runtime.shape import Shape, Unsupported, shape_of
 from specdec_engine.sources import first_line, resolve, weight_files
 from specdec_engine.weights import PACKED, Entry, GgufWeights, SafetensorsWeights, Weights
 

@@ -8,7 +8,8 @@ import torch
 from specdec_engine.drafters.model import ModelDrafter
 from specdec_engine.errors import OutOfMemory, UsageError
 from specdec_engine.loading import LoadOptions, load_model
-from specdec_engine.runtime.decoder import Decoder, Unsupported, shape_of
+from specdec_engine.runtime.decoder import Decoder
+from specdec_engine.runtime.shape import Unsupported, shape_of
 from specdec_engine.target import ModelTarget
 from tests.fakes import CPU, VOCAB, ScriptedDrafter, StateWeights, emitted, events, graph, host, lean, run, tiny_llama
 from tests.models.test_architectures import build
