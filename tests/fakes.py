@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdec_engine.acceptance import AcceptanceRule
 from specdec_engine.control import Controls
 from specdec_engine.drafters.base import DraftHost, nothing
 from specdec_engine.events import Cycle, Event
+from specdec_engine.judge import Judge
 from specdec_engine.loop import decode
 from specdec_engine.randomness import KeyedRandomness, Randomness
 from specdec_engine.runtime.decoder import Decoder
@@ -153,8 +155,11 @@ def events(
     stop: Sequence[str] = (),
     seed: int = 0,
     controls: Controls | None = None,
+    rule: AcceptanceRule | None = None,
     **options: Any,
 ) -> Iterator[Event]:
+    if rule is not None:
+        options["judge"] = Judge(rule, CPU)
     return decode(
         target,
         drafter,

@@ -8,11 +8,13 @@ holds them against uniform numbers. Losslessness is a property of the three, and
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import isfinite
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from specdec_engine.errors import GenerationFailed
 from specdec_engine.randomness import Randomness
@@ -32,29 +34,64 @@ def accept_prob(p: Tensor, q: Tensor) -> Tensor:  # [k], [k] -> [k]
     return torch.where(q > 0, (p / q).clamp(max=1.0), 0.0)
 
 
-def residual(p: Tensor, q: Tensor) -> Tensor:  # [V], [V] -> [V]
-    """max(0, p - q), normalised: what the target wants beyond what the draft already gave. With q = 0 it is p.
+def residual(p: Tensor, q: Tensor, scale: Tensor | float = 1.0) -> Tensor:  # [V], [V], [] -> [V]
+    """max(0, scale · p - q), normalised: what the target wants beyond what the draft already gave. With q = 0 it is p.
 
     Where nothing is left (p equals q up to rounding) it is p itself: such a rejection has probability zero but for
     rounding, and any other answer would be 0/0.
     """
-    left = (p - q).clamp(min=0.0)
+    left = (p * scale - q).clamp(min=0.0)
     mass = left.sum()
     return torch.where(mass > 0, left / mass, p)
 
 
-class AcceptanceRule(Protocol):
-    """**Protocol:** a rule, as pure functions of one cycle's distributions.
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One cycle's distributions, as a rule sees them."""
 
-    p [k + 1, V] is the target after the newest token and after each drafted one; p_drafted, q_drafted [k] are both
-    models' probabilities of the drafted tokens; q_drafted is 1 for a deterministic draft.
-    """
+    p: Tensor
+    """[k + 1, V]: the target after the newest token and after each drafted one."""
+    tokens: Tensor
+    """[k], drafted."""
+    probs: Tensor | None
+    """[k, V]: what each was drawn from; None for a deterministic draft, whose q is one-hot."""
+    p_drafted: Tensor
+    """[k]: p of the drafted tokens."""
+    q_drafted: Tensor
+    """[k]: q of the drafted tokens; 1 for a deterministic draft."""
+
+    @classmethod
+    def of(cls, p: Tensor, tokens: Tensor, probs: Tensor | None) -> Case:
+        at = tokens[:, None]
+        p_drafted = p[: tokens.shape[0]].gather(1, at)[:, 0]
+        return cls(
+            p, tokens, probs, p_drafted, torch.ones_like(p_drafted) if probs is None else probs.gather(1, at)[:, 0]
+        )
+
+    def q_row(self, accepted: Tensor) -> Tensor:  # [] -> [V]
+        """q at the first rejected position; zeros where all were accepted, which makes the residual the bonus row.
+
+        `accepted` stays on the device: indexing with it, and not with a number, saves a synchronisation. A deterministic
+        draft's q is made for this one row only.
+        """
+        k, row = self.tokens.shape[0], self.p[0]
+        if k == 0:
+            return torch.zeros_like(row)
+        at = accepted.clamp(max=k - 1)[None]
+        rejected = (accepted < k).to(row)
+        if self.probs is None:
+            return torch.zeros_like(row).scatter_(0, self.tokens.index_select(0, at), rejected[None])
+        return self.probs.index_select(0, at)[0] * rejected
+
+
+class AcceptanceRule(Protocol):
+    """**Protocol:** a rule, as three pure functions of one cycle's distributions."""
 
     name: ClassVar[str]
     lossless: ClassVar[bool]
     """Declares that the emitted text has exactly the target's distribution; the exact test then checks it."""
 
-    def thresholds(self, p_drafted: Tensor, q_drafted: Tensor) -> Tensor:
+    def thresholds(self, case: Case) -> Tensor:
         """[k]: position i passes if and only if u_i < thresholds[i]."""
         ...
 
@@ -62,7 +99,7 @@ class AcceptanceRule(Protocol):
         """[k] bool -> []: how many drafted tokens are accepted, given which positions passed."""
         ...
 
-    def final(self, p: Tensor, tokens: Tensor, probs: Tensor | None, accepted: Tensor) -> Tensor:
+    def final(self, case: Case, accepted: Tensor) -> Tensor:
         """[V]: the distribution of the token that ends the cycle, after `accepted` drafted tokens."""
         ...
 
@@ -73,34 +110,61 @@ class TokenRule:
     name: ClassVar[str] = "token"
     lossless: ClassVar[bool] = True
 
-    def thresholds(self, p_drafted: Tensor, q_drafted: Tensor) -> Tensor:
-        return accept_prob(p_drafted, q_drafted)
+    def thresholds(self, case: Case) -> Tensor:
+        return accept_prob(case.p_drafted, case.q_drafted)
 
     def count(self, passed: Tensor) -> Tensor:
         return passed.cumprod(0, dtype=torch.long).sum()
 
-    def final(self, p: Tensor, tokens: Tensor, probs: Tensor | None, accepted: Tensor) -> Tensor:
-        row = p.index_select(0, accepted[None])[0]
-        return residual(row, draft_row(tokens, probs, accepted, row))
+    def final(self, case: Case, accepted: Tensor) -> Tensor:
+        return residual(case.p.index_select(0, accepted[None])[0], case.q_row(accepted))
 
 
-def draft_row(tokens: Tensor, probs: Tensor | None, accepted: Tensor, like: Tensor) -> Tensor:
-    """[V]: q at the first rejected position; zeros where all were accepted, which makes the residual the bonus row.
+class BlockRule:
+    """Block verification (Sun et al. 2024, arXiv:2403.10444): the longest prefix that passes, rejections before it or not.
 
-    `accepted` stays on the device: indexing with it, and not with a number, saves a synchronisation. A deterministic
-    draft's q is one-hot, made for this one row only.
+    Accepts at least as many tokens on average as the token rule, and as many where the draft is deterministic. With
+    r_i = min(1, r_{i-1} · p/q) along the draft, position i passes with S_i / (S_i + 1 - r_i), where S_i is what the residual
+    max(0, r_i · p - q) at the next position still holds; the last one passes with r_k.
     """
-    k = tokens.shape[0]
-    if k == 0:
-        return torch.zeros_like(like)
-    at = accepted.clamp(max=k - 1)[None]
-    rejected = (accepted < k).to(like)
-    if probs is None:
-        return torch.zeros_like(like).scatter_(0, tokens.index_select(0, at), rejected[None])
-    return probs.index_select(0, at)[0] * rejected
+
+    name: ClassVar[str] = "block"
+    lossless: ClassVar[bool] = True
+
+    def thresholds(self, case: Case) -> Tensor:
+        reach = _reach(case)
+        left, inner = self._left(case, reach[:-1]), reach[:-1]
+        passing = left / (left + 1 - inner)
+        return torch.cat([passing.nan_to_num(0.0), reach[-1:]])  # 0/0: nothing is left, and a later one passes surely
+
+    def count(self, passed: Tensor) -> Tensor:
+        places = torch.arange(passed.shape[0] + 1, device=passed.device)
+        return (places * pad(passed, (1, 0))).amax()
+
+    def final(self, case: Case, accepted: Tensor) -> Tensor:
+        whole = torch.cat([torch.ones_like(case.p[:1, 0]).to(case.q_drafted), _reach(case)])
+        scale = torch.where(accepted < case.tokens.shape[0], whole.index_select(0, accepted[None])[0], 1.0)
+        return residual(case.p.index_select(0, accepted[None])[0], case.q_row(accepted), scale.to(case.p))
+
+    def _left(self, case: Case, reach: Tensor) -> Tensor:
+        """[k - 1]: Σ max(0, r_i · p - q) at the position after the i-th drafted token, i = 1 .. k - 1."""
+        if case.probs is None:
+            return reach * (1 - case.p_drafted[1:])
+        wanted = case.p[1 : case.tokens.shape[0]] * reach[:, None]
+        return (wanted - case.probs[1:]).clamp_(min=0.0).sum(-1)
 
 
-RULES: dict[str, AcceptanceRule] = {rule.name: rule for rule in (TokenRule(),)}
+def _reach(case: Case) -> Tensor:
+    """[k]: r_i, the probability that a draft as likely as this one up to i is wanted by the target."""
+    reach, reaches = torch.ones_like(case.q_drafted[:1]), []
+    ratio = torch.where(case.q_drafted > 0, case.p_drafted / case.q_drafted, 0.0)
+    for i in range(ratio.shape[0]):
+        reach = (reach * ratio[i : i + 1]).clamp(max=1.0)
+        reaches.append(reach)
+    return torch.cat(reaches) if reaches else case.q_drafted
+
+
+RULES: dict[str, AcceptanceRule] = {rule.name: rule for rule in (TokenRule(), BlockRule())}
 """Every rule, by name; those that declare `lossless` are picked up by the exact test."""
 
 
@@ -110,20 +174,67 @@ def decide(rule: AcceptanceRule, draft: Draft, p: Tensor, random: Randomness, po
 
     Raises GenerationFailed where a distribution that mattered is not made of numbers.
     """
-    k = len(draft)
-    accept_u, final_u = random.uniforms(position, "accept", k), random.uniforms(position, "final", k + 1)
-    u = torch.tensor([[*accept_u, 0.0], final_u], dtype=wide(p.device)).to(p.device, non_blocking=True)
+    numbers = Numbers.drawn(random, position, len(draft))
+    u = numbers.tensor(p.device).to(p.device, non_blocking=True)
+    return read(report(rule, p, draft.tokens, draft.probs, u).tolist(), draft.source, numbers)
 
-    parts = _judged(rule, draft, p, u) if k else [u.new_zeros(1), draw(p[0], u[1, 0])[None], p[0].sum()[None]]
-    # Mixed dtypes: cat widens them to float64, which MPS has not.
-    host = torch.cat([part.to(u.dtype) for part in parts] if p.device.type == "mps" else parts).tolist()
 
-    head, rest = host[:3], host[3:]
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """The uniform numbers of one cycle's verdict."""
+
+    position: int
+    accept: list[float]
+    """[k]: what each drafted token is held against."""
+    final: list[float]
+    """[k + 1]: what the cycle's last token is drawn with, by how many were accepted."""
+
+    @classmethod
+    def drawn(cls, random: Randomness, position: int, k: int) -> Numbers:
+        return cls(position, random.uniforms(position, "accept", k), random.uniforms(position, "final", k + 1))
+
+    def tensor(self, device: torch.device) -> Tensor:
+        """[2, k + 1] on the host, in the dtype that `device` computes with."""
+        return torch.tensor([[*self.accept, 0.0], self.final], dtype=wide(device))
+
+
+def report(rule: AcceptanceRule, p: Tensor, tokens: Tensor, probs: Tensor | None, u: Tensor) -> Tensor:
+    """All that the host needs to know, as one row of numbers on the device; `read` turns it into a Verdict.
+
+    Accepted, final token and the final row's mass; per drafted token itself, p, q and overlap; the residual's largest
+    entries and where they are. Pure tensor work on fixed shapes, so that it can be recorded.
+    """
+    k = tokens.shape[0]
+    if k == 0:
+        return torch.stack([torch.zeros_like(u[1, 0]), draw(p[0], u[1, 0]).to(u), p[0].sum().to(u)])
+    case = Case.of(p, tokens, probs)
+    overlap = case.p_drafted if probs is None else torch.minimum(p[:k], probs).sum(-1)
+    accepted = rule.count(u[0, :k] < rule.thresholds(case))
+    final = rule.final(case, accepted)
+    token = draw(final, u[1].index_select(0, accepted[None])[0])
+    likeliest = top(final, min(RESIDUAL_TOP, final.shape[0]))
+    parts = [
+        accepted[None],
+        token[None],
+        final.sum()[None],
+        tokens,
+        case.p_drafted,
+        case.q_drafted,
+        overlap,
+        *likeliest,
+    ]
+    return torch.cat([part.to(u.dtype) for part in parts])
+
+
+def read(values: list[float], source: str, numbers: Numbers) -> Verdict:
+    """The verdict in a report. Raises GenerationFailed where a distribution that mattered is not made of numbers."""
+    k = len(numbers.accept)
+    head, rest = values[:3], values[3:]
     drafted, p_host, q_host, overlap_host = (tuple(rest[i * k : (i + 1) * k]) for i in range(4))
     n, token_id, mass = int(head[0]), int(head[1]), head[2]
-    _check_numbers(mass, (*p_host[: n + 1], *overlap_host[: n + 1]), q_host, draft.source, position + n)
+    _check_numbers(mass, (*p_host[: n + 1], *overlap_host[: n + 1]), q_host, source, numbers.position + n)
     shown = (len(rest) - 4 * k) // 2
-    values, ids = rest[4 * k : 4 * k + shown], rest[4 * k + shown :]
+    largest, ids = rest[4 * k : 4 * k + shown], rest[4 * k + shown :]
     rejected = n < k
     return Verdict(
         drafted=tuple(int(t) for t in drafted),
@@ -132,27 +243,10 @@ def decide(rule: AcceptanceRule, draft: Draft, p: Tensor, random: Randomness, po
         origin="recovered" if rejected else "bonus",
         p=_known(p_host),
         q=q_host,
-        u=tuple(value if i <= n else None for i, value in enumerate(accept_u)),
+        u=tuple(value if i <= n else None for i, value in enumerate(numbers.accept)),
         overlap=_known(overlap_host),
-        residual=tuple((int(i), v) for i, v in zip(ids, values, strict=True) if v > 0) if rejected else (),
+        residual=tuple((int(i), v) for i, v in zip(ids, largest, strict=True) if v > 0) if rejected else (),
     )
-
-
-def _judged(rule: AcceptanceRule, draft: Draft, p: Tensor, u: Tensor) -> list[Tensor]:
-    """On the device: accepted, final token and the final row's mass; per drafted token itself, p, q and overlap; the
-    residual's top."""
-    k, at = len(draft), draft.tokens[:, None]
-    p_drafted = p[:k].gather(1, at)[:, 0]
-    if draft.probs is None:
-        q_drafted, overlap = torch.ones_like(p_drafted), p_drafted
-    else:
-        q_drafted = draft.probs.gather(1, at)[:, 0]
-        overlap = torch.minimum(p[:k], draft.probs).sum(-1)
-    accepted = rule.count(u[0, :k] < rule.thresholds(p_drafted, q_drafted))
-    final = rule.final(p, draft.tokens, draft.probs, accepted)
-    token = draw(final, u[1].index_select(0, accepted[None])[0])
-    likeliest = top(final, min(RESIDUAL_TOP, final.shape[0]))
-    return [accepted[None], token[None], final.sum()[None], draft.tokens, p_drafted, q_drafted, overlap, *likeliest]
 
 
 def _known(values: tuple[float, ...]) -> tuple[float | None, ...]:

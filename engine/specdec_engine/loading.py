@@ -125,7 +125,7 @@ class Candidate:
                     f"the weights of {self.name} cannot be packed: that needs the lean runtime, and {reason}",
                     "leave out --quantize or --draft-quantize, and --runtime and --device-map if you gave them",
                 ) from None
-            if self.options.runtime in ("lean", "graph"):
+            if self.options.runtime == "lean" or (self.options.runtime == "graph" and self.device.type != "cuda"):
                 raise UsageError(
                     f"{self.name} cannot run on the {self.options.runtime} runtime: {reason}", "leave out --runtime"
                 ) from None
@@ -146,9 +146,27 @@ class Candidate:
         from specdec_engine.runtime.generic import GenericRuntime  # its imports take 2 s
 
         model = _load_weights(self.path, self.folder, self._gguf_state, self.dtype, placement, self.options)
-        runtime, form = GenericRuntime(model, self.name), str(self.dtype).removeprefix("torch.")
+        form = str(self.dtype).removeprefix("torch.")
         spread = getattr(model, "hf_device_map", None) is not None  # not so where there is but one device
+        runtime: Runtime = GenericRuntime(model, self.name)
+        if self.device.type == "cuda" and not spread and self.options.runtime != "generic":
+            runtime, remark = self._recorded(model, runtime, remark)
         return self._loaded(runtime, form, model.num_parameters(), spread, remark)
+
+    def _recorded(self, model: Any, otherwise: Runtime, remark: str) -> tuple[Runtime, str]:
+        """The transformers forward as graphs, where it can be recorded; and why it is not the lean one, or not even that."""
+        from specdec_engine.runtime.static import StaticForward
+
+        try:
+            forward = StaticForward(model)
+        except Unsupported as reason:
+            if self.options.runtime == "graph":
+                raise UsageError(
+                    f"{self.name} cannot run on the graph runtime: {reason}", "leave out --runtime"
+                ) from None
+            return otherwise, f"{remark}, and {reason}"
+        limit = context_limit(self.config)
+        return GraphRuntime(forward, self.name, limit, self.options.tokens, CudaRecorder()), remark
 
     def _loaded(
         self, runtime: Runtime, weights: str, parameters: int, spread: bool = False, remark: str = ""

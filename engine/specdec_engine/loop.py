@@ -7,18 +7,18 @@ absolute length. The loop knows token ids only: no text, no files, no screen.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from specdec_engine.acceptance import AcceptanceRule, TokenRule, decide
+from specdec_engine.acceptance import TokenRule
 from specdec_engine.control import Controls, Settings, changes
 from specdec_engine.drafters.base import Drafter, nothing
 from specdec_engine.errors import GenerationFailed, OutOfMemory, SpecdecError, UsageError
-from specdec_engine.events import Cycle, End, Event, Failed, Finished, Started
+from specdec_engine.events import Cycle, End, Event, Failed, Finished, FinishReason, SettingChanged, Started
+from specdec_engine.judge import Awaited, Judge
 from specdec_engine.randomness import Randomness
-from specdec_engine.sampling import warp
 from specdec_engine.stopping import Clipped, Clipper, Stop
 from specdec_engine.target import Target
 from specdec_engine.text import Tokenizer
@@ -34,73 +34,138 @@ def decode(
     controls: Controls,
     stop: Stop,
     random: Randomness,
-    rule: AcceptanceRule | None = None,
+    judge: Judge | None = None,
     tokenizer: Tokenizer | None = None,
     timer: Timer | None = None,
     environment: Mapping[str, Any] | None = None,
+    ahead: bool | None = None,
 ) -> Iterator[Event]:
     """Emit up to `stop.max_tokens` tokens after `prompt`, yielding Started, a Cycle a draft, then Finished.
 
     With a lossless rule the emitted tokens have exactly the target's distribution, for any drafter and any k (Leviathan
-    et al. 2023); at temperature 0 they are the target's greedy tokens. `tokenizer` is needed for stop strings only.
+    et al. 2023); at temperature 0 they are the target's greedy tokens. `judge` holds the rule (the token rule unless
+    given). `tokenizer` is needed for stop strings only. With `ahead`, the default on a GPU, the next cycle is launched
+    before this one's event is yielded, so that the consumer works while the device does; settings that it changes then
+    reach the cycle after that one.
 
     Raises UsageError for a prompt that is empty or fills the target's context, before any event; any error after that is
     yielded as Failed, for traces, and then raised.
     """
-    rule, timer = rule or TokenRule(), timer or timer_for(target.device)
+    judge, timer = judge or Judge(TokenRule(), target.device), timer or timer_for(target.device)
+    ahead = target.device.type == "cuda" if ahead is None else ahead
     clipper = Clipper(stop, _room(prompt, stop, target.limit), tokenizer)
-    settings = controls.settings
-    names = {"target": target.name, "draft": drafter.name, "rule": rule.name}
+    run = _Run(target, drafter, list(prompt), controls, clipper, random, judge, timer)
+    names = {"target": target.name, "draft": drafter.name, "rule": judge.rule.name}
     limits = {"max_tokens": stop.max_tokens, "stop": list(stop.strings)}
-    yield Started(tuple(prompt), {**names, **settings.named(), **limits}, random.seed, dict(environment or {}))
+    yield Started(tuple(prompt), {**names, **run.settings.named(), **limits}, random.seed, dict(environment or {}))
     try:
-        yield from _cycles(target, drafter, list(prompt), settings, controls, clipper, random, rule, timer)
+        yield from run.ahead() if ahead else run.in_turn()
     except Exception as error:
         known = _understood(error)
         yield Failed(type(known).__name__, known.message, known.hint)
         raise known from (None if known is error else error)
 
 
-def _cycles(
-    target: Target,
-    drafter: Drafter,
-    context: list[int],
-    settings: Settings,
-    controls: Controls,
-    clipper: Clipper,
-    random: Randomness,
-    rule: AcceptanceRule,
-    timer: Timer,
-) -> Iterator[Event]:
-    prompt_tokens, index = len(context), 0
-    began = timer.mark()
-    drafter.begin(context)
-    target.prefill(context[:-1])
-    ready, reason = timer.mark(), None
-    while reason is None:
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A cycle that is launched, and whose verdict is on its way."""
+
+    changed: Sequence[SettingChanged]
+    k: int
+    draft: Draft
+    awaited: Awaited
+    marks: list[Any]
+
+
+class _Run:
+    """The loop's state: the context, and the settings that the newest cycle was launched with."""
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter,
+        context: list[int],
+        controls: Controls,
+        clipper: Clipper,
+        random: Randomness,
+        judge: Judge,
+        timer: Timer,
+    ) -> None:
+        self.settings = controls.settings
+        self._target, self._drafter, self._context = target, drafter, context
+        self._controls, self._clipper, self._random = controls, clipper, random
+        self._judge, self._timer = judge, timer
+        self._prompt_tokens, self._launched, self._landed = len(context), 0, 0
+
+    def in_turn(self) -> Iterator[Event]:
+        """Launch, land, yield."""
+        prefill, reason = self._begin(), None
+        while reason is None:
+            flight = self._launch()
+            yield from flight.changed
+            cycle, reason = self._land(flight)
+            yield cycle
+        yield self._finished(reason, prefill)
+
+    def ahead(self) -> Iterator[Event]:
+        """Land, launch the next, and only then yield."""
+        prefill, reason, broken = self._begin(), None, None
+        flight = self._launch()
+        while reason is None:
+            changed = flight.changed
+            cycle, reason = self._land(flight)
+            if reason is None:
+                try:
+                    flight = self._launch()
+                except Exception as error:
+                    broken = error
+            yield from changed
+            yield cycle
+            if broken is not None:
+                raise broken
+        yield self._finished(reason, prefill)
+
+    def _begin(self) -> tuple[Any, Any]:
+        """Both caches filled; the marks before and after."""
+        began = self._timer.mark()
+        self._drafter.begin(self._context)
+        self._target.prefill(self._context[:-1])
+        return began, self._timer.mark()
+
+    def _launch(self) -> _Flight:
+        target, context = self._target, self._context
         assert target.cached == len(context) - 1, f"{target.cached} cached, {len(context)} in context"
-        before, settings = settings, controls.settings  # read once: what is announced is what runs
-        yield from changes(index, before, settings, controls.reason)
-        marks, position = [timer.mark()], len(context)
+        before, self.settings = self.settings, self._controls.settings  # read once: what is announced is what runs
+        changed = changes(self._launched, before, self.settings, self._controls.reason)
+        self._launched += 1
+        marks, sampling = [self._timer.mark()], self.settings.sampling
 
-        k = min(settings.k, clipper.room - 1)  # the last token of the budget is the target's own
-        draft = _propose(drafter, context, k, settings, random) if k else nothing(target.device)
-        marks.append(timer.mark())
+        k = min(self.settings.k, self._clipper.room - 1)  # the last token of the budget is the target's own
+        draft = _propose(self._drafter, context, k, self.settings, self._random) if k else nothing(target.device)
+        marks.append(self._timer.mark())
+        logits = target.score(context[-1], draft)
+        awaited = self._judge.start(logits, draft, sampling, self._random, len(context))
+        marks.append(self._timer.mark())
+        return _Flight(changed, k, draft, awaited, marks)
 
-        p = warp(target.score(context[-1], draft), settings.sampling)
-        verdict = decide(rule, draft, p, random, position)
-        marks.append(timer.mark())
-
-        clipped = clipper.clip(verdict.tokens)
+    def _land(self, flight: _Flight) -> tuple[Cycle, FinishReason | None]:
+        draft, marks, context, position = flight.draft, flight.marks, self._context, len(self._context)
+        marks.append(self._timer.mark())  # what lies before it is the consumer's time
+        verdict = flight.awaited.verdict()
+        clipped = self._clipper.clip(verdict.tokens)
         context += clipped.emitted
-        target.rollback(to=len(context) - 1)
+        self._target.rollback(to=len(context) - 1)
         if len(draft):
-            drafter.observe(draft, verdict)
-        marks.append(timer.mark())
+            self._drafter.observe(draft, verdict)
+        marks.append(self._timer.mark())
+        launched, drafted, judged, landing, landed = marks
+        phases = ((launched, drafted), (drafted, judged), (landing, landed))
+        seconds = [self._timer.seconds(*phase) for phase in phases]
+        self._landed += 1
+        return _cycle(self._landed - 1, flight.k, draft, verdict, clipped, seconds, position), clipped.reason
 
-        yield _cycle(index, k, draft, verdict, clipped, [timer.seconds(a, b) for a, b in pairwise(marks)], position)
-        index, reason = index + 1, clipped.reason
-    yield Finished(reason, len(context) - prompt_tokens, index, timer.seconds(began, ready))
+    def _finished(self, reason: FinishReason, prefill: tuple[Any, Any]) -> Finished:
+        return Finished(reason, len(self._context) - self._prompt_tokens, self._landed, self._timer.seconds(*prefill))
 
 
 def _propose(drafter: Drafter, context: Sequence[int], k: int, settings: Settings, random: Randomness) -> Draft:

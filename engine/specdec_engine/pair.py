@@ -13,16 +13,19 @@ import torch
 import transformers
 
 import specdec_engine
+from specdec_engine.acceptance import TokenRule
 from specdec_engine.control import Controls
 from specdec_engine.drafters import build_drafter
 from specdec_engine.drafters.base import Drafter, DraftHost
 from specdec_engine.errors import PairIncompatible, UsageError
 from specdec_engine.events import Event
+from specdec_engine.judge import Judge
 from specdec_engine.loading import Loaded, LoadOptions, chat_ids, find_model
 from specdec_engine.loop import decode
 from specdec_engine.pairing import check_pair
 from specdec_engine.randomness import KeyedRandomness
 from specdec_engine.runtime import Runtime
+from specdec_engine.runtime.graphs import GraphRuntime, Recorder
 from specdec_engine.stopping import Stop
 from specdec_engine.target import ModelTarget
 from specdec_engine.types import Sampling
@@ -34,6 +37,7 @@ class Pair:
 
     target: ModelTarget
     drafter: Drafter
+    judge: Judge
     tokenizer: Any
     stop_ids: frozenset[int]
     environment: Mapping[str, Any]
@@ -82,6 +86,7 @@ class Pair:
             controls=controls or Controls(k, sampling),
             stop=Stop(max_tokens, self.stop_ids, tuple(stop)),
             random=KeyedRandomness(secrets.randbits(32) if seed is None else seed),
+            judge=self.judge,
             tokenizer=self.tokenizer,
             environment=self.environment,
         )
@@ -121,12 +126,18 @@ def load_pair(target: str = "builtin", draft: str = "ngram", options: LoadOption
     return Pair(
         target=ModelTarget(loaded.runtime, target),
         drafter=drafter,
+        judge=Judge(TokenRule(), loaded.runtime.device, _recorder(loaded.runtime)),
         tokenizer=loaded.tokenizer,
         stop_ids=loaded.stop_ids,
         environment=_environment(loaded, drafts),
         notes=tuple(notes),
         remarks=(_remark("target", loaded), *(_remark("draft", model) for model in drafts.values())),
     )
+
+
+def _recorder(runtime: Runtime) -> Recorder | None:
+    """The target's, where passes are recorded: verdicts then are, too."""
+    return runtime.recorder if isinstance(runtime, GraphRuntime) else None
 
 
 def _remark(role: str, model: Loaded) -> str:

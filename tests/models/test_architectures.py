@@ -6,11 +6,15 @@ import pytest
 import torch
 import transformers
 
+from specdec_engine.drafters.model import ModelDrafter
 from specdec_engine.errors import PairIncompatible
 from specdec_engine.runtime.generic import GenericRuntime
+from specdec_engine.runtime.graphs import GraphRuntime
+from specdec_engine.runtime.shape import Unsupported
+from specdec_engine.runtime.static import StaticForward
 from specdec_engine.target import ModelTarget
 from specdec_engine.types import Draft
-from tests.fakes import CPU, ScriptedDrafter, emitted, run
+from tests.fakes import CPU, Repeater, ScriptedDrafter, cycles, emitted, host, run
 
 COMMON = {
     "vocab_size": 97,
@@ -147,3 +151,30 @@ def test_a_long_prompt_is_read_in_chunks(monkeypatch):
     with torch.inference_mode():
         assert torch.allclose(row[0], model(prompt[None], use_cache=False).logits[0, -1], atol=1e-3)
     assert sizes == [16, 16, 16, 1, 1]
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "gpt2"])
+def test_the_recorded_transformers_forward_is_the_same_function(name):
+    """Padded passes, rollback without a trace, a cache made anew on the way; behind the stand-in recorder."""
+    model = build(*CONFIGS[name])
+    runtime = GraphRuntime(StaticForward(model), name, None, 16, Repeater())
+    tokens = torch.randint(0, 97, (24,), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        scratch = model(tokens[None], use_cache=False).logits[0]
+    for start, end, junk in ((0, 9, 6), (9, 14, 3), (14, 15, 8), (15, 24, 1)):
+        logits = runtime.forward(tokens[start:end], end - start)
+        assert torch.allclose(logits, scratch[start:end], atol=1e-3), f"tokens {start} to {end}"
+        runtime.forward(torch.arange(junk), 1)
+        runtime.rollback(end)
+    drafter = ModelDrafter(GraphRuntime(StaticForward(model), name, None, 16, Repeater()), host(97), "itself")
+    found = run(ModelTarget(runtime, name), drafter, [5, 6, 7, 8], k=3, max_tokens=20)
+    assert all(c.accepted == len(c.drafted) for c in cycles(found))
+
+
+def test_what_cannot_be_recorded_says_why():
+    with pytest.raises(Unsupported, match="laid out in a way of its own"):
+        StaticForward(build(*CONFIGS["gpt2"]))  # this config names two key heads, which GPT-2 ignores
+    model = build(*CONFIGS["llama"])
+    model._can_compile_fullgraph = False
+    with pytest.raises(Unsupported, match="cannot compile llama"):
+        StaticForward(model)

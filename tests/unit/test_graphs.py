@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from specdec_engine.acceptance import RULES
 from specdec_engine.control import Controls
 from specdec_engine.drafters.model import ModelDrafter
+from specdec_engine.judge import Judge
 from specdec_engine.runtime.graphs import span_for
 from specdec_engine.target import ModelTarget
+from specdec_engine.timing import HostTimer
 from specdec_engine.types import Sampling
-from tests.fakes import VOCAB, Repeater, cycles, emitted, events, graph, host, lean, run, tiny_llama
+from tests.fakes import CPU, VOCAB, FakeClock, Repeater, cycles, emitted, events, graph, host, lean, run, tiny_llama
 
 TARGET = tiny_llama(seed=0, max_position_embeddings=1024)
 SMALL = tiny_llama(seed=1, layers=1, hidden=16, max_position_embeddings=1024)
@@ -126,3 +131,21 @@ def test_the_recorded_output_is_the_targets_own():
     for k in (1, 4, 7):
         target, drafter = pair()
         assert emitted(run(target, drafter, PROMPT, k=k, max_tokens=60)) == plain[0, len(PROMPT) :].tolist()
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=lambda rule: rule.name)
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.9), Sampling(0.7, top_k=30, top_p=0.9, min_p=0.02)])
+def test_recorded_verdicts_are_the_unrecorded_ones(rule, sampling):
+    """Sampled drafts, greedy ones and none, k by k."""
+    recorder = Repeater()
+    judge, plain = Judge(rule, CPU, recorder), Judge(rule, CPU)
+    for k in (3, 0, 5, 3, 0):
+        target, drafter = ModelTarget(lean(TARGET), "tiny"), ModelDrafter(lean(SMALL), host(VOCAB), "small")
+        options = {"k": k, "sampling": sampling, "max_tokens": 30, "seed": k, "timer": HostTimer(FakeClock())}
+        assert cycles(run(target, drafter, PROMPT, judge=judge, **options)) == cycles(
+            run(target, drafter, PROMPT, judge=plain, **options)
+        )
+    before = recorder.recordings
+    warmer = replace(sampling, temperature=sampling.temperature and 1.3)
+    run(target, drafter, PROMPT, k=3, sampling=warmer, max_tokens=30, judge=judge)
+    assert recorder.recordings == before

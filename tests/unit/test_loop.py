@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from itertools import product
 
 import pytest
@@ -263,3 +264,66 @@ def test_running_out_of_memory_is_recognised():
 
     with pytest.raises(OutOfMemory):
         run(TableTarget(logits=full), TableDrafter(), PROMPT)
+
+
+# -- launched ahead, as on a GPU ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0)])
+def test_running_ahead_gives_the_same_events(sampling):
+    """Whatever the drafter, the budget and the stop."""
+    for seed, k, budget in product(range(4), (0, 1, 3), (1, 2, 7, 20)):
+        found = []
+        for ahead in (False, True):
+            target = TableTarget(vocab=5, seed=seed)
+            timer, options = HostTimer(FakeClock()), {"k": k, "sampling": sampling, "max_tokens": budget}
+            found.append(run(target, TableDrafter(), PROMPT, stop_ids=[seed], timer=timer, ahead=ahead, **options))
+        assert cycles(found[0]) == cycles(found[1])
+        assert [e.kind for e in found[0]] == [e.kind for e in found[1]]
+
+
+def test_ahead_the_next_pass_is_launched_before_the_event_comes():
+    target = TableTarget(vocab=5)
+    passes = []
+    for event in events(target, right(target), PROMPT, max_tokens=12, k=2, ahead=True):
+        passes += [target.passes] if event.kind == "cycle" else []
+    assert passes == [2, 3, 4, 4]
+
+
+def test_ahead_a_changed_setting_reaches_the_cycle_after_the_one_in_flight():
+    target, controls = TableTarget(vocab=5), Controls(1)
+    seen = []
+    for event in events(target, right(target), PROMPT, controls=controls, max_tokens=20, ahead=True):
+        if event.kind == "cycle":
+            seen.append(event.k)
+            if event.index == 1:
+                controls.change(k=3)
+        if event.kind == "setting_changed":
+            assert (event.cycle, event.new) == (3, 3)
+    assert seen[:5] == [1, 1, 1, 3, 3]
+
+
+def test_ahead_a_launch_that_breaks_loses_no_cycle():
+    target = TableTarget(vocab=5)
+
+    def script(context, k):
+        if len(context) > 8:
+            raise ValueError("broken")
+        return greedy(target, context, k)
+
+    found, come = [], events(target, ScriptedDrafter(script), PROMPT, max_tokens=20, k=2, ahead=True)
+    with pytest.raises(GenerationFailed, match="broken"):
+        deque(map(found.append, come))
+    assert found[-1].kind == "failed"
+    assert len(emitted(found)) == 9
+
+
+def test_the_consumers_time_is_not_the_runs_own():
+    """A screen that pauses between two cycles does not slow the figures, ahead or not."""
+    clock = FakeClock()
+    for ahead in (False, True):
+        target = TableTarget(vocab=5)
+        for event in events(target, right(target), PROMPT, max_tokens=12, k=2, ahead=ahead, timer=HostTimer(clock)):
+            if event.kind == "cycle":
+                assert event.other_s == 1.0
+                clock.now += 1000.0

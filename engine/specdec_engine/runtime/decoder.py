@@ -100,15 +100,15 @@ class Decoder:
         take = _Taker(weights)
         to = (dtype, device, quantize)
         self.shape, self.dtype, self.device = shape, dtype, device
-        self._embedding = _Embedding(take.stored("model.embed_tokens.weight"), device, dtype)
+        self.embedding = _Embedding(take.stored("model.embed_tokens.weight"), device, dtype)
         self.layers = [self._layer(take, i, to) for i in range(shape.layers)]
-        self._norm = self._norm_weight(take, "model.norm.weight")
+        self.norm = self._norm_weight(take, "model.norm.weight")
         tied = shape.tied and _same_head(weights)
         # The head stays dense, also where its file has it in 8 bits: reordered bfloat16 takes 2.0 ms for one row as for
         # eight, packed 1.8 for one and 7 for eight (49,152 x 576); and all logits pass through its rounding.
-        matrix = self._embedding.table if tied else take.dense("lm_head.weight")
+        matrix = self.embedding.table if tied else take.dense("lm_head.weight")
         matrix = take.dense("model.embed_tokens.weight") if matrix is None else matrix
-        self._head = project([matrix], None, dtype, device, "none")
+        self.head = project([matrix], None, dtype, device, "none")
         self.vocab = int(matrix.shape[0])
         self.parameters = take.parameters
         frequencies = shape.frequencies
@@ -146,6 +146,11 @@ class Decoder:
         return weight * float(self.shape.hidden**0.5)
 
     @property
+    def kv_values(self) -> int:
+        """Numbers cached a token, keys and values, all layers."""
+        return self.shape.kv_values
+
+    @property
     def cache_dtype(self) -> torch.dtype:
         return cache_dtype(self.dtype, self.device)
 
@@ -170,13 +175,13 @@ class Decoder:
         `positions`.
         """
         step = self._step(positions, cache, span)
-        step.x.copy_(self._embedding(tokens))
+        step.x.copy_(self.embedding(tokens))
         for i, layer in enumerate(self.layers):
             step.x.add_(layer.out(self._attention(i, layer, self._normed(step, layer.attention_norm), step)))
             gate_up = layer.gate_up(self._normed(step, layer.mlp_norm))
             half = gate_up.shape[1] // 2
             step.x.add_(layer.down(silu(gate_up[:, :half]).mul_(gate_up[:, half:])))
-        logits: Tensor = self._head(self._normed(step, self._norm)[-rows:])
+        logits: Tensor = self.head(self._normed(step, self.norm)[-rows:])
         return logits
 
     def _step(self, positions: Tensor, cache: Tensor, span: int) -> Step:
@@ -205,7 +210,7 @@ class Decoder:
             normed=torch.empty(n, s.hidden, dtype=self.dtype, device=self.device),
             heads=heads.view(n, -1),
             pairs=torch.view_as_complex(heads.view(n, -1, s.head_size // 2, 2)),
-            rotation=self._rotation(positions),
+            rotation=self.rotation(positions),
             fresh=heads[:, s.heads :].transpose(0, 1),
             asked=heads[:, : s.heads].view(n, groups, together, -1).permute(1, 2, 0, 3),
             queries=queries,
@@ -220,7 +225,8 @@ class Decoder:
             mixed=torch.empty(n, groups, together, s.head_size, dtype=self.dtype, device=self.device),
         )
 
-    def _rotation(self, positions: Tensor) -> Tensor:
+    def rotation(self, positions: Tensor) -> Tensor:
+        """[n] -> [n, heads + 2 · kv_heads, head_size / 2] complex: see `Step.rotation`."""
         s, n = self.shape, positions.shape[0]
         angles = positions[:, None] * self._frequencies
         turned = torch.polar(torch.full_like(angles, s.rope_scale), angles)[:, None]

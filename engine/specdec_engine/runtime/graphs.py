@@ -1,4 +1,4 @@
-"""The lean forward recorded as CUDA graphs: each pass width once, and the whole k-step draft loop as one graph.
+"""A forward recorded as CUDA graphs: each pass width once, and the whole k-step draft loop as one graph.
 
 A recording reads and writes tensors that stay where they are. What changes from pass to pass (tokens, the first position,
 uniform numbers, temperature) is copied into them before a replay, so a change of temperature records nothing anew, and a
@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from specdec_engine.runtime import Choose
-from specdec_engine.runtime.decoder import Decoder
-from specdec_engine.runtime.lean import LeanRuntime
+from specdec_engine.runtime.lean import Forward, LeanRuntime
 
 Results = tuple[Tensor, ...]
 WIDTHS = (1, 2, 4, 6, 8, 12, 16)
@@ -74,14 +73,14 @@ class Recorded:
 
 
 class GraphRuntime(LeanRuntime):
-    """A `Decoder` on one GPU, whose cache stays in place. Several may share one decoder."""
+    """A `Forward` on one GPU, whose cache stays in place. Several may share one decoder."""
 
     name = "graph"
 
-    def __init__(self, decoder: Decoder, label: str, limit: int | None, capacity: int, recorder: Recorder) -> None:
+    def __init__(self, decoder: Forward, label: str, limit: int | None, capacity: int, recorder: Recorder) -> None:
         """capacity: tokens to make room for at first."""
         super().__init__(decoder, label, limit, capacity)
-        self._recorder = recorder
+        self.recorder = recorder
         self._recordings: dict[Hashable, Recorded] = {}
 
     @torch.inference_mode()
@@ -147,7 +146,7 @@ class GraphRuntime(LeanRuntime):
             tokens = torch.zeros(width, dtype=torch.long, device=self.device)
             start = torch.full((1,), self._cached, dtype=torch.long, device=self.device)
             values = torch.ones(numbers, dtype=torch.float64, device=self.device).div_(2)
-            replay = self._recorder.record(lambda: work(tokens, start, values))
+            replay = self.recorder.record(lambda: work(tokens, start, values))
             self._recordings[key] = Recorded(tokens, start, values, replay)
         return self._recordings[key]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -10,18 +11,34 @@ from torch import Tensor
 from specdec_engine.errors import OutOfMemory
 from specdec_engine.memory import free_bytes, gib
 from specdec_engine.runtime import step_by_step
-from specdec_engine.runtime.decoder import Decoder
 
 _SPAN = 16
 """Attention looks at a multiple of this many positions, so that a row's sums are cut alike in passes of any width."""
 
 
+class Forward(Protocol):
+    """**Protocol:** a model's forward over a cache that the caller owns; see `Decoder`."""
+
+    vocab: int
+    device: torch.device
+
+    @property
+    def cache_dtype(self) -> torch.dtype: ...
+
+    @property
+    def kv_values(self) -> int: ...
+
+    def new_cache(self, capacity: int) -> Tensor: ...
+
+    def __call__(self, tokens: Tensor, positions: Tensor, cache: Tensor, span: int, rows: int) -> Tensor: ...
+
+
 class LeanRuntime:
-    """A `Decoder` and its cache. Several may share one decoder."""
+    """A `Decoder`, or another `Forward`, and its cache. Several may share one."""
 
     name = "lean"
 
-    def __init__(self, decoder: Decoder, label: str, limit: int | None, capacity: int) -> None:
+    def __init__(self, decoder: Forward, label: str, limit: int | None, capacity: int) -> None:
         """capacity: tokens to make room for at first."""
         self.decoder = decoder
         self.vocab = decoder.vocab
@@ -98,7 +115,7 @@ class LeanRuntime:
 
     @property
     def _token_bytes(self) -> int:
-        return self.decoder.shape.kv_values * self.decoder.cache_dtype.itemsize
+        return self.decoder.kv_values * self.decoder.cache_dtype.itemsize
 
     def _too_much(self, capacity: int) -> OutOfMemory:
         return OutOfMemory(
