@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from specdec_engine import Cycle, Sampling
 from specdec_engine.control import Controls
 from specdec_engine.drafters.base import DraftHost
-from specdec_engine.drafters.model import ModelDrafter
 from specdec_engine.drafters.none import NoDrafter
+from specdec_engine.drafters.on_runtime import RuntimeDrafter
 from specdec_engine.loop import decode
 from specdec_engine.randomness import KeyedRandomness
 from specdec_engine.runtime.decoder import Decoder
@@ -64,7 +64,7 @@ def main() -> None:
 
     def ours(k: int) -> Callable[[], list[int]]:
         host = DraftHost(vocab, device, lambda name: draft)
-        drafter = ModelDrafter(draft, host, "draft") if k else NoDrafter(host)
+        drafter = RuntimeDrafter(draft, host, "draft") if k else NoDrafter(host)
         return lambda: run(ModelTarget(target, "target"), drafter, prompt, k, options.tokens)
 
     expected = ours(0)()

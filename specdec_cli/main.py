@@ -11,12 +11,13 @@ from typing import Annotated
 import typer
 
 from specdec_cli import output
+from specdec_cli.commands.distill import distill
 from specdec_cli.commands.generate import generate
 from specdec_cli.exits import ExitCode, exit_code
 from specdec_engine import __version__
 from specdec_engine.errors import SpecdecError
 
-COMMANDS = (generate,)
+COMMANDS = (generate, distill)
 
 app = typer.Typer(
     name="specdec",

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from specdec_cli import output
+from specdec_engine.errors import UsageError
 
 _MODELS, _SAMPLING, _PROMPT, _OUTPUT = "Models", "Sampling", "Prompt", "Output"
 
@@ -15,16 +16,25 @@ Target = Annotated[
     str, typer.Option("--target", "-t", rich_help_panel=_MODELS, help="Hub id, folder, .gguf file, or builtin.")
 ]
 Draft = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--draft",
         "-d",
         rich_help_panel=_MODELS,
-        help="Hub id, folder, .gguf file, ngram, ngram:N (look up at most N tokens), or none; "
-        "joined by commas, the first that proposes wins.",
+        show_default="ngram,builtin with the built-in target, else ngram",
+        help="Hub id, folder, .gguf file, builtin, ngram, ngram:N (look up at most N tokens), suffix, self:N (the target's "
+        "first N layers), or none; joined by commas, the first that proposes wins.",
     ),
 ]
-K = Annotated[int, typer.Option("-k", rich_help_panel=_MODELS, help="Drafted tokens a cycle; 0 is plain decoding.")]
+K = Annotated[
+    str,
+    typer.Option(
+        "-k",
+        rich_help_panel=_MODELS,
+        metavar="N|auto",
+        help="Drafted tokens a cycle; 0 is plain decoding, auto learns how many pay.",
+    ),
+]
 Device = Annotated[
     str, typer.Option(rich_help_panel=_MODELS, help="auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps.")
 ]
@@ -78,6 +88,22 @@ Seed = Annotated[
 MaxTokens = Annotated[
     int, typer.Option("--max-tokens", "-n", rich_help_panel=_SAMPLING, help="Emitted tokens at most.")
 ]
+DraftTemperature = Annotated[
+    float | None,
+    typer.Option(
+        rich_help_panel=_SAMPLING, show_default="the target's", help="The draft's own; sharper may be accepted more."
+    ),
+]
+Rule = Annotated[
+    Literal["token", "block"],
+    typer.Option(
+        rich_help_panel=_SAMPLING, help="Verification: token by token, or block (as lossless, for sampled drafts)."
+    ),
+]
+Coupling = Annotated[
+    Literal["independent", "gumbel"],
+    typer.Option(rich_help_panel=_SAMPLING, help="gumbel: the same seed gives the same text with any draft and any k."),
+]
 StopText = Annotated[
     list[str] | None, typer.Option("--stop", rich_help_panel=_SAMPLING, help="End before this text; repeatable.")
 ]
@@ -107,3 +133,20 @@ Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", rich_help_panel=_OUTPUT, help="Say which runtime each model got, and why.")
 ]
 Debug = Annotated[bool, typer.Option("--debug", rich_help_panel=_OUTPUT, help="Tracebacks for errors.")]
+
+
+def k_of(text: str) -> int | Literal["auto"]:
+    """Raises UsageError for what is neither a number nor auto."""
+    if text == "auto":
+        return "auto"
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"-k {text} is neither a number nor auto", "3 is usual; 0 is plain decoding") from None
+
+
+def draft_of(draft: str | None, target: str) -> str:
+    """What is drafted with where nothing was said: the measured best for the built-in target, a lookup for others."""
+    if draft is not None:
+        return draft
+    return "ngram,builtin" if target == "builtin" else "ngram"

@@ -54,6 +54,11 @@ def silence_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def live() -> bool:
+    """Whether stderr can show a line that changes."""
+    return sys.stderr.isatty()
+
+
 @contextmanager
 def narrated() -> Iterator[Report]:
     """Loading progress: a live line on a terminal; elsewhere a sentence for what takes long."""

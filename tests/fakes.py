@@ -12,7 +12,7 @@ from torch import Tensor
 
 from specdec_engine.acceptance import AcceptanceRule
 from specdec_engine.control import Controls
-from specdec_engine.drafters.base import DraftHost, nothing
+from specdec_engine.drafters.base import DraftHost, LoadedDraft, nothing
 from specdec_engine.events import Cycle, Event
 from specdec_engine.judge import Judge
 from specdec_engine.loop import decode
@@ -298,11 +298,29 @@ def save_checkpoint(folder: Path, seed: int = 0, tokenizer: Any = None, **llama:
     return folder
 
 
-def host(vocab: int = VOCAB, load_draft: Callable[[str], Any] | None = None) -> DraftHost:
-    def refuse(name: str) -> Any:
-        raise AssertionError(f"nothing should load {name}")
+def host(vocab: int = VOCAB, load_draft: Callable[[str], Any] | None = None, **more: Any) -> DraftHost:
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("nothing should be loaded")
 
-    return DraftHost(vocab, CPU, load_draft or refuse)
+    load = refuse if load_draft is None else lambda name: LoadedDraft(load_draft(name))
+    settings = {"tokenizer": None, "target": refuse, "output_rows": refuse, **more}
+    return DraftHost(name="target", vocab=vocab, device=CPU, load_draft=load, **settings)
+
+
+def save_head_draft(folder: Path, target: Any, tokenizer: Any, taps: Sequence[int] = (0,), ids: int = 120) -> Path:
+    """A draft head with random weights for a small target, as `specdec distill` would leave it."""
+    from specdec_engine.distill.export import save_head
+    from specdec_engine.distill.head import Head, HeadShape
+
+    torch.manual_seed(9)
+    config = target.config
+    size = config.hidden_size // config.num_attention_heads
+    heads = config.num_attention_heads, config.num_key_value_heads
+    head = Head(HeadShape(config.hidden_size, len(taps) + 1, *heads, size, 48, config.rms_norm_eps, 10000.0))
+    for weight in (head.out.weight, head.down.weight):
+        torch.nn.init.normal_(weight, std=0.3)
+    save_head(folder, head, torch.arange(1, 2 * ids, 2), tuple(taps), tokenizer, {"target": "tiny"})
+    return folder
 
 
 def save_gguf(file: Path, kind: str = "Q4_0", seed: int = 0, scaling: str | None = None) -> Path:

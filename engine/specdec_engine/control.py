@@ -6,10 +6,11 @@ holds the same object (a screen, a controller) steers the run by assignment.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from specdec_engine.auto import AutoK
 from specdec_engine.errors import UsageError
-from specdec_engine.events import SettingChanged
+from specdec_engine.events import Cycle, SettingChanged
 from specdec_engine.types import Sampling
 
 
@@ -19,10 +20,21 @@ class Settings:
 
     k: int
     sampling: Sampling
+    draft_temperature: float | None = None
+    """The draft's own, where it is drawn at all; None for the target's."""
 
     def __post_init__(self) -> None:
+        if self.draft_temperature is not None:
+            replace(self.sampling, temperature=self.draft_temperature)  # raises UsageError for one out of range
         if self.k < 0:
             raise UsageError(f"k {self.k} is negative", "0 is plain decoding, 3 is usual")
+
+    @property
+    def draft_sampling(self) -> Sampling:
+        """How a draft draws: at its own temperature, sharper or flatter than the target's; q is then that distribution."""
+        if self.draft_temperature is None or self.sampling.greedy:
+            return self.sampling
+        return replace(self.sampling, temperature=self.draft_temperature)
 
     def named(self) -> dict[str, float]:
         """Name to value, as in events and JSON."""
@@ -33,22 +45,33 @@ class Settings:
             "top_k": sampling.top_k,
             "top_p": sampling.top_p,
             "min_p": sampling.min_p,
+            "draft_temperature": self.draft_sampling.temperature,
         }
 
 
 class Controls:
     """Mutable holder of the `Settings` in force from the next cycle on; `reason` says why they were last changed."""
 
-    def __init__(self, k: int = 3, sampling: Sampling | None = None) -> None:
-        self.settings = Settings(k, sampling or Sampling())
+    def __init__(
+        self, k: int | AutoK = 3, sampling: Sampling | None = None, draft_temperature: float | None = None
+    ) -> None:
+        self.auto = k if isinstance(k, AutoK) else None
+        first = k.k if isinstance(k, AutoK) else k
+        self.settings = Settings(first, sampling or Sampling(), draft_temperature)
         self.reason = ""
 
     def change(self, *, k: int | None = None, sampling: Sampling | None = None, reason: str = "") -> None:
         """Take effect from the next cycle. Raises UsageError for a value out of range, and changes nothing then."""
+        now = self.settings
         self.settings = Settings(
-            self.settings.k if k is None else k, self.settings.sampling if sampling is None else sampling
+            now.k if k is None else k, now.sampling if sampling is None else sampling, now.draft_temperature
         )
         self.reason = reason
+
+    def observe(self, cycle: Cycle) -> None:
+        """A cycle ended: with a controller, k may change from the next one."""
+        if self.auto is not None and (reason := self.auto.observe(cycle)):
+            self.change(k=self.auto.k, reason=reason)
 
 
 def changes(cycle: int, old: Settings, new: Settings, reason: str) -> list[SettingChanged]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from specdec_engine.acceptance import AcceptanceRule, Numbers, read, report
+from specdec_engine.coupling import coupled, gumbel_noise
 from specdec_engine.randomness import Randomness
 from specdec_engine.runtime.graphs import Recorder
 from specdec_engine.sampling import warp, wide
@@ -49,7 +50,11 @@ class Judge:
         """logits [k + 1, V] of the target, the draft they follow, and the length of the context before it."""
         numbers = Numbers.drawn(random, position, len(draft))
         u = numbers.tensor(self._device)
-        if self._recorder is None:
+        if sampling.coupled:  # its noise is made on the host, a row a position: not recorded
+            noise = gumbel_noise(random.seed, position, len(draft) + 1, logits.shape[-1], self._device)
+            p = coupled(warp(logits, sampling), noise)
+            values = report(self.rule, p, draft.tokens, draft.probs, u.to(self._device, non_blocking=True))
+        elif self._recorder is None:
             values = report(
                 self.rule, warp(logits, sampling), draft.tokens, draft.probs, u.to(self._device, non_blocking=True)
             )

@@ -23,7 +23,8 @@ from specdec_engine.errors import ModelUnavailable, OutOfMemory, SpecdecError, U
 from specdec_engine.memory import Need, check_fits, estimate, free_bytes, kept_bytes, kv_bytes
 from specdec_engine.progress import Progress, Report, silent
 from specdec_engine.runtime import Runtime
-from specdec_engine.runtime.decoder import Decoder, cache_dtype
+from specdec_engine.runtime.blocks import cache_dtype
+from specdec_engine.runtime.decoder import Decoder
 from specdec_engine.runtime.graphs import CudaRecorder, GraphRuntime, span_for
 from specdec_engine.runtime.lean import LeanRuntime
 from specdec_engine.runtime.linear import Quantize
@@ -183,6 +184,16 @@ class Candidate:
             spread=spread,
             remark=remark,
         )
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor of the checkpoint, unpacked."""
+        return self._weights().dense(name)
+
+    def output_rows(self, ids: torch.Tensor | slice) -> torch.Tensor:
+        """[n] ids -> [n, hidden]: those rows of the matrix that makes logits, unpacked."""
+        weights = self._weights()
+        untied = "lm_head.weight" in weights.names
+        return weights.dense("lm_head.weight" if untied else "model.embed_tokens.weight")[ids]
 
     def _weights(self) -> Weights:
         if self.path.is_dir():

@@ -128,8 +128,8 @@ class _Run:
     def _begin(self) -> tuple[Any, Any]:
         """Both caches filled; the marks before and after."""
         began = self._timer.mark()
-        self._drafter.begin(self._context)
         self._target.prefill(self._context[:-1])
+        self._drafter.begin(self._context)  # after it: some drafters read what the target computed
         return began, self._timer.mark()
 
     def _launch(self) -> _Flight:
@@ -161,15 +161,17 @@ class _Run:
         launched, drafted, judged, landing, landed = marks
         phases = ((launched, drafted), (drafted, judged), (landing, landed))
         seconds = [self._timer.seconds(*phase) for phase in phases]
+        cycle = _cycle(self._landed, flight.k, draft, verdict, clipped, seconds, position)
         self._landed += 1
-        return _cycle(self._landed - 1, flight.k, draft, verdict, clipped, seconds, position), clipped.reason
+        self._controls.observe(cycle)
+        return cycle, clipped.reason
 
     def _finished(self, reason: FinishReason, prefill: tuple[Any, Any]) -> Finished:
         return Finished(reason, len(self._context) - self._prompt_tokens, self._landed, self._timer.seconds(*prefill))
 
 
 def _propose(drafter: Drafter, context: Sequence[int], k: int, settings: Settings, random: Randomness) -> Draft:
-    draft = drafter.propose(context, k, settings.sampling, random)
+    draft = drafter.propose(context, k, settings.draft_sampling, random)
     if len(draft) > k:
         raise GenerationFailed(f"the drafter {draft.source} proposed {len(draft)} tokens where {k} were asked for")
     return draft

@@ -7,25 +7,28 @@ import secrets
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import cache
+from typing import Any, Literal
 
 import torch
 import transformers
 
 import specdec_engine
-from specdec_engine.acceptance import TokenRule
+from specdec_engine.acceptance import RULES
+from specdec_engine.auto import AutoK
 from specdec_engine.control import Controls
+from specdec_engine.draft_files import read_draft
 from specdec_engine.drafters import build_drafter
-from specdec_engine.drafters.base import Drafter, DraftHost
+from specdec_engine.drafters.base import Drafter, DraftHost, LoadedDraft
 from specdec_engine.errors import PairIncompatible, UsageError
 from specdec_engine.events import Event
 from specdec_engine.judge import Judge
 from specdec_engine.loading import Loaded, LoadOptions, chat_ids, find_model
 from specdec_engine.loop import decode
+from specdec_engine.pace import Pace
 from specdec_engine.pairing import check_pair
 from specdec_engine.randomness import KeyedRandomness
-from specdec_engine.runtime import Runtime
-from specdec_engine.runtime.graphs import GraphRuntime, Recorder
+from specdec_engine.runtime.graphs import GraphRuntime
 from specdec_engine.stopping import Stop
 from specdec_engine.target import ModelTarget
 from specdec_engine.types import Sampling
@@ -37,7 +40,10 @@ class Pair:
 
     target: ModelTarget
     drafter: Drafter
-    judge: Judge
+    judges: Mapping[str, Judge]
+    """By rule."""
+    auto: AutoK
+    pace: Pace
     tokenizer: Any
     stop_ids: frozenset[int]
     environment: Mapping[str, Any]
@@ -64,12 +70,23 @@ class Pair:
             raise UsageError("a system prompt needs the chat template", "leave out --raw or --system")
         return chat_ids(self.tokenizer, prompt, system) if chat else list(self.tokenizer(prompt)["input_ids"])
 
+    def controls(
+        self,
+        k: int | Literal["auto"] = "auto",
+        sampling: Sampling | None = None,
+        draft_temperature: float | None = None,
+    ) -> Controls:
+        """For the next `decode`; with `auto`, k follows what the pair's runs have shown."""
+        self.pace.controller = self.auto if k == "auto" else None
+        return Controls(self.auto if k == "auto" else k, sampling, draft_temperature)
+
     def decode(
         self,
         prompt: Sequence[int],
         *,
-        k: int = 3,
+        k: int | Literal["auto"] = "auto",
         sampling: Sampling | None = None,
+        rule: str = "token",
         max_tokens: int = 256,
         stop: Sequence[str] = (),
         seed: int | None = None,
@@ -83,10 +100,10 @@ class Pair:
             self.target,
             self.drafter,
             prompt,
-            controls=controls or Controls(k, sampling),
+            controls=controls or self.controls(k, sampling),
             stop=Stop(max_tokens, self.stop_ids, tuple(stop)),
             random=KeyedRandomness(secrets.randbits(32) if seed is None else seed),
-            judge=self.judge,
+            judge=self.judges[rule],
             tokenizer=self.tokenizer,
             environment=self.environment,
         )
@@ -104,17 +121,33 @@ def load_pair(target: str = "builtin", draft: str = "ngram", options: LoadOption
     found = find_model(target, options)
     drafts, notes = dict[str, Loaded](), list[str]()
 
-    def load_draft(name: str) -> Runtime:
+    @cache
+    def load_target() -> Loaded:
+        return found.load()
+
+    def load_draft(name: str) -> LoadedDraft:
         small = find_model(name, replace(options, device_map=None, quantize=options.draft_quantize))
-        special = check_pair(target, found.tokenizer, name, small.tokenizer).special
-        if special:
+        made = read_draft(small.path)
+        if made is not None:
+            made.check(found.tokenizer, target)
+        elif special := check_pair(target, found.tokenizer, name, small.tokenizer).special:
             notes.append(f"{len(special)} special tokens of {target} and {name} differ, from id {special[0].id} on")
         drafts[name] = small.load()
-        return drafts[name].runtime
+        return LoadedDraft(drafts[name].runtime, None if made is None else made.ids)
 
+    host = DraftHost(
+        name=target,
+        tokenizer=found.tokenizer,
+        vocab=found.vocab,
+        device=found.device,
+        load_draft=load_draft,
+        target=lambda: load_target().runtime,
+        output_rows=found.output_rows,
+        draft_quantize=options.draft_quantize,
+    )
     # The drafter first: what is wrong with it comes out before the larger model's weights are read.
-    drafter = build_drafter(draft, DraftHost(found.vocab, found.device, load_draft))
-    loaded = found.load()
+    drafter = build_drafter(draft, host)
+    loaded = load_target()
     if loaded.runtime.vocab != found.vocab:
         raise PairIncompatible(
             f"{target} has {loaded.runtime.vocab} logits where its config says {found.vocab}", "choose another target"
@@ -123,21 +156,19 @@ def load_pair(target: str = "builtin", draft: str = "ngram", options: LoadOption
         made_for = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if model.runtime.limit != made_for:
             notes.append(f"{model.name} is used up to {model.runtime.limit} tokens, where its LongRoPE changes over")
+    recorder = loaded.runtime.recorder if isinstance(loaded.runtime, GraphRuntime) else None
     return Pair(
         target=ModelTarget(loaded.runtime, target),
         drafter=drafter,
-        judge=Judge(TokenRule(), loaded.runtime.device, _recorder(loaded.runtime)),
+        judges={name: Judge(rule, loaded.runtime.device, recorder) for name, rule in RULES.items()},
+        auto=AutoK(),
+        pace=host.pace,
         tokenizer=loaded.tokenizer,
         stop_ids=loaded.stop_ids,
         environment=_environment(loaded, drafts),
         notes=tuple(notes),
         remarks=(_remark("target", loaded), *(_remark("draft", model) for model in drafts.values())),
     )
-
-
-def _recorder(runtime: Runtime) -> Recorder | None:
-    """The target's, where passes are recorded: verdicts then are, too."""
-    return runtime.recorder if isinstance(runtime, GraphRuntime) else None
 
 
 def _remark(role: str, model: Loaded) -> str:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+Coupling = Literal["independent", "gumbel"]
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How logits become a distribution: temperature, then top-k, top-p, min-p, in transformers' order.
@@ -26,6 +29,8 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    coupling: Coupling = "independent"
+    """How random numbers are shared between target and draft; `gumbel`: see `coupling.py`. Without effect when greedy."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
@@ -40,6 +45,10 @@ class Sampling:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @property
+    def coupled(self) -> bool:
+        return self.coupling == "gumbel" and not self.greedy
 
     @property
     def filters(self) -> tuple[int, float, float]:

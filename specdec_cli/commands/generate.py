@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -37,12 +37,15 @@ def generate(
         Path | None, typer.Option("--file", "-f", rich_help_panel="Prompt", help="Read the prompt from a file.")
     ] = None,
     target: opt.Target = "builtin",
-    draft: opt.Draft = "ngram",
-    k: opt.K = 3,
+    draft: opt.Draft = None,
+    k: opt.K = "auto",
     temperature: opt.Temperature = 0.0,
     top_k: opt.TopK = 0,
     top_p: opt.TopP = 1.0,
     min_p: opt.MinP = 0.0,
+    draft_temperature: opt.DraftTemperature = None,
+    rule: opt.Rule = "token",
+    coupling: opt.Coupling = "independent",
     seed: opt.Seed = None,
     max_tokens: opt.MaxTokens = 256,
     stop: opt.StopText = None,
@@ -75,12 +78,14 @@ def generate(
     # All that can be wrong without a model is found out before one is loaded.
     if json and jsonl:
         raise UsageError("--json and --jsonl exclude each other", "--json is one object, --jsonl one event a line")
-    controls = Controls(k, Sampling(temperature, top_k, top_p, min_p))
+    drafted, sampling = opt.k_of(k), Sampling(temperature, top_k, top_p, min_p, coupling)
+    Controls(3 if drafted == "auto" else drafted, sampling, draft_temperature)
+    spec = opt.draft_of(draft, target)
     stops = Stop(max_tokens, strings=tuple(stop or ())).strings
     text = read_prompt(prompt, file)
     recorder = Recorder(trace)
 
-    _quieten(offline, debug)
+    quieten(offline, debug)
     with interruptible(), output.narrated() as report:
         # Deferred: torch and transformers take 3 s, and `--help` and usage errors must not pay them.
         from specdec_engine.loading import LoadOptions
@@ -100,7 +105,9 @@ def generate(
             tokens=len(text) // 3 + max_tokens,
             report=report,
         )
-        pair = load_pair(target, draft, load)
+        pair = load_pair(target, spec, load)
+    if draft is None and target != "builtin":
+        output.note("the draft is ngram, since none was named; --draft takes a smaller model of the same family")
     ids = pair.encode(text, chat=chat, system=system)
     for sentence in (*pair.notes, *(pair.remarks if verbose else ())):
         output.note(sentence)
@@ -109,7 +116,8 @@ def generate(
     text_of = TokenText(pair.tokenizer)
     sink = output.choose(json, jsonl, stream, text_of, color, marks)
     recorder.describe(text_of)
-    events = pair.decode(ids, controls=controls, max_tokens=max_tokens, stop=stops, seed=seed)
+    controls = pair.controls(drafted, sampling, draft_temperature)
+    events = pair.decode(ids, controls=controls, rule=rule, max_tokens=max_tokens, stop=stops, seed=seed)
     try:
         summary = _consume(events, sink, recorder)
     except BrokenPipeError:
@@ -122,7 +130,9 @@ def generate(
         if isinstance(sink, output.TextOutput):
             sink.separate()
             output.legend(sink)
-        output.note(output.summary_line(summary, _ending(summary, max_tokens, stops), _state(pair, summary, k)))
+        output.note(
+            output.summary_line(summary, _ending(summary, max_tokens, stops), _state(pair, summary, drafted, controls))
+        )
     recorder.check()
     if summary.finish_reason == "cancelled":
         raise typer.Exit(ExitCode.INTERRUPTED)
@@ -194,7 +204,7 @@ def _ending(summary: Summary, max_tokens: int, stops: tuple[str, ...]) -> str:
             return "interrupted"
 
 
-def _state(pair: Pair, summary: Summary, k: int) -> str:
+def _state(pair: Pair, summary: Summary, k: int | Literal["auto"], controls: Controls) -> str:
     """Whether speculation ran, and why not if it did not."""
     made = pair.environment
     where = f"{pair.target.name}, {made['weights']} on {made['device']}, {made['runtime']} runtime"
@@ -202,6 +212,8 @@ def _state(pair: Pair, summary: Summary, k: int) -> str:
         return f"speculation off because k is 0 · {where}"
     if set(pair.drafter.name.split(",")) == {"none"}:
         return f"speculation off because the draft is none · {where}"
+    if k == "auto" and controls.settings.k == 0:
+        return f"speculation off at the end: {controls.reason} · {where}"
     found = "" if summary.drafted else ", which proposed nothing"
     return f"speculation on: {pair.drafter.name}, k {k}{found} · {where}"
 
@@ -224,7 +236,7 @@ def interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, usual)
 
 
-def _quieten(offline: bool, debug: bool) -> None:
+def quieten(offline: bool, debug: bool) -> None:
     """Before transformers is imported: its own bars and warnings would tear our lines apart."""
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = os.environ["TQDM_DISABLE"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -3,36 +3,93 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 from specdec_engine.drafters import DRAFTERS, build_drafter
+from specdec_engine.drafters.base import LoadedDraft
 from specdec_engine.randomness import KeyedRandomness
 from specdec_engine.runtime.generic import GenericRuntime
 from specdec_engine.target import ModelTarget
 from specdec_engine.types import Sampling, Verdict
-from tests.fakes import VOCAB, cycles, emitted, graph, host, lean, run, tiny_llama
+from tests.fakes import VOCAB, byte_tokenizer, cycles, emitted, graph, host, lean, run, save_head_draft, tiny_llama
 
-SPECS = {"none": "none", "ngram": "ngram", "model": "model:small"}
-CASES = [*SPECS.values(), "ngram:1", "ngram,model:small", "none,ngram,model:small"]
-CASES += ["lean@model:small", "graph@model:small", "graph@ngram,model:small"]
+SPECS = {
+    "none": "none",
+    "ngram": "ngram",
+    "suffix": "suffix",
+    "model": "model:small",
+    "head": "head:HEAD",
+    "self": "self:1",
+}
+CASES = [*SPECS.values(), "ngram:1", "suffix:all", "ngram,model:small", "none,ngram,model:small", "suffix,head:HEAD"]
+CASES += ["lean@model:small", "graph@model:small", "graph@ngram,model:small", "reduced@model:small"]
 SAMPLINGS = [Sampling(), Sampling(1.0), Sampling(0.7, top_k=20, top_p=0.9, min_p=0.01)]
 TARGET = tiny_llama(seed=0)
 SMALL = tiny_llama(seed=1, layers=1, hidden=16, vocab=VOCAB - 10)  # padding differs within a family
 
 
 RUNTIMES = {
-    "generic": lambda: GenericRuntime(SMALL, "small"),
-    "lean": lambda: lean(SMALL),
-    "graph": lambda: graph(SMALL),
+    "generic": lambda: LoadedDraft(GenericRuntime(SMALL, "small")),
+    "lean": lambda: LoadedDraft(lean(SMALL)),
+    "graph": lambda: LoadedDraft(graph(SMALL)),
+    # Its id i is the target's 2 i + 1.
+    "reduced": lambda: LoadedDraft(lean(tiny_llama(seed=1, layers=1, vocab=80)), torch.arange(1, 160, 2)),
 }
+TOKENIZER = byte_tokenizer()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def head_folder(tmp_path_factory):
+    global HEAD
+    HEAD = save_head_draft(tmp_path_factory.mktemp("draft") / "head", TARGET, TOKENIZER)
+
+
+class Followed:
+    """The target's runtime, kept at the context but for its newest token, as the loop keeps it."""
+
+    def __init__(self, drafter, runtime):
+        self.drafter, self.runtime, self.fed = drafter, runtime, []
+
+    def begin(self, prompt):
+        self.runtime.rollback(0)
+        self.fed = []
+        self._follow(prompt)
+        self.drafter.begin(prompt)
+
+    def propose(self, context, k, sampling, random):
+        self._follow(context)
+        return self.drafter.propose(context, k, sampling, random)
+
+    def observe(self, draft, verdict):
+        self.drafter.observe(draft, verdict)
+
+    def _follow(self, context):
+        same = next((i for i, (a, b) in enumerate(zip(self.fed, context[:-1], strict=False)) if a != b), len(self.fed))
+        self.runtime.rollback(same)
+        if rest := context[same:-1]:
+            self.runtime.forward(torch.tensor(rest), 1)
+        self.fed = list(context[:-1])
+
+
+def parts(spec):
+    """The drafter that `spec` names, on the generic runtime or on the one before an @; and the target's runtime."""
+    runtime, _, plain = spec.rpartition("@")
+    target = lean(TARGET)
+    about = host(
+        VOCAB,
+        tokenizer=TOKENIZER,
+        target=lambda: target,
+        output_rows=lambda ids: TARGET.lm_head.weight.detach()[ids],
+    )
+    about = replace(about, load_draft=lambda name: RUNTIMES[runtime or "generic"]())
+    return build_drafter(plain.replace("HEAD", str(HEAD)), about), target
 
 
 def build(spec):
-    """`spec` on the generic runtime, or on the one before an @."""
-    runtime, _, plain = spec.rpartition("@")
-    return build_drafter(plain, host(VOCAB, lambda name: RUNTIMES[runtime or "generic"]()))
+    return Followed(*parts(spec))
 
 
 def verdict(draft, accepted):
@@ -57,7 +114,7 @@ def test_proposals_keep_the_contract(spec, sampling):
         assert len(draft) <= k
         assert draft.tokens.dtype == torch.int64
         assert all(0 <= t < VOCAB for t in draft.tokens.tolist())
-        assert draft.source in SPECS or draft.source == "small"
+        assert draft.source in SPECS or draft.source in ("small", "self:1", str(HEAD))
         if draft.probs is not None:
             assert draft.probs.shape == (len(draft), VOCAB)
             assert torch.allclose(draft.probs.sum(-1), torch.ones(len(draft)), atol=1e-5)
@@ -111,8 +168,33 @@ def test_greedy_output_is_the_targets_own(spec, k):
     plain = TARGET.generate(
         torch.tensor([prompt]), do_sample=False, max_new_tokens=40, eos_token_id=None, pad_token_id=0
     )
-    target = ModelTarget(GenericRuntime(TARGET, "tiny"), "tiny")
-    assert emitted(run(target, build(spec), prompt, k=k, max_tokens=40)) == plain[0, len(prompt) :].tolist()
+    drafter, runtime = parts(spec)
+    assert (
+        emitted(run(ModelTarget(runtime, "tiny"), drafter, prompt, k=k, max_tokens=40))
+        == plain[0, len(prompt) :].tolist()
+    )
+
+
+@pytest.mark.parametrize("spec", CASES)
+def test_with_gumbel_coupling_a_seed_gives_one_text_whatever_drafts(spec):
+    """Token for token what plain decoding draws, in float32; and some drafts are accepted."""
+    prompt, sampling = [5, 6, 7, 8, 5, 6, 7], Sampling(0.8, top_k=50, coupling="gumbel")
+    plain = emitted(
+        run(
+            ModelTarget(lean(TARGET), "tiny"),
+            build_drafter("none", host()),
+            prompt,
+            k=0,
+            sampling=sampling,
+            max_tokens=40,
+            seed=7,
+        )
+    )
+    for k in (1, 3, 5):
+        drafter, runtime = parts(spec)
+        found = run(ModelTarget(runtime, "tiny"), drafter, prompt, k=k, sampling=sampling, max_tokens=40, seed=7)
+        assert emitted(found) == plain
+    assert len(set(plain)) > 5
 
 
 def test_a_model_that_is_its_own_draft_is_always_accepted():

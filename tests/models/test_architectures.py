@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from specdec_engine.drafters.model import ModelDrafter
+from specdec_engine.drafters.on_runtime import RuntimeDrafter
 from specdec_engine.errors import PairIncompatible
 from specdec_engine.runtime.generic import GenericRuntime
 from specdec_engine.runtime.graphs import GraphRuntime
@@ -166,7 +166,7 @@ def test_the_recorded_transformers_forward_is_the_same_function(name):
         assert torch.allclose(logits, scratch[start:end], atol=1e-3), f"tokens {start} to {end}"
         runtime.forward(torch.arange(junk), 1)
         runtime.rollback(end)
-    drafter = ModelDrafter(GraphRuntime(StaticForward(model), name, None, 16, Repeater()), host(97), "itself")
+    drafter = RuntimeDrafter(GraphRuntime(StaticForward(model), name, None, 16, Repeater()), host(97), "itself")
     found = run(ModelTarget(runtime, name), drafter, [5, 6, 7, 8], k=3, max_tokens=20)
     assert all(c.accepted == len(c.drafted) for c in cycles(found))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specdec_engine.drafters.model import ModelDrafter
+from specdec_engine.drafters.on_runtime import RuntimeDrafter
 from specdec_engine.errors import OutOfMemory, UsageError
 from specdec_engine.loading import LoadOptions, load_model
 from specdec_engine.runtime.decoder import Decoder
@@ -125,7 +125,7 @@ def test_a_run_after_one_that_outgrew_the_cache(make):
     """The new cache was made in the middle of a draft; the next run clears it."""
     model = tiny_llama(max_position_embeddings=1024)
     target = ModelTarget(lean(model), "tiny")
-    drafter = ModelDrafter(make(model, capacity=16), host(VOCAB), "itself")
+    drafter = RuntimeDrafter(make(model, capacity=16), host(VOCAB), "itself")
     prompt = list(range(5, 200))
     first, second = (emitted(run(target, drafter, prompt, k=4, max_tokens=120)) for _ in range(2))
     assert first == second

@@ -9,7 +9,7 @@ import torch
 
 from specdec_engine.acceptance import RULES
 from specdec_engine.control import Controls
-from specdec_engine.drafters.model import ModelDrafter
+from specdec_engine.drafters.on_runtime import RuntimeDrafter
 from specdec_engine.judge import Judge
 from specdec_engine.runtime.graphs import span_for
 from specdec_engine.target import ModelTarget
@@ -24,7 +24,7 @@ PROMPT = [5, 6, 7, 8, 5, 6]
 
 def pair(recorder=None):
     """A target and a draft, both recorded."""
-    drafter = ModelDrafter(graph(SMALL, recorder=recorder), host(VOCAB), "small")
+    drafter = RuntimeDrafter(graph(SMALL, recorder=recorder), host(VOCAB), "small")
     return ModelTarget(graph(TARGET, recorder=recorder), "tiny"), drafter
 
 
@@ -32,7 +32,7 @@ def pair(recorder=None):
 def test_recorded_runs_say_what_unrecorded_ones_say(sampling):
     """Tokens, p and q, drawn ones too: the same uniform numbers reach the recorded loop."""
     target, drafter = pair()
-    plain_target, plain_drafter = ModelTarget(lean(TARGET), "tiny"), ModelDrafter(lean(SMALL), host(VOCAB), "small")
+    plain_target, plain_drafter = ModelTarget(lean(TARGET), "tiny"), RuntimeDrafter(lean(SMALL), host(VOCAB), "small")
     options = {"k": 4, "sampling": sampling, "max_tokens": 60, "seed": 3}
     recorded, plain = (
         cycles(run(t, d, PROMPT, **options)) for t, d in ((target, drafter), (plain_target, plain_drafter))
@@ -56,7 +56,7 @@ def test_a_new_temperature_records_nothing_and_a_new_k_once():
     """By the draft's recordings: it is the target itself, so that from the second cycle on two tokens are pending."""
     recorder, controls = Repeater(), Controls(3, Sampling(0.8))
     target = ModelTarget(lean(TARGET), "tiny")
-    drafter = ModelDrafter(graph(TARGET, recorder=recorder), host(VOCAB), "small")
+    drafter = RuntimeDrafter(graph(TARGET, recorder=recorder), host(VOCAB), "small")
     turns = {10: {"sampling": Sampling(1.3)}, 20: {"k": 5}, 30: {"k": 3, "sampling": Sampling(0.8)}}
     counts = {}
     for event in cycles_as_they_come(events(target, drafter, PROMPT, controls=controls, max_tokens=250)):
@@ -140,7 +140,7 @@ def test_recorded_verdicts_are_the_unrecorded_ones(rule, sampling):
     recorder = Repeater()
     judge, plain = Judge(rule, CPU, recorder), Judge(rule, CPU)
     for k in (3, 0, 5, 3, 0):
-        target, drafter = ModelTarget(lean(TARGET), "tiny"), ModelDrafter(lean(SMALL), host(VOCAB), "small")
+        target, drafter = ModelTarget(lean(TARGET), "tiny"), RuntimeDrafter(lean(SMALL), host(VOCAB), "small")
         options = {"k": k, "sampling": sampling, "max_tokens": 30, "seed": k, "timer": HostTimer(FakeClock())}
         assert cycles(run(target, drafter, PROMPT, judge=judge, **options)) == cycles(
             run(target, drafter, PROMPT, judge=plain, **options)

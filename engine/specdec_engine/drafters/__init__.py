@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from specdec_engine.errors import UsageError
@@ -31,7 +32,14 @@ class DrafterSpec:
 DRAFTERS: Mapping[str, DrafterSpec] = {
     "none": DrafterSpec("specdec_engine.drafters.none", "plain decoding"),
     "ngram": DrafterSpec("specdec_engine.drafters.ngram", "copy what followed the same tokens before"),
+    "suffix": DrafterSpec(
+        "specdec_engine.drafters.suffix", "copy what most often followed the longest suffix seen before"
+    ),
     "model": DrafterSpec("specdec_engine.drafters.model", "a smaller model with the same tokenizer"),
+    "head": DrafterSpec(
+        "specdec_engine.drafters.head", "a layer distilled from the target, which reads its hidden states"
+    ),
+    "self": DrafterSpec("specdec_engine.drafters.self_layers", "the target's first layers"),
 }
 
 
@@ -46,7 +54,7 @@ def build_drafter(spec: str, host: DraftHost) -> Drafter:
     if not spec.replace(",", "").strip():
         raise UsageError(f"the draft {spec!r} names no drafter", "choose none, ngram, or a model's name")
     members = [_build_one(part.strip(), host) for part in spec.split(",") if part.strip()]
-    return members[0] if len(members) == 1 else CascadeDrafter(members)
+    return members[0] if len(members) == 1 else CascadeDrafter(members, host)
 
 
 def _build_one(spec: str, host: DraftHost) -> Drafter:
@@ -57,4 +65,12 @@ def _build_one(spec: str, host: DraftHost) -> Drafter:
     for entry in entry_points(group=ENTRY_POINTS, name=name):
         foreign: Drafter = entry.load()(argument, host)
         return foreign
-    return _build_one(f"model:{spec}", host)
+    return _build_one(f"{_kind(spec)}:{spec}", host)
+
+
+def _kind(name: str) -> str:
+    """Which drafter runs the model of this name."""
+    from specdec_engine.draft_files import builtin_draft, read_draft
+
+    found = read_draft(builtin_draft() if name == "builtin" else Path(name))
+    return "model" if found is None else found.kind

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
+from specdec_engine.pace import Pace
 from specdec_engine.randomness import Randomness
 from specdec_engine.runtime import Runtime
+from specdec_engine.runtime.linear import Quantize
 from specdec_engine.types import Draft, Sampling, Verdict
 
 
@@ -41,14 +44,33 @@ class Drafter(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class LoadedDraft:
+    """A draft model."""
+
+    runtime: Runtime
+    ids: Tensor | None = None
+    """[V'] the target's id of each of its own, for a reduced vocabulary."""
+
+
+@dataclass(frozen=True, slots=True)
 class DraftHost:
     """What a drafter may know about the target it drafts for, when it is built."""
 
+    name: str
+    """The target's."""
+    tokenizer: Any
     vocab: int
     """Size of the target's logits: V."""
     device: torch.device
-    load_draft: Callable[[str], Runtime]
+    load_draft: Callable[[str], LoadedDraft]
     """Loads a causal LM by name (hub id, folder, .gguf), checked against the target's tokenizer."""
+    target: Callable[[], Runtime]
+    """The target's own runtime, for drafters that use it; its weights are read at the first call."""
+    output_rows: Callable[[Tensor], Tensor]
+    """[n] ids -> [n, hidden]: those rows of the target's output matrix."""
+    draft_quantize: Quantize = "auto"
+    pace: Pace = field(default_factory=Pace)
+    """Asked by drafters that can stop early."""
 
 
 def nothing(device: torch.device, source: str = "none") -> Draft:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from specdec_engine.drafters.base import Drafter
+from specdec_engine.drafters.base import Drafter, DraftHost, nothing
 from specdec_engine.randomness import Randomness
 from specdec_engine.types import Draft, Sampling, Verdict
 
@@ -12,11 +12,12 @@ from specdec_engine.types import Draft, Sampling, Verdict
 class CascadeDrafter:
     """Cheap drafters first. Whether a member proposes depends on the context alone, so the rule stays unbiased."""
 
-    def __init__(self, members: Sequence[Drafter]) -> None:
+    def __init__(self, members: Sequence[Drafter], host: DraftHost) -> None:
         if not members:
             raise ValueError("a cascade needs at least one member")
         self.name = ",".join(member.name for member in members)
         self._members = tuple(members)
+        self._pace, self._device = host.pace, host.device
         self._proposer = self._members[-1]
 
     def begin(self, prompt: Sequence[int]) -> None:
@@ -25,11 +26,12 @@ class CascadeDrafter:
 
     def propose(self, context: Sequence[int], k: int, sampling: Sampling, random: Randomness) -> Draft:
         for member in self._members:
-            draft = member.propose(context, k, sampling, random)
-            if len(draft):
-                break
-        self._proposer = member
-        return draft
+            if own := self._pace.limit(member.name, k):
+                draft = member.propose(context, own, sampling, random)
+                if len(draft):
+                    self._proposer = member
+                    return draft
+        return nothing(self._device)
 
     def observe(self, draft: Draft, verdict: Verdict) -> None:
         """Told to the member that proposed: the others proposed nothing and catch up from the context."""

@@ -13,6 +13,7 @@ import torch
 from specdec_engine.drafters.base import DraftHost, nothing
 from specdec_engine.errors import UsageError
 from specdec_engine.randomness import Randomness
+from specdec_engine.runtime import Enough
 from specdec_engine.types import Draft, Sampling, Verdict
 
 
@@ -29,7 +30,7 @@ class NgramDrafter:
             raise UsageError(
                 f"ngram:{longest} is not at least {shortest}", "the number is the longest n-gram to look up"
             )
-        self._device = host.device
+        self._device, self._pace = host.device, host.pace
         self._lengths = range(longest, shortest - 1, -1)
         self._after: dict[tuple[int, ...], int] = {}  # n-gram -> where what followed its last occurrence begins
         self._indexed = 0
@@ -43,8 +44,9 @@ class NgramDrafter:
         self._index(context)
         for n in self._lengths:
             start = self._after.get(tuple(context[-n:])) if len(context) > n else None
-            if start is not None:
-                return Draft(torch.tensor(_copy(context, start, k), device=self._device), None, self.name)
+            if start is not None and self._pace.worth(self.name, sure := n / self._lengths[0]):
+                kept = _kept(k, sure, self._pace.watch(self.name))
+                return Draft(torch.tensor(_copy(context, start, kept), device=self._device), None, self.name)
         return nothing(self._device, self.name)
 
     def observe(self, draft: Draft, verdict: Verdict) -> None:
@@ -57,6 +59,13 @@ class NgramDrafter:
                 if n <= end:
                     self._after[tuple(context[end - n : end])] = end
         self._indexed = max(self._indexed, len(context) - 1)
+
+
+def _kept(k: int, sure: float, enough: Enough | None) -> int:
+    """How many of k tokens to propose; the longer what matched, the surer is each of them."""
+    if enough is None:
+        return k
+    return next((i for i in range(1, k) if enough(sure)), k)
 
 
 def _copy(context: Sequence[int], start: int, k: int) -> list[int]:

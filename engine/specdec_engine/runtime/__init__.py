@@ -5,11 +5,27 @@ A runtime scores tokens that follow what it has cached, and forgets back to a le
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import Protocol
+from collections.abc import Callable, Hashable
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+
+class Chosen(NamedTuple):
+    """A draft's next token. A tuple, since recordings return tuples of tensors."""
+
+    token: Tensor
+    """[1]"""
+    row: Tensor | None
+    """[1, V], what it was drawn from; None if it was not drawn."""
+    confidence: Tensor
+    """[]: the largest probability of the draft's distribution."""
+
+
+Enough = Callable[[float], bool]
+"""Given how sure the draft was of the token it has just chosen: whether to end the draft with it. It must not look at the
+token itself: see `Drafter`."""
 
 
 class Choose(Protocol):
@@ -21,9 +37,8 @@ class Choose(Protocol):
         """Equal keys do the same with the same tensors."""
         ...
 
-    def __call__(self, logits: Tensor, u: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[1, V] logits, [] uniform number, [] temperature -> [1] token and the [1, V] row it was drawn from, if it was
-        drawn."""
+    def __call__(self, logits: Tensor, u: Tensor, temperature: Tensor) -> Chosen:
+        """[1, V] logits, [] uniform number, [] temperature."""
         ...
 
 
@@ -50,10 +65,13 @@ class Runtime(Protocol):
         """Forget all but the first `to` tokens; idempotent, and nothing happens if fewer are cached."""
         ...
 
-    def unroll(self, pending: Tensor, u: Tensor, temperature: Tensor, choose: Choose) -> tuple[Tensor, Tensor | None]:
+    def unroll(
+        self, pending: Tensor, u: Tensor, temperature: Tensor, choose: Choose, enough: Enough | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """[m] pending tokens and [k] uniform numbers -> [k] tokens, each chosen after the one before; [k, V] their rows.
 
-        Caches the pending tokens and all chosen ones but the last.
+        Fewer than k where `enough` says so; it is not asked where looking would wait for a device. Caches the pending
+        tokens and all chosen ones but the last.
         """
         ...
 
@@ -70,12 +88,20 @@ def prefill(runtime: Runtime, tokens: Tensor) -> None:
 
 @torch.inference_mode()
 def step_by_step(
-    runtime: Runtime, pending: Tensor, u: Tensor, temperature: Tensor, choose: Choose
+    runtime: Runtime,
+    pending: Tensor,
+    u: Tensor,
+    temperature: Tensor,
+    choose: Choose,
+    enough: Enough | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`Runtime.unroll` by one forward a token."""
     tokens, rows = [], []
     for number in u:
-        pending, row = choose(runtime.forward(pending, 1), number, temperature)
+        chosen = choose(runtime.forward(pending, 1), number, temperature)
+        pending = chosen.token
         tokens.append(pending)
-        rows += [] if row is None else [row]
+        rows += [] if chosen.row is None else [chosen.row]
+        if enough is not None and runtime.device.type == "cpu" and enough(float(chosen.confidence)):
+            break
     return torch.cat(tokens), torch.cat(rows) if rows else None

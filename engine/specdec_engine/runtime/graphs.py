@@ -16,7 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from specdec_engine.runtime import Choose
+from specdec_engine.runtime import Choose, Enough
+from specdec_engine.runtime.decoder import Decoder
 from specdec_engine.runtime.lean import Forward, LeanRuntime
 
 Results = tuple[Tensor, ...]
@@ -83,6 +84,11 @@ class GraphRuntime(LeanRuntime):
         self.recorder = recorder
         self._recordings: dict[Hashable, Recorded] = {}
 
+    def first(self, layers: int) -> GraphRuntime:
+        assert isinstance(self.decoder, Decoder)
+        label = f"{self._label}:{layers}"
+        return GraphRuntime(self.decoder.first(layers), label, self.limit, self.capacity, self.recorder)
+
     @torch.inference_mode()
     def forward(self, tokens: Tensor, rows: int) -> Tensor:
         n = tokens.shape[0]
@@ -93,7 +99,7 @@ class GraphRuntime(LeanRuntime):
         span = span_for(self._cached + width)
         if width not in WIDTHS:
             positions = torch.arange(self._cached, self._cached + n, device=self.device)
-            logits = self.decoder(tokens, positions, self._cache, span, rows)
+            logits = self._passed(tokens, positions, span, rows)
         else:
             recorded = self._recorded(("pass", width, span), width, 0, lambda *fixed: self._pass(span, *fixed))
             recorded.tokens[:n].copy_(tokens)  # the surplus ones repeat what was there; their rows are cut off
@@ -103,8 +109,10 @@ class GraphRuntime(LeanRuntime):
         return logits
 
     @torch.inference_mode()
-    def unroll(self, pending: Tensor, u: Tensor, temperature: Tensor, choose: Choose) -> tuple[Tensor, Tensor | None]:
-        """One replay. More than two pending tokens, which is rare, are fed before in a pass of their own."""
+    def unroll(
+        self, pending: Tensor, u: Tensor, temperature: Tensor, choose: Choose, enough: Enough | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """One replay, always of k tokens. More than two pending tokens, which is rare, are fed in a pass before."""
         if pending.shape[0] > 2:
             self.forward(pending[:-1], 1)
             pending = pending[-1:]
@@ -124,14 +132,14 @@ class GraphRuntime(LeanRuntime):
 
     def _pass(self, span: int, tokens: Tensor, start: Tensor, numbers: Tensor) -> Results:
         positions = start + torch.arange(tokens.shape[0], device=self.device)
-        return (self.decoder(tokens, positions, self._cache, span, tokens.shape[0]),)
+        return (self._passed(tokens, positions, span, tokens.shape[0]),)
 
     def _loop(self, span: int, choose: Choose, tokens: Tensor, start: Tensor, numbers: Tensor) -> Results:
         """k forwards, each feeding the token that the one before chose."""
         positions = start + torch.arange(tokens.shape[0], device=self.device)
         chosen, rows = [], []
         for number in numbers[:-1]:
-            token, row = choose(self.decoder(tokens, positions, self._cache, span, 1), number, numbers[-1])
+            token, row, _ = choose(self.decoder(tokens, positions, self._cache, span, 1), number, numbers[-1])
             chosen.append(token)
             rows += [] if row is None else [row]
             tokens, positions = token, positions[-1:] + 1

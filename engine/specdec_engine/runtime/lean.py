@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -11,6 +11,8 @@ from torch import Tensor
 from specdec_engine.errors import OutOfMemory
 from specdec_engine.memory import free_bytes, gib
 from specdec_engine.runtime import step_by_step
+from specdec_engine.runtime.decoder import Decoder, Taps
+from specdec_engine.runtime.shape import Unsupported
 
 _SPAN = 16
 """Attention looks at a multiple of this many positions, so that a row's sums are cut alike in passes of any width."""
@@ -46,6 +48,7 @@ class LeanRuntime:
         self.device = decoder.device
         self._label = label
         self._cached = self._written = 0
+        self._taps: Taps | None = None
         self._cache = self._new_cache(self._rounded(capacity))
 
     @property
@@ -62,9 +65,36 @@ class LeanRuntime:
         end = self._cached + tokens.shape[0]
         self._make_room(end)
         positions = torch.arange(self._cached, end, device=self.device)
-        logits = self.decoder(tokens, positions, self._cache, self._rounded(end), rows)
+        logits = self._passed(tokens, positions, self._rounded(end), rows)
         self._cached = end
         return logits
+
+    def _passed(self, tokens: Tensor, positions: Tensor, span: int, rows: int) -> Tensor:
+        if self._taps is None:
+            return self.decoder(tokens, positions, self._cache, span, rows)
+        assert isinstance(self.decoder, Decoder)
+        return self.decoder(tokens, positions, self._cache, span, rows, self._taps)
+
+    def first(self, layers: int) -> LeanRuntime:
+        """The same decoder without its later blocks, on a cache of its own."""
+        assert isinstance(self.decoder, Decoder)
+        return LeanRuntime(self.decoder.first(layers), f"{self._label}:{layers}", self.limit, self.capacity)
+
+    def tap(self, layers: tuple[int, ...]) -> None:
+        """Keep what a draft head reads, from the next pass on. Raises Unsupported where the forward is not a Decoder."""
+        if not isinstance(self.decoder, Decoder):
+            raise Unsupported("its forward is transformers' own")
+        self._taps = Taps(layers, self._new_features(len(layers), self.capacity))
+
+    def features(self, start: int, end: int) -> Tensor:
+        """[end - start, taps + 1, hidden] of cached tokens; `tap` must have been called before they were."""
+        assert self._taps is not None
+        assert end <= self._cached
+        return self._taps.kept[start:end]
+
+    def _new_features(self, layers: int, capacity: int) -> Tensor:
+        decoder = cast(Decoder, self.decoder)
+        return torch.zeros(capacity, layers + 1, decoder.shape.hidden, dtype=decoder.dtype, device=self.device)
 
     @torch.inference_mode()
     def rollback(self, to: int) -> None:
@@ -85,6 +115,10 @@ class LeanRuntime:
         wider = self._new_cache(self._fitting(end))
         wider[:, :, : self._cached] = self._cache[:, :, : self._cached]
         self._cache = wider
+        if self._taps is not None:
+            kept = self._new_features(len(self._taps.layers), self.capacity)
+            kept[: self._cached] = self._taps.kept[: self._cached]
+            self._taps = Taps(self._taps.layers, kept)
 
     def _fitting(self, end: int) -> int:
         """Twice the capacity, or no more than is needed where memory is short. Raises OutOfMemory where that is too much.

@@ -1,0 +1,197 @@
+"""`-k auto`: how far to draft, learned while decoding.
+
+Two questions with one answer: what does one more drafted token add, and what does it cost? It adds its chance of being
+accepted, reach · a, where reach is the chance that all before it are; it costs a draft step and the step of the verify
+staircase, in tokens at the rate of this run. Between cycles a cap is set for each drafter from how far its drafts got;
+within a draft the drafter's own confidence decides, calibrated by what became of such tokens before. k = 0 is a legal
+answer: a draft that does not pay is switched off, and tried again now and then.
+
+Nothing here looks at the value of a drawn token before it is in the draft, so no rule is biased by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import accumulate
+from operator import mul
+
+from specdec_engine.cost import Choice, Staircase, Times, best_k, cycle_of
+from specdec_engine.events import Cycle
+
+MOST = 8
+"""The largest k that is tried: wider passes leave the flat part of the staircase on every machine measured."""
+_FIRST = 3
+_PLAIN_AT = 2
+"""The cycle that measures a plain pass, which every comparison needs."""
+_MEMORY = 0.96
+"""What a cycle's evidence is worth one cycle later: some 25 cycles are remembered, a paragraph."""
+_BINS = 10
+_FIRST_PROBE, _LAST_PROBE = 16, 128
+"""Cycles after which a drafter that was switched off is tried once more; the pause doubles."""
+_BETTER = 1.02
+"""A new k must promise this much more than the one in force, or it would change with every breath of noise."""
+
+
+@dataclass(slots=True)
+class _Odds:
+    """Discounted successes and trials."""
+
+    hits: float = 0.0
+    trials: float = 0.0
+
+    def fade(self) -> None:
+        self.hits *= _MEMORY
+        self.trials *= _MEMORY
+
+    def add(self, hit: bool) -> None:
+        self.hits += hit
+        self.trials += 1
+
+    def value(self, prior: float) -> float:
+        """The rate, with a prior worth two trials."""
+        return (self.hits + 2 * prior) / (self.trials + 2)
+
+
+@dataclass(slots=True)
+class _Source:
+    """What is known of one drafter."""
+
+    k: int = _FIRST
+    by_position: list[_Odds] = field(default_factory=lambda: [_Odds() for _ in range(MOST)])
+    by_confidence: list[_Odds] = field(default_factory=lambda: [_Odds() for _ in range(_BINS)])
+    draft: Times = field(default_factory=Times)
+    """Seconds a drafted token."""
+    confidences: list[float] = field(default_factory=list)
+    """Of the draft in flight."""
+    pause: int = _FIRST_PROBE
+    asleep: int = 0
+    """Cycles since it was switched off."""
+
+    @property
+    def alpha(self) -> float:
+        """Chance of a tested token, wherever it stands."""
+        hits, trials = (sum(getattr(odds, name) for odds in self.by_position) for name in ("hits", "trials"))
+        return _Odds(hits, trials).value(0.5)
+
+    def reach(self) -> list[float]:
+        """By position: the chance that it and all before are accepted."""
+        return list(accumulate((odds.value(self.alpha) for odds in self.by_position), mul))
+
+    def chance(self, confidence: float) -> float:
+        """Of a token that the drafter was this sure of; until there is evidence, the drafter is believed."""
+        return self.by_confidence[_bin(confidence)].value(confidence)
+
+    def learn(self, cycle: Cycle) -> None:
+        self.draft.add(cycle.draft_s / len(cycle.drafted))
+        for odds in (*self.by_position, *self.by_confidence):
+            odds.fade()
+        for odds, position in zip(self.by_position, range(cycle.tested), strict=False):
+            odds.add(position < cycle.accepted)
+        for position, confidence in enumerate(self.confidences[: cycle.tested]):
+            self.by_confidence[_bin(confidence)].add(position < cycle.accepted)
+        self.confidences = []
+
+
+def _bin(confidence: float) -> int:
+    return min(int(confidence * _BINS), _BINS - 1)
+
+
+class AutoK:
+    """The controller; one a pair, so that what a run learns serves the next."""
+
+    def __init__(self) -> None:
+        self._passes, self._other = Staircase(), Times()
+        self._sources: dict[str, _Source] = {}
+        self._cycles = 0
+        self._tokens = self._seconds = 0.0
+
+    @property
+    def k(self) -> int:
+        """For the next cycle: the most that any drafter may propose."""
+        if self._cycles == _PLAIN_AT and not self._passes.measured(1):
+            return 0
+        return max((source.k for source in self._sources.values()), default=_FIRST)
+
+    def limit(self, name: str) -> int:
+        """What this drafter may propose in the next cycle."""
+        return self._source(name).k
+
+    def worth(self, name: str, confidence: float) -> bool:
+        """Whether a draft that is this sure of its first token should begin."""
+        source = self._source(name)
+        return self._pays(source, source.chance(confidence), 1)
+
+    def watch(self, name: str) -> Callable[[float], bool]:
+        """For one draft: told the confidence of each token drafted, says whether to end with it."""
+        source, reach = self._source(name), 1.0
+        source.confidences = []
+
+        def enough(confidence: float) -> bool:
+            nonlocal reach
+            source.confidences.append(confidence)
+            reach *= source.chance(confidence)
+            return not self._pays(source, reach * source.alpha, len(source.confidences) + 1)
+
+        return enough
+
+    def observe(self, cycle: Cycle) -> str:
+        """Learn from a cycle. Returns why `k` is another now; empty if it is not."""
+        before, reasons = self.k, list[str]()
+        self._cycles += 1
+        self._passes.add(len(cycle.drafted) + 1, cycle.verify_s)
+        self._other.add(cycle.other_s)
+        self._tokens = _MEMORY * self._tokens + len(cycle.emitted)
+        self._seconds = _MEMORY * self._seconds + cycle.draft_s + cycle.verify_s + cycle.other_s
+        if cycle.drafted:
+            self._source(cycle.drafter).learn(cycle)
+        if self._passes.measured(1):
+            reasons = [self._plan(name, source, name == cycle.drafter) for name, source in self._sources.items()]
+        elif self._cycles == _PLAIN_AT:
+            reasons = ["a plain pass is measured, which all else is held against"]
+        if self.k == before:
+            return ""
+        return "; ".join(filter(None, reasons)) or "drafting goes on, now that a plain pass is measured"
+
+    def _plan(self, name: str, source: _Source, drafted: bool) -> str:
+        """Set the drafter's k for the next cycle; why, if it changed."""
+        if not source.k:
+            source.asleep += 1
+            if source.asleep < source.pause:
+                return ""
+            source.k, source.asleep, source.pause = 1, 0, min(2 * source.pause, _LAST_PROBE)
+            return f"{name} is tried once more"
+        if not drafted:
+            return ""
+        best, now = self._best(source), self._at(source, source.k)
+        if best.k == source.k or best.rate < _BETTER * now.rate:
+            return ""
+        source.k = best.k
+        if not best.k:
+            return (
+                f"{name} does not pay: {now.emitted:.2f} tokens a cycle for {now.seconds * best.rate:.2f} plain passes"
+            )
+        source.pause = _FIRST_PROBE
+        return f"{name}: {best.emitted:.2f} tokens expected for {best.seconds / self._plain:.2f} plain passes"
+
+    def _best(self, source: _Source) -> Choice:
+        return best_k(source.reach(), source.draft.seconds, self._passes, self._other.seconds)
+
+    def _at(self, source: _Source, k: int) -> Choice:
+        return cycle_of(source.reach()[:k], source.draft.seconds, self._passes, self._other.seconds)
+
+    @property
+    def _plain(self) -> float:
+        """Seconds of a plain cycle."""
+        return self._passes(1) + self._other.seconds
+
+    def _pays(self, source: _Source, chance: float, tokens: int) -> bool:
+        """Whether the draft's token number `tokens` adds more than its step and the wider pass cost at this run's rate."""
+        if not self._passes.measured(1) or not source.draft.known:
+            return tokens <= _FIRST
+        rate = max(self._tokens / self._seconds, 1 / self._plain)
+        step = source.draft.seconds + self._passes(tokens + 1) - self._passes(tokens)
+        return chance > rate * step
+
+    def _source(self, name: str) -> _Source:
+        return self._sources.setdefault(name, _Source())

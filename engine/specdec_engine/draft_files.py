@@ -1,0 +1,82 @@
+"""Folders of drafts made for one target: what `specdec distill` writes, and what `--draft FOLDER` finds.
+
+config.json has a section `specdec_draft`; `draft_vocab.safetensors` maps the draft's ids to the target's. A draft of the kind
+`model` is an ordinary transformers checkpoint beside that, with a smaller vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from specdec_engine.errors import ModelUnavailable, PairIncompatible
+
+SECTION = "specdec_draft"
+VOCABULARY = "draft_vocab.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class DraftFolder:
+    """A draft made for one target, without its weights."""
+
+    path: Path
+    kind: Literal["head", "model"]
+    config: dict[str, Any]
+    taps: tuple[int, ...]
+    """Layers of the target whose output a head reads."""
+    tokenizer: str
+    """`fingerprint` of the target's tokenizer."""
+    ids: Tensor
+    """[V'] the target's id of each of the draft's."""
+
+    def check(self, tokenizer: Any, target: str) -> None:
+        """Raises PairIncompatible for another target's tokenizer: ids would mean other tokens."""
+        if fingerprint(tokenizer) != self.tokenizer:
+            raise PairIncompatible(
+                f"the draft {self.path} was made for another tokenizer than that of {target}",
+                "choose the target it was distilled from, or distill a draft for this one: specdec distill",
+            )
+
+
+def read_draft(path: Path) -> DraftFolder | None:
+    """The draft in this folder; None if it is none of ours. Raises ModelUnavailable for a damaged one."""
+    config_file = path / "config.json"
+    if not config_file.is_file():
+        return None
+    try:
+        config = json.loads(config_file.read_text("utf-8"))
+        if not isinstance(config, dict) or SECTION not in config:
+            return None
+        about = config[SECTION]
+        ids = load_file(path / VOCABULARY)["target_ids"].long()
+        return DraftFolder(path, about["kind"], config, tuple(about["taps"]), about["tokenizer_sha256"], ids)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ModelUnavailable(
+            f"the draft in {path} is damaged: {error}", "distill it again, or choose another"
+        ) from error
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """SHA-256 of which token each id is."""
+    tokens = sorted((i, token) for token, i in tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
+
+
+def head_weights(draft: DraftFolder) -> dict[str, Tensor]:
+    """Raises ModelUnavailable for damaged ones."""
+    try:
+        return load_file(draft.path / "model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise ModelUnavailable(f"the draft in {draft.path} is damaged: {error}", "distill it again") from error
+
+
+def builtin_draft() -> Path:
+    """The folder of the draft that comes with the package, made for the built-in target."""
+    return Path(__file__).parent / "builtin_draft"

@@ -1,0 +1,108 @@
+"""A draft head as drafter (EAGLE; Li et al. 2024, arXiv:2401.15077): drafts from what the target computed on the way.
+
+The head reads the target's features of every token that the target has read, and of its own drafted tokens its own states.
+When the target has verified a draft, slots that stood on own states are computed again from true features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from specdec_engine.choose import DraftChoice, draft_numbers
+from specdec_engine.draft_files import builtin_draft, head_weights, read_draft
+from specdec_engine.drafters.base import DraftHost, nothing
+from specdec_engine.errors import ModelUnavailable, PairIncompatible, UsageError
+from specdec_engine.randomness import Randomness
+from specdec_engine.runtime.decoder import Decoder
+from specdec_engine.runtime.head import HeadForward, HeadRuntime, head_shape
+from specdec_engine.runtime.lean import LeanRuntime
+from specdec_engine.types import Draft, Sampling, Verdict
+
+
+class HeadDrafter:
+    """A head on a target whose features are tapped."""
+
+    def __init__(self, head: HeadRuntime, target: LeanRuntime, ids: Tensor, host: DraftHost, name: str) -> None:
+        """ids [V']: the target's id of each of the head's."""
+        self.name = name
+        self._head, self._target, self._host = head, target, host
+        self._ids = ids.to(host.device)
+
+    def begin(self, prompt: Sequence[int]) -> None:
+        """The target has read the prompt but for its last token."""
+        self._head.rollback(0)
+        self._catch_up(prompt, keep=1)
+
+    def propose(self, context: Sequence[int], k: int, sampling: Sampling, random: Randomness) -> Draft:
+        """Nothing after a single token, of which there are no features yet."""
+        read = self._target.cached
+        if read == 0:
+            return nothing(self._host.device, self.name)
+        self._catch_up(context, keep=_IN_ONE_PASS)
+        begin = self._head.cached
+        u, temperature = draft_numbers(random, sampling, len(context), k, self._host.vocab, self._head.device)
+        chosen, rows = self._head.unroll(
+            self._target.features(begin, read),
+            self._tokens(context[begin + 1 :]),
+            u[:, self._ids] if sampling.coupled else u,
+            temperature,
+            DraftChoice(sampling, len(self._ids)),
+            self._ids,
+            self._host.pace.watch(self.name),
+        )
+        self._head.rollback(read)
+        return Draft(chosen, self._widened(rows), self.name)
+
+    def observe(self, draft: Draft, verdict: Verdict) -> None:
+        """Slots of drafted tokens were forgotten at once: all of them stood on own states."""
+
+    def _catch_up(self, context: Sequence[int], keep: int) -> None:
+        """Feed slots whose features are there, but for the last `keep`; usually there are none."""
+        end = self._target.cached - keep
+        for start in range(self._head.cached, end, _CHUNK):
+            stop = min(start + _CHUNK, end)
+            self._head.forward(self._target.features(start, stop), self._tokens(context[start + 1 : stop + 1]))
+
+    def _tokens(self, tokens: Sequence[int]) -> Tensor:
+        return torch.tensor(tokens).to(self._head.device, non_blocking=True)
+
+    def _widened(self, rows: Tensor | None) -> Tensor | None:
+        if rows is None:
+            return None
+        wide = torch.zeros(rows.shape[0], self._host.vocab, dtype=rows.dtype, device=rows.device)
+        return wide.index_copy_(1, self._ids, rows)
+
+
+def build(argument: str, host: DraftHost) -> HeadDrafter:
+    """`head:FOLDER`, as `specdec distill` writes it. Raises PairIncompatible for another target than it was made for."""
+    path = builtin_draft() if argument == "builtin" else Path(argument)
+    draft = read_draft(path)
+    if draft is None or draft.kind != "head":
+        raise UsageError(f"{path} holds no draft head", "specdec distill --kind head --out FOLDER makes one")
+    draft.check(host.tokenizer, host.name)
+    weights, target = head_weights(draft), host.target()
+    if not isinstance(target, LeanRuntime) or not isinstance(target.decoder, Decoder):
+        raise PairIncompatible(
+            f"a draft head needs the lean or the graph runtime, and the target runs on {target.name}",
+            "leave out --runtime and --device-map, or choose another draft",
+        )
+    decoder, config = target.decoder, draft.config
+    if config["hidden_size"] != decoder.shape.hidden or max(draft.taps) >= decoder.shape.layers:
+        raise PairIncompatible(f"the draft {path} was made for a target of another size", "distill one for this target")
+    try:
+        shape = head_shape(config)
+        rows = host.output_rows(draft.ids)
+        forward = HeadForward(shape, weights, decoder.embedding, rows, decoder.dtype, host.device, host.draft_quantize)
+    except (KeyError, RuntimeError) as error:
+        raise ModelUnavailable(f"the draft in {path} is damaged: {error}", "distill it again") from error
+    target.tap(draft.taps)
+    return HeadDrafter(HeadRuntime(forward, target.capacity), target, draft.ids, host, argument)
+
+
+_IN_ONE_PASS = 64
+"""Slots behind that still go into a draft's first pass instead of passes of their own."""
+_CHUNK = 512

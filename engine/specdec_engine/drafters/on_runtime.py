@@ -1,0 +1,108 @@
+"""A model on a runtime as drafter (Leviathan et al. 2023; Chen et al. 2023), with a cache of its own.
+
+The drafted tokens stay on the device: each step's token feeds the next step's forward, and the host reads them with the
+verdict. The last drafted token is never fed, so after a full acceptance two tokens are pending, and both go into the next
+draft's first pass; no extra pass closes the gap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from specdec_engine.choose import DraftChoice, draft_numbers
+from specdec_engine.drafters.base import DraftHost, nothing
+from specdec_engine.randomness import Randomness
+from specdec_engine.runtime import Runtime, prefill, step_by_step
+from specdec_engine.types import Draft, Sampling, Verdict
+
+
+class RuntimeDrafter:
+    """Any causal LM on a runtime. Greedy at temperature 0; otherwise drawn under the run's own sampling settings."""
+
+    def __init__(self, runtime: Runtime, host: DraftHost, name: str, ids: Tensor | None = None) -> None:
+        """ids [V']: the target's id of each of the draft's, for a draft with a reduced vocabulary. Whatever else the target
+        says is fed to it as its last id."""
+        self.name = name
+        self.runtime = runtime
+        self._device = host.device
+        self._pace = host.pace
+        self._target_vocab = host.vocab
+        self._vocab = min(
+            runtime.vocab, host.vocab
+        )  # ids that both have; padding rows differ between sizes of a family
+        self._ids_of = None if ids is None else ids.to(runtime.device)
+        self._own = (
+            None if ids is None else torch.full((host.vocab,), len(ids) - 1).index_put_((ids,), torch.arange(len(ids)))
+        )
+        self._drafted_from = 0  # length of the context that the last draft followed
+
+    def begin(self, prompt: Sequence[int]) -> None:
+        self.runtime.rollback(0)
+        if self.runtime.limit is None or len(prompt) <= self.runtime.limit:
+            self._catch_up(prompt, keep=1)
+
+    def propose(self, context: Sequence[int], k: int, sampling: Sampling, random: Randomness) -> Draft:
+        """Fewer than k where the draft's own context ends: its last fed position is len(context) + k - 2."""
+        limit = self.runtime.limit
+        k = k if limit is None else min(k, limit - len(context) + 1)
+        if k < 1:
+            return nothing(self._device, self.name)
+        self._drafted_from = len(context)
+        self._catch_up(context, keep=_PENDING_IN_ONE_PASS)
+        u, temperature = draft_numbers(random, sampling, len(context), k, self._target_vocab, self.runtime.device)
+        if sampling.coupled:
+            u = u[:, : self._vocab] if self._ids_of is None else u[:, self._ids_of]
+        unroll = (
+            partial(step_by_step, self.runtime) if sampling.coupled else self.runtime.unroll
+        )  # no room for the noise
+        tokens, rows = unroll(
+            self._ids(context[self.runtime.cached :]),
+            u,
+            temperature,
+            DraftChoice(sampling, self._vocab),
+            self._pace.watch(self.name),
+        )
+        return Draft(self._translated(tokens).to(self._device), self._widened(rows), self.name)
+
+    def observe(self, draft: Draft, verdict: Verdict) -> None:
+        """Forget what was fed for the rejected tokens; k - 1 of the drafted were fed."""
+        self.runtime.rollback(to=self._drafted_from + min(verdict.accepted, len(draft) - 1))
+
+    def _translated(self, tokens: Tensor) -> Tensor:
+        return tokens if self._ids_of is None else self._ids_of[tokens]
+
+    def _widened(self, rows: Tensor | None) -> Tensor | None:
+        """[k, V'] -> [k, V]: q is 0 at ids that the draft lacks."""
+        if rows is None:
+            return None
+        if self._ids_of is None:
+            return torch.nn.functional.pad(rows, (0, self._target_vocab - self._vocab)).to(self._device)
+        wide = torch.zeros(rows.shape[0], self._target_vocab, dtype=rows.dtype, device=rows.device)
+        return wide.index_copy_(1, self._ids_of, rows).to(self._device)
+
+    def _catch_up(self, context: Sequence[int], keep: int) -> None:
+        """Cache the context but for its last `keep` tokens; usually there is nothing to do."""
+        behind = context[self.runtime.cached : len(context) - keep]
+        if behind:
+            prefill(self.runtime, self._ids(behind))
+
+    def _ids(self, tokens: Sequence[int]) -> Tensor:
+        # An id the draft has no embedding for is fed as its last one: any q is lossless, as long as it was drawn from.
+        if self._own is not None:
+            ids = self._own[torch.tensor(tokens)]
+        else:
+            ids = torch.tensor([min(t, self.runtime.vocab - 1) for t in tokens])
+        return ids.to(self.runtime.device, non_blocking=True)
+
+
+def _inverse(ids: Tensor, vocab: int) -> Tensor:  # [V'] -> [V]
+    """The draft's id of each of the target's; its last one where it has none."""
+    return torch.full((vocab,), len(ids) - 1).index_put_((ids,), torch.arange(len(ids)))
+
+
+_PENDING_IN_ONE_PASS = 64
+"""Tokens behind that still go into the draft's own first pass instead of a prefill of their own."""

@@ -1,0 +1,32 @@
+"""The target's first N layers with its own norm and head as drafter (early exit; Zhang et al. 2023, arXiv:2309.08168).
+
+Shares the target's weights, and keeps a cache of those layers only. What the layers were not trained to do they do badly:
+with few layers hardly a token is accepted, with many a draft costs what it saves.
+"""
+
+from __future__ import annotations
+
+from specdec_engine.drafters.base import DraftHost
+from specdec_engine.drafters.on_runtime import RuntimeDrafter
+from specdec_engine.errors import PairIncompatible, UsageError
+from specdec_engine.runtime.decoder import Decoder
+from specdec_engine.runtime.lean import LeanRuntime
+
+
+def build(argument: str, host: DraftHost) -> RuntimeDrafter:
+    """`self:N`, N at least 1 and less than the target has layers. Raises PairIncompatible for a target whose forward is not
+    ours to cut."""
+    if not argument.isdecimal() or not int(argument):
+        raise UsageError(f"self:{argument} names no number of layers", "self:8 drafts with the target's first 8 layers")
+    runtime, layers = host.target(), int(argument)
+    if not isinstance(runtime, LeanRuntime) or not isinstance(runtime.decoder, Decoder):
+        raise PairIncompatible(
+            f"self:{argument} needs the lean or the graph runtime, and the target runs on {runtime.name}",
+            "choose a target of the Llama, Mistral or Qwen family, or another draft",
+        )
+    if layers >= runtime.decoder.shape.layers:
+        raise UsageError(
+            f"self:{layers} leaves out nothing: the target has {runtime.decoder.shape.layers} layers",
+            f"self:{max(1, runtime.decoder.shape.layers // 4)} is a usual choice",
+        )
+    return RuntimeDrafter(runtime.first(layers), host, f"self:{layers}")

@@ -1,0 +1,164 @@
+"""A draft head: one block that reads what its target computed, and predicts among the target's commonest tokens.
+
+After EAGLE (Li et al. 2024, arXiv:2401.15077) and EAGLE-3 (2025, arXiv:2503.01840). Slot t takes the target's features after
+token t, or, past what the target has read, the head's own state of the slot before; and the embedding of token t + 1. It
+predicts token t + 2. Embeddings and output rows are the target's own, so that the head is small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import rms_norm
+
+from specdec_engine.runtime import Choose, Enough
+from specdec_engine.runtime.blocks import Blocks, Layer
+from specdec_engine.runtime.decoder import Embedding
+from specdec_engine.runtime.linear import Quantize, project
+from specdec_engine.runtime.shape import Shape
+
+
+def head_shape(config: Mapping[str, Any]) -> Shape:
+    """From a head's config. Raises KeyError for one that lacks an entry."""
+    size = config["head_dim"]
+    steps = torch.arange(0, size, 2, dtype=torch.int64).float() / size
+    return Shape(
+        layers=1,
+        heads=config["num_attention_heads"],
+        kv_heads=config["num_key_value_heads"],
+        head_size=size,
+        hidden=config["hidden_size"],
+        vocab=config["vocab_size"],
+        eps=config["rms_norm_eps"],
+        tied=False,
+        tensors=frozenset(),
+        windows=(None,),
+        frequencies=1.0 / config["rope_theta"] ** steps,
+        rope_scale=1.0,
+    )
+
+
+class HeadForward(Blocks):
+    """The head's weights, and its forward over a cache that the caller owns."""
+
+    def __init__(
+        self,
+        shape: Shape,
+        weights: Mapping[str, Tensor],
+        embedding: Embedding,
+        rows: Tensor,
+        dtype: torch.dtype,
+        device: torch.device,
+        quantize: Quantize,
+    ) -> None:
+        """weights: as `distill.head.Head` names them; rows [V', hidden]: the target's output matrix for the draft's ids."""
+        super().__init__(shape, dtype, device)
+
+        def matrix(name: str) -> Tensor:
+            return weights[f"{name}.weight"].to(dtype)
+
+        self.embedding = embedding
+        self.vocab = rows.shape[0]
+        self.layers = [
+            Layer(
+                attention_norm=self.norm_weight(weights["state_norm"]),
+                qkv=project([matrix("qkv")], None, dtype, device, quantize),
+                q_norm=None,
+                k_norm=None,
+                out=project([matrix("out")], None, dtype, device, quantize),
+                mlp_norm=self.norm_weight(weights["mlp_norm"]),
+                gate_up=project([matrix("gate_up")], None, dtype, device, quantize),
+                down=project([matrix("down")], None, dtype, device, quantize),
+                window=shape.windows[0],
+            )
+        ]
+        self._embedding_norm = weights["embedding_norm"].to(device).float()
+        self._feature_norm = weights["feature_norm"].to(device).float()
+        self._fuse = project([matrix("fuse")], None, dtype, device, quantize)
+        self._norm = self.norm_weight(weights["final_norm"])
+        self._head = project([rows.to(dtype)], None, dtype, device, quantize)
+
+    @torch.inference_mode()
+    def fused(self, features: Tensor) -> Tensor:
+        """[n, F, hidden] -> [n, hidden]: the states that the target leaves to these slots."""
+        normed = rms_norm(features.float(), (self.shape.hidden,), None, self.shape.eps).mul_(self._feature_norm)
+        return self._fuse(normed.flatten(1).to(self.dtype)).float()
+
+    @torch.inference_mode()
+    def __call__(
+        self, states: Tensor, tokens: Tensor, positions: Tensor, cache: Tensor, span: int
+    ) -> tuple[Tensor, Tensor]:
+        """[n, hidden] states and [n] tokens (target ids) at [n] slots -> [1, V'] logits after the last, and its state
+        [1, hidden] for the slot that follows."""
+        step = self.begin(positions, cache, span)
+        step.x.copy_(states)
+        embedded = rms_norm(self.embedding(tokens), (self.shape.hidden,), self._embedding_norm, self.shape.eps)
+        state = self.normed(step, self.layers[0].attention_norm)
+        self.block(0, torch.cat([embedded.to(self.dtype), state], 1), step)
+        return self._head(self.normed(step, self._norm)[-1:]), step.x[-1:].clone()
+
+
+class HeadRuntime:
+    """A head and its cache, which grows. Its slots are counted as `Runtime` counts tokens."""
+
+    def __init__(self, forward: HeadForward, capacity: int) -> None:
+        """capacity: slots to make room for at first."""
+        self.device = forward.device
+        self._forward = forward
+        self._cached = 0
+        self._cache = forward.new_cache(_rounded(capacity))
+
+    @property
+    def cached(self) -> int:
+        return self._cached
+
+    def forward(self, features: Tensor, tokens: Tensor) -> None:
+        """Cache slots: [n, F, hidden] features and the [n] tokens that follow them."""
+        self._step(self._forward.fused(features), tokens)
+
+    def rollback(self, to: int) -> None:
+        """Forget all but the first `to` slots; idempotent."""
+        if to == 0:
+            self._cache.zero_()
+        self._cached = min(self._cached, to)
+
+    @torch.inference_mode()
+    def unroll(
+        self,
+        features: Tensor,
+        tokens: Tensor,
+        u: Tensor,
+        temperature: Tensor,
+        choose: Choose,
+        ids: Tensor,
+        enough: Enough | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Pending slots and [k] uniform numbers -> at most [k] tokens (target ids), and [k, V'] what they were drawn from."""
+        states, chosen, rows = self._forward.fused(features), [], []
+        for number in u:
+            logits, states = self._step(states, tokens)
+            choice = choose(logits, number, temperature)
+            tokens = ids[choice.token]
+            chosen.append(tokens)
+            rows += [] if choice.row is None else [choice.row]
+            if enough is not None and self.device.type == "cpu" and enough(float(choice.confidence)):
+                break
+        return torch.cat(chosen), torch.cat(rows) if rows else None
+
+    @torch.inference_mode()
+    def _step(self, states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        end = self._cached + tokens.shape[0]
+        if end > self._cache.shape[2]:
+            wider = self._forward.new_cache(_rounded(2 * end))
+            wider[:, :, : self._cached] = self._cache[:, :, : self._cached]
+            self._cache = wider
+        positions = torch.arange(self._cached, end, device=self.device)
+        self._cached = end
+        return self._forward(states, tokens, positions, self._cache, _rounded(end))
+
+
+def _rounded(slots: int) -> int:
+    return -(-slots // 16) * 16

@@ -1,0 +1,124 @@
+"""`specdec distill`: a draft made for one target, from the target's own words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from specdec_cli import options as opt
+from specdec_cli import output
+from specdec_cli.commands.generate import interruptible, quieten
+from specdec_cli.exits import ExitCode
+from specdec_engine.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from specdec_engine.distill.run import Training, Writing
+    from specdec_engine.distill.training import Estimate
+
+_PANEL = "Draft"
+
+
+def distill(
+    out: Annotated[Path, typer.Option("--out", "-o", rich_help_panel=_PANEL, help="Folder for the draft.")],
+    target: opt.Target = "builtin",
+    kind: Annotated[
+        Literal["head", "model"],
+        typer.Option(
+            rich_help_panel=_PANEL,
+            help="head (reads the target's hidden states) or model (a language model of its own).",
+        ),
+    ] = "head",
+    size: Annotated[
+        Literal["small", "medium", "large"], typer.Option(rich_help_panel=_PANEL, help="Of its layers and vocabulary.")
+    ] = "medium",
+    minutes: Annotated[
+        float | None, typer.Option(rich_help_panel=_PANEL, help="Time for all of it; 60 by default.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(rich_help_panel=_PANEL, help="Text to write instead of a time.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            rich_help_panel=_PANEL, help="Prompts, one a line or as JSONL; without it the target writes them too."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(rich_help_panel=_PANEL, help="Of the text and the training.")] = 0,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
+    threads: opt.Threads = None,
+    offline: opt.Offline = False,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Distill a small draft from a target; interrupted, the same command goes on.
+
+    specdec distill --target builtin --out my-draft --minutes 60
+    """
+    if minutes is None and tokens is None:
+        minutes = 60.0
+    if data is not None and not data.is_file():
+        raise UsageError(f"{data} is not a file", "give a file with one prompt a line, or leave out --data")
+    quieten(offline, debug)
+    with interruptible(), output.narrated() as report:
+        # Deferred, as for generate: torch takes seconds.
+        import torch
+
+        from specdec_engine.distill.run import Recipe, distill
+        from specdec_engine.loading import LoadOptions, find_model
+        from specdec_engine.machine import usable_cores
+
+        torch.set_num_threads(threads or usable_cores())
+        recipe = Recipe(out, kind, size, minutes, tokens, data, seed)
+        # Dense weights: many sequences at once are bound by arithmetic, and packed ones are slower there.
+        options = LoadOptions(
+            device=device,
+            dtype=dtype,
+            quantize="none",
+            offline=offline,
+            trust_remote_code=trust_remote_code,
+            report=report,
+        )
+        found = find_model(target, options)
+        loaded = found.load()
+    try:
+        last = _shown(distill(found, loaded, recipe))
+    except KeyboardInterrupt:
+        output.note(f"interrupted; the same command goes on from {recipe.work}")
+        raise typer.Exit(ExitCode.INTERRUPTED) from None
+    output.note(f"{out} holds the draft; {_estimated(last) if last else 'nothing was measured'}")
+    output.note(f"{recipe.work} holds the text and the training state, to go on from; it may be deleted")
+    typer.echo(str(out))
+
+
+def _shown(steps: Iterable[Writing | Training]) -> Estimate | None:
+    """Two bars on a terminal; elsewhere a line whenever the draft was measured. Returns the last estimate."""
+    from specdec_engine.distill.run import Writing
+
+    last: Estimate | None = None
+    columns = [TextColumn("{task.description:<22}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %")]
+    columns += [TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[said]}")]
+    with Progress(*columns, console=Console(stderr=True), disable=not output.live()) as bars:
+        writing = bars.add_task("the target writes", total=1.0, said="")
+        training = bars.add_task("the draft learns", total=1.0, said="", start=False)
+        for step in steps:
+            if isinstance(step, Writing):
+                bars.update(writing, completed=step.share, said=f"{step.tokens:,} tokens")
+                continue
+            if step.estimate is not last and step.estimate is not None:
+                last = step.estimate
+                if not output.live():
+                    output.note(f"step {step.step}: {_estimated(last)}")
+            bars.start_task(training)
+            bars.update(training, completed=step.share, said="" if last is None else _estimated(last))
+    return last
+
+
+def _estimated(estimate: Estimate) -> str:
+    """On text it has not seen, at temperature 0."""
+    each = ", ".join(f"{estimate.emitted(k):.2f} at k {k}" for k in (1, 3, 5))
+    return f"held-out agreement {estimate.agreement[0]:.0%}, emitted per cycle {each}"

@@ -1,0 +1,212 @@
+"""Distilling from a real, if tiny, target: the text it writes, what training computes, and that the result drafts."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from specdec_engine.distill.batch import Batch
+from specdec_engine.distill.head import Head, HeadShape
+from specdec_engine.distill.run import Recipe, Training, Writing, distill, taps
+from specdec_engine.distill.shards import read
+from specdec_engine.distill.synthesis import turns
+from specdec_engine.distill.training import Batch as TrainingBatch
+from specdec_engine.distill.training import Estimate, Teacher, estimate
+from specdec_engine.errors import PairIncompatible, UsageError
+from specdec_engine.loading import LoadOptions, find_model
+from specdec_engine.pair import load_pair
+from specdec_engine.runtime.head import HeadForward, HeadRuntime, head_shape
+from specdec_engine.types import Sampling
+from tests.fakes import CPU, byte_tokenizer, cycles, emitted, lean, save_checkpoint, tiny_llama
+
+OPTIONS = LoadOptions(dtype="float32", device="cpu", quantize="none")
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    vocab = len(byte_tokenizer())
+    return save_checkpoint(tmp_path_factory.mktemp("target") / "t", layers=4, vocab=vocab, max_position_embeddings=512)
+
+
+@pytest.fixture(scope="module")
+def made(target, tmp_path_factory):
+    """One small head and one small model, each with its progress."""
+    found = find_model(str(target), OPTIONS)
+    loaded, drafts = found.load(), {}
+    for kind in ("head", "model"):
+        out = tmp_path_factory.mktemp("drafts") / kind
+        drafts[kind] = out, list(distill(found, loaded, Recipe(out, kind, "small", tokens=18_000)))
+    return drafts
+
+
+@pytest.mark.parametrize("model", ["llama", "qwen3"])
+def test_many_sequences_at_once_say_what_each_says_alone(model):
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(1)
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "head_dim": 8}
+    config = Qwen3Config(**sizes, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3)
+    net = tiny_llama(vocab=97, layers=3) if model == "llama" else Qwen3ForCausalLM(config).eval()
+    runtime = lean(net)
+    together = Batch(runtime.decoder, 3, 64, (0, 2))
+    rows = torch.randint(0, 97, (3, 40), generator=torch.Generator().manual_seed(2))
+    for i in range(40):
+        logits, features = together.step(rows[:, i], torch.full((3,), i))
+    runtime.tap((0, 2))
+    for row in range(3):
+        runtime.rollback(0)
+        alone = runtime.forward(rows[row], 1)
+        assert torch.allclose(logits[row], alone[0], atol=1e-4)
+        assert torch.allclose(features[row], runtime.features(39, 40)[0], atol=1e-4)
+
+
+def test_slots_start_over_without_a_trace():
+    runtime = lean(tiny_llama())
+    batch = Batch(runtime.decoder, 2, 64, ())
+    for i in range(20):
+        batch.step(torch.tensor([7, 9]), torch.tensor([i, i]))
+    logits, _ = batch.step(torch.tensor([5, 9]), torch.tensor([0, 20]))
+    assert torch.allclose(logits[0], runtime.forward(torch.tensor([5]), 1)[0], atol=1e-4)
+
+
+def test_the_template_is_split_around_a_users_words():
+    tokenizer = byte_tokenizer()
+    before, after = turns(tokenizer)
+    assert tokenizer.decode(before) == "<|im_start|>user\n"
+    assert tokenizer.decode(after) == "<|im_end|>\n<|im_start|>assistant\n"
+    with pytest.raises(UsageError, match="no chat template"):
+        turns(byte_tokenizer(chat=False))
+
+
+def test_the_head_in_use_computes_what_the_head_in_training_computes():
+    """Step by step: true features first, then its own states; one slot at a time and several."""
+    torch.manual_seed(0)
+    shape = HeadShape(32, 3, 4, 2, 8, 48, 1e-5, 10000.0)
+    head = Head(shape)
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    target = lean(tiny_llama())
+    rows = torch.randn(50, 32)
+    config = {
+        "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 50,
+        "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+    }  # fmt: skip
+    weights = dict(head.state_dict())
+    forward = HeadForward(head_shape(config), weights, target.decoder.embedding, rows, torch.float32, CPU, "none")
+    features, tokens = torch.randn(1, 9, 3, 32), torch.randint(0, 300, (10,))
+    with torch.no_grad():
+        trained = head(features, target.decoder.embedding(tokens[1:])[None], 3)
+    runtime = HeadRuntime(forward, 4)
+    runtime.forward(features[0, :4], tokens[1:5])
+    state = forward.fused(features[0, 4:7])
+    for step, at in enumerate((slice(5, 8), slice(8, 9), slice(9, 10))):
+        logits, state = runtime._step(state, tokens[at])
+        assert torch.allclose(logits[0], trained[step][0, 6 + step] @ rows.T, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["head", "model"])
+def test_a_distilled_draft_drafts_losslessly(made, target, kind):
+    """And better than chance: a random target's favourites are learnt in seconds."""
+    out, steps = made[kind]
+    assert isinstance(steps[0], Writing)
+    assert isinstance(steps[-1], Training)
+    assert steps[-1].share == 1.0
+    config = json.loads((out / "config.json").read_text())
+    assert config["specdec_draft"]["kind"] == kind
+    pair = load_pair(str(target), str(out), OPTIONS)
+    plain = load_pair(str(target), "none", OPTIONS)
+    prompt = pair.encode("What is a lighthouse?")
+    for sampling in (Sampling(), Sampling(0.7)):
+        found = list(pair.decode(prompt, k=3, sampling=sampling, max_tokens=60, seed=1))
+        assert sum(c.accepted for c in cycles(found)) > 0
+    found = pair.decode(prompt, k=3, max_tokens=60)
+    assert emitted(list(found)) == emitted(list(plain.decode(prompt, k=0, max_tokens=60)))
+
+
+def test_a_distilled_model_is_an_ordinary_checkpoint(made):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out, _ = made["model"]
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model(torch.tensor([[1, 2, 3]])).logits.shape[-1] == model.config.vocab_size
+    assert len(AutoTokenizer.from_pretrained(out)) == len(byte_tokenizer())
+
+
+def test_the_same_command_goes_on(made, target):
+    """All text is there: nothing is written anew, and training goes on from its last state."""
+    out, steps = made["head"]
+    found = find_model(str(target), OPTIONS)
+    before = {file: file.stat().st_mtime_ns for file in (out / "work" / "text").iterdir()}
+    again = list(distill(found, found.load(), Recipe(out, "head", "small", tokens=18_000)))
+    assert {file: file.stat().st_mtime_ns for file in (out / "work" / "text").iterdir()} == before
+    assert again[-1].step == steps[-1].step
+
+
+def test_text_is_conversations_with_their_features(made, target):
+    shard = read(next((made["head"][0] / "work" / "text").glob("*.safetensors")))
+    loaded = find_model(str(target), OPTIONS).load()
+    loaded.runtime.tap(taps(4))
+    start, end = int(shard.starts[3]), int(shard.starts[4])
+    loaded.runtime.forward(shard.tokens[start:end].long(), 1)
+    assert torch.allclose(loaded.runtime.features(0, end - start), shard.features[start:end], atol=1e-3)
+    before, after = turns(loaded.tokenizer)
+    tokens = shard.tokens[start : int(shard.answers[3])].tolist()
+    assert tokens[: len(before)] == before
+    assert tokens[-len(after) :] == after
+
+
+def test_prompts_may_be_given(target, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "one"}\n{"turns": ["two", "x"]}\nthree\n' * 100)
+    found = find_model(str(target), OPTIONS)
+    recipe = Recipe(tmp_path / "draft", "head", "small", tokens=16_000, data=file)
+    list(distill(found, found.load(), recipe))
+    shard = read(next((recipe.work / "text").iterdir()))
+    text = found.tokenizer.decode(shard.tokens[: int(shard.answers[0])])
+    assert text in {f"<|im_start|>user\n{p}<|im_end|>\n<|im_start|>assistant\n" for p in ("one", "two", "three")}
+    file.write_text("one\n{broken\n")
+    with pytest.raises(UsageError, match="line 2"):
+        list(distill(found, found.load(), Recipe(tmp_path / "b", "head", "small", tokens=16_000, data=file)))
+
+
+class Told:
+    """A student whose every prediction is known."""
+
+    module = torch.nn.Linear(1, 1)
+
+    def __init__(self, right):
+        self.right = right  # [steps][T] bool
+
+    def states(self, batch, steps):
+        said = torch.cat([batch.tokens[:, 2:], torch.zeros_like(batch.tokens[:, :1])], 1)
+        return [torch.where(row, said, said + 1)[..., None] for row in self.right[:, None]]
+
+    def logits(self, states):
+        return torch.nn.functional.one_hot(states[:, 0], 20).float() * 50
+
+
+def test_the_estimate_counts_as_a_draft_would():
+    """Agreement at position s + 1 given that all before agreed: each draft begins at a slot of its own."""
+    tokens = torch.arange(8)[None]
+    counts = torch.ones(1, 7, dtype=torch.bool)
+    right = torch.tensor([[1, 1, 0, 1, 1, 0, 1], [0, 1, 0, 1, 1, 1, 0]], dtype=torch.bool)
+    batch = TrainingBatch(tokens, torch.zeros(1, 8, 1, 4), counts)
+    found = estimate(Told(right), Teacher(torch.zeros(20, 4), torch.arange(20)), [batch], 2)
+    # Slots 0 to 5 have a known next token; 0, 1, 3, 4 are right. Their second tokens are those of slots 1, 2, 4, 5.
+    assert found.agreement == (4 / 6, 3 / 4)
+    assert found.emitted(2) == pytest.approx(1 + 4 / 6 + 4 / 6 * 3 / 4)
+    assert Estimate((0.5, 0.5), ()).emitted(2) == 1.75
+
+
+def test_a_draft_made_for_another_target_is_refused(made, tmp_path):
+    other = save_checkpoint(tmp_path / "o", tokenizer=byte_tokenizer(merges=["t h", "i n"]), vocab=262)
+    with pytest.raises(PairIncompatible, match="made for another tokenizer"):
+        load_pair(str(other), str(made["head"][0]), OPTIONS)
+
+
+@pytest.mark.parametrize("options", [{}, {"minutes": 1.0, "tokens": 5}, {"tokens": 0}, {"minutes": -1.0}])
+def test_a_recipe_needs_one_budget(options, tmp_path):
+    with pytest.raises(UsageError):
+        Recipe(tmp_path, **options)
