@@ -21,7 +21,7 @@ Draft = Annotated[
         "--draft",
         "-d",
         rich_help_panel=_MODELS,
-        show_default="ngram,builtin with the built-in target, else ngram",
+        show_default="ngram",
         help="Hub id, folder, .gguf file, builtin, ngram, ngram:N (look up at most N tokens), suffix, self:N (the target's "
         "first N layers), or none; joined by commas, the first that proposes wins.",
     ),
@@ -145,8 +145,6 @@ def k_of(text: str) -> int | Literal["auto"]:
         raise UsageError(f"-k {text} is neither a number nor auto", "3 is usual; 0 is plain decoding") from None
 
 
-def draft_of(draft: str | None, target: str) -> str:
-    """What is drafted with where nothing was said: the measured best for the built-in target, a lookup for others."""
-    if draft is not None:
-        return draft
-    return "ngram,builtin" if target == "builtin" else "ngram"
+def draft_of(draft: str | None) -> str:
+    """What drafts where nothing was named: a lookup, which needs no second model and fits every target."""
+    return "ngram" if draft is None else draft

@@ -26,6 +26,8 @@ _PLAIN_AT = 2
 """The cycle that measures a plain pass, which every comparison needs."""
 _MEMORY = 0.96
 """What a cycle's evidence is worth one cycle later: some 25 cycles are remembered, a paragraph."""
+_LONG_MEMORY = 0.99
+"""The same for what a drafter's confidence is worth."""
 _BINS = 10
 _FIRST_PROBE, _LAST_PROBE = 16, 128
 """Cycles after which a drafter that was switched off is tried once more; the pause doubles."""
@@ -40,9 +42,9 @@ class _Odds:
     hits: float = 0.0
     trials: float = 0.0
 
-    def fade(self) -> None:
-        self.hits *= _MEMORY
-        self.trials *= _MEMORY
+    def fade(self, kept: float = _MEMORY) -> None:
+        self.hits *= kept
+        self.trials *= kept
 
     def add(self, hit: bool) -> None:
         self.hits += hit
@@ -64,6 +66,8 @@ class _Source:
     """Seconds a drafted token."""
     confidences: list[float] = field(default_factory=list)
     """Of the draft in flight."""
+    free: bool = False
+    """Knows how sure it is before it drafts, and at no cost: then that decides, and it is never switched off as a whole."""
     pause: int = _FIRST_PROBE
     asleep: int = 0
     """Cycles since it was switched off."""
@@ -82,9 +86,14 @@ class _Source:
         """Of a token that the drafter was this sure of; until there is evidence, the drafter is believed."""
         return self.by_confidence[_bin(confidence)].value(confidence)
 
+    def forget_a_little(self) -> None:
+        """What did not pay is tried again some day."""
+        for odds in self.by_confidence:
+            odds.fade(_LONG_MEMORY)
+
     def learn(self, cycle: Cycle) -> None:
         self.draft.add(cycle.draft_s / len(cycle.drafted))
-        for odds in (*self.by_position, *self.by_confidence):
+        for odds in self.by_position:
             odds.fade()
         for odds, position in zip(self.by_position, range(cycle.tested), strict=False):
             odds.add(position < cycle.accepted)
@@ -120,6 +129,7 @@ class AutoK:
     def worth(self, name: str, confidence: float) -> bool:
         """Whether a draft that is this sure of its first token should begin."""
         source = self._source(name)
+        source.free = True
         return self._pays(source, source.chance(confidence), 1)
 
     def watch(self, name: str) -> Callable[[float], bool]:
@@ -143,6 +153,8 @@ class AutoK:
         self._other.add(cycle.other_s)
         self._tokens = _MEMORY * self._tokens + len(cycle.emitted)
         self._seconds = _MEMORY * self._seconds + cycle.draft_s + cycle.verify_s + cycle.other_s
+        for source in self._sources.values():
+            source.forget_a_little()
         if cycle.drafted:
             self._source(cycle.drafter).learn(cycle)
         if self._passes.measured(1):
@@ -164,7 +176,7 @@ class AutoK:
         if not drafted:
             return ""
         best, now = self._best(source), self._at(source, source.k)
-        if best.k == source.k or best.rate < _BETTER * now.rate:
+        if best.k == source.k or (best.rate < _BETTER * now.rate and not source.free):
             return ""
         source.k = best.k
         if not best.k:
@@ -172,9 +184,13 @@ class AutoK:
                 f"{name} does not pay: {now.emitted:.2f} tokens a cycle for {now.seconds * best.rate:.2f} plain passes"
             )
         source.pause = _FIRST_PROBE
+        if source.free:
+            return f"{name} drafts as far as it is sure"
         return f"{name}: {best.emitted:.2f} tokens expected for {best.seconds / self._plain:.2f} plain passes"
 
     def _best(self, source: _Source) -> Choice:
+        if source.free:
+            return self._at(source, MOST)
         return best_k(source.reach(), source.draft.seconds, self._passes, self._other.seconds)
 
     def _at(self, source: _Source, k: int) -> Choice:

@@ -51,10 +51,9 @@ class Staircase:
         if not self._by_width:
             raise ValueError("no pass was measured")
         widths = sorted(self._by_width)
-        heights, highest = [], 0.0
-        for width in widths:
-            highest = max(highest, self._by_width[width].seconds)
-            heights.append(highest)
+        heights = [self._by_width[width].seconds for width in widths]
+        for i in range(len(heights) - 2, -1, -1):  # noise only adds: no pass takes longer than a wider one
+            heights[i] = min(heights[i], heights[i + 1])
         for i, width in enumerate(widths):
             if tokens <= width:
                 if i == 0:

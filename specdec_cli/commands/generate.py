@@ -80,7 +80,7 @@ def generate(
         raise UsageError("--json and --jsonl exclude each other", "--json is one object, --jsonl one event a line")
     drafted, sampling = opt.k_of(k), Sampling(temperature, top_k, top_p, min_p, coupling)
     Controls(3 if drafted == "auto" else drafted, sampling, draft_temperature)
-    spec = opt.draft_of(draft, target)
+    spec = opt.draft_of(draft)
     stops = Stop(max_tokens, strings=tuple(stop or ())).strings
     text = read_prompt(prompt, file)
     recorder = Recorder(trace)
@@ -106,8 +106,6 @@ def generate(
             report=report,
         )
         pair = load_pair(target, spec, load)
-    if draft is None and target != "builtin":
-        output.note("the draft is ngram, since none was named; --draft takes a smaller model of the same family")
     ids = pair.encode(text, chat=chat, system=system)
     for sentence in (*pair.notes, *(pair.remarks if verbose else ())):
         output.note(sentence)
@@ -131,7 +129,11 @@ def generate(
             sink.separate()
             output.legend(sink)
         output.note(
-            output.summary_line(summary, _ending(summary, max_tokens, stops), _state(pair, summary, drafted, controls))
+            output.summary_line(
+                summary,
+                _ending(summary, max_tokens, stops),
+                _state(pair, summary, drafted, controls, named=draft is not None),
+            )
         )
     recorder.check()
     if summary.finish_reason == "cancelled":
@@ -204,8 +206,8 @@ def _ending(summary: Summary, max_tokens: int, stops: tuple[str, ...]) -> str:
             return "interrupted"
 
 
-def _state(pair: Pair, summary: Summary, k: int | Literal["auto"], controls: Controls) -> str:
-    """Whether speculation ran, and why not if it did not."""
+def _state(pair: Pair, summary: Summary, k: int | Literal["auto"], controls: Controls, named: bool) -> str:
+    """Whether speculation ran, with what, and why not if it did not."""
     made = pair.environment
     where = f"{pair.target.name}, {made['weights']} on {made['device']}, {made['runtime']} runtime"
     if k == 0:
@@ -215,7 +217,8 @@ def _state(pair: Pair, summary: Summary, k: int | Literal["auto"], controls: Con
     if k == "auto" and controls.settings.k == 0:
         return f"speculation off at the end: {controls.reason} · {where}"
     found = "" if summary.drafted else ", which proposed nothing"
-    return f"speculation on: {pair.drafter.name}, k {k}{found} · {where}"
+    chosen = "" if named else " as none was named"
+    return f"speculation on: {pair.drafter.name}{chosen}, k {k}{found} · {where}"
 
 
 @contextmanager

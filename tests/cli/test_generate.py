@@ -76,7 +76,7 @@ def test_text_streams_to_stdout_and_words_to_stderr(generate):
     result = generate("-n", "25")
     assert result.out == text
     assert result.err.count("\n") == 1
-    for word in ("tok/s", "emitted per cycle", "accepted", "seed", "speculation on: ngram, k 3", "lean runtime"):
+    for word in ("tok/s", "emitted per cycle", "accepted", "seed", "speculation on: ngram as none was named, k auto", "lean"):
         assert word in result.err
     assert generate("-n", "25", "--no-stats").err == ""
 
@@ -94,7 +94,8 @@ def test_jsonl_is_the_trace_as_it_happens(generate, tmp_path):
     found = [from_json(json.loads(line)) for line in result.out.splitlines()]
     assert found == list(read_trace(trace))
     assert len(emitted(found)) == 15
-    assert [event.kind for event in found] == ["started"] + ["cycle"] * len(cycles(found)) + ["finished"]
+    kinds = [event.kind for event in found if event.kind != "setting_changed"]
+    assert kinds == ["started"] + ["cycle"] * len(cycles(found)) + ["finished"]
 
 
 def test_a_second_run_is_appended_to_the_trace(generate, tmp_path):
@@ -239,3 +240,32 @@ def test_weights_can_be_packed(specdec, checkpoint, draft_checkpoint):
 def test_version_and_bare_command(specdec):
     assert specdec("--version").out.startswith("specdec ")
     assert "generate" in specdec().out
+
+
+@pytest.mark.parametrize(("option", "value"), [("-k", "many"), ("-k", "-1"), ("--draft-temperature", "-1")])
+def test_values_of_the_draft_are_refused_before_a_model_is_loaded(generate, option, value):
+    result = generate(option, value, "--target", "nowhere")
+    assert result.code == 2
+    assert value in result.err
+
+
+@pytest.mark.parametrize("draft", ["suffix", "self:1", "suffix,self:1", "ngram"])
+def test_every_draft_gives_the_same_greedy_text(generate, draft):
+    plain = generate("-d", "none", "-n", "40").out
+    assert generate("-d", draft, "-n", "40").out == plain
+
+
+def test_a_coupled_seed_gives_one_text(generate):
+    """With any draft and any k, the block rule and a sharper draft."""
+    options = ["--temperature", "0.9", "--coupling", "gumbel", "--seed", "5", "-n", "40"]
+    plain = generate("-d", "none", *options).out
+    for more in (["-k", "3"], ["-d", "self:1"], ["-d", "self:1", "-k", "2", "--rule", "block"], ["--draft-temperature", "0.5"]):
+        assert generate(*options, *more).out == plain
+    assert generate("-d", "none", *options[:-3], "6", "-n", "40").out != plain
+
+
+def test_a_draft_that_does_not_pay_is_said_to_be_off(generate):
+    """The target's own first layer of two costs half a pass, and is random."""
+    result = generate("-d", "self:1", "-n", "120", "--temperature", "1.5")
+    assert "speculation o" in result.err
+    assert "k auto" in result.err or "does not pay" in result.err

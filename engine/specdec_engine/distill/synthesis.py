@@ -27,8 +27,8 @@ _OPENING_TOKENS = 8
 ANSWERS = (0.0, 0.8)
 """Answers are written at these temperatures in turn: drafts are wanted at both."""
 OPENINGS: tuple[str, ...] = tuple(json.loads((Path(__file__).parent / "openings.json").read_text("utf-8")))
-"""What most prompts begin with, for the target to go on from: left to itself it writes small talk. A head that had learnt from
-that alone, and agreed with its target 45 times in 100 on such text, agreed 30 times on questions of other people's."""
+"""What most prompts begin with, for the target to go on from: left to itself it writes small talk. A head that had learnt
+from that alone, and agreed with its target 45 times in 100 on such text, agreed 30 times on other people's questions."""
 _LIKELIEST = 64
 """Tokens drawn are among this many likeliest."""
 

@@ -1,0 +1,187 @@
+"""`-k auto` against simulated drafters and machines whose truth is known."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from specdec_engine.auto import MOST, AutoK
+from specdec_engine.control import Controls
+from specdec_engine.cost import Staircase, Times, best_k, expected_emitted
+from specdec_engine.events import Cycle, SettingChanged
+from specdec_engine.pace import Pace
+from tests.fakes import ScriptedDrafter, TableTarget, cycles, greedy, host, run
+
+PACKED = {1: 1.0, 2: 1.05, 3: 1.2, 4: 1.3, 5: 1.7, 6: 1.75, 7: 1.8, 8: 1.85, 9: 2.3}
+
+
+def cycle(drafted, accepted, draft_s, verify_s, drafter="model"):
+    return Cycle(
+        0, drafter, drafted, (1,) * drafted, accepted, (1,) * (accepted + 1), "bonus", (), (), (), (), (), draft_s,
+        verify_s, 0.01, 10,
+    )  # fmt: skip
+
+
+class World:
+    """Seconds and tokens of a run with a controller; alpha the chance of each token, step the seconds of a draft step."""
+
+    def __init__(self, alpha, step, passes=PACKED, noise=0.05, seed=0):
+        self.alpha, self.step, self.passes, self.noise = alpha, step, passes, noise
+        self.rng = random.Random(seed)
+        self.seconds = self.tokens = 0.0
+
+    def cycle(self, k):
+        accepted = next((i for i in range(k) if self.rng.random() > self.alpha), k)
+        slow = 1 + abs(self.rng.gauss(0, self.noise))
+        made = cycle(k, accepted, k * self.step * slow, self.passes[k + 1] * slow)
+        self.seconds += made.draft_s + made.verify_s + made.other_s
+        self.tokens += accepted + 1
+        return made
+
+    def run(self, auto, cycles):
+        for _ in range(cycles):
+            auto.observe(self.cycle(auto.k))
+        return self.tokens / self.seconds
+
+    def rate(self, k):
+        emitted = expected_emitted([self.alpha ** (i + 1) for i in range(k)])
+        return emitted / (k * self.step + self.passes[k + 1] + 0.01) / (1 + self.noise * 0.8)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.1, 0.3, 0.5, 0.7, 0.85, 0.95])
+@pytest.mark.parametrize("step", [0.0, 0.1, 0.3])
+@pytest.mark.parametrize("seed", range(3))
+def test_it_comes_close_to_the_best_k_and_never_far_below_plain(alpha, step, seed):
+    world = World(alpha, step, seed=seed)
+    found = world.run(AutoK(), 600)
+    best = max(world.rate(k) for k in range(MOST + 1))
+    assert found > 0.87 * best  # learning and looking again cost some; luck is 2 % to either side
+    assert found > 0.97 * world.rate(0)
+
+
+def test_what_hurts_is_off_within_a_paragraph_says_so_and_is_tried_again():
+    world, auto, reasons = World(0.05, 0.3), AutoK(), []
+    ks = []
+    for _ in range(300):
+        ks.append(auto.k)
+        reasons.append(auto.observe(world.cycle(auto.k)))
+    assert ks[40:].count(0) > 0.9 * len(ks[40:])
+    assert 1 in ks[40:]
+    assert any("does not pay" in reason for reason in reasons)
+    assert any("tried once more" in reason for reason in reasons)
+
+
+def test_a_drafter_that_gets_better_is_found_again():
+    world, auto = World(0.02, 0.1), AutoK()
+    world.run(auto, 150)
+    assert auto.k == 0
+    world.alpha = 0.9
+    world.run(auto, 300)
+    assert auto.k >= 3
+
+
+def test_each_change_of_k_is_an_event_with_its_reason():
+    target = TableTarget(vocab=5)
+    drafter = ScriptedDrafter(lambda context, k: [(t + 1) % 5 for t in greedy(target, context, k)])
+    found = run(target, drafter, max_tokens=200, controls=Controls(AutoK()))
+    changed = [e for e in found if isinstance(e, SettingChanged)]
+    assert changed
+    assert all(e.name == "k" and e.reason for e in changed)
+    assert {c.k for c in cycles(found)} >= {0, 3}
+
+
+def test_a_drafters_confidence_ends_its_drafts():
+    """Tokens it is sure of are accepted, others are not: drafts come to end at the first unsure one."""
+    auto, rng = AutoK(), random.Random(0)
+    lengths = []
+    for _ in range(200):
+        k, drafted, right = auto.k, 0, []
+        enough = auto.watch("model")
+        for _ in range(k):
+            sure = rng.random() < 0.7
+            drafted += 1
+            right.append(sure)
+            if enough(0.95 if sure else 0.15):
+                break
+        accepted = next((i for i in range(drafted) if not right[i]), drafted)
+        auto.observe(cycle(drafted, accepted, 0.1 * drafted, PACKED[drafted + 1]))
+        lengths.append((drafted, right))
+    late = [right for drafted, right in lengths[100:] if drafted]
+    assert all(all(right[:-1]) for right in late)
+
+
+def test_a_lookup_is_asked_for_its_confidence_and_not_switched_off():
+    auto = AutoK()
+    for i in range(300):
+        sure = i % 3 == 0
+        confidence = 1.0 if sure else 0.3
+        if auto.k and auto.worth("ngram", confidence):
+            enough = auto.watch("ngram")
+            drafted = 1 if enough(confidence) else 2
+            enough(confidence)
+            auto.observe(cycle(drafted, drafted if sure else 0, 0.0, PACKED[drafted + 1], "ngram"))
+        else:
+            auto.observe(cycle(0, 0, 0.0, 1.0))
+    assert auto.limit("ngram")
+    assert auto.worth("ngram", 1.0)
+    assert not auto.worth("ngram", 0.3)
+
+
+def test_without_a_controller_every_draft_goes_as_far_as_k():
+    pace = Pace()
+    assert pace.limit("x", 5) == 5
+    assert pace.worth("x", 0.0)
+    assert pace.watch("x") is None
+
+
+def test_members_of_a_cascade_have_their_own_k():
+    from specdec_engine.drafters import build_drafter
+    from specdec_engine.randomness import KeyedRandomness
+    from specdec_engine.types import Sampling
+
+    class Fixed(AutoK):
+        def limit(self, name):
+            return {"ngram": 0, "suffix": 2}[name]
+
+        def worth(self, name, confidence):
+            return True
+
+        def watch(self, name):
+            return lambda confidence: False
+
+    about = host()
+    about.pace.controller = Fixed()
+    drafter = build_drafter("ngram,suffix", about)
+    context = [5, 6, 7] * 4
+    drafter.begin(context)
+    draft = drafter.propose(context, 4, Sampling(), KeyedRandomness(0))
+    assert (draft.source, len(draft)) == ("suffix", 2)
+
+
+def test_the_staircase_takes_the_least_of_the_last_and_never_falls():
+    stairs = Staircase()
+    with pytest.raises(ValueError, match="no pass"):
+        stairs(1)
+    for width, seconds in ((1, 1.0), (4, 1.4), (4, 1.3), (3, 9.0), (8, 2.0)):
+        stairs.add(width, seconds)
+    assert [stairs(n) for n in (1, 3, 4, 6, 8, 20)] == pytest.approx([1.0, 1.3, 1.3, 1.65, 2.0, 2.0])
+    assert stairs.measured(3)
+    assert not stairs.measured(2)
+
+
+def test_times_forget():
+    times = Times()
+    for seconds in (1.0, *[3.0] * 6):
+        times.add(seconds)
+    assert times.seconds == 3.0
+
+
+def test_best_k_solves_the_design_pages_formula():
+    stairs = Staircase()
+    for width, seconds in PACKED.items():
+        stairs.add(width, seconds)
+    choice = best_k([0.8**i for i in range(1, 9)], 0.1, stairs, 0.0)
+    rates = [expected_emitted([0.8**i for i in range(1, k + 1)]) / (0.1 * k + PACKED[k + 1]) for k in range(9)]
+    assert choice.rate == pytest.approx(max(rates))
+    assert choice.k == rates.index(max(rates))
