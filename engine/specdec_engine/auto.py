@@ -61,7 +61,8 @@ class _Source:
 
     k: int = _FIRST
     by_position: list[_Odds] = field(default_factory=lambda: [_Odds() for _ in range(MOST)])
-    by_confidence: list[_Odds] = field(default_factory=lambda: [_Odds() for _ in range(_BINS)])
+    by_confidence: list[_Odds] = field(default_factory=lambda: [_Odds() for _ in range(2 * _BINS)])
+    """Of first tokens, then of later ones: where a lookup was right once, it mostly goes on to be right."""
     draft: Times = field(default_factory=Times)
     """Seconds a drafted token."""
     confidences: list[float] = field(default_factory=list)
@@ -82,9 +83,19 @@ class _Source:
         """By position: the chance that it and all before are accepted."""
         return list(accumulate((odds.value(self.alpha) for odds in self.by_position), mul))
 
-    def chance(self, confidence: float) -> float:
-        """Of a token that the drafter was this sure of; until there is evidence, the drafter is believed."""
-        return self.by_confidence[_bin(confidence)].value(confidence)
+    def chance(self, confidence: float, position: int) -> float:
+        """Of a token that the drafter is this sure of, given that all before it are right; until there is evidence, the
+        drafter is believed."""
+        return self._odds(confidence, position).value(confidence)
+
+    def next_chance(self, confidence: float, position: int) -> float:
+        """Of a token not drafted yet, after one that the drafter was this sure of."""
+        if self.free:
+            return self.chance(confidence, position)
+        return self.by_position[min(position, MOST - 1)].value(self.alpha)
+
+    def _odds(self, confidence: float, position: int) -> _Odds:
+        return self.by_confidence[min(int(confidence * _BINS), _BINS - 1) + (_BINS if position else 0)]
 
     def forget_a_little(self) -> None:
         """What did not pay is tried again some day."""
@@ -98,12 +109,8 @@ class _Source:
         for odds, position in zip(self.by_position, range(cycle.tested), strict=False):
             odds.add(position < cycle.accepted)
         for position, confidence in enumerate(self.confidences[: cycle.tested]):
-            self.by_confidence[_bin(confidence)].add(position < cycle.accepted)
+            self._odds(confidence, position).add(position < cycle.accepted)
         self.confidences = []
-
-
-def _bin(confidence: float) -> int:
-    return min(int(confidence * _BINS), _BINS - 1)
 
 
 class AutoK:
@@ -130,7 +137,7 @@ class AutoK:
         """Whether a draft that is this sure of its first token should begin."""
         source = self._source(name)
         source.free = True
-        return self._pays(source, source.chance(confidence), 1)
+        return self._pays(source, 1.0, 0, source.chance(confidence, 0), source.chance(confidence, 1))
 
     def watch(self, name: str) -> Callable[[float], bool]:
         """For one draft: told the confidence of each token drafted, says whether to end with it."""
@@ -139,9 +146,11 @@ class AutoK:
 
         def enough(confidence: float) -> bool:
             nonlocal reach
+            drafted = len(source.confidences)
             source.confidences.append(confidence)
-            reach *= source.chance(confidence)
-            return not self._pays(source, reach * source.alpha, len(source.confidences) + 1)
+            reach *= source.chance(confidence, drafted)
+            following = source.next_chance(confidence, drafted + 1)
+            return not self._pays(source, reach, drafted + 1, following, following)
 
         return enough
 
@@ -201,13 +210,23 @@ class AutoK:
         """Seconds of a plain cycle."""
         return self._passes(1) + self._other.seconds
 
-    def _pays(self, source: _Source, chance: float, tokens: int) -> bool:
-        """Whether the draft's token number `tokens` adds more than its step and the wider pass cost at this run's rate."""
+    def _pays(self, source: _Source, reach: float, drafted: int, first: float, later: float) -> bool:
+        """Whether drafting on, by one token or several, adds more than its steps and the wider pass cost at this run's rate.
+
+        By several, because of the staircase: the first row more may cost as much as three. `first` and `later` are the
+        chances of the next token and of those after it.
+        """
         if not self._passes.measured(1) or not source.draft.known:
-            return tokens <= _FIRST
+            return drafted < _FIRST
         rate = max(self._tokens / self._seconds, 1 / self._plain)
-        step = source.draft.seconds + self._passes(tokens + 1) - self._passes(tokens)
-        return chance > rate * step
+        gain = 0.0
+        for more in range(1, MOST - drafted + 1):
+            reach *= first if more == 1 else later
+            gain += reach
+            wider = self._passes(drafted + more + 1) - self._passes(drafted + 1)
+            if gain > rate * (more * source.draft.seconds + wider):
+                return True
+        return False
 
     def _source(self, name: str) -> _Source:
         return self._sources.setdefault(name, _Source())

@@ -76,7 +76,14 @@ def test_text_streams_to_stdout_and_words_to_stderr(generate):
     result = generate("-n", "25")
     assert result.out == text
     assert result.err.count("\n") == 1
-    for word in ("tok/s", "emitted per cycle", "accepted", "seed", "speculation on: ngram as none was named, k auto", "lean"):
+    for word in (
+        "tok/s",
+        "emitted per cycle",
+        "accepted",
+        "seed",
+        "speculation on: ngram as none was named, k auto",
+        "lean",
+    ):
         assert word in result.err
     assert generate("-n", "25", "--no-stats").err == ""
 
@@ -259,7 +266,12 @@ def test_a_coupled_seed_gives_one_text(generate):
     """With any draft and any k, the block rule and a sharper draft."""
     options = ["--temperature", "0.9", "--coupling", "gumbel", "--seed", "5", "-n", "40"]
     plain = generate("-d", "none", *options).out
-    for more in (["-k", "3"], ["-d", "self:1"], ["-d", "self:1", "-k", "2", "--rule", "block"], ["--draft-temperature", "0.5"]):
+    for more in (
+        ["-k", "3"],
+        ["-d", "self:1"],
+        ["-d", "self:1", "-k", "2", "--rule", "block"],
+        ["--draft-temperature", "0.5"],
+    ):
         assert generate(*options, *more).out == plain
     assert generate("-d", "none", *options[:-3], "6", "-n", "40").out != plain
 

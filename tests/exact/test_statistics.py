@@ -11,7 +11,7 @@ from itertools import product
 import pytest
 from scipy.stats import chi2, ncx2
 
-from specdec_engine.acceptance import TokenRule
+from specdec_engine.acceptance import BlockRule, TokenRule
 from specdec_engine.types import Sampling
 from tests.exact.test_lossless import BonusFromTheWrongRow, NoResidual, SwappedRatio, enumerate_emitted
 from tests.fakes import ScriptedDrafter, TableDrafter, TableTarget, emitted, run, table_logits, table_probs
@@ -33,11 +33,12 @@ def exact():
     return {t: float(p(())[t[0]] * p(t[:1])[t[1]] * p(t[:2])[t[2]]) for t in CELLS}
 
 
-def observed(rule, drafter):
+def observed(rule, drafter, coupling="independent"):
     """Counts of the first tokens over many seeds. The prompt is one token that the table does not see."""
     target = TableTarget(VOCAB, logits=lambda context: table_logits(context[1:], VOCAB, 0))
+    sampling = Sampling(1.0, coupling=coupling)
     runs = (
-        run(target, drafter, [0], k=K, sampling=Sampling(1.0), max_tokens=LENGTH, seed=seed, rule=rule)
+        run(target, drafter, [0], k=K, sampling=sampling, max_tokens=LENGTH, seed=seed, rule=rule)
         for seed in range(RUNS)
     )
     return Counter(tuple(emitted(events)) for events in runs)
@@ -59,8 +60,11 @@ DETERMINISTIC = ScriptedDrafter(lambda context, k: [(len(context) + i) % VOCAB f
 
 
 @pytest.mark.parametrize("drafter", [SAMPLED, DETERMINISTIC], ids=["sampled", "deterministic"])
-def test_the_loop_emits_the_targets_distribution(drafter):
-    assert statistic(observed(TokenRule(), drafter)) < CRITICAL
+@pytest.mark.parametrize("rule", [TokenRule(), BlockRule()], ids=lambda rule: rule.name)
+@pytest.mark.parametrize("coupling", ["independent", "gumbel"])
+def test_the_loop_emits_the_targets_distribution(rule, drafter, coupling):
+    """With Gumbel coupling the noise alone is random: over seeds it must give the target's distribution, too."""
+    assert statistic(observed(rule, drafter, coupling)) < CRITICAL
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,10 @@ def build(argument: str, host: DraftHost) -> HeadDrafter:
     try:
         shape = head_shape(config)
         rows = host.output_rows(draft.ids)
-        forward = HeadForward(shape, weights, decoder.embedding, rows, decoder.dtype, host.device, host.draft_quantize)
+        # Beside a packed target a dense head would be the dearer part: 1.9 ms a step against 1.2 in 4 bits.
+        packed = host.draft_quantize == "auto" and "int4" in decoder.forms
+        quantize = "int4" if packed else host.draft_quantize
+        forward = HeadForward(shape, weights, decoder.embedding, rows, decoder.dtype, host.device, quantize)
     except (KeyError, RuntimeError) as error:
         raise ModelUnavailable(f"the draft in {path} is damaged: {error}", "distill it again") from error
     target.tap(draft.taps)
