@@ -25,10 +25,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from specdec_engine import Cycle, Sampling
+from specdec_engine.acceptance import TokenRule
 from specdec_engine.control import Controls
-from specdec_engine.drafters.base import DraftHost
+from specdec_engine.drafters.base import DraftHost, LoadedDraft
 from specdec_engine.drafters.none import NoDrafter
 from specdec_engine.drafters.on_runtime import RuntimeDrafter
+from specdec_engine.judge import Judge
 from specdec_engine.loop import decode
 from specdec_engine.randomness import KeyedRandomness
 from specdec_engine.runtime.decoder import Decoder
@@ -62,10 +64,16 @@ def main() -> None:
     target, draft = runtime(target_model, "target"), runtime(draft_model, "draft")
     prompt = torch.randint(vocab, (64,), generator=torch.Generator().manual_seed(2)).tolist()
 
+    judge = Judge(TokenRule(), device, target.recorder if isinstance(target, GraphRuntime) else None)
+
+    def weight_rows(ids: Tensor) -> Tensor:
+        rows: Tensor = target_model.get_output_embeddings().weight[ids]
+        return rows
+
     def ours(k: int) -> Callable[[], list[int]]:
-        host = DraftHost(vocab, device, lambda name: draft)
+        host = DraftHost("target", None, vocab, device, lambda name: LoadedDraft(draft), lambda: target, weight_rows)
         drafter = RuntimeDrafter(draft, host, "draft") if k else NoDrafter(host)
-        return lambda: run(ModelTarget(target, "target"), drafter, prompt, k, options.tokens)
+        return lambda: run(ModelTarget(target, "target"), drafter, judge, prompt, k, options.tokens)
 
     expected = ours(0)()
     assert ours(options.k)() == expected or dtype != torch.float32, "speculation changed the text"
@@ -185,9 +193,15 @@ def runtime(model: Any, label: str) -> Any:
     return LeanRuntime(decoder, label, None, 2048)
 
 
-def run(target: Any, drafter: Any, prompt: Sequence[int], k: int, tokens: int) -> list[int]:
+def run(target: Any, drafter: Any, judge: Judge, prompt: Sequence[int], k: int, tokens: int) -> list[int]:
     events = decode(
-        target, drafter, prompt, controls=Controls(k, Sampling()), stop=Stop(tokens), random=KeyedRandomness(0)
+        target,
+        drafter,
+        prompt,
+        controls=Controls(k, Sampling()),
+        stop=Stop(tokens),
+        random=KeyedRandomness(0),
+        judge=judge,
     )
     return [token for event in events if isinstance(event, Cycle) for token in event.emitted]
 

@@ -74,10 +74,10 @@ class Followed:
         self.fed = list(context[:-1])
 
 
-def parts(spec):
+def parts(spec, target=None):
     """The drafter that `spec` names, on the generic runtime or on the one before an @; and the target's runtime."""
     runtime, _, plain = spec.rpartition("@")
-    target = lean(TARGET)
+    target = target or lean(TARGET)
     about = host(
         VOCAB,
         tokenizer=TOKENIZER,
@@ -231,3 +231,27 @@ def test_a_drafts_context_limit_ends_drafting_and_not_the_run():
     assert all(c.context + len(c.drafted) - 1 <= 16 for c in found if c.drafted)
     long = cycles(run(target, drafter, [5] * 40, k=4, max_tokens=5))
     assert [c.drafted for c in long] == [()] * 5
+
+
+@pytest.mark.parametrize("spec", ["head:HEAD", "self:1", "suffix,head:HEAD"])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0)], ids=["greedy", "raw"])
+def test_drafters_on_the_targets_own_runtime_do_the_same_where_it_is_recorded(spec, sampling):
+    """Features are kept by recorded passes too, padded ones, and through a cache made anew on the way."""
+    found = []
+    for target in (lean(TARGET, capacity=16), graph(TARGET, capacity=16)):
+        drafter, runtime = parts(spec, target)
+        for prompt in ([5, 6, 7], list(range(3, 250))):  # the second run, too
+            found.append(
+                emitted(run(ModelTarget(runtime, "tiny"), drafter, prompt, k=4, sampling=sampling, max_tokens=8))
+            )
+    assert found[:2] == found[2:]
+
+
+def test_a_heads_features_survive_the_growth_of_the_cache():
+    """Against a run whose cache never grows: the same drafts, cycle by cycle."""
+    found = []
+    for capacity in (16, 512):
+        drafter, runtime = parts("head:HEAD", lean(TARGET, capacity=capacity))
+        found.append(cycles(run(ModelTarget(runtime, "tiny"), drafter, [5, 6, 7], k=3, max_tokens=120)))
+    assert [c.drafted for c in found[0]] == [c.drafted for c in found[1]]
+    assert sum(len(c.drafted) for c in found[0]) > 100

@@ -134,7 +134,10 @@ def test_the_recorded_output_is_the_targets_own():
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=lambda rule: rule.name)
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.9), Sampling(0.7, top_k=30, top_p=0.9, min_p=0.02)])
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(), Sampling(0.9), Sampling(0.7, top_k=30, top_p=0.9, min_p=0.02), Sampling(0.9, coupling="gumbel")],
+)
 def test_recorded_verdicts_are_the_unrecorded_ones(rule, sampling):
     """Sampled drafts, greedy ones and none, k by k."""
     recorder = Repeater()

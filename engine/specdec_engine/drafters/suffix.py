@@ -1,6 +1,6 @@
 """Suffix decoding: propose what most often followed the longest suffix seen before (Oliaro et al. 2024, arXiv:2411.04975).
 
-A tree of all runs of up to 24 tokens in the prompt and the output so far, with counts. Unlike a lookup of n-grams it knows
+A tree of all runs of up to 16 tokens in the prompt and the output so far, with counts. Unlike a lookup of n-grams it knows
 how often each continuation came, so the draft ends where it becomes unlikely.
 """
 
@@ -16,7 +16,7 @@ from specdec_engine.errors import UsageError
 from specdec_engine.randomness import Randomness
 from specdec_engine.types import Draft, Sampling, Verdict
 
-DEPTH = 24
+DEPTH = 16
 """Longest run that is told apart; longer matches continue as their last tokens do."""
 _LEAST = 0.1
 """A draft goes on while its chance, by the counts, is at least this; with `-k auto` the controller decides."""

@@ -158,6 +158,10 @@ class GraphRuntime(LeanRuntime):
             self._recordings[key] = Recorded(tokens, start, values, replay)
         return self._recordings[key]
 
+    def tap(self, layers: tuple[int, ...]) -> None:
+        self._recordings.clear()  # made without the taps
+        super().tap(layers)
+
     def _grow(self, end: int) -> None:
         self._recordings.clear()  # they hold memory, and the old cache
         super()._grow(end)
