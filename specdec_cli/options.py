@@ -22,7 +22,7 @@ Draft = Annotated[
         "-d",
         rich_help_panel=_MODELS,
         show_default="ngram",
-        help="Hub id, folder, .gguf file, builtin, ngram, ngram:N (look up at most N tokens), suffix, self:N (the target's "
+        help="Hub id, folder, .gguf file, ngram, ngram:N (look up at most N tokens), suffix, self:N (the target's "
         "first N layers), or none; joined by commas, the first that proposes wins.",
     ),
 ]
@@ -102,7 +102,7 @@ Rule = Annotated[
 ]
 Coupling = Annotated[
     Literal["independent", "gumbel"],
-    typer.Option(rich_help_panel=_SAMPLING, help="gumbel: the same seed gives the same text with any draft and any k."),
+    typer.Option(rich_help_panel=_SAMPLING, help="gumbel: in float32 a seed gives one text, with any draft and any k."),
 ]
 StopText = Annotated[
     list[str] | None, typer.Option("--stop", rich_help_panel=_SAMPLING, help="End before this text; repeatable.")

@@ -134,24 +134,30 @@ class BlockRule:
     def thresholds(self, case: Case) -> Tensor:
         reach = _reach(case)
         left, inner = self._left(case, reach[:-1]), reach[:-1]
-        passing = left / (left + 1 - inner)
-        return torch.cat([passing.nan_to_num(0.0), reach[-1:]])  # 0/0: nothing is left, and a later one passes surely
+        mass = left + 1 - inner
+        # Where nothing is left a later one passes surely.
+        return torch.cat([torch.where(mass == 0, 0.0, left / mass), reach[-1:]])
 
     def count(self, passed: Tensor) -> Tensor:
         places = torch.arange(passed.shape[0] + 1, device=passed.device)
         return (places * pad(passed, (1, 0))).amax()
 
     def final(self, case: Case, accepted: Tensor) -> Tensor:
-        whole = torch.cat([torch.ones_like(case.p[:1, 0]).to(case.q_drafted), _reach(case)])
+        reach = _reach(case)
+        whole = torch.cat([reach.new_ones(1), reach])
         scale = torch.where(accepted < case.tokens.shape[0], whole.index_select(0, accepted[None])[0], 1.0)
-        return residual(case.p.index_select(0, accepted[None])[0], case.q_row(accepted), scale.to(case.p))
+        row = residual(case.p.index_select(0, accepted[None])[0], case.q_row(accepted), scale.to(case.p))
+        # Each test looked at the row after it: a NaN there would pass for "never", and must be found.
+        return row + self._left(case, reach[:-1]).sum().to(row) * 0
 
     def _left(self, case: Case, reach: Tensor) -> Tensor:
         """[k - 1]: Σ max(0, r_i · p - q) at the position after the i-th drafted token, i = 1 .. k - 1."""
         if case.probs is None:
-            return reach * (1 - case.p_drafted[1:])
-        wanted = case.p[1 : case.tokens.shape[0]] * reach[:, None]
-        return (wanted - case.probs[1:]).clamp_(min=0.0).sum(-1)
+            left = reach * (1 - case.p_drafted[1:])
+        else:
+            wanted = case.p[1 : case.tokens.shape[0]] * reach[:, None]
+            left = (wanted - case.probs[1:]).clamp_(min=0.0).sum(-1)
+        return torch.where(reach > 0, left, 0.0)  # a prefix that the target never takes is a dead one
 
 
 def _reach(case: Case) -> Tensor:

@@ -117,10 +117,21 @@ class AutoK:
     """The controller; one a pair, so that what a run learns serves the next."""
 
     def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
         self._passes, self._other = Staircase(), Times()
         self._sources: dict[str, _Source] = {}
+        self._seeds: set[int] = set()
         self._cycles = 0
         self._tokens = self._seconds = 0.0
+
+    def begin(self, seed: int) -> None:
+        """A run begins. What an earlier run with the same seed has taught is forgotten: it was tested with the very numbers
+        that this one will be, and k must not depend on them."""
+        if seed in self._seeds:
+            self._forget()
+        self._seeds.add(seed)
 
     @property
     def k(self) -> int:

@@ -50,7 +50,8 @@ class Settings:
 
 
 class Controls:
-    """Mutable holder of the `Settings` in force from the next cycle on; `reason` says why they were last changed."""
+    """Mutable holder of the `Settings` in force from the next cycle to be launched (on a GPU one is always in
+    flight); `reason` says why they were last changed."""
 
     def __init__(
         self, k: int | AutoK = 3, sampling: Sampling | None = None, draft_temperature: float | None = None

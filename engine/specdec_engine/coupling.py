@@ -8,6 +8,7 @@ agree. What is emitted is always the target's own choice, so a draft changes the
 from __future__ import annotations
 
 import struct
+from functools import lru_cache
 from hashlib import blake2b
 
 import torch
@@ -21,8 +22,12 @@ def gumbel_noise(seed: int, position: int, rows: int, vocab: int, device: torch.
     return torch.stack(made).log_().neg_().log_().neg_().float().to(device, non_blocking=True)
 
 
+@lru_cache(maxsize=64)
 def _uniforms(seed: int, position: int, vocab: int) -> Tensor:
-    """[vocab] float64 strictly between 0 and 1; made on the host, so that every device gets the same."""
+    """[vocab] float64 strictly between 0 and 1; made on the host, so that every device gets the same.
+
+    Kept: draft and target ask for the same positions.
+    """
     key = blake2b(struct.pack("<QQ", seed % 2**64, position), digest_size=8, person=b"specdec.gumbel").digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
     return torch.rand(vocab, generator=generator, dtype=torch.float64).clamp_(2.0**-53, 1 - 2.0**-53)

@@ -36,9 +36,9 @@ class DraftFolder:
     ids: Tensor
     """[V'] the target's id of each of the draft's."""
 
-    def check(self, tokenizer: Any, target: str) -> None:
-        """Raises PairIncompatible for another target's tokenizer: ids would mean other tokens."""
-        if fingerprint(tokenizer) != self.tokenizer:
+    def check(self, tokenizer: Any, target: str, vocab: int) -> None:
+        """Raises PairIncompatible for another target's tokenizer or logits: ids would mean other tokens, or none."""
+        if int(self.ids[-1]) >= vocab or fingerprint(tokenizer) != self.tokenizer:
             raise PairIncompatible(
                 f"the draft {self.path} was made for another tokenizer than that of {target}",
                 "choose the target it was distilled from, or distill a draft for this one: specdec distill",
@@ -56,11 +56,28 @@ def read_draft(path: Path) -> DraftFolder | None:
             return None
         about = config[SECTION]
         ids = load_file(path / VOCABULARY)["target_ids"].long()
-        return DraftFolder(path, about["kind"], config, tuple(about["taps"]), about["tokenizer_sha256"], ids)
+        draft = DraftFolder(path, about["kind"], config, tuple(about["taps"]), about["tokenizer_sha256"], ids)
+        _check(draft)
+        return draft
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ModelUnavailable(
             f"the draft in {path} is damaged: {error}", "distill it again, or choose another"
         ) from error
+
+
+def _check(draft: DraftFolder) -> None:
+    """Raises ValueError. An id that came twice would be drawn with another probability than is reported for it."""
+    if draft.kind not in ("head", "model"):
+        raise ValueError(f"its kind is {draft.kind!r}")
+    if list(draft.taps) != sorted({int(tap) for tap in draft.taps if tap >= 0}) or (
+        draft.kind == "head" and not draft.taps
+    ):
+        raise ValueError(f"its taps are {draft.taps}")
+    ids = draft.ids
+    if ids.dim() != 1 or len(ids) == 0 or int(ids[0]) < 0 or not bool((ids[1:] > ids[:-1]).all()):
+        raise ValueError("its ids are not in rising order")
+    if len(ids) != draft.config["vocab_size"]:
+        raise ValueError(f"it has {len(ids)} ids where its config says {draft.config['vocab_size']}")
 
 
 def fingerprint(tokenizer: Any) -> str:

@@ -23,7 +23,8 @@ class Started:
     prompt: tuple[int, ...]
     """Token ids of the prompt, as the target saw them."""
     settings: Mapping[str, Any]
-    """target, draft, k, temperature, top_k, top_p, min_p, max_tokens, stop, rule: as in force in the first cycle."""
+    """target, draft, rule, coupling, k, temperature, top_k, top_p, min_p, draft_temperature, max_tokens, stop: as in force in
+    the first cycle."""
     seed: int
     environment: Mapping[str, Any] = field(default_factory=dict)
     """Versions, device, dtype, runtime; empty when the caller gave none."""

@@ -55,7 +55,8 @@ def decode(
     ahead = target.device.type == "cuda" if ahead is None else ahead
     clipper = Clipper(stop, _room(prompt, stop, target.limit), tokenizer)
     run = _Run(target, drafter, list(prompt), controls, clipper, random, judge, timer)
-    names = {"target": target.name, "draft": drafter.name, "rule": judge.rule.name}
+    coupling = controls.settings.sampling.coupling
+    names = {"target": target.name, "draft": drafter.name, "rule": judge.rule.name, "coupling": coupling}
     limits = {"max_tokens": stop.max_tokens, "stop": list(stop.strings)}
     yield Started(tuple(prompt), {**names, **run.settings.named(), **limits}, random.seed, dict(environment or {}))
     try:

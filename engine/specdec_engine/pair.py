@@ -77,7 +77,6 @@ class Pair:
         draft_temperature: float | None = None,
     ) -> Controls:
         """For the next `decode`; with `auto`, k follows what the pair's runs have shown."""
-        self.pace.controller = self.auto if k == "auto" else None
         return Controls(self.auto if k == "auto" else k, sampling, draft_temperature)
 
     def decode(
@@ -96,13 +95,21 @@ class Pair:
 
         `controls` takes the place of k and sampling for a caller that turns them while the run goes on.
         """
+        if rule not in self.judges:
+            raise UsageError(f"the rule {rule!r} is not known", f"one of {', '.join(self.judges)}")
+        seed = secrets.randbits(32) if seed is None else seed
+        if controls is None:
+            controls = self.controls(k, sampling)
+        self.pace.controller = controls.auto
+        if controls.auto is not None:
+            controls.auto.begin(seed)
         return decode(
             self.target,
             self.drafter,
             prompt,
-            controls=controls or self.controls(k, sampling),
+            controls=controls,
             stop=Stop(max_tokens, self.stop_ids, tuple(stop)),
-            random=KeyedRandomness(secrets.randbits(32) if seed is None else seed),
+            random=KeyedRandomness(seed),
             judge=self.judges[rule],
             tokenizer=self.tokenizer,
             environment=self.environment,
@@ -129,7 +136,7 @@ def load_pair(target: str = "builtin", draft: str = "ngram", options: LoadOption
         small = find_model(name, replace(options, device_map=None, quantize=options.draft_quantize))
         made = read_draft(small.path)
         if made is not None:
-            made.check(found.tokenizer, target)
+            made.check(found.tokenizer, target, found.vocab)
         elif special := check_pair(target, found.tokenizer, name, small.tokenizer).special:
             notes.append(f"{len(special)} special tokens of {target} and {name} differ, from id {special[0].id} on")
         drafts[name] = small.load()

@@ -42,7 +42,7 @@ class CudaTimer:
         return event
 
     def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
-        end.synchronize()  # all but returns at once: the verdict's copy has waited for everything before the last mark
+        end.synchronize()  # all but returns at once: nothing but the mark itself was launched after the verdict's copy
         return float(start.elapsed_time(end)) / 1000.0
 
 

@@ -24,7 +24,7 @@ SPECS = {
     "head": "head:HEAD",
     "self": "self:1",
 }
-CASES = [*SPECS.values(), "ngram:1", "suffix:all", "ngram,model:small", "none,ngram,model:small", "suffix,head:HEAD"]
+CASES = [*SPECS.values(), "ngram:1", "ngram,model:small", "none,ngram,model:small", "suffix,head:HEAD"]
 CASES += ["lean@model:small", "graph@model:small", "graph@ngram,model:small", "reduced@model:small"]
 SAMPLINGS = [Sampling(), Sampling(1.0), Sampling(0.7, top_k=20, top_p=0.9, min_p=0.01)]
 TARGET = tiny_llama(seed=0)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from specdec_engine.control import Controls
 from specdec_engine.distill.batch import Batch
 from specdec_engine.distill.head import Head, HeadShape
 from specdec_engine.distill.run import Recipe, Training, Writing, distill, taps
@@ -14,12 +18,16 @@ from specdec_engine.distill.shards import read
 from specdec_engine.distill.synthesis import turns
 from specdec_engine.distill.training import Batch as TrainingBatch
 from specdec_engine.distill.training import Estimate, Teacher, estimate
-from specdec_engine.errors import PairIncompatible, UsageError
+from specdec_engine.errors import ModelUnavailable, PairIncompatible, UsageError
 from specdec_engine.loading import LoadOptions, find_model
+from specdec_engine.loop import decode
 from specdec_engine.pair import load_pair
+from specdec_engine.randomness import KeyedRandomness
 from specdec_engine.runtime.head import HeadForward, HeadRuntime, head_shape
+from specdec_engine.stopping import Stop
+from specdec_engine.timing import HostTimer
 from specdec_engine.types import Sampling
-from tests.fakes import CPU, byte_tokenizer, cycles, emitted, lean, save_checkpoint, tiny_llama
+from tests.fakes import CPU, FakeClock, byte_tokenizer, cycles, emitted, lean, save_checkpoint, tiny_llama
 
 OPTIONS = LoadOptions(dtype="float32", device="cpu", quantize="none")
 
@@ -157,18 +165,60 @@ def test_text_is_conversations_with_their_features(made, target):
     assert tokens[-len(after) :] == after
 
 
-def test_prompts_may_be_given(target, tmp_path):
+def test_prompts_may_be_given_and_come_to_an_end(target, tmp_path):
     file = tmp_path / "prompts.jsonl"
-    file.write_text('{"prompt": "one"}\n{"turns": ["two", "x"]}\nthree\n' * 100)
+    file.write_text('{"prompt": "one"}\n{"turns": ["two", "x"]}\nthree\n')
     found = find_model(str(target), OPTIONS)
-    recipe = Recipe(tmp_path / "draft", "head", "small", tokens=16_000, data=file)
-    list(distill(found, found.load(), recipe))
+    recipe = Recipe(tmp_path / "draft", "head", "small", tokens=1_000_000, data=file)
+    next(distill(found, found.load(), recipe))
+    steps = distill(found, found.load(), recipe)
+    while not isinstance(next(steps), Training):
+        pass
     shard = read(next((recipe.work / "text").iterdir()))
-    text = found.tokenizer.decode(shard.tokens[: int(shard.answers[0])])
-    assert text in {f"<|im_start|>user\n{p}<|im_end|>\n<|im_start|>assistant\n" for p in ("one", "two", "three")}
-    file.write_text("one\n{broken\n")
-    with pytest.raises(UsageError, match="line 2"):
-        list(distill(found, found.load(), Recipe(tmp_path / "b", "head", "small", tokens=16_000, data=file)))
+    prompts = [found.tokenizer.decode(shard.tokens[a:b]) for a, b in zip(shard.starts, shard.answers, strict=False)]
+    assert {f"<|im_start|>user\n{p}<|im_end|>\n<|im_start|>assistant\n" for p in ("one", "two", "three")} == set(
+        prompts
+    )
+
+
+def test_prompts_serve_a_target_without_a_chat_template(tmp_path):
+    plain = byte_tokenizer(chat=False)
+    folder = save_checkpoint(tmp_path / "t", layers=4, vocab=len(plain), tokenizer=plain, max_position_embeddings=512)
+    file = tmp_path / "prompts.txt"
+    file.write_text("one\ntwo\n")
+    found = find_model(str(folder), OPTIONS)
+    steps = distill(found, found.load(), Recipe(tmp_path / "a", "head", "small", tokens=10**6, data=file))
+    assert isinstance(next(steps), Writing)
+    assert next(steps).tokens > 0
+    with pytest.raises(UsageError, match="no chat template"):
+        list(distill(found, found.load(), Recipe(tmp_path / "b", "head", "small", tokens=100)))
+
+
+@pytest.mark.parametrize("rubbish", [b"one\n{broken\n", b'{"prompt": 5}\n', b"\xff\xfe\n", b"[]\n{}\n"])
+def test_rubbish_for_prompts_is_refused(target, tmp_path, rubbish):
+    file = tmp_path / "prompts"
+    file.write_bytes(rubbish)
+    found = find_model(str(target), OPTIONS)
+    with pytest.raises(UsageError, match="prompts"):
+        next(distill(found, found.load(), Recipe(tmp_path / "b", "head", "small", tokens=100, data=file)))
+
+
+def test_a_time_too_short_for_any_text_says_so(target, tmp_path):
+    found = find_model(str(target), OPTIONS)
+    recipe = Recipe(tmp_path / "b", "head", "small", minutes=1e-6)
+    with contextlib.suppress(UsageError):  # one conversation may just fit
+        list(distill(found, found.load(), recipe))
+
+
+def test_one_folder_takes_every_kind_and_size_of_one_target_only(made, target, tmp_path):
+    out, _ = made["head"]
+    found = find_model(str(target), OPTIONS)
+    loaded = found.load()
+    for recipe in (Recipe(out, "model", "small", tokens=18_000), Recipe(out, "head", "medium", tokens=18_000)):
+        assert next(s for s in distill(found, loaded, recipe) if isinstance(s, Training)).step == 1
+    other = find_model(str(save_checkpoint(tmp_path / "o", layers=4, vocab=len(byte_tokenizer()))), OPTIONS)
+    with pytest.raises(UsageError, match="holds text of"):
+        next(distill(other, other.load(), Recipe(out, "head", "small", tokens=18_000)))
 
 
 class Told:
@@ -210,3 +260,62 @@ def test_a_draft_made_for_another_target_is_refused(made, tmp_path):
 def test_a_recipe_needs_one_budget(options, tmp_path):
     with pytest.raises(UsageError):
         Recipe(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("what", "value"),
+    [
+        ("hidden_size", None), ("head_dim", "x"), ("rope_theta", None), ("num_attention_heads", 3), ("vocab_size", 7),
+        ("specdec_draft.taps", []), ("specdec_draft.taps", ["a"]), ("specdec_draft.taps", [0]),
+        ("specdec_draft.taps", [-1]), ("specdec_draft.kind", "zzz"),
+    ],
+)  # fmt: skip
+def test_a_damaged_head_is_refused_before_it_runs(made, target, tmp_path, what, value):
+    folder = tmp_path / "damaged"
+    shutil.copytree(made["head"][0], folder, ignore=shutil.ignore_patterns("work"))
+    config = json.loads((folder / "config.json").read_text())
+    section, _, name = what.rpartition(".")
+    (config[section] if section else config)[name] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises((ModelUnavailable, PairIncompatible)):
+        load_pair(str(target), str(folder), OPTIONS)
+
+
+@pytest.mark.parametrize("ids", [[5, 5, 6], [3, 2, 9], [-1, 2, 3], [1, 2, 99999]])
+def test_ids_that_come_twice_or_mean_nothing_are_refused(made, target, tmp_path, ids):
+    """A token that came twice would be drawn with another probability than is reported for it."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(made["head"][0], folder, ignore=shutil.ignore_patterns("work"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": len(ids)}))
+    save_file({"target_ids": torch.tensor(ids, dtype=torch.int32)}, folder / "draft_vocab.safetensors")
+    with pytest.raises((ModelUnavailable, PairIncompatible)):
+        load_pair(str(target), str(folder), OPTIONS)
+
+
+def test_two_heads_cannot_read_different_layers_of_one_target(made, target, tmp_path):
+    folder = tmp_path / "other"
+    shutil.copytree(made["head"][0], folder, ignore=shutil.ignore_patterns("work"))
+    config = json.loads((folder / "config.json").read_text())
+    config["specdec_draft"]["taps"] = [0, 1, 2]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PairIncompatible, match="another draft head"):
+        load_pair(str(target), f"{made['head'][0]},{folder}", OPTIONS)
+
+
+@pytest.mark.parametrize("kind", ["head", "model"])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_second_run_after_a_cancelled_one_is_as_a_fresh_pairs(made, target, kind, ahead):
+    """p, q and u alike, not only the text: stale features or caches would leave the text right."""
+    out, _ = made[kind]
+    used, fresh = (load_pair(str(target), str(out), OPTIONS) for _ in range(2))
+    prompts = [used.encode(text) for text in ("What is a lighthouse?", "Count to ten, please, and then back again.")]
+    options = {"controls": None, "stop": Stop(40, used.stop_ids), "timer": HostTimer(FakeClock()), "ahead": ahead}
+
+    def events(pair, prompt):
+        made_of = {**options, "controls": Controls(3, Sampling(0.8)), "random": KeyedRandomness(4)}
+        return decode(pair.target, pair.drafter, prompt, **made_of)
+
+    for _, _ in zip(range(4), events(used, prompts[0]), strict=False):
+        pass
+    assert cycles(list(events(used, prompts[1]))) == cycles(list(events(fresh, prompts[1])))

@@ -13,7 +13,7 @@ from itertools import product
 import pytest
 import torch
 
-from specdec_engine.acceptance import TokenRule, decide
+from specdec_engine.acceptance import RULES, TokenRule, decide
 from specdec_engine.errors import GenerationFailed
 from specdec_engine.types import Draft
 from tests.fakes import ScriptedRandomness
@@ -158,3 +158,27 @@ def test_a_broken_draft_is_named():
             ScriptedRandomness(accept=[0.1], final=[0.5, 0.5]),
             0,
         )
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=lambda rule: rule.name)
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("row", [0, 1, 2])
+def test_a_row_that_mattered_and_is_no_distribution_is_an_error(rule, deterministic, bad, row):
+    """With every drafted token sure to be accepted, each row matters."""
+    p = torch.full((3, 4), 0.0, dtype=torch.float64)
+    p[:, 1] = 1.0
+    p[row] = bad * 0
+    probs = None if deterministic else torch.full((2, 4), 0.25, dtype=torch.float64)
+    draft = Draft(torch.tensor([1, 1]), probs, "x")
+    with pytest.raises(GenerationFailed):
+        decide(rule, draft, p, ScriptedRandomness(accept=[0.1, 0.1], final=[0.5, 0.5, 0.5]), 0)
+
+
+def test_rows_after_a_token_that_the_target_never_says_do_not_matter():
+    p = torch.tensor([[0.0, 1.0], [float("nan"), float("nan")], [0.5, 0.5]], dtype=torch.float64)
+    for rule in RULES.values():
+        verdict = decide(
+            rule, Draft(torch.tensor([0, 0]), None, "x"), p, ScriptedRandomness(accept=[0.5, 0.5], final=[0.5] * 3), 0
+        )
+        assert (verdict.accepted, verdict.token) == (0, 1)

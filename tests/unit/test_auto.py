@@ -185,3 +185,14 @@ def test_best_k_solves_the_design_pages_formula():
     rates = [expected_emitted([0.8**i for i in range(1, k + 1)]) / (0.1 * k + PACKED[k + 1]) for k in range(9)]
     assert choice.rate == pytest.approx(max(rates))
     assert choice.k == rates.index(max(rates))
+
+
+def test_a_seed_that_comes_again_finds_nothing_learnt():
+    """k must not depend on what the very numbers of this run have decided before."""
+    auto = AutoK()
+    auto.begin(1)
+    World(0.02, 0.1).run(auto, 100)
+    auto.begin(2)
+    assert auto.k == 0
+    auto.begin(1)
+    assert auto.k == 3

@@ -1,4 +1,4 @@
-"""What `distill` leaves: a draft folder, written whole or not at all."""
+"""What `distill` leaves: a draft folder, each of whose files is complete at any time."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -24,8 +25,10 @@ from specdec_engine.distill.export import save_head, save_model
 from specdec_engine.distill.students import SIZES, HeadStudent, Kind, ModelStudent, Size
 from specdec_engine.distill.synthesis import Example, synthesise
 from specdec_engine.distill.training import Batch, Estimate, Student, Teacher, batches, estimate, loss_of
+from specdec_engine.draft_files import fingerprint
 from specdec_engine.errors import UsageError
 from specdec_engine.loading import Candidate, Loaded
+from specdec_engine.runtime.decoder import Decoder
 from specdec_engine.runtime.lean import LeanRuntime
 
 TEXT_SHARE = 0.45
@@ -91,7 +94,7 @@ class Training:
 
 @dataclass(frozen=True, slots=True)
 class _Done:
-    """How far an earlier run came."""
+    """How far earlier runs came."""
 
     writing_s: float = 0.0
     training_s: float = 0.0
@@ -114,17 +117,47 @@ def distill(found: Candidate, target: Loaded, recipe: Recipe) -> Iterator[Writin
 
     Raises UsageError for a target whose forward is not ours, and for one without a chat template where no data is given.
     """
-    if not isinstance(target.runtime, LeanRuntime):
+    if not isinstance(target.runtime, LeanRuntime) or not isinstance(target.runtime.decoder, Decoder):
         raise UsageError(
             f"{target.name} runs on {target.runtime.name}, and distilling needs the lean or the graph runtime",
             "choose a target of the Llama, Mistral or Qwen family",
         )
-    yield from _write_text(target, recipe)
+    decoder = target.runtime.decoder
+    _begin(target, recipe)
+    yield from _write_text(target, decoder, recipe)
     files = sorted((recipe.work / "text").glob("*.safetensors"))
+    if not files:
+        raise UsageError("the target finished no conversation in this time", "give more --minutes, or --tokens")
     read = [shards.read(file) for file in files]
-    held, train = read[::_HELD_OUT], [shard for i, shard in enumerate(read) if i % _HELD_OUT] or read
+    held, train = _split(read)
     ids = _draft_ids(found, train, SIZES[recipe.size].ids, recipe.work)
-    yield from _train(found, target, recipe, ids, held, train)
+    yield from _train(found, target, decoder, recipe, ids, held, train)
+
+
+def _begin(target: Loaded, recipe: Recipe) -> None:
+    """Raises UsageError where the work folder belongs to another target, and for prompts that cannot be read."""
+    if recipe.data is not None:
+        for _ in _prompts(recipe.data):
+            pass
+    owner, ours = recipe.work / "target.json", {"name": target.name, "tokenizer": fingerprint(target.tokenizer)}
+    if owner.is_file():
+        theirs = json.loads(owner.read_text("utf-8"))
+        if theirs != ours:
+            raise UsageError(
+                f"{recipe.work} holds text of {theirs['name']}, not of {target.name}", "choose another --out"
+            )
+        return
+    recipe.work.mkdir(parents=True, exist_ok=True)
+    owner.write_text(json.dumps(ours), "utf-8")
+
+
+def _split(read: list[shards.Shard]) -> tuple[list[shards.Shard], list[shards.Shard]]:
+    """Held-out text and the rest: whole shards, or of a single one every tenth example."""
+    if len(read) > 1:
+        return read[::_HELD_OUT], [shard for i, shard in enumerate(read) if i % _HELD_OUT]
+    n = len(read[0].answers)
+    held = [i for i in range(n) if i % 10 == 0]
+    return [read[0].part(held)], [read[0].part([i for i in range(n) if i % 10] or held)]
 
 
 def taps(layers: int) -> tuple[int, ...]:
@@ -132,7 +165,7 @@ def taps(layers: int) -> tuple[int, ...]:
     return tuple(sorted({layers // 4, layers // 2, min(layers - layers // 4, layers - 1)}))
 
 
-def _write_text(target: Loaded, recipe: Recipe) -> Iterator[Writing]:
+def _write_text(target: Loaded, decoder: Decoder, recipe: Recipe) -> Iterator[Writing]:
     done, folder = _Done.read(recipe.work), recipe.work / "text"
     written = sum(len(shards.read(file).tokens) for file in folder.glob("*.safetensors"))
     budget_s = math.inf if recipe.minutes is None else recipe.minutes * 60 * TEXT_SHARE
@@ -146,11 +179,10 @@ def _write_text(target: Loaded, recipe: Recipe) -> Iterator[Writing]:
     yield Writing(written, share())
     if written and share() >= 1.0:
         return
-    layers = target.runtime.decoder.shape.layers  # type: ignore[attr-defined]
     # Another seed than before, or a second run would write the same text again.
     seed = recipe.seed + len(list(folder.glob("*.safetensors")))
     prompts = None if recipe.data is None else _prompts(recipe.data)
-    examples = synthesise(target, _SLOTS, taps(layers), seed, prompts=prompts)
+    examples = synthesise(target, _SLOTS, taps(decoder.shape.layers), seed, prompts=prompts)
     for tokens in shards.collect(folder, _until(examples, lambda: share() >= 1.0)):
         written += tokens
         replace(done, writing_s=done.writing_s + time.monotonic() - began).write(recipe.work)
@@ -166,7 +198,11 @@ def _until(examples: Iterator[Example], over: Any) -> Iterator[Example]:
 
 def _prompts(file: Path) -> Iterator[str]:
     """Lines of text, or JSON lines with `prompt` or Spec-Bench's `turns`. Raises UsageError for a line that is neither."""
-    for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+    try:
+        lines = file.read_text("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{file} is not text in UTF-8", "one prompt a line, or JSON lines with `prompt`") from error
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         if not line.lstrip().startswith("{"):
@@ -174,7 +210,10 @@ def _prompts(file: Path) -> Iterator[str]:
             continue
         try:
             record = json.loads(line)
-            yield record["prompt"] if "prompt" in record else record["turns"][0]
+            prompt = record["prompt"] if "prompt" in record else record["turns"][0]
+            if not isinstance(prompt, str):
+                raise TypeError
+            yield prompt
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise UsageError(f"{file}, line {number}: no JSON object with `prompt`", "one prompt a line") from error
 
@@ -209,21 +248,29 @@ _SAMPLED = 60_000
 def _train(
     found: Candidate,
     target: Loaded,
+    decoder: Decoder,
     recipe: Recipe,
     ids: Tensor,
     held: list[shards.Shard],
     train: list[shards.Shard],
 ) -> Iterator[Training]:
-    cpu = target.runtime.device.type == "cpu"
-    accelerator = Accelerator(cpu=cpu, mixed_precision="bf16")
-    device = accelerator.device
+    device = target.runtime.device
+    # Trained on the target's own device, in bfloat16 where that is computed in.
+    half = device.type == "cpu" or decoder.dtype == torch.bfloat16
+    accelerator = Accelerator(
+        cpu=device.type == "cpu", mixed_precision="bf16" if half else "no", device_placement=False
+    )
     teacher = Teacher(found.output_rows(ids).to(device, torch.bfloat16), _inverse(ids, target.runtime.vocab).to(device))
     student = _student(found, target, recipe, teacher, train[0].features.shape[1], device)
     optimizers = [accelerator.prepare(o) for o in _optimizers(student.module)]
     student.module = accelerator.prepare(student.module)
-    done, state = _Done.read(recipe.work), recipe.work / "state"
-    if done.step and state.is_dir():
+    # Each kind and size has a training of its own; the text serves them all.
+    state = recipe.work / f"state-{recipe.kind}-{recipe.size}"
+    done = _Done.read(recipe.work)
+    if state.is_dir():
         accelerator.load_state(str(state))
+        trained = json.loads((state / "trained.json").read_text("utf-8"))
+        done = replace(done, step=trained["step"], training_s=trained["training_s"])
     measured = list(batches(held, 0))[: 3 * _HELD_BATCHES : 3]
     began, saved, seen = time.monotonic(), time.monotonic(), None
     loss, step = math.nan, done.step
@@ -238,10 +285,9 @@ def _train(
     def keep() -> Estimate:
         with accelerator.autocast():
             found_now = estimate(student, teacher, [_on(b, device) for b in measured], SHOWN)
-        accelerator.save_state(str(state))
         spent = replace(done, training_s=done.training_s + time.monotonic() - began, step=step)
-        spent.write(recipe.work)
-        _export(accelerator.unwrap_model(student.module), recipe, ids, target, spent, train, found_now)
+        _save_state(accelerator, state, spent)
+        _export(accelerator.unwrap_model(student.module), recipe, ids, target, decoder, spent, train, found_now)
         return found_now
 
     for batch in chain.from_iterable(batches(train, recipe.seed + 1 + i, _STEP_TOKENS) for i in range(10**6)):
@@ -264,6 +310,19 @@ def _train(
 
 
 _STEP_TOKENS = 2048
+
+
+def _save_state(accelerator: Accelerator, state: Path, done: _Done) -> None:
+    """The new one beside the old, which goes when it is complete."""
+    partial, old = state.with_name(f"{state.name}.part"), state.with_name(f"{state.name}.old")
+    for left in (partial, old):
+        shutil.rmtree(left, ignore_errors=True)
+    accelerator.save_state(str(partial))
+    (partial / "trained.json").write_text(json.dumps({"step": done.step, "training_s": done.training_s}), "utf-8")
+    if state.is_dir():
+        state.rename(old)
+    partial.rename(state)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _on(batch: Batch, device: torch.device) -> Batch:
@@ -307,6 +366,7 @@ def _export(
     recipe: Recipe,
     ids: Tensor,
     target: Loaded,
+    decoder: Decoder,
     done: _Done,
     train: list[shards.Shard],
     found: Estimate,
@@ -323,5 +383,4 @@ def _export(
     if recipe.kind == "model":
         save_model(recipe.out, module, ids, target.tokenizer, made)
     else:
-        layers = target.runtime.decoder.shape.layers  # type: ignore[attr-defined]
-        save_head(recipe.out, module, ids, taps(layers), target.tokenizer, made)
+        save_head(recipe.out, module, ids, taps(decoder.shape.layers), target.tokenizer, made)

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from specdec_engine.distill.synthesis import Example
+from specdec_engine.errors import GenerationFailed
 
 SHARD_TOKENS = 16_384
 
@@ -25,6 +26,14 @@ class Shard:
     answers: Tensor
     """Index of each answer's first token, within the shard."""
     features: Tensor
+
+    def part(self, examples: Sequence[int]) -> Shard:
+        """These examples alone."""
+        spans = [(int(self.starts[i]), int(self.starts[i + 1])) for i in examples]
+        places = torch.cat([torch.arange(start, end) for start, end in spans])
+        starts = torch.tensor([0, *(end - start for start, end in spans)]).cumsum(0)
+        answers = starts[:-1] + torch.tensor([int(self.answers[i] - self.starts[i]) for i in examples])
+        return Shard(self.tokens[places], starts, answers, self.features[places])
 
 
 def write(folder: Path, examples: Sequence[Example]) -> Path:
@@ -40,8 +49,14 @@ def write(folder: Path, examples: Sequence[Example]) -> Path:
     }
     path = folder / f"{number:05}.safetensors"
     partial = path.with_suffix(".part")
-    save_file(tensors, partial)
-    partial.rename(path)
+    try:
+        save_file(tensors, partial)
+        partial.rename(path)
+    except (OSError, SafetensorError) as error:
+        size = sum(t.nbytes for t in tensors.values()) / len(tensors["tokens"]) / 1000
+        raise GenerationFailed(
+            f"{path} could not be written: {error}", f"a million tokens of text take {size:.1f} GB with this target"
+        ) from error
     return path
 
 
@@ -54,6 +69,9 @@ def collect(folder: Path, examples: Iterable[Example]) -> Iterator[int]:
             write(folder, waiting)
             waiting = []
             yield count
+    if waiting:
+        write(folder, waiting)
+        yield sum(len(e.tokens) for e in waiting)
 
 
 def read(path: Path) -> Shard:

@@ -70,11 +70,17 @@ class Limits:
 
 def turns(tokenizer: Any) -> tuple[list[int], list[int]]:
     """What the chat template puts before a user's words, and what follows them. Raises UsageError without a template."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise UsageError("this target has no chat template to write prompts into", "give text by --data FILE")
+    if not _has_turns(tokenizer):
+        raise UsageError("this target has no chat template to write prompts into", "give prompts by --data FILE")
     rendered = tokenizer.decode(chat_ids(tokenizer, _MARK, None))
-    before, _, after = rendered.partition(_MARK)
+    before, marked, after = rendered.partition(_MARK)
+    if not marked or not after:
+        raise UsageError("this target's chat template does not show where a user's turn ends", "choose another target")
     return _ids(tokenizer, before), _ids(tokenizer, after)
+
+
+def _has_turns(tokenizer: Any) -> bool:
+    return bool(getattr(tokenizer, "chat_template", None))
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
@@ -91,19 +97,19 @@ def synthesise(
 ) -> Iterator[Example]:
     """Conversations without end, as they are finished; the target writes the prompts too, unless they are given.
 
-    The target must run on a `Decoder` (lean or graph runtime). Ends when given prompts do; conversations not finished by
-    then are left out.
+    The target must run on a `Decoder` (lean or graph runtime). Ends when given prompts do.
     """
     limits = limits or Limits()
-    before, after = turns(target.tokenizer)
-    closing = after[0]
+    before, after = ([], []) if prompts and not _has_turns(target.tokenizer) else turns(target.tokenizer)
+    closing = after[0] if after else None
     decoder = target.runtime.decoder  # type: ignore[attr-defined]
     capacity = len(before) + limits.long_prompt + len(after) + limits.answer + 1
     batch = Batch(decoder, slots, capacity, taps)
     generator = torch.Generator(decoder.device).manual_seed(seed)
     openings, begun = random.Random(seed), 0
 
-    def fresh() -> _Slot:
+    def fresh() -> _Slot | None:
+        """None where given prompts have come to their end."""
         nonlocal begun
         begun += 1
         temperature = ANSWERS[begun % len(ANSWERS)]
@@ -111,7 +117,10 @@ def synthesise(
         if prompts is None:
             opening = openings.choice(OPENINGS) if begun % 5 else ""
             return _Slot([*before, *_ids(target.tokenizer, opening)], [], temperature, longest)
-        words = _ids(target.tokenizer, next(prompts))[: limits.long_prompt]
+        prompt = next(prompts, None)
+        if prompt is None:
+            return None
+        words = _ids(target.tokenizer, prompt)[: limits.long_prompt]
         tokens = [*before, *words, *after]
         return _Slot(tokens, [], temperature, longest, answer=len(tokens))
 
@@ -128,22 +137,31 @@ def synthesise(
         return token in target.stop_ids or len(slot.tokens) - slot.answer >= limits.answer
 
     running = [fresh() for _ in range(slots)]
-    while True:
-        tokens = torch.tensor([slot.tokens[slot.fed] for slot in running], device=decoder.device)
-        logits, features = batch.step(tokens, torch.tensor([slot.fed for slot in running], device=decoder.device))
-        temperatures = torch.tensor([_temperature(slot, len(before)) for slot in running], device=decoder.device)
-        chosen = _choose(logits, temperatures, generator).tolist()
-        rows = features.cpu()
+    while any(running):
+        # A slot whose prompts are at an end idles.
+        fed = [(0, 0, 0.0) if s is None else (s.tokens[s.fed], s.fed, _temperature(s, len(before))) for s in running]
+        tokens, positions, temperatures = (
+            torch.tensor(column, device=decoder.device) for column in zip(*fed, strict=True)
+        )
+        logits, features = batch.step(tokens, positions)
+        chosen, rows = _choose(logits, temperatures, generator).tolist(), features.cpu()
         for i, slot in enumerate(running):
+            if slot is None:
+                continue
             slot.features.append(rows[i])
             slot.fed += 1
             if slot.fed == len(slot.tokens) and advance(slot, chosen[i]):
-                if slot.answer is not None and slot.answer > len(before) + len(after):
-                    n = slot.fed
-                    yield Example(
-                        torch.tensor(slot.tokens[:n], dtype=torch.int32), slot.answer, torch.stack(slot.features)
-                    )
+                if example := _finished(slot, len(before) + len(after)):
+                    yield example
                 running[i] = fresh()
+
+
+def _finished(slot: _Slot, shortest: int) -> Example | None:
+    """The conversation; None if its prompt was empty."""
+    if slot.answer is None or slot.answer <= shortest:
+        return None
+    tokens = torch.tensor(slot.tokens[: slot.fed], dtype=torch.int32)
+    return Example(tokens, slot.answer, torch.stack(slot.features))
 
 
 def _temperature(slot: _Slot, before: int) -> float:

@@ -24,6 +24,8 @@ class Drafter(Protocol):
     - `propose` returns 0 to k tokens, each a valid id of the target, on the target's device;
     - if it drew them at random, `probs[i]` is the exact distribution token i was drawn from, over the target's
       vocabulary, whose uniform numbers come from `random` under the purpose "draft"; otherwise `probs` is None;
+    - a draft depends on nothing that an earlier run drew: a run with the same seed would be tested with the very numbers
+      that made its draft, and that would bias the output;
     - it may stop early because of what it knows *before* drawing a token, or after including one; it never drops a drawn
       token because of its value, which would bias the output;
     - `observe` follows each `propose` that gave tokens and tells what became of them; own state is rolled back there. In

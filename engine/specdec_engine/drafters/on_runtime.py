@@ -35,9 +35,7 @@ class RuntimeDrafter:
             runtime.vocab, host.vocab
         )  # ids that both have; padding rows differ between sizes of a family
         self._ids_of = None if ids is None else ids.to(runtime.device)
-        self._own = (
-            None if ids is None else torch.full((host.vocab,), len(ids) - 1).index_put_((ids,), torch.arange(len(ids)))
-        )
+        self._own = None if ids is None else _inverse(ids, host.vocab)
         self._drafted_from = 0  # length of the context that the last draft followed
 
     def begin(self, prompt: Sequence[int]) -> None:

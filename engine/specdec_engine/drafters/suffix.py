@@ -42,16 +42,13 @@ class SuffixDrafter:
 
     name = "suffix"
 
-    def __init__(self, host: DraftHost, keeps: bool) -> None:
-        """keeps: whether earlier runs are remembered."""
-        self._device, self._pace, self._keeps = host.device, host.pace, keeps
+    def __init__(self, host: DraftHost) -> None:
+        self._device, self._pace = host.device, host.pace
         self._root, self._known = _Node(), 0
         self._ends: list[_Node] = []
 
     def begin(self, prompt: Sequence[int]) -> None:
-        self._ends, self._known = [], 0
-        if not self._keeps:
-            self._root = _Node()
+        self._root, self._ends, self._known = _Node(), [], 0
 
     def propose(self, context: Sequence[int], k: int, sampling: Sampling, random: Randomness) -> Draft:
         self._learn(context[self._known :])
@@ -98,7 +95,7 @@ def _advanced(ends: Iterable[_Node], token: int) -> list[_Node]:
 
 
 def build(argument: str, host: DraftHost) -> SuffixDrafter:
-    """`suffix`, or `suffix:all`, which remembers earlier runs of the same process."""
-    if argument not in ("", "all"):
-        raise UsageError(f"suffix:{argument} is not known", "suffix, or suffix:all, which remembers earlier runs")
-    return SuffixDrafter(host, keeps=argument == "all")
+    """`suffix`, which takes no argument."""
+    if argument:
+        raise UsageError(f"suffix:{argument} is not known", "simply suffix")
+    return SuffixDrafter(host)

@@ -41,6 +41,23 @@ def head_shape(config: Mapping[str, Any]) -> Shape:
     )
 
 
+def check_weights(weights: Mapping[str, Tensor], shape: Shape, intermediate: int, features: int) -> None:
+    """Raises ValueError for weights of other shapes than the config's."""
+    d, width = shape.hidden, shape.heads * shape.head_size
+    expected = {
+        "feature_norm": (features, d),
+        "fuse.weight": (d, features * d),
+        "qkv.weight": (width + 2 * shape.kv_heads * shape.head_size, 2 * d),
+        "out.weight": (d, width),
+        "gate_up.weight": (2 * intermediate, d),
+        "down.weight": (d, intermediate),
+        **dict.fromkeys(("embedding_norm", "state_norm", "mlp_norm", "final_norm"), (d,)),
+    }
+    for name, size in expected.items():
+        if tuple(weights[name].shape) != size:
+            raise ValueError(f"{name} is {tuple(weights[name].shape)} and should be {size}")
+
+
 class HeadForward(Blocks):
     """The head's weights, and its forward over a cache that the caller owns."""
 
@@ -108,7 +125,7 @@ class HeadRuntime:
         """capacity: slots to make room for at first."""
         self.device = forward.device
         self._forward = forward
-        self._cached = 0
+        self._cached = self._written = 0
         self._cache = forward.new_cache(_rounded(capacity))
 
     @property
@@ -121,8 +138,9 @@ class HeadRuntime:
 
     def rollback(self, to: int) -> None:
         """Forget all but the first `to` slots; idempotent."""
-        if to == 0:
-            self._cache.zero_()
+        if to == 0:  # as in `LeanRuntime`: what a broken run left would come through the mask
+            self._cache[:, :, : self._written].zero_()
+            self._written = 0
         self._cached = min(self._cached, to)
 
     @torch.inference_mode()
@@ -157,6 +175,7 @@ class HeadRuntime:
             self._cache = wider
         positions = torch.arange(self._cached, end, device=self.device)
         self._cached = end
+        self._written = max(self._written, end)
         return self._forward(states, tokens, positions, self._cache, _rounded(end))
 
 

@@ -84,6 +84,8 @@ class LeanRuntime:
         """Keep what a draft head reads, from the next pass on. Raises Unsupported where the forward is not a Decoder."""
         if not isinstance(self.decoder, Decoder):
             raise Unsupported("its forward is transformers' own")
+        if self._taps is not None and self._taps.layers != layers:
+            raise Unsupported(f"another draft head reads its layers {self._taps.layers}")
         self._taps = Taps(layers, self._new_features(len(layers), self.capacity))
 
     def features(self, start: int, end: int) -> Tensor:

@@ -28,6 +28,8 @@ class StaticForward:
             raise Unsupported(f"transformers cannot compile {config.model_type} in one graph")
         if kinds - {"full_attention", "sliding_attention"}:
             raise Unsupported(f"it has layers of the kinds {', '.join(sorted(kinds))}")
+        if (getattr(config, "rope_parameters", None) or {}).get("rope_type") in ("dynamic", "longrope"):
+            raise Unsupported("its rotary embedding changes with the length")
         self._model = model
         self._by_kind = hasattr(config, "layer_types")
         self._window = getattr(config, "sliding_window", None)
@@ -43,7 +45,7 @@ class StaticForward:
         zero = torch.zeros(1, dtype=torch.long, device=self.device)
         try:
             self(zero, zero, self.new_cache(1), 1, 1)
-        except (RuntimeError, TypeError, KeyError) as error:
+        except Exception as error:  # whatever it is, the generic runtime takes such a model
             raise Unsupported(f"its keys and values are laid out in a way of its own ({error})") from error
 
     @property
