@@ -23,7 +23,7 @@ Draft = Annotated[
         rich_help_panel=_MODELS,
         show_default="ngram",
         help="Hub id, folder, .gguf file, ngram, ngram:N (look up at most N tokens), suffix, self:N (the target's "
-        "first N layers), or none; joined by commas, the first that proposes wins.",
+        "first N layers), a folder that distill made, or none; joined by commas, the first that proposes wins.",
     ),
 ]
 K = Annotated[
@@ -83,7 +83,10 @@ MinP = Annotated[
 ]
 Seed = Annotated[
     int | None,
-    typer.Option(rich_help_panel=_SAMPLING, help="Repeat a run; without it a fresh one is drawn and printed."),
+    typer.Option(
+        rich_help_panel=_SAMPLING,
+        help="Repeat a run (a sampled one with a fixed -k, or with --coupling gumbel).",
+    ),
 ]
 MaxTokens = Annotated[
     int, typer.Option("--max-tokens", "-n", rich_help_panel=_SAMPLING, help="Emitted tokens at most.")
@@ -142,7 +145,7 @@ def k_of(text: str) -> int | Literal["auto"]:
     try:
         return int(text)
     except ValueError:
-        raise UsageError(f"-k {text} is neither a number nor auto", "3 is usual; 0 is plain decoding") from None
+        raise UsageError(f"-k {text} is neither a number nor auto", "auto learns it; 0 is plain decoding") from None
 
 
 def draft_of(draft: str | None) -> str:

@@ -178,7 +178,10 @@ class AutoK:
         if cycle.drafted:
             self._source(cycle.drafter).learn(cycle)
         if self._passes.measured(1):
-            reasons = [self._plan(name, source, name == cycle.drafter) for name, source in self._sources.items()]
+            reasons = [
+                self._plan(name, source, bool(cycle.drafted) and name == cycle.drafter)
+                for name, source in self._sources.items()
+            ]
         elif self._cycles == _PLAIN_AT:
             reasons = ["a plain pass is measured, which all else is held against"]
         if self.k == before:
@@ -200,9 +203,8 @@ class AutoK:
             return ""
         source.k = best.k
         if not best.k:
-            return (
-                f"{name} does not pay: {now.emitted:.2f} tokens a cycle for {now.seconds * best.rate:.2f} plain passes"
-            )
+            cost = now.seconds * best.rate
+            return f"{name} does not pay: {now.emitted:.2f} tokens a cycle expected for {cost:.2f} plain passes"
         source.pause = _FIRST_PROBE
         if source.free:
             return f"{name} drafts as far as it is sure"

@@ -19,6 +19,7 @@ from jinja2 import TemplateError
 from specdec_engine import gguf_files
 from specdec_engine.context import context_limit
 from specdec_engine.devices import packed_dtype, pick_device, pick_dtype
+from specdec_engine.draft_files import read_draft
 from specdec_engine.errors import ModelUnavailable, OutOfMemory, SpecdecError, UsageError
 from specdec_engine.memory import Need, check_fits, estimate, free_bytes, kept_bytes, kv_bytes
 from specdec_engine.progress import Progress, Report, silent
@@ -226,6 +227,8 @@ def find_model(name: str, options: LoadOptions) -> Candidate:
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # streams, events and graphs are the current device's
     path = resolve(name, offline=options.offline, trust_remote_code=options.trust_remote_code, report=options.report)
+    if path.is_dir() and (made := read_draft(path)) is not None and made.kind == "head":
+        raise UsageError(f"{name} is a draft head and no model of its own", "give it to --draft, with its target")
     with _explained(name, path):
         folder = gguf_files.beside(path, name, options.report) if path.is_file() else path
         found = gguf_files.entries(folder) if path.is_file() else {}

@@ -126,6 +126,8 @@ def load_pair(target: str = "builtin", draft: str = "ngram", options: LoadOption
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     found = find_model(target, options)
+    if read_draft(found.path) is not None:
+        raise UsageError(f"{target} is a draft, made for another target", "give it to --draft")
     drafts, notes = dict[str, Loaded](), list[str]()
 
     @cache

@@ -105,7 +105,11 @@ def _shown(steps: Iterable[Writing | Training]) -> Estimate | None:
     with Progress(*columns, console=Console(stderr=True), disable=not output.live()) as bars:
         writing = bars.add_task("the target writes", total=1.0, said="")
         training = bars.add_task("the draft learns", total=1.0, said="", start=False)
+        part = ""
         for step in steps:
+            if type(step).__name__ != part and not output.live():
+                part = type(step).__name__
+                output.note("the target writes" if isinstance(step, Writing) else "the draft learns")
             if isinstance(step, Writing):
                 bars.update(writing, completed=step.share, said=f"{step.tokens:,} tokens")
                 continue

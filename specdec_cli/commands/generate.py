@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import warnings
@@ -246,5 +247,6 @@ def quieten(offline: bool, debug: bool) -> None:
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
     if not debug:
+        logging.getLogger("accelerate").setLevel(logging.ERROR)
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         warnings.simplefilter("ignore")

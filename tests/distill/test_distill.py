@@ -319,3 +319,27 @@ def test_a_second_run_after_a_cancelled_one_is_as_a_fresh_pairs(made, target, ki
     for _, _ in zip(range(4), events(used, prompts[0]), strict=False):
         pass
     assert cycles(list(events(used, prompts[1]))) == cycles(list(events(fresh, prompts[1])))
+
+
+def test_an_interruption_keeps_the_text_and_the_training(target, tmp_path):
+    found = find_model(str(target), OPTIONS)
+    loaded, recipe = found.load(), Recipe(tmp_path / "d", "head", "small", tokens=3_000)
+    writing = distill(found, loaded, recipe)
+    next(writing)
+    tokens = next(writing).tokens
+    writing.close()
+    assert sum(len(read(f).tokens) for f in (recipe.work / "text").iterdir()) == tokens
+    training = distill(found, loaded, recipe)
+    step = next(s for s in training if isinstance(s, Training) and s.step == 3)
+    training.close()
+    again = distill(found, loaded, recipe)
+    assert next(s for s in again if isinstance(s, Training)).step == step.step + 1
+
+
+def test_a_draft_is_no_target(made, target):
+    for kind in ("head", "model"):
+        with pytest.raises(UsageError, match="draft"):
+            load_pair(str(made[kind][0]), "none", OPTIONS)
+    found = find_model(str(made["model"][0]), OPTIONS)
+    with pytest.raises(UsageError, match="a draft itself"):
+        next(distill(found, found.load(), Recipe(made["model"][0] / "x", tokens=100)))

@@ -196,3 +196,12 @@ def test_a_seed_that_comes_again_finds_nothing_learnt():
     assert auto.k == 0
     auto.begin(1)
     assert auto.k == 3
+
+
+@pytest.mark.parametrize("spec", ["none,ngram", "ngram,none", "none,none"])
+def test_a_member_that_never_drafts_does_no_harm(spec):
+    from specdec_engine.drafters import build_drafter
+
+    about, auto = host(), AutoK()
+    about.pace.controller = auto
+    assert cycles(run(TableTarget(vocab=5), build_drafter(spec, about), [1, 2], max_tokens=80, controls=Controls(auto)))

@@ -1,7 +1,7 @@
 """`distill`: text, ids, training, export. Each part goes on where an interrupted run left it.
 
-The work folder holds the target's text with its features, and the training state; the draft is written whenever it has been
-measured, so that an interruption costs no more than the minutes since.
+The work folder holds the target's text with its features, and the training state; both are kept when interrupted. The draft
+is written whenever it has been measured.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from specdec_engine.distill.export import save_head, save_model
 from specdec_engine.distill.students import SIZES, HeadStudent, Kind, ModelStudent, Size
 from specdec_engine.distill.synthesis import Example, synthesise
 from specdec_engine.distill.training import Batch, Estimate, Student, Teacher, batches, estimate, loss_of
-from specdec_engine.draft_files import fingerprint
+from specdec_engine.draft_files import fingerprint, read_draft
 from specdec_engine.errors import UsageError
 from specdec_engine.loading import Candidate, Loaded
 from specdec_engine.runtime.decoder import Decoder
@@ -62,10 +62,13 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if (self.minutes is None) == (self.tokens is None):
-            raise UsageError("give either --minutes or --tokens", "for example --minutes 60")
-        if (self.minutes or self.tokens or 0) <= 0:
-            raise UsageError(f"a budget of {self.minutes or self.tokens} is nothing", "for example --minutes 60")
+        budget = self.tokens if self.minutes is None else self.minutes
+        if budget is None or (self.minutes is not None and self.tokens is not None):
+            raise UsageError("give either --minutes or --tokens, not both", "for example --minutes 60")
+        if budget <= 0:
+            raise UsageError(f"a budget of {budget:g} is nothing", "for example --minutes 60")
+        if self.out.exists() and not self.out.is_dir():
+            raise UsageError(f"{self.out} is a file", "--out names a folder")
 
     @property
     def work(self) -> Path:
@@ -123,6 +126,10 @@ def distill(found: Candidate, target: Loaded, recipe: Recipe) -> Iterator[Writin
             "choose a target of the Llama, Mistral or Qwen family",
         )
     decoder = target.runtime.decoder
+    if read_draft(found.path) is not None:
+        raise UsageError(
+            f"{target.name} is a draft itself, with ids of its own", "distill from the target it was made for"
+        )
     _begin(target, recipe)
     yield from _write_text(target, decoder, recipe)
     files = sorted((recipe.work / "text").glob("*.safetensors"))
@@ -152,12 +159,12 @@ def _begin(target: Loaded, recipe: Recipe) -> None:
 
 
 def _split(read: list[shards.Shard]) -> tuple[list[shards.Shard], list[shards.Shard]]:
-    """Held-out text and the rest: whole shards, or of a single one every tenth example."""
-    if len(read) > 1:
+    """Held-out text and the rest: whole shards, or of a few shards every tenth example of the first."""
+    if len(read) >= _HELD_OUT:
         return read[::_HELD_OUT], [shard for i, shard in enumerate(read) if i % _HELD_OUT]
     n = len(read[0].answers)
     held = [i for i in range(n) if i % 10 == 0]
-    return [read[0].part(held)], [read[0].part([i for i in range(n) if i % 10] or held)]
+    return [read[0].part(held)], [read[0].part([i for i in range(n) if i % 10] or held), *read[1:]]
 
 
 def taps(layers: int) -> tuple[int, ...]:
@@ -290,22 +297,28 @@ def _train(
         _export(accelerator.unwrap_model(student.module), recipe, ids, target, decoder, spent, train, found_now)
         return found_now
 
-    for batch in chain.from_iterable(batches(train, recipe.seed + 1 + i, _STEP_TOKENS) for i in range(10**6)):
-        if share() >= 1.0:
-            break
-        for group in (g for o in optimizers for g in o.param_groups):
-            group["lr"] = _RATE * min(1.0, (step + 1) / _WARMUP) * (0.05 + 0.475 * (1 + math.cos(math.pi * share())))
-        with accelerator.autocast():
-            value = loss_of(student, teacher, _on(batch, device), STEPS)
-        accelerator.backward(value)
-        accelerator.clip_grad_norm_(student.module.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        loss, step = float(value.detach()), step + 1
-        if time.monotonic() - saved > _MEASURED_S:
-            seen, saved = keep(), time.monotonic()
-        yield Training(step, loss, share(), seen)
+    try:
+        for batch in chain.from_iterable(batches(train, recipe.seed + 1 + i, _STEP_TOKENS) for i in range(10**6)):
+            if share() >= 1.0:
+                break
+            for group in (g for o in optimizers for g in o.param_groups):
+                group["lr"] = (
+                    _RATE * min(1.0, (step + 1) / _WARMUP) * (0.05 + 0.475 * (1 + math.cos(math.pi * share())))
+                )
+            with accelerator.autocast():
+                value = loss_of(student, teacher, _on(batch, device), STEPS)
+            accelerator.backward(value)
+            accelerator.clip_grad_norm_(student.module.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            loss, step = float(value.detach()), step + 1
+            if time.monotonic() - saved > _MEASURED_S:
+                seen, saved = keep(), time.monotonic()
+            yield Training(step, loss, share(), seen)
+    except (KeyboardInterrupt, GeneratorExit):
+        _save_state(accelerator, state, replace(done, training_s=done.training_s + time.monotonic() - began, step=step))
+        raise
     yield Training(step, loss, 1.0, keep())
 
 

@@ -61,17 +61,18 @@ def write(folder: Path, examples: Sequence[Example]) -> Path:
 
 
 def collect(folder: Path, examples: Iterable[Example]) -> Iterator[int]:
-    """Write examples as they come; yields the tokens of each shard written."""
+    """Write examples as they come, the last ones also when interrupted; yields the tokens of each."""
     waiting: list[Example] = []
-    for example in examples:
-        waiting.append(example)
-        if (count := sum(len(e.tokens) for e in waiting)) >= SHARD_TOKENS:
+    try:
+        for example in examples:
+            waiting.append(example)
+            if sum(len(e.tokens) for e in waiting) >= SHARD_TOKENS:
+                write(folder, waiting)
+                waiting = []
+            yield len(example.tokens)
+    finally:
+        if waiting:
             write(folder, waiting)
-            waiting = []
-            yield count
-    if waiting:
-        write(folder, waiting)
-        yield sum(len(e.tokens) for e in waiting)
 
 
 def read(path: Path) -> Shard:
