@@ -56,11 +56,14 @@ def test_an_interrupted_distillation_keeps_its_work_and_says_so(target, tmp_path
         stdout=subprocess.PIPE,
         env=environment(),
     )
-    deadline = time.monotonic() + 100
-    while not list((out / "work" / "text").glob("*.safetensors")) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    running.send_signal(signal.SIGINT)
-    _, err = running.communicate(timeout=60)
+    try:
+        deadline = time.monotonic() + 100
+        while not list((out / "work" / "text").glob("*.safetensors")) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        running.send_signal(signal.SIGINT)
+        _, err = running.communicate(timeout=60)
+    finally:
+        running.kill()  # it would go on for half an hour
     assert running.returncode == 130
     assert b"the same command goes on" in err
     assert list((out / "work" / "text").glob("*.safetensors"))
