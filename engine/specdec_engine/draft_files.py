@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -84,6 +85,11 @@ def fingerprint(tokenizer: Any) -> str:
     """SHA-256 of which token each id is."""
     tokens = sorted((i, token) for token, i in tokenizer.get_vocab().items())
     return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
+
+
+def inverse(ids: Tensor, vocab: int, lacking: int) -> Tensor:
+    """[V'] -> [V]: the draft's id of each of the target's; `lacking` where it has none."""
+    return torch.full((vocab,), lacking).index_put_((ids,), torch.arange(len(ids)))
 
 
 def head_weights(draft: DraftFolder) -> dict[str, Tensor]:

@@ -6,15 +6,13 @@ comes with a checkpoint is run only on demand.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
-from jinja2 import TemplateError
 
 from specdec_engine import gguf_files
 from specdec_engine.context import context_limit
@@ -22,6 +20,7 @@ from specdec_engine.devices import packed_dtype, pick_device, pick_dtype
 from specdec_engine.draft_files import read_draft
 from specdec_engine.errors import ModelUnavailable, OutOfMemory, SpecdecError, UsageError
 from specdec_engine.memory import Need, check_fits, estimate, free_bytes, kept_bytes, kv_bytes
+from specdec_engine.pretrained import DeviceMap, generation_config, load_config, load_tokenizer, load_weights, stop_ids
 from specdec_engine.progress import Progress, Report, silent
 from specdec_engine.runtime import Runtime
 from specdec_engine.runtime.blocks import cache_dtype
@@ -33,7 +32,6 @@ from specdec_engine.runtime.shape import Shape, Unsupported, shape_of
 from specdec_engine.sources import first_line, resolve, weight_files
 from specdec_engine.weights import PACKED, Entry, GgufWeights, SafetensorsWeights, Weights
 
-DeviceMap = Literal["auto"]
 RuntimeName = Literal["auto", "lean", "graph", "generic"]
 
 
@@ -147,7 +145,9 @@ class Candidate:
     def _generic(self, placement: torch.device | DeviceMap, remark: str) -> Loaded:
         from specdec_engine.runtime.generic import GenericRuntime  # its imports take 2 s
 
-        model = _load_weights(self.path, self.folder, self._gguf_state, self.dtype, placement, self.options)
+        model = load_weights(
+            self.path, self.folder, self._gguf_state, self.dtype, placement, self.options.trust_remote_code
+        )
         form = str(self.dtype).removeprefix("torch.")
         spread = getattr(model, "hf_device_map", None) is not None  # not so where there is but one device
         runtime: Runtime = GenericRuntime(model, self.name)
@@ -181,7 +181,7 @@ class Candidate:
             dtype=str(self.dtype).removeprefix("torch."),
             weights=weights,
             parameters=parameters,
-            stop_ids=_stop_ids(_generation_config(self.folder), self.config, self.tokenizer),
+            stop_ids=stop_ids(generation_config(self.folder), self.config, self.tokenizer),
             spread=spread,
             remark=remark,
         )
@@ -232,7 +232,7 @@ def find_model(name: str, options: LoadOptions) -> Candidate:
     with _explained(name, path):
         folder = gguf_files.beside(path, name, options.report) if path.is_file() else path
         found = gguf_files.entries(folder) if path.is_file() else {}
-        config: Any = gguf_files.plain_config(folder) if found else _load_config(folder, options)
+        config: Any = gguf_files.plain_config(folder) if found else load_config(folder, options.trust_remote_code)
         shape = lean_shape(config, options, device)
         stays = (
             isinstance(shape, Shape) and options.quantize == "auto" and any(e.kind in PACKED for e in found.values())
@@ -242,8 +242,8 @@ def find_model(name: str, options: LoadOptions) -> Candidate:
         if isinstance(_placement(name, need, device, options), str):
             shape = Unsupported("it is spread over devices")
         if isinstance(shape, Unsupported):
-            _check_rollback(_load_config(folder, options), name)
-        tokenizer = load_tokenizer(folder, options)
+            _check_rollback(load_config(folder, options.trust_remote_code), name)
+        tokenizer = load_tokenizer(folder, options.trust_remote_code)
     return Candidate(name, path, folder, config, shape, tokenizer, need, device, dtype, options)
 
 
@@ -294,81 +294,6 @@ def load_model(name: str, options: LoadOptions) -> Loaded:
     return find_model(name, options).load()
 
 
-def load_tokenizer(path: Path, options: LoadOptions) -> Any:
-    """The tokenizer beside the weights. Raises ModelUnavailable if there is none."""
-    try:
-        return _tokenizer_class(path).from_pretrained(**_source(path, options))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        if "trust_remote_code" in str(error):
-            raise
-        raise ModelUnavailable(
-            f"{path} has no tokenizer that can be read: {first_line(error)}",
-            "put tokenizer.json and tokenizer_config.json beside the weights; token ids mean nothing without them",
-        ) from error
-
-
-def _tokenizer_class(path: Path) -> Any:
-    """The plain fast tokenizer where the folder names it, as the one beside a GGUF does: AutoTokenizer imports for 2 s."""
-    import transformers
-
-    with suppress(OSError, ValueError, AttributeError):
-        named = json.loads((path / "tokenizer_config.json").read_text("utf-8")).get("tokenizer_class")
-        if named in ("TokenizersBackend", "PreTrainedTokenizerFast") and (path / "tokenizer.json").is_file():
-            return transformers.PreTrainedTokenizerFast
-    return transformers.AutoTokenizer
-
-
-def _load_config(path: Path, options: LoadOptions) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(**_source(path, options))
-
-
-def _load_weights(
-    path: Path,
-    folder: Path,
-    gguf_state: Callable[[], dict[str, torch.Tensor] | None],
-    dtype: torch.dtype,
-    placement: torch.device | DeviceMap,
-    options: LoadOptions,
-) -> Any:
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
-
-    state = gguf_state() if path.is_file() else None
-    common: dict[str, Any] = {"device_map": placement} if isinstance(placement, str) else {}
-    common |= {"dtype": dtype, "output_loading_info": True}
-    model: Any
-    if state is not None:
-        config = _load_config(folder, options)
-        made = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        model, info = made.from_pretrained(None, config=config, state_dict=state, **common)
-    else:
-        model, info = AutoModelForCausalLM.from_pretrained(**_source(path, options), **common, use_safetensors=True)
-    if missing := sorted(info["missing_keys"]):  # transformers would go on with random numbers in their place
-        raise ModelUnavailable(
-            f"{path} lacks {len(missing)} tensors that its config asks for, the first {missing[0]}", "download it again"
-        )
-    if isinstance(placement, torch.device):
-        model = model.to(placement)
-    return model.eval()
-
-
-def _generation_config(folder: Path) -> Any:
-    from transformers import GenerationConfig
-
-    with suppress(OSError, ValueError):  # it need not be there
-        return GenerationConfig.from_pretrained(folder, local_files_only=True)
-    return None
-
-
-def _source(path: Path, options: LoadOptions) -> dict[str, Any]:
-    """What every from_pretrained takes; local paths only, so that nothing leaves the machine here."""
-    common = {"local_files_only": True, "trust_remote_code": options.trust_remote_code}
-    if path.is_file():
-        return {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name, **common}
-    return {"pretrained_model_name_or_path": path, **common}
-
-
 def _placement(name: str, need: Need, device: torch.device, options: LoadOptions) -> torch.device | DeviceMap:
     """The device, if the model fits; else all of them together, where there is more than one GPU to spread over."""
     if (
@@ -382,15 +307,6 @@ def _placement(name: str, need: Need, device: torch.device, options: LoadOptions
             return "auto"
     check_fits(name, need, device, free)
     return device
-
-
-def _stop_ids(*holders: Any) -> frozenset[int]:
-    ids: set[int] = set()
-    for holder in holders:
-        text = holder.get_text_config() if hasattr(holder, "get_text_config") else holder
-        value = getattr(text, "eos_token_id", None)
-        ids |= {value} if isinstance(value, int) else set(value or ())
-    return frozenset(ids)
 
 
 @contextmanager
@@ -421,16 +337,3 @@ def _explained(name: str, path: Path) -> Iterator[None]:
         raise ModelUnavailable(
             f"{name} cannot be loaded: {first_line(error)}", "run with --debug for the traceback"
         ) from error
-
-
-def chat_ids(tokenizer: Any, prompt: str, system: str | None) -> list[int]:
-    """The prompt as one user turn of the tokenizer's chat template, the assistant's turn opened."""
-    turns = [{"role": "system", "content": system}] if system else []
-    turns.append({"role": "user", "content": prompt})
-    try:
-        encoded = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=True)
-    except TemplateError as error:  # some templates refuse a system turn, in their own words
-        raise UsageError(
-            f"the chat template refuses this prompt: {error}", "leave out --system, or use --raw"
-        ) from error
-    return cast("list[int]", list(encoded["input_ids"]))

@@ -23,10 +23,11 @@ from specdec_engine.drafters.base import Drafter, DraftHost, LoadedDraft
 from specdec_engine.errors import PairIncompatible, UsageError
 from specdec_engine.events import Event
 from specdec_engine.judge import Judge
-from specdec_engine.loading import Loaded, LoadOptions, chat_ids, find_model
+from specdec_engine.loading import Loaded, LoadOptions, find_model
 from specdec_engine.loop import decode
 from specdec_engine.pace import Pace
 from specdec_engine.pairing import check_pair
+from specdec_engine.pretrained import chat_ids
 from specdec_engine.randomness import KeyedRandomness
 from specdec_engine.runtime.graphs import GraphRuntime
 from specdec_engine.stopping import Stop

@@ -68,7 +68,8 @@ def distill(
         # Deferred, as for generate: torch takes seconds.
         import torch
 
-        from specdec_engine.distill.run import Recipe, distill
+        from specdec_engine.distill.recipe import Recipe
+        from specdec_engine.distill.run import distill
         from specdec_engine.loading import LoadOptions, find_model
         from specdec_engine.machine import usable_cores
 

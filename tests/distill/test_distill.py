@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 
@@ -13,11 +12,12 @@ from safetensors.torch import save_file
 from specdec_engine.control import Controls
 from specdec_engine.distill.batch import Batch
 from specdec_engine.distill.head import Head, HeadShape
-from specdec_engine.distill.run import Recipe, Training, Writing, distill, taps
+from specdec_engine.distill.recipe import Recipe, taps
+from specdec_engine.distill.run import Training, Writing, distill
 from specdec_engine.distill.shards import read
 from specdec_engine.distill.synthesis import turns
+from specdec_engine.distill.training import MOST_STEPS, Estimate, Teacher, batches, estimate, shared_prefix
 from specdec_engine.distill.training import Batch as TrainingBatch
-from specdec_engine.distill.training import Estimate, Teacher, estimate
 from specdec_engine.errors import ModelUnavailable, PairIncompatible, UsageError
 from specdec_engine.loading import LoadOptions, find_model
 from specdec_engine.loop import decode
@@ -174,7 +174,7 @@ def test_prompts_may_be_given_and_come_to_an_end(target, tmp_path):
     steps = distill(found, found.load(), recipe)
     while not isinstance(next(steps), Training):
         pass
-    shard = read(next((recipe.work / "text").iterdir()))
+    shard = read(next(recipe.work.text.iterdir()))
     prompts = [found.tokenizer.decode(shard.tokens[a:b]) for a, b in zip(shard.starts, shard.answers, strict=False)]
     assert {f"<|im_start|>user\n{p}<|im_end|>\n<|im_start|>assistant\n" for p in ("one", "two", "three")} == set(
         prompts
@@ -203,11 +203,24 @@ def test_rubbish_for_prompts_is_refused(target, tmp_path, rubbish):
         next(distill(found, found.load(), Recipe(tmp_path / "b", "head", "small", tokens=100, data=file)))
 
 
-def test_a_time_too_short_for_any_text_says_so(target, tmp_path):
+def test_a_file_without_prompts_says_so(target, tmp_path):
+    file = tmp_path / "prompts"
+    file.write_text("\n\n")
     found = find_model(str(target), OPTIONS)
-    recipe = Recipe(tmp_path / "b", "head", "small", minutes=1e-6)
-    with contextlib.suppress(UsageError):  # one conversation may just fit
-        list(distill(found, found.load(), recipe))
+    with pytest.raises(UsageError, match="has no prompts"):
+        next(distill(found, found.load(), Recipe(tmp_path / "b", "head", "small", tokens=100, data=file)))
+
+
+def test_prompts_count_in_training_and_answers_alone_in_the_estimate(made, target):
+    """Slot t predicts token t + 2; the template that all conversations begin with is nobody's choice."""
+    shard = read(next((made["head"][0] / "work" / "text").glob("*.safetensors")))
+    before, _ = turns(find_model(str(target), OPTIONS).tokenizer)
+    assert shared_prefix(shard) == len(before)
+    whole, answers = (next(batches([shard], 0, prompts=p)).counts for p in (True, False))
+    assert not (answers & ~whole).any()
+    assert {int(row.nonzero()[0]) for row in whole} == {max(len(before) - 2, MOST_STEPS)}
+    firsts = {max(int(a - s) - 2, MOST_STEPS) for a, s in zip(shard.answers, shard.starts, strict=False)}
+    assert {int(row.nonzero()[0]) for row in answers} <= firsts
 
 
 def test_one_folder_takes_every_kind_and_size_of_one_target_only(made, target, tmp_path):
@@ -328,7 +341,7 @@ def test_an_interruption_keeps_the_text_and_the_training(target, tmp_path):
     next(writing)
     tokens = next(writing).tokens
     writing.close()
-    assert sum(len(read(f).tokens) for f in (recipe.work / "text").iterdir()) == tokens
+    assert sum(len(read(f).tokens) for f in recipe.work.text.iterdir()) == tokens
     training = distill(found, loaded, recipe)
     step = next(s for s in training if isinstance(s, Training) and s.step == 3)
     training.close()

@@ -252,7 +252,6 @@ MUTANTS = [
 )
 def test_a_wrong_rule_is_caught(rule, how):
     """A proof that cannot fail proves nothing: each of these kinds of wrong is a bug that somebody shipped."""
-    worst = 0.0
-    for p, q in map(toy, range(4)):  # with three tokens a residual may have but one entry, and hide a mistake
-        worst = max(worst, deviation(enumerate_emitted(rule, p, q, 2, 3, **how), p, 3))
-    assert worst > 1e-4
+    # With three tokens a residual often has but one entry: of two toys, 36 is one that tells the residuals apart.
+    found = [deviation(enumerate_emitted(rule, p, q, 2, 3, **how), p, 3) for p, q in map(toy, (0, 36))]
+    assert max(found) > 1e-2

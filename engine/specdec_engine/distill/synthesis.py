@@ -18,7 +18,8 @@ from torch import Tensor
 
 from specdec_engine.distill.batch import Batch
 from specdec_engine.errors import UsageError
-from specdec_engine.loading import Loaded, chat_ids
+from specdec_engine.loading import Loaded
+from specdec_engine.pretrained import chat_ids
 
 _MARK = "⟦prompt⟧"
 OPENING, REST = 1.0, 0.7
@@ -99,44 +100,14 @@ def synthesise(
 
     The target must run on a `Decoder` (lean or graph runtime). Ends when given prompts do.
     """
-    limits = limits or Limits()
     before, after = ([], []) if prompts and not _has_turns(target.tokenizer) else turns(target.tokenizer)
-    closing = after[0] if after else None
+    limits = limits or Limits()
+    scribe = _Scribe(target, limits, before, after, prompts, random.Random(seed))
     decoder = target.runtime.decoder  # type: ignore[attr-defined]
     capacity = len(before) + limits.long_prompt + len(after) + limits.answer + 1
     batch = Batch(decoder, slots, capacity, taps)
     generator = torch.Generator(decoder.device).manual_seed(seed)
-    openings, begun = random.Random(seed), 0
-
-    def fresh() -> _Slot | None:
-        """None where given prompts have come to their end."""
-        nonlocal begun
-        begun += 1
-        temperature = ANSWERS[begun % len(ANSWERS)]
-        longest = len(before) + (limits.long_prompt if begun % 4 == 0 else limits.prompt)
-        if prompts is None:
-            opening = openings.choice(OPENINGS) if begun % 5 else ""
-            return _Slot([*before, *_ids(target.tokenizer, opening)], [], temperature, longest)
-        prompt = next(prompts, None)
-        if prompt is None:
-            return None
-        words = _ids(target.tokenizer, prompt)[: limits.long_prompt]
-        tokens = [*before, *words, *after]
-        return _Slot(tokens, [], temperature, longest, answer=len(tokens))
-
-    def advance(slot: _Slot, token: int) -> bool:
-        """Take a token that the target chose; whether the conversation has ended."""
-        if slot.answer is None:
-            if token == closing or token in target.stop_ids or len(slot.tokens) >= slot.end:
-                slot.tokens += after
-                slot.answer = len(slot.tokens)
-                return False
-            slot.tokens.append(token)
-            return False
-        slot.tokens.append(token)
-        return token in target.stop_ids or len(slot.tokens) - slot.answer >= limits.answer
-
-    running = [fresh() for _ in range(slots)]
+    running = [scribe.fresh() for _ in range(slots)]
     while any(running):
         # A slot whose prompts are at an end idles.
         fed = [(0, 0, 0.0) if s is None else (s.tokens[s.fed], s.fed, _temperature(s, len(before))) for s in running]
@@ -150,10 +121,52 @@ def synthesise(
                 continue
             slot.features.append(rows[i])
             slot.fed += 1
-            if slot.fed == len(slot.tokens) and advance(slot, chosen[i]):
+            if slot.fed == len(slot.tokens) and scribe.ends(slot, chosen[i]):
                 if example := _finished(slot, len(before) + len(after)):
                     yield example
-                running[i] = fresh()
+                running[i] = scribe.fresh()
+
+
+@dataclass(slots=True)
+class _Scribe:
+    """What stands in a conversation beside the target's own choices."""
+
+    target: Loaded
+    limits: Limits
+    before: list[int]
+    after: list[int]
+    prompts: Iterator[str] | None
+    openings: random.Random
+    begun: int = 0
+
+    def fresh(self) -> _Slot | None:
+        """None where given prompts have come to their end."""
+        self.begun += 1
+        temperature = ANSWERS[self.begun % len(ANSWERS)]
+        if self.prompts is None:
+            opening = self.openings.choice(OPENINGS) if self.begun % 5 else ""
+            longest = self.limits.prompt if self.begun % 4 else self.limits.long_prompt
+            tokens = [*self.before, *_ids(self.target.tokenizer, opening)]
+            return _Slot(tokens, [], temperature, len(self.before) + longest)
+        prompt = next(self.prompts, None)
+        if prompt is None:
+            return None
+        words = _ids(self.target.tokenizer, prompt)[: self.limits.long_prompt]
+        tokens = [*self.before, *words, *self.after]
+        return _Slot(tokens, [], temperature, len(tokens), answer=len(tokens))
+
+    def ends(self, slot: _Slot, token: int) -> bool:
+        """Take a token that the target chose; whether the conversation has ended."""
+        if slot.answer is not None:
+            slot.tokens.append(token)
+            return token in self.target.stop_ids or len(slot.tokens) - slot.answer >= self.limits.answer
+        closing = bool(self.after) and token == self.after[0]
+        if closing or token in self.target.stop_ids or len(slot.tokens) >= slot.end:
+            slot.tokens += self.after
+            slot.answer = len(slot.tokens)
+        else:
+            slot.tokens.append(token)
+        return False
 
 
 def _finished(slot: _Slot, shortest: int) -> Example | None:

@@ -1,7 +1,8 @@
 """Training a draft on what its target wrote, and how well it would draft, measured on text it has not seen.
 
 The loss is the cross-entropy with the target's whole distribution over the draft's ids, which the kept features give for
-one matrix product; a draft that knows how sure its target is knows when to stop. Only predictions of answers count.
+one matrix product; a draft that knows how sure its target is knows when to stop. Prompts are the target's own writing, too,
+and learnt from like answers; the estimate counts answers only.
 
 Shapes: B sequences of T slots, V' draft ids; slot t predicts token t + 2 from what is known when token t + 1 is the newest.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -34,7 +35,7 @@ class Batch:
     features: Tensor
     """[B, n, F, d]"""
     counts: Tensor
-    """[B, T] bool: slots whose prediction is part of an answer."""
+    """[B, T] bool: slots whose prediction counts."""
 
 
 class Student(Protocol):
@@ -125,8 +126,8 @@ def _shifted(rows: Tensor, s: int) -> Tensor:
     return rows if s == 0 else torch.cat([rows[:, s:], torch.zeros_like(rows[:, :s])], 1)
 
 
-def batches(shards: Sequence[Shard], seed: int, tokens: int = BATCH_TOKENS) -> Iterator[Batch]:
-    """Once through all examples, of like length together, in random order."""
+def batches(shards: Sequence[Shard], seed: int, tokens: int = BATCH_TOKENS, *, prompts: bool = True) -> Iterator[Batch]:
+    """Once through all examples, of like length together, in random order. prompts: whether those count as well."""
     order = random.Random(seed)
     examples = [(shard, i) for shard in shards for i in range(len(shard.answers))]
     order.shuffle(examples)
@@ -140,19 +141,31 @@ def batches(shards: Sequence[Shard], seed: int, tokens: int = BATCH_TOKENS) -> I
             longest = int(shard.starts[i + 1] - shard.starts[i])
         groups[-1].append((shard, i))
     order.shuffle(groups)
-    yield from (_batch(group) for group in groups if group)
+    shared = {id(shard): shared_prefix(shard) for shard in shards}
+    yield from (_batch(group, shared if prompts else None) for group in groups if group)
 
 
-def _batch(examples: Sequence[tuple[Shard, int]]) -> Batch:
-    spans = [(int(s.starts[i]), int(s.starts[i + 1]), int(s.answers[i])) for s, i in examples]
-    n = max(end - start for start, end, _ in spans)
+def shared_prefix(shard: Shard) -> int:
+    """Tokens that all examples begin with: the chat template's."""
+    examples = [shard.tokens[a:b] for a, b in zip(shard.starts[:-1].tolist(), shard.starts[1:].tolist(), strict=True)]
+    n = min(len(tokens) for tokens in examples)
+    same = (torch.stack([tokens[:n] for tokens in examples]) == examples[0][:n]).all(0)
+    return int(same.long().cumprod(0).sum())
+
+
+def _batch(examples: Sequence[tuple[Shard, int]], shared: Mapping[int, int] | None) -> Batch:
+    """shared: where prompts begin, by shard; None if only answers count."""
+    spans = [(int(s.starts[i]), int(s.starts[i + 1])) for s, i in examples]
+    n = max(end - start for start, end in spans)
     features = examples[0][0].features
     tokens = torch.zeros(len(spans), n, dtype=torch.long)
     kept = torch.zeros(len(spans), n, *features.shape[1:], dtype=features.dtype)
     counts = torch.zeros(len(spans), n - 1, dtype=torch.bool)
-    for row, ((shard, _), (start, end, answer)) in enumerate(zip(examples, spans, strict=True)):
+    for row, ((shard, i), (start, end)) in enumerate(zip(examples, spans, strict=True)):
         tokens[row, : end - start] = shard.tokens[start:end]
         kept[row, : end - start] = shard.features[start:end]
+        answer = int(shard.answers[i]) - start
+        first = answer if shared is None else min(answer, shared[id(shard)])
         # A draft's later steps mean nothing in the first slots of a sequence.
-        counts[row, max(answer - start - 2, MOST_STEPS) : end - start - 1] = True
+        counts[row, max(first - 2, MOST_STEPS) : end - start - 1] = True
     return Batch(tokens, kept, counts)

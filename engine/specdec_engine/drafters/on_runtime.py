@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from specdec_engine.choose import DraftChoice, draft_numbers
+from specdec_engine.draft_files import inverse
 from specdec_engine.drafters.base import DraftHost, nothing
 from specdec_engine.randomness import Randomness
 from specdec_engine.runtime import Runtime, prefill, step_by_step
@@ -35,7 +36,7 @@ class RuntimeDrafter:
             runtime.vocab, host.vocab
         )  # ids that both have; padding rows differ between sizes of a family
         self._ids_of = None if ids is None else ids.to(runtime.device)
-        self._own = None if ids is None else _inverse(ids, host.vocab)
+        self._own = None if ids is None else inverse(ids, host.vocab, lacking=len(ids) - 1)
         self._drafted_from = 0  # length of the context that the last draft followed
 
     def begin(self, prompt: Sequence[int]) -> None:
@@ -95,11 +96,6 @@ class RuntimeDrafter:
         else:
             ids = torch.tensor([min(t, self.runtime.vocab - 1) for t in tokens])
         return ids.to(self.runtime.device, non_blocking=True)
-
-
-def _inverse(ids: Tensor, vocab: int) -> Tensor:  # [V'] -> [V]
-    """The draft's id of each of the target's; its last one where it has none."""
-    return torch.full((vocab,), len(ids) - 1).index_put_((ids,), torch.arange(len(ids)))
 
 
 _PENDING_IN_ONE_PASS = 64
