@@ -186,9 +186,11 @@ def choose(
 def summary_line(summary: Summary, ending: str, state: str) -> str:
     """The run in one line; what is undefined is a dash."""
     accepted = f"accepted {summary.accepted} of {summary.drafted} ({_percent(summary.acceptance_rate)})"
+    speedup = summary.speedup_estimate if summary.drafted else None
+    compared = "" if speedup is None else f", about {speedup:.2f}× plain"
     return " · ".join(
         [
-            f"{_number(summary.tokens_per_second, 1)} tok/s",
+            f"{_number(summary.tokens_per_second, 1)} tok/s{compared}",
             f"{_number(summary.mean_emitted_per_cycle, 2)} emitted per cycle (plain: 1)",
             accepted,
             f"{summary.emitted} tokens, {ending}",

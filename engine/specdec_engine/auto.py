@@ -140,6 +140,11 @@ class AutoK:
             return 0
         return max((source.k for source in self._sources.values()), default=_FIRST)
 
+    @property
+    def off(self) -> bool:
+        """Whether every drafter was switched off."""
+        return bool(self._sources) and not any(source.k for source in self._sources.values())
+
     def limit(self, name: str) -> int:
         """What this drafter may propose in the next cycle."""
         return self._source(name).k

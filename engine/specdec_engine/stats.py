@@ -7,6 +7,7 @@ Counters are folded from events; rates are derived from counters; undefined is N
     expected alpha          mean of Σ min(p, q) over tested positions: the same quantity without the coin flips
     mean emitted per cycle  emitted / cycles, final token included (τ, "mean acceptance length")
     tokens per second       emitted / (draft_s + verify_s + other_s): decoding only, the prompt's prefill is apart
+    speedup estimate        tokens per second · seconds of the run's own plain cycles; `bench` measures it
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ class Summary:
     draft_s: float = 0.0
     verify_s: float = 0.0
     other_s: float = 0.0
+    plain_cycles: int = 0
+    """Cycles in which nothing was drafted."""
+    plain_s: float = 0.0
+    """Their seconds, without what the drafter took to say nothing."""
     prefill_s: float | None = None
     finish_reason: str | None = None
 
@@ -62,6 +67,8 @@ class Summary:
             draft_s=self.draft_s + cycle.draft_s,
             verify_s=self.verify_s + cycle.verify_s,
             other_s=self.other_s + cycle.other_s,
+            plain_cycles=self.plain_cycles + (not cycle.drafted),
+            plain_s=self.plain_s + (0.0 if cycle.drafted else cycle.verify_s + cycle.other_s),
         )
 
     @property
@@ -89,6 +96,13 @@ class Summary:
     def tokens_per_second(self) -> float | None:
         return _ratio(self.emitted, self.decode_s)
 
+    @property
+    def speedup_estimate(self) -> float | None:
+        """Over plain decoding, as this run's own plain cycles have it (None without any): an estimate of what `bench`
+        measures."""
+        rate = self.tokens_per_second
+        return None if rate is None else _ratio(rate * self.plain_s, self.plain_cycles)
+
     def figures(self) -> dict[str, Any]:
         """Counters and rates under the names that JSON output uses."""
         return {
@@ -104,6 +118,7 @@ class Summary:
             "expected_alpha": self.expected_alpha,
             "mean_emitted_per_cycle": self.mean_emitted_per_cycle,
             "tokens_per_second": self.tokens_per_second,
+            "speedup_estimate": self.speedup_estimate,
             "prefill_s": self.prefill_s,
             "draft_s": self.draft_s,
             "verify_s": self.verify_s,

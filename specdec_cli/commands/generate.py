@@ -215,7 +215,7 @@ def _state(pair: Pair, summary: Summary, k: int | Literal["auto"], controls: Con
         return f"speculation off because k is 0 · {where}"
     if set(pair.drafter.name.split(",")) == {"none"}:
         return f"speculation off because the draft is none · {where}"
-    if k == "auto" and controls.settings.k == 0:
+    if controls.auto is not None and controls.auto.off:
         return f"speculation off at the end: {controls.reason} · {where}"
     found = "" if summary.drafted else ", which proposed nothing"
     chosen = "" if named else " as none was named"

@@ -276,8 +276,11 @@ def test_a_coupled_seed_gives_one_text(generate):
     assert generate("-d", "none", *options[:-3], "6", "-n", "40").out != plain
 
 
-def test_a_draft_that_does_not_pay_is_said_to_be_off(generate):
+def test_a_draft_that_does_not_pay_is_switched_off_and_says_so(generate):
     """The target's own first layer of two costs half a pass, and is random."""
-    result = generate("-d", "self:1", "-n", "120", "--temperature", "1.5")
-    assert "speculation o" in result.err
-    assert "k auto" in result.err or "does not pay" in result.err
+    result = generate("-d", "self:1", "-n", "120", "--jsonl")
+    events = [json.loads(line) for line in result.out.splitlines()]
+    reasons = [e["reason"] for e in events if e["kind"] == "setting_changed"]
+    assert any("self:1 does not pay" in reason for reason in reasons)
+    ks = [e["k"] for e in events if e["kind"] == "cycle"]
+    assert ks.count(0) > len(ks) / 2

@@ -47,6 +47,7 @@ def test_the_rates_of_the_glossary():
     assert summary.expected_alpha == (0.5 + 0.7 + 0.3 + 1.0 + 1.0) / 5
     assert summary.mean_emitted_per_cycle == 7 / 3
     assert summary.tokens_per_second == 7 / 3.0
+    assert summary.speedup_estimate == 7 / 3.0 * 0.75  # a plain cycle takes 0.5 + 0.25 s
     figures = summary.figures()
     assert (figures["prompt_tokens"], figures["seed"], figures["finish_reason"], figures["prefill_s"]) == (
         3,
