@@ -21,7 +21,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -51,7 +51,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=60, help="this many prompts, evenly spread over the file")
     parser.add_argument("--target", default="builtin")
     parser.add_argument("--threads", type=int, default=usable_cores())
-    parser.add_argument("--arms", default=";".join(ARMS), help="joined by ;")
+    parser.add_argument("--draft", type=Path, help="folder of `specdec distill --kind model`: two more arms, assisted")
+    parser.add_argument("--arms", help="joined by ;")
     parser.add_argument("--only", default="speed,passes,outside,start,memory")
     return parser.parse_args()
 
@@ -71,7 +72,7 @@ def conditions(options: argparse.Namespace) -> dict[str, Any]:
 # -- arms --------------------------------------------------------------------------------------------------------------
 
 
-def ours(pair: Pair, k: int) -> Arm:
+def ours(pair: Pair, k: int | Literal["auto"]) -> Arm:
     endless = replace(pair, stop_ids=frozenset())
 
     def run(prompt: list[int], tokens: int) -> list[int]:
@@ -108,12 +109,13 @@ def with_llama_cpp(options: argparse.Namespace) -> Arm:
 
 
 def build_arms(options: argparse.Namespace) -> dict[str, Arm]:
-    wanted = options.arms.split(";")
+    every = {**ARMS, **(ASSISTED if options.draft else {})}
+    wanted = options.arms.split(";") if options.arms else list(every)
     made: dict[str, Arm] = {}
     models: dict[str, Any] = {}
     for name in wanted:
         try:
-            made[name] = ARMS[name](options, models)
+            made[name] = every[name](options, models)
         except ImportError as error:
             print(f"{name} is left out: {error}", file=sys.stderr)
     return made
@@ -150,6 +152,35 @@ ARMS: dict[str, Callable[[argparse.Namespace, dict[str, Any]], Arm]] = {
     ),
     "llama.cpp": lambda o, m: with_llama_cpp(o),
 }
+ASSISTED: dict[str, Callable[[argparse.Namespace, dict[str, Any]], Arm]] = {
+    "specdec packed, two models": lambda o, m: ours(our_pair(o, m, str(o.draft), "auto"), "auto"),
+    "specdec bfloat16, two models": lambda o, m: ours(our_pair(o, m, str(o.draft), "none"), "auto"),
+    "transformers bfloat16, two models": lambda o, m: with_transformers(
+        their_model(o, m), assistant_model=widened(o.draft, their_model(o, m).config.vocab_size)
+    ),
+}
+"""The same two checkpoints, each side with its own rule for how far to draft."""
+
+
+def widened(folder: Path, vocab: int) -> Any:
+    """A draft with a reduced vocabulary as one that transformers can assist with: over the target's ids, of which those it
+    lacks go in as its last one and come out with logit 0, which is never its likeliest."""
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    from specdec_engine.draft_files import VOCABULARY, inverse
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    ids = load_file(folder / VOCABULARY)["target_ids"].long()
+    own = model.get_input_embeddings().weight.data
+    wide = torch.zeros(vocab, own.shape[1], dtype=own.dtype).index_copy_(0, ids, own)
+    embedding, head = torch.nn.Embedding(vocab, own.shape[1]), torch.nn.Linear(own.shape[1], vocab, bias=False)
+    embedding.weight.data, head.weight.data = own[inverse(ids, vocab, len(ids) - 1)], wide
+    model.set_input_embeddings(embedding)
+    model.lm_head = head
+    model.config.vocab_size, model.config.tie_word_embeddings = vocab, False
+    model.generation_config.eos_token_id = None
+    return model.eval()
 
 
 # -- sections ----------------------------------------------------------------------------------------------------------

@@ -5,8 +5,9 @@
 
 An arm is DRAFT@K, optionally DRAFT@K@RULE. Answers end where the target ends them, or after --tokens; prefill is apart. Plain
 decoding and the arms take turns prompt by prompt, in shuffled order. Speedup is the ratio of decoding seconds a token for the
-same prompt, its geometric mean over prompts, with a bootstrap interval over prompts, and by task. Every arm
-keeps what it has learned from prompt to prompt, as one process does. Prints one JSON object.
+same prompt, its geometric mean over prompts, with a bootstrap interval over prompts, and by task. The speedup predicted is
+tokens a cycle over what its draft and its passes cost, in plain passes: E / (k·c + v). Every arm keeps what it has learned
+from prompt to prompt, as one process does. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -122,22 +123,34 @@ def figures(arm: Arm, plain: Arm, prompts: Sequence[dict[str, Any]]) -> dict[str
     total = {name: sum(getattr(r["summary"], name) for r in arm.runs) for name in _COUNTERS}
     plain_s = median(s for r in plain.runs for s in r["verify"].get(1, []))
     widths = sorted({w for r in arm.runs for w in r["verify"]})
+    passes = {w: [s for r in arm.runs for s in r["verify"].get(w, [])] for w in widths}
+    v = {w: median(passes[w]) / plain_s for w in widths}
+    c = total["draft_s"] / total["drafted"] / plain_s if total["drafted"] else None
+    verify = sum(v[w] * len(passes[w]) for w in widths) / total["cycles"]
+    draft = (c or 0.0) * total["drafted"] / total["cycles"]
+    emitted = total["emitted"] / total["cycles"]
     return {
         "tokens_per_second": total["emitted"] / sum(r["summary"].decode_s for r in arm.runs),
         "speedup": geometric(each),
         "speedup_low": low,
         "speedup_high": high,
+        "predicted_speedup": emitted / (draft + verify),
+        "plain_passes_a_cycle": {
+            "draft": draft,
+            "verify": verify,
+            "other": total["other_s"] / total["cycles"] / plain_s,
+        },
         "slower": sum(value < 1 for value in each),
         "by_task": {t: geometric([v for v, p in zip(each, prompts, strict=True) if task(p) == t]) for t in tasks},
-        "mean_emitted_per_cycle": total["emitted"] / total["cycles"],
+        "mean_emitted_per_cycle": emitted,
         "drafted_per_cycle": total["drafted"] / total["cycles"],
         "acceptance_by_position": [
             round(sum(r["reached"][i] for r in arm.runs) / n, 3)
             for i in range(8)
             if (n := sum(r["tested"][i] for r in arm.runs))
         ],
-        "c": total["draft_s"] / total["drafted"] / plain_s if total["drafted"] else None,
-        "v": {w: round(median(s for r in arm.runs for s in r["verify"].get(w, [])) / plain_s, 3) for w in widths},
+        "c": c,
+        "v": {w: round(value, 3) for w, value in v.items()},
         "shares": {name: total[name] / sum(total[n] for n in _TIMES) for name in _TIMES},
         "identical": sum(a["ids"] == p["ids"] for a, p in zip(arm.runs, plain.runs, strict=True)),
         "prompts": len(prompts),

@@ -6,7 +6,7 @@ import platform
 import secrets
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from specdec_engine.auto import AutoK
 from specdec_engine.control import Controls
 from specdec_engine.draft_files import read_draft
 from specdec_engine.drafters import build_drafter
-from specdec_engine.drafters.base import Drafter, DraftHost, LoadedDraft
+from specdec_engine.drafters.base import Drafter, DraftHost, LoadedDraft, Part
 from specdec_engine.errors import PairIncompatible, UsageError
 from specdec_engine.events import Event
 from specdec_engine.judge import Judge
@@ -143,6 +143,7 @@ def load_pair(target: str = "builtin", draft: str = "ngram", options: LoadOption
         elif special := check_pair(target, found.tokenizer, name, small.tokenizer).special:
             notes.append(f"{len(special)} special tokens of {target} and {name} differ, from id {special[0].id} on")
         drafts[name] = small.load()
+        host.parts[name] = _part(drafts[name])
         return LoadedDraft(drafts[name].runtime, None if made is None else made.ids)
 
     host = DraftHost(
@@ -175,18 +176,24 @@ def load_pair(target: str = "builtin", draft: str = "ngram", options: LoadOption
         pace=host.pace,
         tokenizer=loaded.tokenizer,
         stop_ids=loaded.stop_ids,
-        environment=_environment(loaded, drafts),
+        environment=_environment(loaded, host.parts),
         notes=tuple(notes),
-        remarks=(_remark("target", loaded), *(_remark("draft", model) for model in drafts.values())),
+        remarks=(
+            _remark("target", _part(loaded), loaded.remark),
+            *(
+                _remark("draft", part, drafts[name].remark if name in drafts else "")
+                for name, part in host.parts.items()
+            ),
+        ),
     )
 
 
-def _remark(role: str, model: Loaded) -> str:
-    why = f", because {model.remark}" if model.remark else ""
-    return f"{role} {model.name} runs on the {model.runtime.name} runtime, {model.weights} weights{why}"
+def _remark(role: str, part: Part, why: str) -> str:
+    because = f", because {why}" if why else ""
+    return f"{role} {part.name} runs on the {part.runtime} runtime, {part.weights} weights{because}"
 
 
-def _environment(target: Loaded, drafts: Mapping[str, Loaded]) -> dict[str, Any]:
+def _environment(target: Loaded, drafts: Mapping[str, Part]) -> dict[str, Any]:
     device = target.runtime.device
     return {
         "specdec": specdec_engine.__version__,
@@ -201,19 +208,19 @@ def _environment(target: Loaded, drafts: Mapping[str, Loaded]) -> dict[str, Any]
         "dtype": target.dtype,
         "weights": target.weights,
         "runtime": target.runtime.name,
-        "target": _described(target),
-        "drafts": {name: _described(draft) for name, draft in drafts.items()},
+        "target": asdict(_part(target)),
+        "drafts": {name: asdict(draft) for name, draft in drafts.items()},
     }
 
 
-def _described(loaded: Loaded) -> dict[str, Any]:
-    return {
-        "name": loaded.name,
-        "model_type": loaded.config.model_type,
-        "parameters": loaded.parameters,
-        "vocab": loaded.runtime.vocab,
-        "context": loaded.runtime.limit,
-        "runtime": loaded.runtime.name,
-        "dtype": loaded.dtype,
-        "weights": loaded.weights,
-    }
+def _part(loaded: Loaded) -> Part:
+    return Part(
+        name=loaded.name,
+        model_type=loaded.config.model_type,
+        parameters=loaded.parameters,
+        vocab=loaded.runtime.vocab,
+        context=loaded.runtime.limit,
+        runtime=loaded.runtime.name,
+        dtype=loaded.dtype,
+        weights=loaded.weights,
+    )

@@ -73,6 +73,22 @@ class DraftHost:
     draft_quantize: Quantize = "auto"
     pace: Pace = field(default_factory=Pace)
     """Asked by drafters that can stop early."""
+    parts: dict[str, Part] = field(default_factory=dict)
+    """Filled by drafters that compute on the target's runtime: by name, what they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A model in use, as environments and `-v` describe it."""
+
+    name: str
+    model_type: str
+    parameters: int
+    vocab: int
+    context: int | None
+    runtime: str
+    dtype: str
+    weights: str
 
 
 def nothing(device: torch.device, source: str = "none") -> Draft:

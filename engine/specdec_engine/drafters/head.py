@@ -14,7 +14,7 @@ from torch import Tensor
 
 from specdec_engine.choose import DraftChoice, draft_numbers
 from specdec_engine.draft_files import builtin_draft, head_weights, read_draft
-from specdec_engine.drafters.base import DraftHost, nothing
+from specdec_engine.drafters.base import DraftHost, Part, nothing
 from specdec_engine.errors import ModelUnavailable, PairIncompatible, UsageError
 from specdec_engine.randomness import Randomness
 from specdec_engine.runtime.decoder import Decoder
@@ -112,6 +112,16 @@ def build(argument: str, host: DraftHost) -> HeadDrafter:
         raise PairIncompatible(
             f"the target cannot serve the draft {path}: {reason}", "choose one draft head"
         ) from reason
+    host.parts[argument] = Part(
+        name=argument,
+        model_type=config["model_type"],
+        parameters=sum(tensor.numel() for tensor in weights.values()),
+        vocab=len(draft.ids),
+        context=target.limit,
+        runtime=target.name,
+        dtype=str(decoder.dtype).removeprefix("torch."),
+        weights=forward.forms,
+    )
     return HeadDrafter(HeadRuntime(forward, target.capacity), target, draft.ids, host, argument)
 
 

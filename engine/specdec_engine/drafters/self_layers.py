@@ -6,7 +6,7 @@ with few layers hardly a token is accepted, with many a draft costs what it save
 
 from __future__ import annotations
 
-from specdec_engine.drafters.base import DraftHost
+from specdec_engine.drafters.base import DraftHost, Part
 from specdec_engine.drafters.on_runtime import RuntimeDrafter
 from specdec_engine.errors import PairIncompatible, UsageError
 from specdec_engine.runtime.decoder import Decoder
@@ -29,4 +29,15 @@ def build(argument: str, host: DraftHost) -> RuntimeDrafter:
             f"self:{layers} leaves out nothing: the target has {runtime.decoder.shape.layers} layers",
             f"self:{max(1, runtime.decoder.shape.layers // 4)} is a usual choice",
         )
-    return RuntimeDrafter(runtime.first(layers), host, f"self:{layers}")
+    name, decoder = f"self:{layers}", runtime.decoder
+    host.parts[name] = Part(
+        name=name,
+        model_type="first layers of the target",
+        parameters=0,  # none that the target does not have
+        vocab=runtime.vocab,
+        context=runtime.limit,
+        runtime=runtime.name,
+        dtype=str(decoder.dtype).removeprefix("torch."),
+        weights=decoder.forms,
+    )
+    return RuntimeDrafter(runtime.first(layers), host, name)
