@@ -13,11 +13,13 @@ import typer
 from specdec_cli import output
 from specdec_cli.commands.distill import distill
 from specdec_cli.commands.generate import generate
+from specdec_cli.commands.replay import replay
+from specdec_cli.commands.watch import watch
 from specdec_cli.exits import ExitCode, exit_code
 from specdec_engine import __version__
 from specdec_engine.errors import SpecdecError
 
-COMMANDS = (generate, distill)
+COMMANDS = (generate, watch, replay, distill)
 
 app = typer.Typer(
     name="specdec",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -111,6 +112,10 @@ StopText = Annotated[
     list[str] | None, typer.Option("--stop", rich_help_panel=_SAMPLING, help="End before this text; repeatable.")
 ]
 
+Prompt = Annotated[str | None, typer.Argument(help="The prompt; - reads stdin. Piped stdin and --file come before it.")]
+PromptFile = Annotated[
+    Path | None, typer.Option("--file", "-f", rich_help_panel=_PROMPT, help="Read the prompt from a file.")
+]
 Chat = Annotated[
     bool | None,
     typer.Option(

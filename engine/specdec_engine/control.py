@@ -22,6 +22,8 @@ class Settings:
     sampling: Sampling
     draft_temperature: float | None = None
     """The draft's own, where it is drawn at all; None for the target's."""
+    adaptive: bool = False
+    """Whether a controller chooses k."""
 
     def __post_init__(self) -> None:
         if self.draft_temperature is not None:
@@ -46,6 +48,7 @@ class Settings:
             "top_p": sampling.top_p,
             "min_p": sampling.min_p,
             "draft_temperature": self.draft_sampling.temperature,
+            "adaptive": self.adaptive,
         }
 
 
@@ -58,15 +61,21 @@ class Controls:
     ) -> None:
         self.auto = k if isinstance(k, AutoK) else None
         first = k.k if isinstance(k, AutoK) else k
-        self.settings = Settings(first, sampling or Sampling(), draft_temperature)
+        self.settings = Settings(first, sampling or Sampling(), draft_temperature, self.auto is not None)
         self.reason = ""
 
     def change(self, *, k: int | None = None, sampling: Sampling | None = None, reason: str = "") -> None:
         """Take effect from the next cycle. Raises UsageError for a value out of range, and changes nothing then."""
         now = self.settings
-        self.settings = Settings(
-            now.k if k is None else k, now.sampling if sampling is None else sampling, now.draft_temperature
+        self.settings = replace(
+            now, k=now.k if k is None else k, sampling=now.sampling if sampling is None else sampling
         )
+        self.reason = reason
+
+    def adapt(self, auto: AutoK | None, reason: str = "") -> None:
+        """From the next cycle on let this controller choose k; None to hold it where it is."""
+        self.auto = auto
+        self.settings = replace(self.settings, adaptive=auto is not None)
         self.reason = reason
 
     def observe(self, cycle: Cycle) -> None:

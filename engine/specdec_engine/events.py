@@ -14,6 +14,8 @@ TRACE_SCHEMA = "specdec.trace/1"
 
 End = Literal["recovered", "bonus", "plain", "stop", "length"]
 FinishReason = Literal["stop", "length", "cancelled"]
+Origin = Literal["accepted", "recovered", "bonus", "plain"]
+"""Where an emitted token came from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +25,8 @@ class Started:
     prompt: tuple[int, ...]
     """Token ids of the prompt, as the target saw them."""
     settings: Mapping[str, Any]
-    """target, draft, rule, coupling, k, temperature, top_k, top_p, min_p, draft_temperature, max_tokens, stop: as in force in
-    the first cycle."""
+    """target, draft, rule, coupling, k, temperature, top_k, top_p, min_p, draft_temperature, adaptive, max_tokens, stop
+    as in force in the first cycle."""
     seed: int
     environment: Mapping[str, Any] = field(default_factory=dict)
     """Versions, device, dtype, runtime; empty when the caller gave none."""
@@ -80,9 +82,9 @@ class Cycle:
         return min(self.accepted + 1, len(self.drafted))
 
     @property
-    def origins(self) -> tuple[str, ...]:
-        """Where each emitted token came from: accepted, recovered, bonus or plain."""
-        final = "plain" if not self.drafted else "bonus" if self.accepted == len(self.drafted) else "recovered"
+    def origins(self) -> tuple[Origin, ...]:
+        """Where each emitted token came from."""
+        final: Origin = "plain" if not self.drafted else "bonus" if self.accepted == len(self.drafted) else "recovered"
         return tuple("accepted" if i < self.accepted else final for i in range(len(self.emitted)))
 
 

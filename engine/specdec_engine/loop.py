@@ -57,8 +57,8 @@ def decode(
     run = _Run(target, drafter, list(prompt), controls, clipper, random, judge, timer)
     coupling = controls.settings.sampling.coupling
     names = {"target": target.name, "draft": drafter.name, "rule": judge.rule.name, "coupling": coupling}
-    others = {"adaptive": controls.auto is not None, "max_tokens": stop.max_tokens, "stop": list(stop.strings)}
-    yield Started(tuple(prompt), {**names, **run.settings.named(), **others}, random.seed, dict(environment or {}))
+    limits = {"max_tokens": stop.max_tokens, "stop": list(stop.strings)}
+    yield Started(tuple(prompt), {**names, **run.settings.named(), **limits}, random.seed, dict(environment or {}))
     try:
         yield from run.ahead() if ahead else run.in_turn()
     except Exception as error:

@@ -19,6 +19,25 @@ from specdec_engine.events import Cycle, Event, Finished, Started
 
 
 @dataclass(frozen=True, slots=True)
+class Position:
+    """What became of the tokens at one position of a draft."""
+
+    drafted: int = 0
+    tested: int = 0
+    accepted: int = 0
+
+    @property
+    def rate(self) -> float | None:
+        """Accepted of those tested: given that all before were accepted."""
+        return _ratio(self.accepted, self.tested)
+
+    @property
+    def reach(self) -> float | None:
+        """Accepted of those drafted: the chance to get this far."""
+        return _ratio(self.accepted, self.drafted)
+
+
+@dataclass(frozen=True, slots=True)
 class Summary:
     """A run so far. `summary = summary.plus(event)` for each event; the figures are properties."""
 
@@ -39,6 +58,8 @@ class Summary:
     """Cycles in which nothing was drafted."""
     plain_s: float = 0.0
     """Their seconds, without what the drafter took to say nothing."""
+    positions: tuple[Position, ...] = ()
+    """First drafted tokens, second ones, and so on."""
     prefill_s: float | None = None
     finish_reason: str | None = None
 
@@ -68,6 +89,7 @@ class Summary:
             verify_s=self.verify_s + cycle.verify_s,
             other_s=self.other_s + cycle.other_s,
             plain_cycles=self.plain_cycles + (not cycle.drafted),
+            positions=_positions(self.positions, cycle),
             plain_s=self.plain_s + (0.0 if cycle.drafted else cycle.verify_s + cycle.other_s),
         )
 
@@ -125,6 +147,17 @@ class Summary:
             "other_s": self.other_s,
             "seed": self.seed,
         }
+
+
+def _positions(before: tuple[Position, ...], cycle: Cycle) -> tuple[Position, ...]:
+    drafted = len(cycle.drafted)
+    if not drafted:
+        return before
+    known = [*before, *(Position() for _ in range(drafted - len(before)))]
+    for i in range(drafted):
+        old = known[i]
+        known[i] = Position(old.drafted + 1, old.tested + (i < cycle.tested), old.accepted + (i < cycle.accepted))
+    return tuple(known)
 
 
 def _ratio(part: float, whole: float) -> float | None:

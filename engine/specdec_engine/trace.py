@@ -122,11 +122,18 @@ def read_trace(path: Path | str) -> Iterator[Event]:
         yield event
 
 
+def read_described(path: Path | str) -> Iterator[tuple[Event, dict[int, str]]]:
+    """Events with the text of the token ids that each names first; bytes that are no UTF-8 come as lone surrogates (PEP
+    383)."""
+    for _, event, record in _records(Path(path)):
+        yield event, {int(token): str(piece) for token, piece in record.get("pieces", {}).items()}
+
+
 def read_pieces(path: Path | str) -> dict[int, str]:
-    """Token id to text, for the ids that the trace names; bytes that are no UTF-8 come as lone surrogates (PEP 383)."""
+    """Token id to text, for all ids that the trace names."""
     pieces: dict[int, str] = {}
-    for _, _, record in _records(Path(path)):
-        pieces.update({int(token): piece for token, piece in record.get("pieces", {}).items()})
+    for _, named in read_described(path):
+        pieces |= named
     return pieces
 
 

@@ -8,8 +8,7 @@ import signal
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 import typer
 
@@ -31,12 +30,8 @@ if TYPE_CHECKING:
 
 
 def generate(
-    prompt: Annotated[
-        str | None, typer.Argument(help="The prompt; - reads stdin. Piped stdin and --file come before it.")
-    ] = None,
-    file: Annotated[
-        Path | None, typer.Option("--file", "-f", rich_help_panel="Prompt", help="Read the prompt from a file.")
-    ] = None,
+    prompt: opt.Prompt = None,
+    file: opt.PromptFile = None,
     target: opt.Target = "builtin",
     draft: opt.Draft = None,
     k: opt.K = "auto",

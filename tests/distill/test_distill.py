@@ -16,6 +16,7 @@ from specdec_engine.distill.recipe import Recipe, taps
 from specdec_engine.distill.run import Training, Writing, distill
 from specdec_engine.distill.shards import read
 from specdec_engine.distill.synthesis import turns
+from specdec_engine.distill.trainer import Trainer
 from specdec_engine.distill.training import MOST_STEPS, Estimate, Teacher, batches, estimate, shared_prefix
 from specdec_engine.distill.training import Batch as TrainingBatch
 from specdec_engine.errors import ModelUnavailable, PairIncompatible, UsageError
@@ -131,6 +132,21 @@ def test_a_distilled_draft_drafts_losslessly(made, target, kind):
         assert sum(c.accepted for c in cycles(found)) > 0
     found = pair.decode(prompt, k=3, max_tokens=60)
     assert emitted(list(found)) == emitted(list(plain.decode(prompt, k=0, max_tokens=60)))
+
+
+def test_a_draft_goes_on_learning_after_it_was_written(made, target, tmp_path):
+    """Measured, saved and exported after every step, as a long run does every few minutes."""
+    for kind in ("head", "model"):
+        found = find_model(str(target), OPTIONS)
+        loaded, recipe = found.load(), Recipe(tmp_path / kind, kind, "small", tokens=18_000)
+        shutil.copytree(made[kind][0] / "work" / "text", recipe.work.text)
+        shard = read(next(recipe.work.text.iterdir()))
+        ids = torch.arange(0, loaded.runtime.vocab, 2)
+        trainer = Trainer(found, loaded, loaded.runtime.decoder, recipe, ids, [shard])
+        for batch, _ in zip(batches([shard], 1, 512), range(3), strict=False):
+            assert trainer.step(batch, 0.5) > 0
+            trainer.save()
+            trainer.export(1, trainer.measure())
 
 
 def test_a_distilled_model_is_an_ordinary_checkpoint(made):

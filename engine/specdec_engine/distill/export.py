@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def save_head(
 def save_model(folder: Path, model: Any, ids: Tensor, tokenizer: Any, made: Mapping[str, Any]) -> None:
     """An ordinary transformers checkpoint over the draft's ids, and the target's tokenizer beside it."""
     with _whole(folder) as written:
-        model.to(torch.bfloat16).save_pretrained(written)
+        deepcopy(model).to(torch.bfloat16).save_pretrained(written)  # the model itself is still learning
         config = json.loads((written / "config.json").read_text("utf-8"))
         config[SECTION] = {"kind": "model", "taps": [], "tokenizer_sha256": fingerprint(tokenizer), **made}
         (written / "config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")

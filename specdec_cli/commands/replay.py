@@ -1,0 +1,38 @@
+"""`specdec replay`: a recorded run, again, cycle by cycle. No torch."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from specdec_engine.errors import UsageError
+
+
+def replay(
+    trace: Annotated[Path, typer.Argument(help="A file that --trace wrote.", show_default=False)],
+    plain: Annotated[bool, typer.Option("--plain", help="The run in sentences, on stdout.")] = False,
+) -> None:
+    """Show a recorded run again: stepped, rewound, inspected. No model is loaded.
+
+    specdec generate --trace run.jsonl "Explain how a lighthouse works."
+
+    specdec replay run.jsonl
+    """
+    if not trace.is_file():
+        raise UsageError(f"{trace} is not a file", "give a file that --trace wrote")
+    if plain:
+        from specdec_tui.narrate import script
+        from specdec_tui.source import read_frame
+
+        for line in script(*read_frame(trace)):
+            typer.echo(line)
+        return
+    if not sys.stdout.isatty() or not sys.stdin.isatty():
+        raise UsageError("replay needs a terminal", "add --plain for the run in sentences")
+    from specdec_tui.app import SpecdecApp
+    from specdec_tui.source import ReplaySource
+
+    SpecdecApp(ReplaySource(trace), speed=1 / 16).run()

@@ -1,0 +1,159 @@
+"""Folding events, moving over them, and the head that plays them."""
+
+from __future__ import annotations
+
+import math
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from specdec_engine.events import Finished, Started
+from specdec_engine.stats import Summary
+from specdec_tui.frame import Frame, View, step_of, steps
+from specdec_tui.player import Player
+from tests.tui.scenes import events, frame
+
+
+def test_a_frame_gives_its_events_back():
+    assert list(frame(30).events()) == events(30)
+
+
+@given(st.lists(st.integers(1, 9), max_size=12))
+@settings(max_examples=50)
+def test_events_may_come_in_any_portions(portions):
+    left, found = events(30), Frame()
+    for n in portions:
+        found, left = found.plus(left[:n]), left[n:]
+    assert found.plus(left) == frame(30)
+
+
+def test_figures_are_those_of_stats():
+    folded = Summary()
+    for event in events(30):
+        folded = folded.plus(event)
+    assert frame(30).summary() == folded
+
+
+def test_another_run_begins_anew():
+    again = frame(5).plus(events(3, seed=9))
+    assert (again.seed, len(again.cycles), len(again.changes)) == (9, 3, 1)
+
+
+def test_the_past_knows_nothing_of_the_future():
+    past = View(frame(30)).to(2).past
+    assert len(past.cycles) == 2
+    assert past.changes == ()
+    assert not past.over
+    assert View(frame(30)).to(3).past.setting("k") == 0
+    assert View(frame(30)).to(30).past.setting("k") == 4
+
+
+def test_a_cycle_appears_draft_first_then_the_pass_then_verdicts_then_the_targets_token():
+    cycle = next(c for c in frame(30).cycles if 0 < c.accepted < len(c.drafted))
+    k = len(cycle.drafted)
+    shown = [step_of(cycle, n) for n in range(steps(cycle) + 1)]
+    assert [s.drafted for s in shown[: k + 1]] == list(range(k + 1))
+    assert [s.verified for s in shown].index(True) == k + 1
+    assert max(s.tested for s in shown) == cycle.tested
+    assert [s.final for s in shown].index(True) == steps(cycle)
+
+
+@given(st.lists(st.sampled_from(["forward", "back", "on", "off", "rejection"]), max_size=60))
+@settings(max_examples=100)
+def test_no_way_of_moving_leaves_the_run(moves):
+    view = View(frame(12))
+    for move in moves:
+        match move:
+            case "forward":
+                view = view.forward()
+            case "back":
+                view = view.back()
+            case "on":
+                view = view.to(view.shown + 1)
+            case "off":
+                view = view.to(view.shown - 1)
+            case _:
+                view = view.find("rejection")
+        assert 0 <= view.shown <= 12
+        if view.step is not None:
+            assert view.cycle is not None
+            assert 0 < view.step < steps(view.cycle)
+        if (at := view.inspected) is not None:
+            assert 0 <= at < len(view.cycle.drafted)
+
+
+def test_stepping_forward_and_back_ends_where_it_began():
+    view = start = View(frame(12)).to(4)
+    for _ in range(25):
+        view = view.forward()
+    for _ in range(25):
+        view = view.back()
+    assert view == start
+
+
+def test_the_next_rejection_is_one():
+    view = View(frame(30)).find("rejection")
+    assert view.cycle.accepted < len(view.cycle.drafted)
+    full = View(frame(30)).find("acceptance")
+    assert full.cycle.accepted == len(full.cycle.drafted) > 0
+    assert View(frame(30)).end().find("rejection").at_end
+
+
+def played(player, seconds, tick=0.05):
+    for _ in range(round(seconds / tick)):
+        player.tick(tick)
+    return player.view.shown
+
+
+def test_recorded_time_is_kept_at_any_speed():
+    """60 cycles of some 17 ms."""
+    run = frame(60)
+    lasts = sum(c.draft_s + c.verify_s + c.other_s for c in run.cycles)
+    for speed in (1 / 16, 1.0):
+        player = Player(speed, live=False)
+        player.feed(run.events())
+        half = played(player, lasts / speed / 2, lasts / speed / 200)
+        assert abs(half - 30) <= 2
+        assert played(player, lasts / speed) == 60
+        assert not player.playing
+    player = Player(math.inf, live=False)
+    player.feed(run.events())
+    assert played(player, 0.1) == 60
+
+
+def test_a_live_engine_is_held_while_paused_and_runs_one_cycle_when_asked():
+    player, coming = Player(math.inf, live=True), events(20)[:-1]
+    player.feed(coming[:5])
+    player.tick(0.1)
+    assert (player.allowed, player.view.shown) == (None, 3)
+    player.toggle()
+    assert player.allowed == 3
+    player.cycle(1)
+    assert player.allowed == 4
+    player.feed(coming[5:8])
+    player.tick(0.1)
+    assert (player.view.shown, player.allowed) == (4, 4)
+    player.cycle(-1)
+    assert player.view.shown == 3
+
+
+def test_a_live_run_at_a_slow_speed_is_allowed_a_cycle_ahead():
+    player = Player(1 / 16, live=True)
+    player.feed(events(20)[:3])
+    assert player.allowed == 1
+
+
+def test_playing_on_at_the_end_begins_again():
+    player = Player(math.inf, live=False)
+    player.feed(events(5))
+    player.tick(0.1)
+    player.toggle()
+    assert (player.playing, player.view.shown) == (True, 0)
+
+
+def test_a_new_run_is_shown_from_its_beginning():
+    player = Player(math.inf, live=True)
+    player.feed(events(5))
+    player.tick(0.1)
+    player.feed([Started((9, 9), {}, 1), Finished("cancelled", 0, 0, None)])
+    assert (player.view.shown, player.view.frame.prompt) == (0, (9, 9))

@@ -1,0 +1,177 @@
+"""The engine behind the screen: a real pair, real threads."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from specdec_engine.errors import ModelUnavailable
+from specdec_engine.events import Cycle, Finished, Started
+from specdec_engine.types import Sampling
+from specdec_tui.live import LiveSource, Request
+from tests.fakes import byte_tokenizer, save_checkpoint
+from tests.tui.conftest import on_screen, screen_of
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_checkpoint(tmp_path_factory.mktemp("m") / "t", layers=2, vocab=len(byte_tokenizer()))
+
+
+@pytest.fixture
+def source(folder, tmp_path):
+    def load(report):
+        from specdec_engine import LoadOptions, load_pair
+
+        return load_pair(str(folder), "ngram", LoadOptions(dtype="float32", device="cpu"))
+
+    made = LiveSource(load, Request("hello hello hello", k=3, max_tokens=120, seed=1), tmp_path / "log" / "watch.log")
+    yield made
+    made.close()
+
+
+def until(condition, seconds=60.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.01)
+
+
+def gathered(source, found, enough):
+    def look():
+        found.extend(source.drain())
+        return enough(found)
+
+    until(look)
+    return found
+
+
+def cycles(found):
+    return [event for event in found if isinstance(event, Cycle)]
+
+
+def over(found):
+    return bool(found) and isinstance(found[-1], Finished)
+
+
+def test_a_run_comes_with_its_plain_speed(source):
+    source.start()
+    found = gathered(source, [], over)
+    assert isinstance(found[0], Started)
+    assert found[0].environment["plain_tokens_per_second"] > 0
+    assert sum(len(c.emitted) for c in cycles(found)) == found[-1].emitted
+    assert source.stage is None
+    assert source.name(cycles(found)[0].emitted[0])
+
+
+def test_the_engine_waits_between_cycles_and_runs_as_many_as_it_may(source):
+    source.allow(2)
+    source.start()
+    found = gathered(source, [], lambda f: len(cycles(f)) == 2)
+    time.sleep(0.2)
+    assert not source.drain()
+    source.allow(3)
+    gathered(source, found, lambda f: len(cycles(f)) == 3)
+    time.sleep(0.2)
+    assert not source.drain()
+
+
+def test_settings_change_from_the_next_cycle_on_and_are_recorded(source):
+    source.allow(2)
+    source.start()
+    found = gathered(source, [], lambda f: len(cycles(f)) == 2)
+    source.change(k=5)
+    source.change(temperature=0.7)
+    source.allow(None)
+    gathered(source, found, over)
+    changed = {event.name: (event.cycle, event.new, event.reason) for event in found if event.kind == "setting_changed"}
+    draft_follows = changed.pop("draft_temperature")
+    assert changed == {"k": (2, 5, "set by hand"), "temperature": draft_follows}
+    assert draft_follows == (2, 0.7, "set by hand")
+    assert {c.k for c in cycles(found)[:2]} == {3}
+    assert cycles(found)[2].k == 5
+
+
+def test_auto_goes_on_and_off(source):
+    source.allow(1)
+    source.start()
+    found = gathered(source, [], lambda f: len(cycles(f)) == 1)
+    source.adapt(True)
+    source.allow(3)
+    gathered(source, found, lambda f: len(cycles(f)) == 3)
+    source.adapt(False)
+    source.allow(None)
+    gathered(source, found, over)
+    switched = [event.new for event in found if event.kind == "setting_changed" and event.name == "adaptive"]
+    assert switched == [True, False]
+
+
+def test_another_request_ends_the_run_and_begins_its_own(source):
+    source.allow(1)
+    source.start()
+    found = gathered(source, [], lambda f: len(cycles(f)) == 1)
+    source.again(Request("other words", k=2, max_tokens=10, seed=5, sampling=Sampling(0.5)))
+    source.allow(None)
+    gathered(source, found, lambda f: sum(isinstance(e, Finished) for e in f) == 2)
+    first, second = [event for event in found if isinstance(event, Started)]
+    assert (first.seed, second.seed, second.settings["temperature"]) == (1, 5, 0.5)
+    assert next(e for e in found if isinstance(e, Finished)).reason == "cancelled"
+
+
+def test_closing_in_the_middle_of_a_run_is_quick(source):
+    source.start()
+    gathered(source, [], lambda f: len(cycles(f)) >= 1)
+    began = time.monotonic()
+    source.close()
+    assert time.monotonic() - began < 2
+    assert not any(thread.name == "engine" and thread.is_alive() for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("error", [ModelUnavailable("no such model", "name another"), ValueError("something else")])
+def test_what_goes_wrong_while_loading_is_a_stage(tmp_path, error):
+    def load(report):
+        raise error
+
+    source = LiveSource(load, Request("x"), tmp_path / "logs" / "watch.log")
+    source.start()
+    until(lambda: source.stage.failed)
+    if isinstance(error, ModelUnavailable):
+        assert (source.stage.text, source.stage.hint) == ("no such model", "name another")
+    else:
+        assert "something else" in source.stage.text
+        assert "ValueError" in (tmp_path / "logs" / "watch.log").read_text()
+    source.close()
+
+
+def test_a_live_run_is_watched_paused_stepped_and_turned(source):
+    async def act(app, pilot):
+        async def shown(condition):
+            for _ in range(600):
+                await pilot.pause(0.05)
+                if condition():
+                    return
+            raise AssertionError("it never came")
+
+        view = lambda: app.player.view  # noqa: E731
+        await pilot.press("space")
+        await shown(lambda: view().frame.prompt)
+        await pilot.press("n")
+        await shown(lambda: view().shown == 1)
+        await pilot.press("n")
+        await shown(lambda: view().shown == 2)
+        held = view().shown
+        await pilot.press("K", "K")
+        await pilot.press("n")
+        await shown(lambda: view().shown == held + 1)
+        assert view().cycle.k in (4, 5)
+        await pilot.press("T", *["plus"] * 9, "space")
+        await shown(lambda: view().frame.over and view().at_end)
+        assert view().frame.setting("temperature") == 0.1
+        before = view().frame.seed
+        await pilot.press("R")
+        await shown(lambda: view().frame.seed != before and view().frame.over)
+        return screen_of(app)
+
+    assert "■ finished" in on_screen(source, act, speed=1 / 64)

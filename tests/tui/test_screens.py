@@ -1,0 +1,226 @@
+"""The watch screen, as text: at three sizes, under every key, in every state."""
+
+from __future__ import annotations
+
+import pytest
+
+from specdec_engine.events import Failed
+from specdec_tui.source import Stage
+from tests.tui.conftest import Told, lines_of, on_screen, screen_of
+from tests.tui.scenes import events, frame
+
+SIZES = [(80, 24), (120, 40), (200, 60)]
+
+
+def pressed(source, *keys, size=(120, 40), speed=float("inf")):
+    """The screen after these keys."""
+
+    async def act(app, pilot):
+        for key in keys:
+            await pilot.press(key)
+            await pilot.pause()
+        await pilot.pause(0.1)
+        return screen_of(app), app.player
+
+    return on_screen(source, act, size=size, speed=speed)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    ("what", "keys"),
+    [("end", ()), ("rejection", ("home", "exclamation_mark")), ("step", ("home", "n", *["full_stop"] * 7))],
+)
+def test_screens_look_as_they_did(golden, size, what, keys):
+    shown, _ = pressed(Told(events(60)), *keys, size=size)
+    golden(shown, f"{what}-{size[0]}x{size[1]}.txt")
+
+
+def test_greyscale_says_as_much(monkeypatch, golden):
+    monkeypatch.setenv("NO_COLOR", "1")
+    shown, _ = pressed(Told(events(60)), size=(80, 24))
+    golden(shown, "end-80x24.txt")
+
+
+def test_narrow_screens_swap_the_text_for_the_inspector():
+    shown, _ = pressed(Told(events(60)), "p", "i", size=(80, 24))
+    assert "q draft" in shown
+    assert "─ text ─" not in shown
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_figures_on_screen_are_those_of_stats(size):
+    shown, _ = pressed(Told(events(60)), size=size)
+    s = frame(60).summary()
+    row = shown.splitlines()[1]
+    assert f"{s.tokens_per_second:.1f} tok/s" in row
+    assert f"α {s.alpha:.2f}" in row
+    assert f"{s.mean_emitted_per_cycle:.2f} a cycle" in row
+    assert f"{s.tokens_per_second / 72:.2f}× plain" in row
+    assert f"cycle {s.cycles}" in row
+
+
+def test_figures_go_back_with_the_view():
+    shown, _ = pressed(Told(events(60)), "home", "n", "n")
+    s = frame(60).upto(2).summary()
+    assert f"α {s.alpha:.2f}" in shown.splitlines()[1]
+    assert "cycle 2/60" in shown
+
+
+@pytest.mark.parametrize(
+    ("keys", "cycle"),
+    [
+        (("home",), 0), (("home", "n"), 1), (("home", "right", "right"), 2), (("p",), 59), (("left", "left"), 58),
+        (("home", "end"), 60), (("home", "full_stop"), 1), (("home", "exclamation_mark"), None), (("home", "at"), None),
+        (("home", "n", "n", "comma"), 2),
+    ],
+)  # fmt: skip
+def test_keys_move_over_the_run(keys, cycle):
+    _, player = pressed(Told(events(60)), *keys)
+    if cycle is not None:
+        assert player.view.shown == cycle
+    else:
+        full = player.view.cycle.accepted == len(player.view.cycle.drafted)
+        assert full == (keys[-1] == "at")
+    assert not player.playing
+
+
+def test_space_pauses_and_plays():
+    _, player = pressed(Told(events(60)), "space", speed=1 / 64)
+    assert not player.playing
+    _, player = pressed(Told(events(60)), "space", "space", speed=1 / 64)
+    assert player.playing
+
+
+def test_speed_goes_up_and_down_and_stays_in_its_bounds():
+    _, player = pressed(Told(events(600)), "minus", "minus", "space")
+    assert player.speed == 1.0
+    _, player = pressed(Told(events(60)), *["minus"] * 9)
+    assert player.speed == 1 / 64
+    _, player = pressed(Told(events(60)), *["plus"] * 9)
+    assert player.speed == float("inf")
+
+
+def test_text_is_searched():
+    shown, player = pressed(Told(events(60)), "home", "slash", *"lantern", "enter")
+    first = player.view.shown
+    assert 0 < first < 60
+    assert "lantern" in shown
+    shown, player = pressed(Told(events(60)), "home", "slash", *"lantern", "enter", "N")
+    assert player.view.shown > first
+    shown, _ = pressed(Told(events(60)), "slash", *"nowhere", "enter")
+    assert "cycle 60/60" in shown
+
+
+def test_a_click_on_a_token_inspects_it():
+    async def act(app, pilot):
+        await pilot.press("p")
+        rows = lines_of(app)
+        y = next(i for i, row in enumerate(rows) if "kept" not in row and "×" in row and "│" in row)
+        x = rows[y].index("×") + 1
+        await pilot.click(offset=(x, y))
+        await pilot.pause(0.1)
+        return screen_of(app), app.player.view
+
+    shown, view = on_screen(Told(events(60)), act)
+    assert "inspector" in shown
+    assert view.shown <= 60
+
+
+def test_the_scrubber_moves_the_view():
+    async def act(app, pilot):
+        await pilot.click("#scrubber", offset=(60, 0))
+        await pilot.pause(0.1)
+        return app.player.view.shown
+
+    assert 20 < on_screen(Told(events(60)), act) < 45
+
+
+@pytest.mark.parametrize("kind", ["trace", "text", "narration", "picture"])
+def test_runs_are_saved(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    down = ["trace", "text", "narration", "picture"].index(kind)
+    pressed(Told(events(20)), "s", *["down"] * down, "enter")
+    (file,) = tmp_path.iterdir()
+    if kind == "trace":
+        from specdec_tui.source import read_frame
+
+        again, named = read_frame(file)
+        assert list(again.events()) == events(20)
+        assert named(3) == " fox"
+    assert file.stat().st_size > 200
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+
+    async def act(app, pilot):
+        await pilot.press("s", "enter")
+        await pilot.pause(0.2)
+        return [note.message for note in app._notifications]
+
+    assert any("not saved" in message for message in on_screen(Told(events(20)), act))
+
+
+# -- states ------------------------------------------------------------------------------------------------------------
+
+
+def test_while_nothing_is_known_the_stage_is_shown():
+    shown, _ = pressed(Told(live=True, stage=Stage("loading builtin", "98 MB")))
+    assert "loading builtin" in shown
+    assert "98 MB" in shown
+
+
+def test_a_failure_is_a_screen_with_what_to_do():
+    shown, _ = pressed(
+        Told(live=True, stage=Stage("model x is not cached", "run once without --offline", failed=True)),
+        "n",
+        "p",
+        "i",
+        "space",
+    )
+    assert "× model x is not cached" in shown
+    assert "run once without --offline" in shown
+
+
+def test_a_run_that_broke_keeps_what_was_decoded():
+    broken = [*events(10)[:-1], Failed("OutOfMemory", "out of memory", "lower --max-tokens")]
+    shown, _ = pressed(Told(broken))
+    assert "cycle 10/10" in shown
+    assert "out of memory" in shown
+
+
+@pytest.mark.parametrize("size", [(39, 10), (60, 12), (20, 5), (1, 1)])
+def test_too_small_a_terminal_says_so(size):
+    shown, _ = pressed(Told(events(20)), size=size)
+    assert size[0] < 40 or "specdec needs" in shown
+
+
+def test_resizing_keeps_everything():
+    async def act(app, pilot):
+        found = []
+        for size in [(200, 60), (80, 24), (40, 16), (30, 8), (120, 40)]:
+            await pilot.resize_terminal(*size)
+            await pilot.pause(0.1)
+            found.append(screen_of(app))
+        return found
+
+    again = on_screen(Told(events(60)), act)[-1]
+    first, _ = pressed(Told(events(60)))
+    assert again == first
+
+
+def test_leaving_closes_the_source():
+    source = Told(events(20))
+
+    async def act(app, pilot):
+        await pilot.press("q")
+
+    on_screen(source, act)
+    assert source.started
+    assert source.closed
+
+
+def test_help_names_every_key():
+    shown, _ = pressed(Told(events(20)), "question_mark", size=(200, 60))
+    assert "Next rejection" in shown

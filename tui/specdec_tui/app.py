@@ -1,0 +1,52 @@
+"""The Textual app: theme, signals, leaving. What is on screen is in `screens/`."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from contextlib import suppress
+from typing import ClassVar
+
+from textual.app import App
+from textual.binding import Binding, BindingType
+
+from specdec_tui.player import Player
+from specdec_tui.screens.watch import WatchScreen
+from specdec_tui.source import Source
+from specdec_tui.theme import DARK, LIGHT
+
+
+class SpecdecApp(App[None]):
+    """Watches one source."""
+
+    TITLE = "specdec"
+    ENABLE_COMMAND_PALETTE = True
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("q,ctrl+q", "quit", "Quit", id="quit", priority=True),
+        Binding("question_mark,f1", "help", "Help", id="help"),
+    ]
+
+    def __init__(self, source: Source, *, speed: float) -> None:
+        super().__init__()
+        self.source = source
+        self.player = Player(speed, live=source.live)
+        for theme in (DARK, LIGHT):
+            self.register_theme(theme)
+        self.theme = DARK.name
+
+    def on_mount(self) -> None:
+        # Textual restores the terminal after SIGINT only.
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            with suppress(NotImplementedError, RuntimeError, ValueError):  # not the main thread, or not this platform
+                asyncio.get_running_loop().add_signal_handler(number, self.exit)
+        self.push_screen(WatchScreen(self.source, self.player))
+        self.source.start()
+
+    def on_unmount(self) -> None:
+        self.source.close()
+
+    def action_help(self) -> None:
+        if self.screen.query("HelpPanel"):
+            self.action_hide_help_panel()
+        else:
+            self.action_show_help_panel()

@@ -1,0 +1,201 @@
+"""What is known of a run, folded from its events: immutable, pure, without Textual. Screens draw a `View` of a `Frame`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from specdec_engine.events import Cycle, Event, Failed, Finished, SettingChanged, Started
+from specdec_engine.stats import Summary
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """A run so far."""
+
+    prompt: tuple[int, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """As in force in the first cycle."""
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    cycles: tuple[Cycle, ...] = ()
+    summaries: tuple[Summary, ...] = (Summary(),)
+    """Before the first cycle, and after each."""
+    changes: tuple[SettingChanged, ...] = ()
+    finished: Finished | None = None
+    failed: Failed | None = None
+
+    def plus(self, events: Iterable[Event]) -> Frame:
+        """With these events. A `Started` begins anew."""
+        frame, cycles, summaries = self, list[Cycle](), list[Summary]()
+
+        def gathered() -> Frame:
+            return replace(frame, cycles=(*frame.cycles, *cycles), summaries=(*frame.summaries, *summaries))
+
+        for event in events:
+            match event:
+                case Started():
+                    start = Summary().plus(event)
+                    frame = Frame(event.prompt, event.settings, event.environment, event.seed, summaries=(start,))
+                    cycles, summaries = [], []
+                case Cycle():
+                    cycles.append(event)
+                    summaries.append((summaries or frame.summaries)[-1].plus(event))
+                case SettingChanged():
+                    frame = replace(frame, changes=(*frame.changes, event))
+                case Finished():
+                    frame = replace(frame, finished=event)
+                case Failed():
+                    frame = replace(frame, failed=event)
+        return gathered() if cycles else frame
+
+    @property
+    def over(self) -> bool:
+        return self.finished is not None or self.failed is not None
+
+    def upto(self, cycles: int) -> Frame:
+        """As it was after so many cycles."""
+        if cycles >= len(self.cycles):
+            return self
+        changes = tuple(change for change in self.changes if change.cycle < max(cycles, 1))
+        return replace(
+            self,
+            cycles=self.cycles[:cycles],
+            summaries=self.summaries[: cycles + 1],
+            changes=changes,
+            finished=None,
+            failed=None,
+        )
+
+    def events(self) -> Iterator[Event]:
+        """The events it was folded from."""
+        yield Started(self.prompt, self.settings, self.seed or 0, self.environment)
+        changes = list(self.changes)
+        for cycle in self.cycles:
+            while changes and changes[0].cycle <= cycle.index:
+                yield changes.pop(0)
+            yield cycle
+        yield from changes
+        yield from (event for event in (self.finished, self.failed) if event is not None)
+
+    def setting(self, name: str, default: Any = None) -> Any:
+        """As last set."""
+        return next((c.new for c in reversed(self.changes) if c.name == name), self.settings.get(name, default))
+
+    def summary(self) -> Summary:
+        found = self.summaries[-1]
+        return found if self.finished is None else found.plus(self.finished)
+
+    @property
+    def plain_s(self) -> float | None:
+        """Seconds of a plain cycle: measured before the run, else by the run's own plain cycles."""
+        rate = self.environment.get("plain_tokens_per_second")
+        s = self.summaries[-1]
+        return 1 / rate if rate else s.plain_s / s.plain_cycles if s.plain_cycles else None
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """How much of a cycle is shown: its draft appears token by token, is verified in one pass, tested token by token, and
+    ends with the target's own token."""
+
+    drafted: int
+    verified: bool
+    tested: int
+    final: bool
+
+
+def steps(cycle: Cycle) -> int:
+    """Steps from nothing shown to all of it."""
+    return len(cycle.drafted) + 1 + cycle.tested + 1
+
+
+def step_of(cycle: Cycle, n: int) -> Step:
+    """What is shown after n steps; all of it after `steps(cycle)`."""
+    k = len(cycle.drafted)
+    return Step(drafted=min(n, k), verified=n > k, tested=min(max(n - k - 1, 0), cycle.tested), final=n >= steps(cycle))
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What a screen shows: a frame as it was at some cycle, and what is pointed at."""
+
+    frame: Frame = Frame()
+    """All that is known."""
+    shown: int = 0
+    """Cycles shown."""
+    step: int | None = None
+    """Of the last cycle shown; None for all of it."""
+    position: int | None = None
+    """Drafted token inspected, in the last cycle shown; None for the one that decided the cycle."""
+
+    @property
+    def past(self) -> Frame:
+        """What figures are made of: a cycle that is shown in part does not count yet."""
+        return self.frame.upto(self.shown - (self.step is not None))
+
+    @property
+    def cycle(self) -> Cycle | None:
+        """The last one shown."""
+        return self.frame.cycles[self.shown - 1] if self.shown else None
+
+    @property
+    def partial(self) -> Step | None:
+        """None where the cycle is shown whole."""
+        return None if self.step is None or self.cycle is None else step_of(self.cycle, self.step)
+
+    @property
+    def at_end(self) -> bool:
+        return self.shown == len(self.frame.cycles) and self.step is None
+
+    @property
+    def inspected(self) -> int | None:
+        """The position looked at: the chosen one, else the first rejected, else the last drafted; None without a draft."""
+        cycle = self.cycle
+        if cycle is None or not cycle.drafted:
+            return None
+        if self.position is not None:
+            return min(self.position, len(cycle.drafted) - 1)
+        if (partial := self.partial) is not None and not partial.final:
+            return max(0, min(partial.tested, cycle.tested) - 1) if partial.verified else max(0, partial.drafted - 1)
+        return min(cycle.accepted, len(cycle.drafted) - 1)
+
+    # -- moving ------------------------------------------------------------------------------------------------------
+
+    def known(self, frame: Frame) -> View:
+        """With more known; a view at the end stays at the end only if it is moved there."""
+        return replace(self, frame=frame, shown=min(self.shown, len(frame.cycles)))
+
+    def to(self, shown: int) -> View:
+        """After so many cycles, as far as there are any."""
+        return replace(self, shown=max(0, min(shown, len(self.frame.cycles))), step=None, position=None)
+
+    def end(self) -> View:
+        return self.to(len(self.frame.cycles))
+
+    def forward(self) -> View:
+        """One step within the cycle, or into the next."""
+        if self.step is not None and self.cycle is not None:
+            return replace(self, step=self.step + 1 if self.step + 1 < steps(self.cycle) else None, position=None)
+        return self if self.at_end else replace(self.to(self.shown + 1), step=1 if self._drafts(self.shown) else None)
+
+    def back(self) -> View:
+        """One step within the cycle, or into the one before."""
+        if self.cycle is None:
+            return self
+        now = steps(self.cycle) if self.step is None else self.step
+        return replace(self, step=now - 1, position=None) if now > 1 else self.to(self.shown - 1)
+
+    def find(self, wanted: str, direction: int = 1) -> View:
+        """At the next (or last) cycle with a rejection, or with all drafted tokens accepted; unmoved if there is none."""
+        places = range(self.shown, len(self.frame.cycles)) if direction > 0 else range(self.shown - 2, -1, -1)
+        for i in places:
+            cycle = self.frame.cycles[i]
+            rejected = cycle.accepted < len(cycle.drafted)
+            if cycle.drafted and rejected == (wanted == "rejection"):
+                return self.to(i + 1)
+        return self
+
+    def _drafts(self, index: int) -> bool:
+        return bool(self.frame.cycles[index].drafted)

@@ -1,0 +1,52 @@
+"""A cycle as one row: what was drafted, what became of it, the target's own token, and the time."""
+
+from __future__ import annotations
+
+from rich.cells import cell_len
+
+from specdec_engine.events import Cycle
+from specdec_engine.series import seconds
+from specdec_tui.frame import Step
+from specdec_tui.panels import Line
+from specdec_tui.pieces import Name, alone
+
+MARKS = {"accepted": "✓", "rejected": "×", "untested": "·", "recovered": "↳", "bonus": "+", "plain": "", "drafted": "?"}
+
+
+def row(cycle: Cycle, name: Name, width: int, partial: Step | None = None) -> Line:
+    """At most `width` cells; partial: how much of the cycle is shown, None for all of it."""
+    number, k = f"{cycle.index + 1:>5} ", len(cycle.drafted)
+    whole = partial is None or partial.final
+    kept = f"{cycle.accepted}/{k} " if whole and k else "    "
+    time = f"{1e3 * seconds(cycle):.1f}ms".rjust(9) if whole else " " * 9
+    parts: Line = [(number, "muted"), (kept, "")]
+    room = width - len(number) - len(kept) - len(time)
+    for token, kind in _tokens(cycle, partial):
+        text = alone(token, name).strip() or "␣"
+        piece = f"{MARKS[kind]}{text} "
+        if cell_len(piece) > room:
+            parts.append(("…"[:room], "muted"))
+            room -= len("…"[:room])
+            break
+        parts += [(piece[:-1], kind), (" ", "")]
+        room -= cell_len(piece)
+    return [*parts, (" " * max(0, room), ""), (time, "muted")]
+
+
+def _tokens(cycle: Cycle, partial: Step | None) -> list[tuple[int, str]]:
+    drafted = cycle.drafted if partial is None else cycle.drafted[: partial.drafted]
+    tested = cycle.tested if partial is None else partial.tested
+    kinds = [
+        "drafted"
+        if i >= tested and (partial is not None and not partial.final)
+        else "accepted"
+        if i < cycle.accepted
+        else "rejected"
+        if i == cycle.accepted
+        else "untested"
+        for i in range(len(drafted))
+    ]
+    found = list(zip(drafted, kinds, strict=True))
+    if (partial is None or partial.final) and len(cycle.emitted) > cycle.accepted:
+        found.append((cycle.emitted[-1], cycle.origins[-1]))
+    return found

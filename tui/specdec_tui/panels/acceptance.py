@@ -1,0 +1,39 @@
+"""Acceptance: by position of the draft, and over time."""
+
+from __future__ import annotations
+
+from specdec_engine.series import rolling_alpha
+from specdec_tui.bars import bar, columns
+from specdec_tui.frame import View
+from specdec_tui.panels import Drawn, Line, Room, number
+
+WINDOW = 32
+
+
+def positions(view: View, room: Room) -> Drawn | None:
+    """How often the token at each position was kept, of those tested there."""
+    found = view.past.summary().positions[:5]
+    if not found:
+        return None
+    cells = max(4, room.width - 15)
+    lines: list[Line] = [
+        [
+            (f"{i} ", "muted"),
+            (bar(p.rate or 0.0, cells), "draft"),
+            (f" {number(p.rate)}", ""),
+            (f"{'of ' + str(p.tested):>8}", "muted"),
+        ]
+        for i, p in enumerate(found, 1)
+        if p.tested
+    ]
+    return Drawn("kept, by position in the draft", lines)
+
+
+def rolling(view: View, room: Room) -> Drawn | None:
+    found = rolling_alpha(view.past.cycles[-room.width - WINDOW :], WINDOW)
+    if not any(value is not None for value in found):
+        return None
+    return Drawn(
+        f"kept of tested, last {WINDOW} cycles · {number(found[-1])}",
+        [[(row, "draft")] for row in columns(found, 1.0, room.width)],
+    )

@@ -1,0 +1,45 @@
+"""The two lines above everything: what runs, and its figures."""
+
+from __future__ import annotations
+
+from specdec_engine.series import rate
+from specdec_tui.frame import View
+from specdec_tui.panels import Line, Room, fitted, number
+
+
+def header(view: View, room: Room, state: str) -> Line:
+    """state: playing, paused, finished, in words and a glyph."""
+    frame = view.past
+    if not frame.prompt:
+        return [(" specdec ", "brand")]
+    temperature = frame.setting("temperature", 0.0)
+    k = f"k {frame.setting('k', '–')}" + (" auto" if frame.settings.get("adaptive") else "")
+    facts = f"{k}  T {temperature:g}  seed {frame.seed}" if frame.seed is not None else ""
+    target, draft = (str(frame.settings.get(name, "–")) for name in ("target", "draft"))
+    models = fitted(f"{draft} → {target}", max(8, room.width - len(facts) - len(state) - 14))
+    return [(" specdec ", "brand"), (f" {models}  ", "strong"), (f"{facts}  ", ""), (state, "key")]
+
+
+def figures(view: View, room: Room) -> Line:
+    """Figures of what is shown: the same that `stats` gives for those events."""
+    past = view.past
+    s = past.summary()
+    plain, now = past.plain_s, rate(past.cycles[-16:])
+    speedup = None if plain is None or s.tokens_per_second is None else s.tokens_per_second * plain
+    most = past.settings.get("max_tokens")
+    parts = [
+        (f" {number(s.tokens_per_second, 1)} tok/s", "strong"),
+        (f"  {number(speedup)}× plain", "strong" if speedup is not None and speedup >= 1 else "refused"),
+        (f"  α {number(s.alpha)}", ""),
+        (f"  {number(s.mean_emitted_per_cycle)} a cycle", ""),
+        (f"  cycle {s.cycles}", ""),
+        (f"  {s.emitted}{'/' + str(most) if most else ''} tokens", ""),
+        (f"  last 16: {number(now, 0)} tok/s", "muted"),
+    ]
+    line, used = list[tuple[str, str]](), 0
+    for text, style in parts:
+        if used + len(text) > room.width:
+            break
+        line.append((text, style))
+        used += len(text)
+    return line

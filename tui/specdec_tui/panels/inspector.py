@@ -1,0 +1,100 @@
+"""The decision about one drafted token: q and p on one scale, the draw, the verdict, and what is left after a rejection."""
+
+from __future__ import annotations
+
+from specdec_engine.events import Cycle
+from specdec_tui.bars import bar, dart
+from specdec_tui.frame import View
+from specdec_tui.panels import Drawn, Line, Room, fitted, number
+from specdec_tui.pieces import alone
+
+_LABEL, _NUMBER = 11, 7
+
+
+def inspector(view: View, room: Room) -> Drawn | None:
+    """None before the first cycle."""
+    cycle, at = view.cycle, view.inspected
+    if cycle is None:
+        return None
+    if at is None:
+        lines: list[Line] = [
+            [(f"cycle {cycle.index + 1}: nothing drafted", "strong")],
+            [],
+            [("the pass gave the target's own token", "muted")],
+        ]
+        return Drawn("inspector", lines)
+    token = fitted(f"“{alone(cycle.drafted[at], room.name)}”", room.width - 22)
+    lines = [[(f"cycle {cycle.index + 1} · token {at + 1} of {len(cycle.drafted)} · ", "muted"), (token, "strong")], []]
+    seen = view.partial
+    if seen is not None and not seen.verified:
+        return Drawn("inspector", [*lines, *_draft(cycle, at, room.width)])
+    lines += _scales(cycle, at, room.width)
+    if seen is not None and seen.tested <= at and not seen.final:
+        return Drawn("inspector", [*lines, [("not tested yet", "muted")]])
+    lines += [[], _verdict(cycle, at)]
+    if at == cycle.accepted and (seen is None or seen.final):
+        lines += _residual(cycle, room)
+    overlap = cycle.overlap[at] if at < len(cycle.overlap) else None
+    if overlap is not None and at <= cycle.accepted:
+        lines += [[], [("overlap Σ min(p, q) ", "muted"), (number(overlap), "")]]
+    return Drawn("inspector", lines)
+
+
+def _draft(cycle: Cycle, at: int, width: int) -> list[Line]:
+    return [_scale("q draft", cycle.q[at], "draft", width), [], [("a guess; the target has not seen it yet", "muted")]]
+
+
+def _scales(cycle: Cycle, at: int, width: int) -> list[Line]:
+    p, q, u = cycle.p[at], cycle.q[at], cycle.u[at]
+    ratio = None if p is None or not q else min(1.0, p / q)
+    lines = [
+        _scale("q draft", q, "draft", width),
+        _scale("p target", p, "target", width),
+        _scale("min(1, p/q)", ratio, "ratio", width),
+    ]
+    if u is not None:
+        cells = max(1, width - _LABEL - _NUMBER - 1)
+        lines.append(
+            [("u the draw".ljust(_LABEL + 1), "muted"), (dart(u, cells).ljust(cells), "strong"), (_right(u), "")]
+        )
+    return lines
+
+
+def _scale(label: str, value: float | None, style: str, width: int) -> Line:
+    cells = max(1, width - _LABEL - _NUMBER - 1)
+    return [(label.ljust(_LABEL + 1), "muted"), (bar(value or 0.0, cells), style), (_right(value), "")]
+
+
+def _right(value: float | None) -> str:
+    return number(value, 3).rjust(_NUMBER)
+
+
+def _verdict(cycle: Cycle, at: int) -> Line:
+    p, q, u = cycle.p[at], cycle.q[at], cycle.u[at]
+    if at > cycle.accepted:
+        return [("never tested: ", "strong"), ("a token before it was rejected", "muted")]
+    kept = at < cycle.accepted
+    verdict = ("✓ kept", "accepted") if kept else ("× rejected", "refused")
+    if p is None or not q or u is None:
+        return [verdict]
+    if p >= q:
+        return [("p ≥ q  →  ", ""), verdict]
+    return [(f"u {'<' if u < p / q else '≥'} {p / q:.3f}  →  ", ""), verdict]
+
+
+def _residual(cycle: Cycle, room: Room) -> list[Line]:
+    if cycle.accepted == len(cycle.drafted) or not cycle.residual:
+        return []
+    drawn = cycle.emitted[-1] if len(cycle.emitted) > cycle.accepted else None
+    lines: list[Line] = [[], [("what is left: max(0, p − q), normalised", "muted")]]
+    rest = 1.0 - sum(mass for _, mass in cycle.residual)
+    width = max(6, room.width - 32)
+    for token, mass in cycle.residual[:5]:
+        name = fitted(alone(token, room.name), 12).ljust(13)
+        mark = ("↳ drawn", "recovered") if token == drawn else ("", "")
+        lines.append([(f"  {name}", ""), (bar(mass, width), "target"), (f"{mass:.2f} ".rjust(6), ""), mark])
+    if rest > 0.005:
+        lines.append([("  others".ljust(15), "muted"), (bar(rest, width), "muted"), (f"{rest:.2f} ".rjust(6), "")])
+    if drawn is not None and drawn not in {token for token, _ in cycle.residual[:5]}:
+        lines.append([("  ↳ drawn: ", "muted"), (fitted(alone(drawn, room.name), 20), "recovered")])
+    return lines

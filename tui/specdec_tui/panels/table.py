@@ -1,0 +1,37 @@
+"""All positions of a cycle at once."""
+
+from __future__ import annotations
+
+from specdec_tui.frame import View
+from specdec_tui.panels import Drawn, Line, Room, fitted, number
+from specdec_tui.pieces import alone
+
+
+def table(view: View, room: Room) -> Drawn | None:
+    """None for a cycle without a draft. p past the first rejection is in parentheses: its prefix was given up."""
+    cycle = view.cycle
+    if cycle is None or not cycle.drafted:
+        return None
+    wide = max(8, room.width - 38)
+    lines: list[Line] = [[(f"  {'token'.ljust(wide)}{'q':>7}{'p':>9}{'min(1,p/q)':>12}{'u':>7}", "muted")]]
+    for i, token in enumerate(cycle.drafted):
+        p, q, u = cycle.p[i], cycle.q[i], cycle.u[i]
+        ratio = None if p is None or not q or i > cycle.accepted else min(1.0, p / q)
+        target = f"({number(p, 3)})" if i > cycle.accepted and p is not None else f"{number(p, 3)} "
+        mark, style = (
+            ("✓", "accepted") if i < cycle.accepted else ("×", "refused") if i == cycle.accepted else ("·", "muted")
+        )
+        name = fitted(alone(token, room.name), wide - 1).ljust(wide)
+        row = f"{number(q, 3):>7}{target:>9}{number(ratio, 3):>11} {number(u, 3):>7}"
+        lines.append([(f"{mark} ", style), (name, style if i != view.inspected else "cursor"), (row, "")])
+    if len(cycle.emitted) > cycle.accepted:
+        mark, style = ("↳", "recovered") if cycle.accepted < len(cycle.drafted) else ("+", "bonus")
+        how = "from what is left of p" if mark == "↳" else "free, from the same pass"
+        lines.append(
+            [
+                (f"{mark} ", style),
+                (fitted(alone(cycle.emitted[-1], room.name), wide - 1).ljust(wide), style),
+                (how, "muted"),
+            ]
+        )
+    return Drawn("every token of the cycle", lines)

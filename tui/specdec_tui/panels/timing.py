@@ -1,0 +1,70 @@
+"""Speed: tokens a second against plain decoding, where a cycle's time goes, and what the speedup is made of."""
+
+from __future__ import annotations
+
+from specdec_engine.series import budget, rate, rates, split
+from specdec_tui.bars import columns, stacked
+from specdec_tui.frame import View
+from specdec_tui.panels import Drawn, Line, Room, number
+
+RECENT = 32
+"""Cycles that medians look back on."""
+
+
+def throughput(view: View, room: Room) -> Drawn | None:
+    """Columns from zero, one a cycle; below plain decoding they are red."""
+    past = view.past
+    found = rates(past.cycles[-room.width :])
+    if not found:
+        return None
+    plain = 1 / past.plain_s if past.plain_s else None
+    top = max(*found, plain or 0.0, 1e-9)
+    lines = list[Line]()
+    for row in columns(found, top, room.width, 2):
+        shown = [None] * (room.width - len(found)) + found
+        lines.append(
+            [
+                (cell, "refused" if v is not None and plain is not None and v < 0.97 * plain else "draft")
+                for cell, v in zip(row, shown, strict=True)
+            ]
+        )
+    title = f"tokens/s · now {number(rate(past.cycles[-16:]), 0)}" + (f" · plain {plain:.0f}" if plain else "")
+    return Drawn(title, lines)
+
+
+def time_split(view: View, room: Room) -> Drawn | None:
+    found = split(view.past.cycles[-RECENT:])
+    if found is None or not found.total_s:
+        return None
+    parts = (found.draft_s, found.verify_s, found.other_s)
+    cells = stacked(parts, room.width)
+    bars: Line = [
+        (glyph * n, style) for glyph, n, style in zip("█▓░", cells, ("draft", "target", "muted"), strict=True)
+    ]
+    words = [f"{name} {1e3 * s:.1f}" for name, s in zip(("draft", "verify", "other"), parts, strict=True)]
+    return Drawn("where a cycle's time goes, median", [bars, [("  ".join(words) + " ms", "")]])
+
+
+def made_of(view: View, room: Room) -> Drawn | None:
+    """None where plain decoding is not known, or nothing was drafted."""
+    past = view.past
+    if past.plain_s is None or not past.summary().drafted:
+        return None
+    found = budget(past.summary(), past.plain_s)
+    if found is None:
+        return None
+    lines: list[Line] = [
+        [(f"{found.speedup:.2f}×", "strong"), (f" measured · {number(found.predicted)}× predicted", "")],
+        [(f"{found.emitted:.2f} tokens a cycle of {found.cost:.2f} plain ones", "muted")],
+    ]
+    lost = found.lost
+    if found.speedup < 0.97:
+        lines.append(
+            [
+                ("slower than plain: ", "refused"),
+                (f"mostly {lost[0][0]}, {lost[0][1]:.2f}" if lost else "few are kept", ""),
+            ]
+        )
+    elif lost:
+        lines.append([("lost to " + ", ".join(f"{name} {cost:.2f}" for name, cost in lost), "muted")])
+    return Drawn("what the speedup is made of", lines)

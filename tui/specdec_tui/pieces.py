@@ -1,0 +1,40 @@
+"""Token ids as text that is safe to show: whole characters, and no character that could steer a terminal.
+
+Emitted tokens are decoded one after another, so that half a character waits for the token that completes it. A drafted
+token that was rejected has no successor: its unfinished bytes are shown as such, ⟨e2⟩.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable
+
+from specdec_engine.text import printable
+
+Name = Callable[[int], str]
+"""Token id -> its own text, with bytes that are no UTF-8 as lone surrogates (`TokenText`, `read_pieces`)."""
+
+
+class Committed:
+    """Tokens one after another: the printable text that each completes."""
+
+    def __init__(self, name: Name) -> None:
+        self._name = name
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def __call__(self, token: int) -> str:
+        return printable(self._decoder.decode(_bytes(self._name(token))))
+
+
+def alone(token: int, name: Name) -> str:
+    """One token by itself, on one line: printable, newlines as ⏎, bytes without a character as ⟨hex⟩."""
+    text = "".join(f"⟨{ord(c) - 0xDC00:02x}⟩" if "\udc80" <= c <= "\udcff" else c for c in name(token))
+    return printable(text).replace("\n", "⏎").replace("\t", "⇥") or f"⟨id {token}⟩"
+
+
+def _bytes(piece: str) -> bytes:
+    return piece.encode("utf-8", "surrogateescape" if _escaped(piece) else "replace")
+
+
+def _escaped(piece: str) -> bool:
+    return not any("\ud800" <= c <= "\udfff" and not "\udc80" <= c <= "\udcff" for c in piece)

@@ -1,0 +1,129 @@
+"""What is shown and when: a head that moves over the history, live or recorded. Pure: time is an argument.
+
+A live engine is told how many cycles it may run (`allowed`); it waits between cycles, so that pausing, stepping and slow
+speeds change no measured time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+
+from specdec_engine.events import Event
+from specdec_engine.series import seconds
+from specdec_tui.frame import View
+
+SPEEDS = (1 / 64, 1 / 16, 1 / 4, 1.0, 4.0, math.inf)
+"""Of recorded time; the last is as fast as cycles come. A cycle of 12 ms lasts 0.8 s at the first."""
+
+
+class Player:
+    """The state of the screen, beside what is pointed at with the mouse."""
+
+    def __init__(self, speed: float, *, live: bool) -> None:
+        self.view = View()
+        self.playing = True
+        self.speed = speed
+        self.live = live
+        self._due = 0.0  # recorded seconds that the head is behind its time
+        self._awaiting = False  # a cycle that a live engine is to run while paused
+
+    def feed(self, events: Iterable[Event]) -> None:
+        """More is known; a new run begins at its beginning."""
+        frame = self.view.frame.plus(events)
+        if frame.prompt is not self.view.frame.prompt:
+            if self.view.frame.prompt:  # another run was asked for
+                self.playing, self._awaiting = True, False
+            self.view, self._due = View(), 0.0
+        more = len(frame.cycles) > len(self.view.frame.cycles)
+        self.view = self.view.known(frame)
+        if self._awaiting and more:
+            self._awaiting, self.view = False, self.view.to(self.view.shown + 1)
+
+    @property
+    def allowed(self) -> int | None:
+        """Cycles that a live engine may have run by now; None for any number."""
+        if not self.playing:
+            return self.view.shown + self._awaiting
+        return None if math.isinf(self.speed) else self.view.shown + 1
+
+    def tick(self, elapsed: float) -> bool:
+        """Time goes by, in seconds; whether the view moved."""
+        before = self.view
+        if not self.playing:
+            return False
+        if math.isinf(self.speed):
+            self.view = before.end()
+        else:
+            self._due += elapsed * self.speed
+            while not self.view.at_end and self._due >= (lasts := self._lasts()):
+                self._due -= lasts
+                self.view = self.view.to(self.view.shown + (self.view.step is None))
+            if self.view.at_end:
+                self._due = 0.0
+        if self.view.at_end and self.view.frame.over:
+            self.playing = False
+        return self.view is not before
+
+    def _lasts(self) -> float:
+        """Recorded seconds of the next cycle to be shown."""
+        at = min(self.view.shown, len(self.view.frame.cycles) - 1)
+        return seconds(self.view.frame.cycles[at]) or 0.01
+
+    # -- commands ----------------------------------------------------------------------------------------------------
+
+    def toggle(self) -> None:
+        """Pause, or play on; at the end of what is over, from the beginning."""
+        self.playing = not self.playing
+        if self.playing and self.view.at_end and self.view.frame.over:
+            self.view = self.view.to(0)
+
+    def cycle(self, by: int) -> None:
+        """Pause and move by whole cycles; at the live end the engine runs one more."""
+        self.playing = False
+        if by > 0 and self.view.at_end:
+            self._awaiting = self.live and not self.view.frame.over
+            return
+        partial = self.view.step is not None  # its cycle is completed, or begun anew, first
+        self.view = self.view.to(self.view.shown + by + (by < 0 and partial) - (by > 0 and partial))
+
+    def step(self, by: int) -> None:
+        """Pause and move by a step within a cycle."""
+        self.playing = False
+        self.view = self.view.forward() if by > 0 else self.view.back()
+
+    def to(self, shown: int) -> None:
+        self.playing = False
+        self.view = self.view.to(shown)
+
+    def end(self) -> None:
+        """Where new cycles come in."""
+        self.view = self.view.end()
+
+    def point(self, cycle: int, position: int) -> None:
+        """Look at a token of a cycle; a position past the draft is the target's own, whose test was the last one."""
+        self.to(cycle + 1)
+        self.view = replace(self.view, position=position if position >= 0 else None)
+
+    def aim(self, by: int) -> None:
+        """Look at the next or last token of the cycle."""
+        if (at := self.view.inspected) is not None:
+            self.view = replace(self.view, position=max(0, at + by))
+
+    def find(self, wanted: str, direction: int) -> bool:
+        """Whether there was one."""
+        found = self.view.find(wanted, direction)
+        moved, self.playing = found is not self.view, False
+        self.view = found
+        return moved
+
+    def faster(self, by: int) -> None:
+        at = min(range(len(SPEEDS)), key=lambda i: abs(math.log(min(SPEEDS[i], 64) / min(self.speed, 64))))
+        self.speed = SPEEDS[max(0, min(len(SPEEDS) - 1, at + by))]
+
+    @property
+    def speed_name(self) -> str:
+        if math.isinf(self.speed):
+            return "max" if not self.live else "live"
+        return f"{self.speed:g}×" if self.speed >= 1 else f"1/{1 / self.speed:g}×"

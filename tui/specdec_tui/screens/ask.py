@@ -1,0 +1,76 @@
+"""Small questions in front of the run: a prompt, a word to find, what to save."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Vertical
+from textual.screen import ModalScreen
+from textual.widgets import Input, OptionList, Static, TextArea
+from textual.widgets.option_list import Option
+
+
+class Ask(ModalScreen[str | None]):
+    """A box in the middle; escape leaves it unanswered."""
+
+    DEFAULT_CSS = """
+    Ask { align: center middle; }
+    Ask > Vertical { width: 76; max-width: 96%; height: auto; max-height: 80%; }
+    Ask > Vertical { border: round $accent; padding: 0 1; background: $panel; }
+    Ask TextArea { height: 9; border: none; }
+    Ask Input { border: none; height: 1; }
+    Ask OptionList { border: none; height: auto; background: $panel; }
+    Ask .hint { color: $text-muted; height: 1; }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss(None)", "Back", id="ask.back")]
+
+
+class AskPrompt(Ask):
+    """The prompt of another run."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("ctrl+j,ctrl+s", "run", "Run", id="ask.run", priority=True)]
+
+    def __init__(self, prompt: str) -> None:
+        super().__init__()
+        self._prompt = prompt
+
+    def compose(self) -> ComposeResult:
+        with Vertical() as box:
+            box.border_title = "prompt"
+            yield TextArea(self._prompt, id="prompt")
+            yield Static("ctrl+j runs it · escape leaves it", classes="hint")
+
+    def action_run(self) -> None:
+        text = self.query_one(TextArea).text
+        if text.strip():
+            self.dismiss(text)
+
+
+class AskWord(Ask):
+    """What to look for."""
+
+    def compose(self) -> ComposeResult:
+        with Vertical() as box:
+            box.border_title = "find in the text"
+            yield Input(id="word")
+
+    def on_input_submitted(self, event: Input.Submitted) -> None:
+        self.dismiss(event.value or None)
+
+
+class AskKind(Ask):
+    """What to save."""
+
+    def __init__(self, kinds: dict[str, str]) -> None:
+        super().__init__()
+        self._kinds = kinds
+
+    def compose(self) -> ComposeResult:
+        with Vertical() as box:
+            box.border_title = "save"
+            yield OptionList(*(Option(f"{kind} (.{ending})", id=kind) for kind, ending in self._kinds.items()))
+
+    def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
+        self.dismiss(event.option.id)

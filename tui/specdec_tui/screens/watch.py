@@ -1,0 +1,236 @@
+"""The run, cycle by cycle: text, ladder, the decision, and what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from time import monotonic
+from typing import ClassVar
+
+from textual import work
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.screen import Screen
+
+from specdec_engine.errors import TraceError
+from specdec_engine.text import printable
+from specdec_tui.frame import View
+from specdec_tui.live import LiveSource, Request
+from specdec_tui.narrate import ending, step_words
+from specdec_tui.player import Player
+from specdec_tui.saving import KINDS, fresh_path, save
+from specdec_tui.screens.ask import AskKind, AskPrompt, AskWord
+from specdec_tui.source import Source, Stage
+from specdec_tui.widgets.board import Board, Said
+from specdec_tui.widgets.scrubber import Scrubber
+from specdec_tui.widgets.stream import Stream
+from specdec_tui.widgets.view_lines import ViewLines
+from specdec_tui.words import containing
+
+TICK_S = 1 / 15
+"""Screens are drawn so often; the engine does not wait for them."""
+
+
+class WatchScreen(Screen[None]):
+    """Draws a player's view, and turns keys into its commands."""
+
+    CSS_PATH = "watch.tcss"
+    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (110, "-medium"), (170, "-wide")]  # noqa: RUF012
+    VERTICAL_BREAKPOINTS = [(0, "-tiny"), (16, "-short"), (36, "-tall")]  # noqa: RUF012
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("space", "play", "Pause or play", id="play", priority=True),
+        Binding("n,right", "cycle(1)", "Next cycle", id="next"),
+        Binding("p,left", "cycle(-1)", "Previous cycle", id="previous"),
+        Binding("full_stop,shift+right", "step(1)", "Step within the cycle", id="step"),
+        Binding("comma,shift+left", "step(-1)", "Step back", id="step-back"),
+        Binding("home", "first", "First cycle", id="first"),
+        Binding("end", "last", "Newest cycle", id="last"),
+        Binding("exclamation_mark", "find('rejection')", "Next rejection", id="next-rejection"),
+        Binding("at", "find('acceptance')", "Next full acceptance", id="next-acceptance"),
+        Binding("plus,equals_sign", "faster(1)", "Faster", id="faster"),
+        Binding("minus", "faster(-1)", "Slower", id="slower"),
+        Binding("i", "inspect", "Inspect", id="inspect"),
+        Binding("tab", "app.focus_next", "Next panel", id="focus", show=False),
+        Binding("slash", "search", "Find text", id="search"),
+        Binding("N", "search_again(1)", "Next match", id="search-next"),
+        Binding("P", "search_again(-1)", "Previous match", id="search-previous"),
+        Binding("K,right_square_bracket", "k(1)", "k + 1", id="k-up"),
+        Binding("k,left_square_bracket", "k(-1)", "k - 1", id="k-down"),
+        Binding("a", "adapt", "k auto on or off", id="adapt"),
+        Binding("T", "temperature(0.1)", "Temperature + 0.1", id="temperature-up"),
+        Binding("t", "temperature(-0.1)", "Temperature - 0.1", id="temperature-down"),
+        Binding("r", "prompt", "Another prompt", id="prompt"),
+        Binding("R", "again", "Same prompt, new seed", id="again"),
+        Binding("s", "save", "Save", id="save"),
+        Binding("j", "aim(1)", "Next token of the cycle", id="aim"),
+        Binding("h", "aim(-1)", "Last token of the cycle", id="aim-back"),
+    ]
+
+    def __init__(self, source: Source, player: Player) -> None:
+        super().__init__()
+        self._source, self._player = source, player
+        self._live = source if isinstance(source, LiveSource) else None
+        self._word = ""
+        self._ticked = monotonic()
+        self._drawn: tuple[View, bool, float, Stage | None] | None = None
+
+    def compose(self) -> ComposeResult:
+        yield Board(self._source.name)
+
+    def on_mount(self) -> None:
+        self.query_one(Stream).focus()
+        self.set_interval(TICK_S, self.tick)
+        self.call_after_refresh(self.tick)
+
+    def on_resize(self) -> None:
+        self.call_after_refresh(self.draw)
+
+    # -- time --------------------------------------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        """Take what has come, move the head, draw what changed."""
+        now = monotonic()
+        elapsed, self._ticked = now - self._ticked, now
+        self._player.feed(self._source.drain())
+        self._player.tick(elapsed)
+        self._source.allow(self._player.allowed)
+        state = self._player.view, self._player.playing, self._player.speed, self._source.stage
+        if state != self._drawn:
+            self._drawn = state
+            self.draw()
+
+    def draw(self) -> None:
+        """Everything, from the player's view."""
+        view, over = self._player.view, self._player.view.frame.over
+        end = "live" if self._player.live and not over else "end"
+        said = Said(self._state(), self._narration(), end, self._player.playing, self._source.stage)
+        with self.app.batch_update():
+            self.query_one(Board).show(view, said)
+
+    def _narration(self) -> str:
+        view = self._player.view
+        if view.at_end and view.frame.over and view.shown:
+            return f"{step_words(view, self._source.name)} {ending(view.frame)}"
+        return step_words(view, self._source.name)
+
+    def _state(self) -> str:
+        player, over = self._player, self._player.view.frame.over
+        if player.view.at_end and over:
+            return "■ finished"
+        return f"▶ {player.speed_name}" if player.playing else "❚❚ paused"
+
+    # -- keys --------------------------------------------------------------------------------------------------------
+
+    def _do(self, command: Callable[[], object]) -> None:
+        command()
+        self.tick()
+
+    def action_play(self) -> None:
+        self._do(self._player.toggle)
+
+    def action_cycle(self, by: int) -> None:
+        self._do(lambda: self._player.cycle(by))
+
+    def action_step(self, by: int) -> None:
+        self._do(lambda: self._player.step(by))
+
+    def action_first(self) -> None:
+        self._do(lambda: self._player.to(0))
+
+    def action_last(self) -> None:
+        self._do(self._player.end)
+
+    def action_find(self, wanted: str) -> None:
+        if not self._player.find(wanted, 1):
+            self.notify(f"no {wanted} after this cycle", markup=False, timeout=2)
+        self.tick()
+
+    def action_faster(self, by: int) -> None:
+        self._do(lambda: self._player.faster(by))
+
+    def action_aim(self, by: int) -> None:
+        self._do(lambda: self._player.aim(by))
+
+    # -- questions -----------------------------------------------------------------------------------------------------
+
+    @work
+    async def action_search(self) -> None:
+        word: str | None = await self.app.push_screen_wait(AskWord())
+        self._word = word or self._word
+        self.action_search_again(1)
+
+    def action_search_again(self, direction: int) -> None:
+        view = self._player.view
+        if not self._word:
+            return
+        found = containing(view.frame, self._source.name, self._word, view.shown, direction)
+        if found is None:
+            self.notify(f"“{printable(self._word)}” is not in the text", markup=False, timeout=2)
+        else:
+            self._do(lambda: self._player.to(found))
+
+    @work
+    async def action_save(self) -> None:
+        if (kind := await self.app.push_screen_wait(AskKind(KINDS))) is None:
+            return
+        try:
+            path = fresh_path(Path.cwd(), kind)
+            if kind == "picture":
+                path.write_text(self.app.export_screenshot(simplify=True), "utf-8")
+            else:
+                save(self._player.view.frame, self._source.name, kind, path)
+        except (OSError, TraceError) as error:
+            self.notify(f"not saved: {error}", severity="error", markup=False)
+        else:
+            self.notify(f"saved {path.name}", markup=False)
+
+    # -- the engine ------------------------------------------------------------------------------------------------------
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Keys that turn the engine's settings are for live runs."""
+        return self._live is not None or action not in ("k", "adapt", "temperature", "prompt", "again")
+
+    def action_k(self, by: int) -> None:
+        now = int(self._player.view.frame.setting("k", 0))
+        self._change(k=max(0, now + by))
+
+    def action_temperature(self, by: float) -> None:
+        now = float(self._player.view.frame.setting("temperature", 0.0))
+        self._change(temperature=round(max(0.0, now + by), 1))
+
+    def action_adapt(self) -> None:
+        if self._live is not None:
+            on = not self._player.view.frame.setting("adaptive", False)
+            self._live.adapt(on)
+            self.notify(f"k auto is {'on' if on else 'off'} from the next cycle", timeout=2)
+
+    def _change(self, **what: float) -> None:
+        if self._live is not None:
+            self._live.change(**what)  # type: ignore[arg-type]
+            ((name, value),) = what.items()
+            self.notify(f"{name} is {value:g} from the next cycle", timeout=2)
+
+    @work
+    async def action_prompt(self) -> None:
+        if self._live is not None and (text := await self.app.push_screen_wait(AskPrompt(self._live.request.prompt))):
+            self._restart(replace(self._live.request, prompt=text))
+
+    def action_again(self) -> None:
+        if self._live is not None:
+            self._restart(replace(self._live.request, seed=None))
+
+    def _restart(self, request: Request) -> None:
+        if self._live is not None:
+            self._live.again(request)
+            self.notify("another run begins", timeout=2)
+
+    def action_inspect(self) -> None:
+        self.toggle_class("-inspecting")
+        self.call_after_refresh(self.draw)
+
+    def on_view_lines_pointed(self, event: ViewLines.Pointed) -> None:
+        self._do(lambda: self._player.point(event.cycle, event.position))
+
+    def on_scrubber_moved(self, event: Scrubber.Moved) -> None:
+        self._do(lambda: self._player.to(event.shown))

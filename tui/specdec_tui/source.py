@@ -1,0 +1,107 @@
+"""Where events come from: a running engine or a trace. The screen does not know which."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from specdec_engine.errors import SpecdecError
+from specdec_engine.events import Event
+from specdec_engine.trace import read_described
+from specdec_tui.frame import Frame
+from specdec_tui.pieces import Name
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What happens before the first event, or why there will be none."""
+
+    text: str
+    hint: str = ""
+    failed: bool = False
+
+
+class Source(Protocol):
+    """**Protocol:** events for the screen, drained at its own rate, from a thread of the source's own."""
+
+    live: bool
+    """Whether settings can change and cycles wait to be allowed."""
+
+    def start(self) -> None: ...
+
+    def close(self) -> None:
+        """Stop as soon as may be; returns when it has."""
+        ...
+
+    def drain(self) -> list[Event]:
+        """What has come since it was last asked."""
+        ...
+
+    @property
+    def stage(self) -> Stage | None:
+        """None while events come."""
+        ...
+
+    def name(self, token: int) -> str:
+        """A token's own text."""
+        ...
+
+    def allow(self, cycles: int | None) -> None:
+        """How many cycles of the run may have been decoded; None for any number."""
+        ...
+
+
+class ReplaySource:
+    """A trace, read in a thread: a large one shows its beginning while the rest is read. Of several runs, the last."""
+
+    live = False
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._events: deque[Event] = deque()
+        self._pieces: dict[int, str] = {}
+        self._stage: Stage | None = None
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._read, name="trace", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join(2.0)
+
+    def drain(self) -> list[Event]:
+        return [self._events.popleft() for _ in range(len(self._events))]
+
+    @property
+    def stage(self) -> Stage | None:
+        return self._stage
+
+    def name(self, token: int) -> str:
+        return self._pieces.get(token, f"⟨{token}⟩")
+
+    def allow(self, cycles: int | None) -> None:
+        pass
+
+    def _read(self) -> None:
+        try:
+            for event, pieces in read_described(self.path):
+                self._pieces |= pieces
+                self._events.append(event)
+                if self._closed.is_set():
+                    return
+        except SpecdecError as error:
+            self._stage = Stage(error.message, error.hint, failed=True)
+
+
+def read_frame(path: Path) -> tuple[Frame, Name]:
+    """A whole trace at once. Raises TraceError."""
+    pieces, events = dict[int, str](), list[Event]()
+    for event, named in read_described(path):
+        pieces |= named
+        events.append(event)
+    return Frame().plus(events), lambda token: pieces.get(token, f"⟨{token}⟩")

@@ -1,0 +1,107 @@
+"""Everything of the watch screen that shows something: a function of a view and what is said about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from textual.app import ComposeResult
+from textual.containers import Horizontal, Vertical
+from textual.widgets import Static
+
+from specdec_tui.frame import View
+from specdec_tui.panels import Room, acceptance, control, header, timing
+from specdec_tui.panels.inspector import inspector
+from specdec_tui.panels.table import table
+from specdec_tui.pieces import Name
+from specdec_tui.source import Stage
+from specdec_tui.theme import content
+from specdec_tui.widgets.keys import Keys
+from specdec_tui.widgets.ladder import Ladder
+from specdec_tui.widgets.panel import PanelBox
+from specdec_tui.widgets.scrubber import Scrubber
+from specdec_tui.widgets.stream import Stream
+from specdec_tui.widgets.view_lines import ViewLines
+
+ASIDE = {
+    "by-position": acceptance.positions,
+    "throughput": timing.throughput,
+    "time-split": timing.time_split,
+    "made-of": timing.made_of,
+    "k": control.k_over_time,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What stands beside the view's own content."""
+
+    state: str
+    """Playing, paused or finished."""
+    narration: str
+    end: str
+    """What the right end of the scrubber is called."""
+    playing: bool
+    stage: Stage | None
+
+
+class Board(Vertical):
+    """Text, cycles, panels; or, while there is nothing to show, why."""
+
+    def __init__(self, name: Name) -> None:
+        super().__init__(id="board")
+        self._token_name = name
+
+    def compose(self) -> ComposeResult:
+        name = self._token_name
+        yield Static(id="header", markup=False)
+        yield Static(id="figures", markup=False)
+        yield Static(id="notice", markup=False)
+        yield Static("specdec needs 40 columns and 16 lines", id="small")
+        with Horizontal(id="body"):
+            with Vertical(id="left"):
+                yield Stream(name)
+                yield Ladder(name)
+            with Vertical(id="middle"):
+                yield PanelBox(inspector, name, id="inspector")
+                for key, panel in ASIDE.items():
+                    box = PanelBox(panel, name, id=f"aside-{key}")
+                    box.add_class("aside")
+                    yield box
+            with Vertical(id="right"):
+                yield PanelBox(table, name, id="table")
+                for key, panel in {**ASIDE, "rolling": acceptance.rolling}.items():
+                    yield PanelBox(panel, name, id=f"right-{key}")
+        yield Static(id="narration", markup=False)
+        yield Scrubber()
+        yield Keys(id="keys")
+
+    def show(self, view: View, said: Said) -> None:
+        """Draw it."""
+        waiting = not view.frame.prompt
+        self.set_class(waiting, "-waiting")
+        room = Room(self.size.width, self._token_name)
+        self._static("header", [header.header(view, room, said.state)])
+        if waiting:
+            self._static("notice", notice(said.stage))
+            return
+        self._static("figures", [header.figures(view, room)])
+        self._static("narration", [[(said.narration, "")]])
+        for lines in self.query(ViewLines):
+            lines.show(view)
+        for box in self.query(PanelBox):
+            if box.parent is not None and box.parent.display:
+                box.show(view)
+        self.query_one(Scrubber).show(view, said.end)
+        self.query_one(Keys).show(said.playing)
+
+    def _static(self, name: str, lines: list[list[tuple[str, str]]]) -> None:
+        self.query_one(f"#{name}", Static).update(content(lines), layout=False)
+
+
+def notice(stage: Stage | None) -> list[list[tuple[str, str]]]:
+    """What stands in the middle while there is nothing to show."""
+    if stage is None:
+        return [[("reading", "muted")]]
+    if stage.failed:
+        return [[("× ", "refused"), (stage.text, "strong")], [], [(stage.hint, "muted")]]
+    return [[(stage.text, "strong")], [(stage.hint, "muted")]]

@@ -1,0 +1,97 @@
+"""Lines of a view that scroll: the base of the stream and the ladder. Only lines on screen are drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from rich.segment import Segment
+from rich.style import Style as RichStyle
+from textual import events
+from textual.binding import Binding, BindingType
+from textual.geometry import Size
+from textual.message import Message
+from textual.reactive import var
+from textual.scroll_view import ScrollView
+from textual.strip import Strip
+
+from specdec_tui.frame import View
+from specdec_tui.theme import styles
+
+Cell = tuple[str, str, tuple[int, int] | None]
+"""Text, style name, and the (cycle, position) it stands for."""
+
+
+class ViewLines(ScrollView, can_focus=True, inherit_bindings=False):  # home and end are the screen's
+    """Draws `line_cells`; a click on a cell tells which token was meant."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("up", "scroll_up", "Scroll up", show=False, id="scroll-up"),
+        Binding("down", "scroll_down", "Scroll down", show=False, id="scroll-down"),
+        Binding("pageup", "page_up", "Page up", show=False, id="page-up"),
+        Binding("pagedown", "page_down", "Page down", show=False, id="page-down"),
+    ]
+
+    DEFAULT_CSS = """
+    ViewLines { overflow-y: scroll; overflow-x: hidden; scrollbar-size-vertical: 1; }
+    """
+    view: var[View] = var(View())
+
+    class Pointed(Message):
+        """A drafted or emitted token was clicked."""
+
+        def __init__(self, cycle: int, position: int) -> None:
+            super().__init__()
+            self.cycle, self.position = cycle, position
+
+    def on_mount(self) -> None:
+        self._restyle()
+        self.app.theme_changed_signal.subscribe(self, lambda _: self._restyle())
+
+    def _restyle(self) -> None:
+        self._styles = {name: style.rich_style for name, style in styles(self.app.theme_variables).items()}
+        self.refresh()
+
+    def show(self, view: View) -> None:
+        """Draw this view, and follow its end."""
+        self.view = view
+        width = self.scrollable_content_region.width
+        if width < 1:
+            return
+        self.virtual_size = Size(width, self.count(width))
+        self.scroll_end(animate=False, immediate=True, x_axis=False)
+        self.refresh()
+
+    def action_page_up(self) -> None:
+        self.scroll_page_up(animate=False)
+
+    def action_page_down(self) -> None:
+        self.scroll_page_down(animate=False)
+
+    def on_resize(self) -> None:
+        self.show(self.view)
+
+    def count(self, width: int) -> int:
+        """Lines at this width."""
+        raise NotImplementedError
+
+    def line_cells(self, y: int, width: int) -> Sequence[Cell]:
+        """What stands on a line."""
+        raise NotImplementedError
+
+    def render_line(self, y: int) -> Strip:
+        width, line = self.scrollable_content_region.width, y + self.scroll_offset.y
+        base = self.rich_style
+        if not 0 <= line < self.virtual_size.height:
+            return Strip.blank(self.size.width, base)
+        segments = [self._segment(cell, base) for cell in self.line_cells(line, width)]
+        return Strip(segments).adjust_cell_length(self.size.width, base)
+
+    def _segment(self, cell: Cell, base: RichStyle) -> Segment:
+        text, name, token = cell
+        style = base + self._styles[name]
+        return Segment(text, style if token is None else style + RichStyle.from_meta({"token": token}))
+
+    def on_click(self, event: events.Click) -> None:
+        if (token := event.style.meta.get("token")) is not None:
+            self.post_message(self.Pointed(*token))
