@@ -14,6 +14,9 @@ from specdec_engine.errors import UsageError
 def replay(
     trace: Annotated[Path, typer.Argument(help="A file that --trace wrote.", show_default=False)],
     plain: Annotated[bool, typer.Option("--plain", help="The run in sentences, on stdout.")] = False,
+    export: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write it as .gif, .svg, .html or .md instead.")
+    ] = None,
 ) -> None:
     """Show a recorded run again: stepped, rewound, inspected. No model is loaded.
 
@@ -29,6 +32,12 @@ def replay(
 
         for line in script(*read_frame(trace)):
             typer.echo(line)
+        return
+    if export is not None:
+        from specdec_tui.export import export as write
+        from specdec_tui.source import read_frame
+
+        write(*read_frame(trace), export)
         return
     if not sys.stdout.isatty() or not sys.stdin.isatty():
         raise UsageError("replay needs a terminal", "add --plain for the run in sentences")

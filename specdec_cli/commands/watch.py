@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from platformdirs import user_log_path
@@ -13,6 +13,7 @@ from platformdirs import user_log_path
 from specdec_cli import options as opt
 from specdec_cli import output
 from specdec_cli.commands.generate import quieten
+from specdec_cli.commands.replay import replay
 from specdec_cli.exits import ExitCode
 from specdec_cli.prompts import read_prompt
 from specdec_engine.control import Controls
@@ -54,13 +55,21 @@ def watch(
     offline: opt.Offline = False,
     trust_remote_code: opt.TrustRemoteCode = False,
     debug: opt.Debug = False,
+    demo: Annotated[bool, typer.Option("--demo", help="A recorded run of the built-in pair; loads no model.")] = False,
 ) -> None:
     """Watch a run live: each draft, what was kept, what was not and why.
 
     specdec watch "Explain how a lighthouse works."
+
+    specdec watch --demo
     """
     if not sys.stdout.isatty():
         raise UsageError("watch needs a terminal", "use specdec generate, or specdec replay --plain on a trace")
+    if demo:
+        from specdec_tui.source import DEMO
+
+        replay(DEMO)
+        return
     drafted, sampling = opt.k_of(k), Sampling(temperature, top_k, top_p, min_p, coupling)
     Controls(3 if drafted == "auto" else drafted, sampling, draft_temperature)
     spec, stops = opt.draft_of(draft), Stop(max_tokens, strings=tuple(stop or ())).strings

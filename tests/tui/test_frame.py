@@ -137,6 +137,19 @@ def test_a_live_engine_is_held_while_paused_and_runs_one_cycle_when_asked():
     assert player.view.shown == 3
 
 
+def test_cycles_under_way_when_it_was_paused_are_shown_until_one_moves():
+    player, coming = Player(math.inf, live=True), events(20)[:-1]
+    player.feed(coming[:5])
+    player.tick(0.1)
+    player.toggle()
+    player.feed(coming[5:7])
+    assert player.view.at_end
+    player.cycle(-1)
+    held = player.view.shown
+    player.feed(coming[7:9])
+    assert player.view.shown == held
+
+
 def test_a_live_run_at_a_slow_speed_is_allowed_a_cycle_ahead():
     player = Player(1 / 16, live=True)
     player.feed(events(20)[:3])

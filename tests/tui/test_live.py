@@ -152,7 +152,7 @@ def test_a_live_run_is_watched_paused_stepped_and_turned(source):
                 await pilot.pause(0.05)
                 if condition():
                     return
-            raise AssertionError("it never came")
+            raise AssertionError(f"it never came: {source.stage}, {app.player.__dict__}"[:3000])
 
         view = lambda: app.player.view  # noqa: E731
         await pilot.press("space")

@@ -12,6 +12,8 @@ from specdec_tui.pieces import Name, alone
 
 MARKS = {"accepted": "✓", "rejected": "×", "untested": "·", "recovered": "↳", "bonus": "+", "plain": "", "drafted": "?"}
 
+_MARK_STYLES = {"rejected": "refused", "untested": "muted"}
+
 
 def row(cycle: Cycle, name: Name, width: int, partial: Step | None = None) -> Line:
     """At most `width` cells; partial: how much of the cycle is shown, None for all of it."""
@@ -28,7 +30,8 @@ def row(cycle: Cycle, name: Name, width: int, partial: Step | None = None) -> Li
             parts.append(("…"[:room], "muted"))
             room -= len("…"[:room])
             break
-        parts += [(piece[:-1], kind), (" ", "")]
+        # The mark is not struck out with its token.
+        parts += [(MARKS[kind], _MARK_STYLES.get(kind, kind)), (text, kind), (" ", "")]
         room -= cell_len(piece)
     return [*parts, (" " * max(0, room), ""), (time, "muted")]
 

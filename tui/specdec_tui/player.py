@@ -28,6 +28,7 @@ class Player:
         self.live = live
         self._due = 0.0  # recorded seconds that the head is behind its time
         self._awaiting = False  # a cycle that a live engine is to run while paused
+        self._settling = False  # paused in full speed: cycles that were under way are still shown
 
     def feed(self, events: Iterable[Event]) -> None:
         """More is known; a new run begins at its beginning."""
@@ -40,6 +41,8 @@ class Player:
         self.view = self.view.known(frame)
         if self._awaiting and more:
             self._awaiting, self.view = False, self.view.to(self.view.shown + 1)
+        if self._settling and more:
+            self.view = self.view.end()
 
     @property
     def allowed(self) -> int | None:
@@ -76,12 +79,13 @@ class Player:
     def toggle(self) -> None:
         """Pause, or play on; at the end of what is over, from the beginning."""
         self.playing = not self.playing
+        self._settling = self.live and not self.playing and math.isinf(self.speed)
         if self.playing and self.view.at_end and self.view.frame.over:
             self.view = self.view.to(0)
 
     def cycle(self, by: int) -> None:
         """Pause and move by whole cycles; at the live end the engine runs one more."""
-        self.playing = False
+        self._pause()
         if by > 0 and self.view.at_end:
             self._awaiting = self.live and not self.view.frame.over
             return
@@ -90,11 +94,11 @@ class Player:
 
     def step(self, by: int) -> None:
         """Pause and move by a step within a cycle."""
-        self.playing = False
+        self._pause()
         self.view = self.view.forward() if by > 0 else self.view.back()
 
     def to(self, shown: int) -> None:
-        self.playing = False
+        self._pause()
         self.view = self.view.to(shown)
 
     def end(self) -> None:
@@ -114,9 +118,13 @@ class Player:
     def find(self, wanted: str, direction: int) -> bool:
         """Whether there was one."""
         found = self.view.find(wanted, direction)
-        moved, self.playing = found is not self.view, False
+        moved = found is not self.view
+        self._pause()
         self.view = found
         return moved
+
+    def _pause(self) -> None:
+        self.playing = self._settling = False
 
     def faster(self, by: int) -> None:
         at = min(range(len(SPEEDS)), key=lambda i: abs(math.log(min(SPEEDS[i], 64) / min(self.speed, 64))))

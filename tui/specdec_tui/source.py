@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Protocol
 
 from specdec_engine.errors import SpecdecError
-from specdec_engine.events import Event
+from specdec_engine.events import Event, Started
 from specdec_engine.trace import read_described
 from specdec_tui.frame import Frame
 from specdec_tui.pieces import Name
+
+DEMO = Path(__file__).parent / "demo.jsonl"
+"""A recorded run of the built-in pair."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +91,41 @@ class ReplaySource:
         pass
 
     def _read(self) -> None:
+        begun = False
         try:
             for event, pieces in read_described(self.path):
+                begun |= isinstance(event, Started)
                 self._pieces |= pieces
                 self._events.append(event)
                 if self._closed.is_set():
                     return
+            if not begun:
+                self._stage = Stage(f"{self.path} holds no run", "give a file that --trace wrote", failed=True)
         except SpecdecError as error:
             self._stage = Stage(error.message, error.hint, failed=True)
+
+
+class FrameSource:
+    """A run that is known whole."""
+
+    live = False
+    stage: Stage | None = None
+
+    def __init__(self, frame: Frame, name: Name) -> None:
+        self._events, self.name = list(frame.events()), name
+
+    def start(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def drain(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events
+
+    def allow(self, cycles: int | None) -> None:
+        pass
 
 
 def read_frame(path: Path) -> tuple[Frame, Name]:

@@ -37,7 +37,7 @@ class WatchScreen(Screen[None]):
 
     CSS_PATH = "watch.tcss"
     HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (110, "-medium"), (170, "-wide")]  # noqa: RUF012
-    VERTICAL_BREAKPOINTS = [(0, "-tiny"), (16, "-short"), (36, "-tall")]  # noqa: RUF012
+    VERTICAL_BREAKPOINTS = [(0, "-tiny"), (16, "-short"), (36, "-tall"), (46, "-huge")]  # noqa: RUF012
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("space", "play", "Pause or play", id="play", priority=True),
         Binding("n,right", "cycle(1)", "Next cycle", id="next"),
@@ -118,7 +118,7 @@ class WatchScreen(Screen[None]):
         player, over = self._player, self._player.view.frame.over
         if player.view.at_end and over:
             return "■ finished"
-        return f"▶ {player.speed_name}" if player.playing else "❚❚ paused"
+        return f"▶ {player.speed_name}" if player.playing else "‖ paused"
 
     # -- keys --------------------------------------------------------------------------------------------------------
 

@@ -34,6 +34,9 @@ class ViewLines(ScrollView, can_focus=True, inherit_bindings=False):  # home and
 
     DEFAULT_CSS = """
     ViewLines { overflow-y: scroll; overflow-x: hidden; scrollbar-size-vertical: 1; }
+    ViewLines { scrollbar-background: $background; scrollbar-color: $border; }
+    ViewLines { scrollbar-background-hover: $background; scrollbar-color-hover: $text-muted; }
+    ViewLines { scrollbar-background-active: $background; scrollbar-color-active: $text-muted; }
     """
     view: var[View] = var(View())
 

@@ -1,0 +1,178 @@
+"""Traces on screen and as files: hostile, cut short, of another version, large."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from specdec_engine.trace import TraceWriter
+from specdec_tui import export
+from specdec_tui.source import ReplaySource, read_frame
+from tests.tui.conftest import on_screen, screen_of
+from tests.tui.scenes import PIECES, events, frame, name
+
+HOSTILE = [
+    "\x1b[2J\x1b]52;c;YQ==\x07", "[/bold]", "[red]x[/]", "[@click=app.quit]x[/]", "\u202egnp.exe\u2066",
+    "\u200b\ufeff\u2028", "👨‍👩‍👧‍👦🇩🇪",
+    "e\u0301\u0301", "\udce2\udc82", "\x9b31m", "a\tb\nc\r\n", "$draft", "漢字", "", "\U000e0041", "%s{0}\\",
+]  # fmt: skip
+
+
+@pytest.fixture
+def trace(tmp_path):
+    def write(found, named=name, file="t.jsonl"):
+        path = tmp_path / file
+        with TraceWriter(path, named) as writer:
+            for event in found:
+                writer.write(event)
+        return path
+
+    return write
+
+
+def replayed(path, *keys, size=(120, 40)):
+    async def act(app, pilot):
+        for _ in range(100):
+            await pilot.pause(0.05)
+            if app.player.view.at_end or app.source.stage is not None:
+                break
+        for key in keys:
+            await pilot.press(key)
+            await pilot.pause()
+        await pilot.pause(0.1)
+        return screen_of(app)
+
+    return on_screen(ReplaySource(path), act, size=size)
+
+
+@pytest.mark.parametrize("size", [(80, 24), (200, 60)])
+def test_no_token_reaches_the_terminal_unseen(trace, size):
+    def named(token):
+        return HOSTILE[token % len(HOSTILE)]
+
+    path = trace(events(60), named)
+    for keys in ((), ("p", "i"), ("home", *["full_stop"] * 9)):
+        shown = replayed(path, *keys, size=size)
+        assert not [
+            c
+            for c in shown
+            if (ord(c) < 32 and c != "\n") or 0x7F <= ord(c) < 0xA0 or c in "\u202e\u2066\u200b\ufeff\u2028"
+        ]
+
+
+def test_a_trace_cut_short_shows_what_it_has(trace):
+    path = trace(events(30))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) * 2 // 3])
+    assert "cycle 1" in replayed(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "holds no run"), (b"\n\n", "holds no run"), (b"no json\n", "line 1 is not an event"),
+        (b"\xff\xfe\x00\n", "line 1"), (b'{"kind": "started", "schema": "specdec.trace/9"}\n', "schema"),
+        (b"[]\n", "line 1"), (b'{"kind": "zzz"}\n', "line 1"),
+    ],
+)  # fmt: skip
+def test_what_is_no_trace_says_so(tmp_path, content, said):
+    path = tmp_path / "t"
+    path.write_bytes(content)
+    assert said in " ".join(replayed(path).split())
+
+
+def test_of_several_runs_the_last_is_shown(trace):
+    assert "cycle 5/5" in replayed(trace([*events(9), *events(5, seed=2)]))
+
+
+def test_a_large_trace_shows_its_beginning_at_once(trace):
+    """50 MB, some 60,000 cycles."""
+    path = trace(events(200))
+    lines = path.read_text().splitlines()
+    padded = [lines[0], *(lines[1:-1] * 300), lines[-1]]
+    path.write_text("\n".join(padded) + "\n")
+    assert path.stat().st_size > 15e6
+
+    async def act(app, pilot):
+        began = time.monotonic()
+        while app.player.view.shown < 1000:
+            await pilot.pause(0.05)
+            assert time.monotonic() - began < 20
+        return screen_of(app)
+
+    assert "inspector" in on_screen(ReplaySource(path), act)
+
+
+# -- as files and sentences --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["svg", "html", "md", "gif"])
+def test_a_run_is_exported(tmp_path, monkeypatch, ending):
+    monkeypatch.setattr(export, "MOST_CYCLES", 6)
+    path = tmp_path / f"run.{ending}"
+    export.export(frame(20), name, path)
+    content = path.read_bytes()
+    if ending == "gif":
+        from PIL import Image
+
+        with Image.open(path) as image:
+            assert image.n_frames > 6
+            assert len(image.convert("RGB").getcolors(100_000)) > 10
+    else:
+        assert b"river" in content or b"20 target passes" in content
+
+
+def test_other_endings_are_refused(tmp_path):
+    with pytest.raises(Exception, match="no ending that can be exported"):
+        export.export(frame(3), name, tmp_path / "run.pdf")
+
+
+def replay(*arguments):
+    command = [sys.executable, "-m", "specdec_cli", "replay", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_the_narration_says_every_cycle_and_nothing_else(trace):
+    result = replay(trace(events(12)), "--plain")
+    assert result.returncode == 0
+    lines = result.stdout.splitlines()
+    assert [line.split(":")[0] for line in lines if line.startswith("Cycle")] == [f"Cycle {i + 1}" for i in range(12)]
+    assert "tokens in 12 target passes" in lines[-1]
+    assert result.stderr == ""
+
+
+def test_numbers_in_sentences_are_the_traces(trace):
+    found = next(e for e in events(12) if e.kind == "cycle" and e.accepted < len(e.drafted))
+    line = replay(trace(events(12)), "--plain").stdout.splitlines()[1 + found.index]
+    at = found.accepted
+    assert f"u {found.u[at]:.3f} ≥ min(1, p/q) {min(1, found.p[at] / found.q[at]):.3f}" in line
+    assert PIECES[found.drafted[at]].strip() in line
+
+
+def test_replay_off_a_terminal_says_what_to_do(trace, tmp_path):
+    result = replay(trace(events(3)))
+    assert result.returncode == 2
+    assert "--plain" in result.stderr
+    missing = replay(tmp_path / "none")
+    assert missing.returncode == 2
+    assert "is not a file" in missing.stderr
+
+
+def test_replaying_imports_no_torch(trace):
+    path = trace(events(3))
+    code = (
+        "import sys; from specdec_cli.main import app; app(['replay', sys.argv[1], '--plain'], standalone_mode=False);"
+        "sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True).returncode == 0
+
+
+def test_a_trace_says_nothing_that_json_cannot(trace):
+    assert all(json.loads(line) for line in trace(events(5)).read_text().splitlines())
+    again, named = read_frame(trace(events(5), file="again.jsonl"))
+    assert list(again.events()) == events(5)
+    assert named(12345) == "⟨12345⟩"

@@ -1,0 +1,129 @@
+"""The whole command in a real terminal: keys go in, a screen comes out, and the terminal is as it was afterwards."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+
+import pytest
+
+from specdec_engine.trace import TraceWriter
+from tests.fakes import byte_tokenizer, save_checkpoint
+from tests.tui.scenes import events, name
+
+pytestmark = pytest.mark.skipif(shutil.which("tmux") is None, reason="needs tmux")
+
+
+class Terminal:
+    """A tmux session with a shell in it."""
+
+    def __init__(self, folder, size=(100, 30)):
+        self._socket = f"specdec-{uuid.uuid4().hex[:8]}"
+        self._tmux("new-session", "-d", "-s", "t", "-x", str(size[0]), "-y", str(size[1]), "-c", str(folder), "sh")
+        self.type("PS1='ready> '; clear", "Enter")
+        self.shows("ready>")
+
+    def _tmux(self, *arguments):
+        command = ["tmux", "-L", self._socket, "-f", "/dev/null", *arguments]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, env={**os.environ, "TERM": "xterm-256color"}
+        ).stdout
+
+    def type(self, *keys):
+        self._tmux("send-keys", "-t", "t", *keys)
+
+    def screen(self):
+        return self._tmux("capture-pane", "-p", "-t", "t")
+
+    def shows(self, *texts, seconds=90):
+        end = time.monotonic() + seconds
+        while not all(text in self.screen() for text in texts):
+            assert time.monotonic() < end, f"{texts} did not come:\n{self.screen()}"
+            time.sleep(0.1)
+        return self.screen()
+
+    @property
+    def alternate(self):
+        return self._tmux("display-message", "-p", "-t", "t", "#{alternate_on}").strip() == "1"
+
+    def close(self):
+        subprocess.run(["tmux", "-L", self._socket, "kill-server"], capture_output=True)
+
+
+@pytest.fixture
+def terminal(tmp_path):
+    made = Terminal(tmp_path)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def trace(tmp_path):
+    with TraceWriter(tmp_path / "run.jsonl", name) as writer:
+        for event in events(40):
+            writer.write(event)
+    return "run.jsonl"
+
+
+COMMAND = f"{sys.executable} -m specdec_cli"
+
+
+def restored(terminal):
+    terminal.type("echo said $((40 + 2))", "Enter")
+    terminal.shows("said 42", "ready>")
+    assert not terminal.alternate
+
+
+def test_a_replay_is_stepped_inspected_and_left(terminal, trace):
+    terminal.type(f"{COMMAND} replay {trace}; echo code $?", "Enter")
+    terminal.shows("cycles", "draft-model → target-model")
+    terminal.type("Home", "n", "n")
+    terminal.shows("cycle 2/40", "paused")
+    terminal.type("i")
+    terminal.shows("q draft", "min(1, p/q)")
+    terminal.type("q")
+    terminal.shows("code 0")
+    restored(terminal)
+
+
+def test_a_live_run_is_paused_stepped_turned_and_left(terminal, tmp_path):
+    save_checkpoint(tmp_path / "model", layers=2, vocab=len(byte_tokenizer()))
+    terminal.type(
+        f"{COMMAND} watch -t ./model -d ngram -k 3 -n 4000 --dtype float32 'la la la la la la'; echo code $?", "Enter"
+    )
+    terminal.shows("loading", seconds=10)
+    terminal.shows("▶ live", "cycles")
+    terminal.type("Space")
+    terminal.shows("paused")
+    terminal.type("End", "K", "n")
+    terminal.shows("k 4 ")
+    terminal.type("q")
+    terminal.shows("code 0")
+    restored(terminal)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_signals_restore_the_terminal(terminal, trace, number):
+    terminal.type(f"{COMMAND} replay {trace}; echo code $?", "Enter")
+    terminal.shows("cycles")
+    (pid,) = subprocess.run(
+        ["pgrep", "-f", f"specdec_cli replay {trace}$"], capture_output=True, text=True
+    ).stdout.split()[-1:]
+    os.kill(int(pid), number)
+    terminal.shows("code", "ready>")
+    restored(terminal)
+
+
+def test_an_engine_that_breaks_leaves_the_terminal_whole(terminal, tmp_path):
+    save_checkpoint(tmp_path / "model", layers=2, vocab=len(byte_tokenizer()))
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"rubbish")
+    terminal.type(f"{COMMAND} watch -t ./model -d ngram 'hello'; echo code $?", "Enter")
+    terminal.shows("×", "damaged")
+    terminal.type("q")
+    terminal.shows("code 1", "damaged")
+    restored(terminal)

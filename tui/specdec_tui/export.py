@@ -1,0 +1,109 @@
+"""A run as a file that anyone can look at: GIF, SVG, HTML, Markdown. Drawn by the same screens, without a terminal."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+
+from rich.console import Console
+from textual.strip import Strip
+
+from specdec_engine.errors import UsageError
+from specdec_tui.app import SpecdecApp
+from specdec_tui.frame import Frame, View, steps
+from specdec_tui.narrate import script
+from specdec_tui.pieces import Name
+from specdec_tui.source import FrameSource
+
+SIZE = (112, 40)
+"""Cells of an exported screen."""
+_CYCLE_MS, _STEP_MS, _LONG_MS = 260, 750, 2600
+MOST_CYCLES = 48
+"""Shown in an animation; a longer run is cut."""
+
+
+def export(frame: Frame, name: Name, path: Path) -> None:
+    """Written as the ending says. Raises UsageError for another ending, OSError where it cannot be written."""
+    writers: dict[str, Callable[[Frame, Name], bytes]] = {".gif": _gif, ".svg": _svg, ".html": _html, ".md": _markdown}
+    if path.suffix not in writers:
+        raise UsageError(f"{path} has no ending that can be exported", f"one of {', '.join(writers)}")
+    path.write_bytes(writers[path.suffix](frame, name))
+
+
+def shots(frame: Frame) -> list[tuple[View, int]]:
+    """Views and their milliseconds: cycle by cycle, one with a kept and a rejected token step by step."""
+    view, slow = View(frame), _telling(frame)
+    found = [(view.to(0), _STEP_MS)]
+    for shown in range(1, min(len(frame.cycles), MOST_CYCLES) + 1):
+        if shown - 1 == slow:
+            parts = range(1, steps(frame.cycles[slow]))
+            found += [(replace(view.to(shown), step=step), _STEP_MS) for step in parts]
+            found.append((view.to(shown), _LONG_MS))
+        else:
+            found.append((view.to(shown), _CYCLE_MS))
+    return [*found[:-1], (found[-1][0], _LONG_MS)]
+
+
+def _telling(frame: Frame) -> int:
+    """A cycle after the first few in which tokens were kept and one rejected; -1 if there is none."""
+    several = [i for i, c in enumerate(frame.cycles[:MOST_CYCLES]) if i >= 3 and 0 < c.accepted < len(c.drafted)]
+    sampled = [i for i in several if any(u is not None for u in frame.cycles[i].u)]
+    return next(iter(sampled or several), -1)
+
+
+def drawn(frame: Frame, name: Name, views: Iterable[View], take: Callable[[SpecdecApp], None]) -> None:
+    """Let the app draw each view, and `take` what it needs."""
+
+    async def run() -> None:
+        app = SpecdecApp(FrameSource(frame, name), speed=1.0)
+        async with app.run_test(size=SIZE) as pilot:
+            app.player.feed(frame.events())
+            app.player.playing = False
+            for view in views:
+                app.player.view = replace(view, frame=app.player.view.frame)
+                await pilot.pause(0.1)
+                take(app)
+
+    asyncio.run(run())
+
+
+def _strips(app: SpecdecApp) -> list[Strip]:
+    return app.screen._compositor.render_strips()
+
+
+def _gif(frame: Frame, name: Name) -> bytes:
+    from specdec_tui import raster
+
+    frames, times = list[raster.Frame](), shots(frame)
+    durations = iter([ms for _, ms in times])
+    drawn(
+        frame, name, [view for view, _ in times], lambda app: frames.append(raster.Frame(_strips(app), next(durations)))
+    )
+    return raster.gif(frames, "#101214", "#D8D8D8")
+
+
+def _svg(frame: Frame, name: Name) -> bytes:
+    found = list[str]()
+    drawn(frame, name, [View(frame).end()], lambda app: found.append(app.export_screenshot(simplify=True)))
+    return found[0].encode()
+
+
+def _html(frame: Frame, name: Name) -> bytes:
+    console = Console(record=True, file=StringIO(), width=SIZE[0], color_system="truecolor", force_terminal=True)
+
+    def take(app: SpecdecApp) -> None:
+        for strip in _strips(app):
+            console.print(*[], end="")
+            for segment in strip:
+                console.out(segment.text, style=segment.style, end="", highlight=False)
+            console.out("")
+
+    drawn(frame, name, [View(frame).end()], take)
+    return console.export_html(inline_styles=True).encode()
+
+
+def _markdown(frame: Frame, name: Name) -> bytes:
+    return "".join(f"- {line}\n" for line in script(frame, name)).encode()
