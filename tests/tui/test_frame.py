@@ -11,6 +11,7 @@ from specdec_engine.events import Finished, Started
 from specdec_engine.stats import Summary
 from specdec_tui.frame import Frame, View, step_of, steps
 from specdec_tui.player import Player
+from specdec_tui.race import Lane, Race
 from tests.tui.scenes import events, frame
 
 
@@ -154,6 +155,19 @@ def test_a_live_run_at_a_slow_speed_is_allowed_a_cycle_ahead():
     player = Player(1 / 16, live=True)
     player.feed(events(20)[:3])
     assert player.allowed == 1
+
+
+def test_lanes_of_a_race_run_on_one_clock():
+    """At 72 tokens a second a plain lane has emitted half its tokens after half its time."""
+    plain, ours = Lane.of("plain", frame(40, k=0)), Lane.of("speculative", frame(20))
+    race = Race(plain, ours)
+    half = plain.at(plain.total_s / 2).shown
+    assert abs(half - 20) <= 1
+    assert plain.at(0.0).shown == 0
+    assert ours.at(race.total_s).shown == 20
+    assert race.speedup == ours.frame.summary().tokens_per_second / plain.frame.summary().tokens_per_second
+    assert "slower than plain" not in race.verdict()
+    assert "differ" in race.same_text
 
 
 def test_playing_on_at_the_end_begins_again():

@@ -175,3 +175,30 @@ def test_a_live_run_is_watched_paused_stepped_and_turned(source):
         return screen_of(app)
 
     assert "■ finished" in on_screen(source, act, speed=1 / 64)
+
+
+def test_a_race_is_recorded_back_to_back_and_replayed_on_one_clock(source):
+    async def act(app, pilot):
+        for _ in range(600):
+            await pilot.pause(0.05)
+            if app.player.view.frame.over:
+                break
+        await pilot.press("b")
+        for _ in range(600):
+            await pilot.pause(0.05)
+            race = getattr(app.screen, "_race", None)
+            if race is not None and app.screen._clock >= race.total_s:
+                break
+        await pilot.pause(0.2)
+        shown = screen_of(app)
+        await pilot.press("home", "space", "plus", "minus", "escape")
+        await pilot.pause(0.2)
+        return shown, race, app.player.view, screen_of(app)
+
+    shown, race, view, after = on_screen(source, act)
+    assert race.plain.ids == race.speculative.ids
+    assert "Same text ✓" in " ".join(shown.split())
+    assert f"{race.speedup:.2f}×" in shown
+    assert shown.count("✓ done") == 2
+    assert view.frame.cycles == race.speculative.frame.cycles
+    assert "cycles" in after

@@ -21,6 +21,7 @@ from specdec_tui.narrate import ending, step_words
 from specdec_tui.player import Player
 from specdec_tui.saving import KINDS, fresh_path, save
 from specdec_tui.screens.ask import AskKind, AskPrompt, AskWord
+from specdec_tui.screens.race import RaceScreen
 from specdec_tui.source import Source, Stage
 from specdec_tui.widgets.board import Board, Said
 from specdec_tui.widgets.scrubber import Scrubber
@@ -62,6 +63,7 @@ class WatchScreen(Screen[None]):
         Binding("t", "temperature(-0.1)", "Temperature - 0.1", id="temperature-down"),
         Binding("r", "prompt", "Another prompt", id="prompt"),
         Binding("R", "again", "Same prompt, new seed", id="again"),
+        Binding("b", "race", "Race against plain decoding", id="race"),
         Binding("s", "save", "Save", id="save"),
         Binding("j", "aim(1)", "Next token of the cycle", id="aim"),
         Binding("h", "aim(-1)", "Last token of the cycle", id="aim-back"),
@@ -72,6 +74,7 @@ class WatchScreen(Screen[None]):
         self._source, self._player = source, player
         self._live = source if isinstance(source, LiveSource) else None
         self._word = ""
+        self._racing = False
         self._ticked = monotonic()
         self._drawn: tuple[View, bool, float, Stage | None] | None = None
 
@@ -92,6 +95,8 @@ class WatchScreen(Screen[None]):
         """Take what has come, move the head, draw what changed."""
         now = monotonic()
         elapsed, self._ticked = now - self._ticked, now
+        if self._racing:  # the events are the race's
+            return
         self._player.feed(self._source.drain())
         self._player.tick(elapsed)
         self._source.allow(self._player.allowed)
@@ -189,7 +194,7 @@ class WatchScreen(Screen[None]):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Keys that turn the engine's settings are for live runs."""
-        return self._live is not None or action not in ("k", "adapt", "temperature", "prompt", "again")
+        return self._live is not None or action not in ("k", "adapt", "temperature", "prompt", "again", "race")
 
     def action_k(self, by: int) -> None:
         now = int(self._player.view.frame.setting("k", 0))
@@ -219,6 +224,17 @@ class WatchScreen(Screen[None]):
     def action_again(self) -> None:
         if self._live is not None:
             self._restart(replace(self._live.request, seed=None))
+
+    @work
+    async def action_race(self) -> None:
+        if self._live is None:
+            return
+        self._racing = True
+        run = await self.app.push_screen_wait(RaceScreen(self._live))
+        self._racing = False
+        if run is not None:
+            self._player.feed(run.events())
+            self._player.end()
 
     def _restart(self, request: Request) -> None:
         if self._live is not None:

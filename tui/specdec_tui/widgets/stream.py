@@ -14,8 +14,8 @@ class Stream(ViewLines):
 
     HELP = "Text by where each token came from. Click a token to inspect it."
 
-    def __init__(self, name: Name) -> None:
-        super().__init__(id="stream")
+    def __init__(self, name: Name, id: str = "stream") -> None:
+        super().__init__(id=id)
         self.border_title = "text"
         self._story = Story(name)
 
