@@ -22,9 +22,10 @@ Draft = Annotated[
         "--draft",
         "-d",
         rich_help_panel=_MODELS,
-        show_default="ngram",
-        help="Hub id, folder, .gguf file, ngram, ngram:N (look up at most N tokens), suffix, self:N (the target's "
-        "first N layers), a folder that distill made, or none; joined by commas, the first that proposes wins.",
+        show_default="ngram,builtin for the built-in target, else ngram",
+        help="Hub id, folder, .gguf file, builtin (made for the built-in target), ngram, ngram:N (look up at most N tokens), "
+        "suffix, self:N (the target's first N layers), a folder that distill made, or none; joined by commas, the first "
+        "that proposes wins.",
     ),
 ]
 K = Annotated[
@@ -151,8 +152,3 @@ def k_of(text: str) -> int | Literal["auto"]:
         return int(text)
     except ValueError:
         raise UsageError(f"-k {text} is neither a number nor auto", "auto learns it; 0 is plain decoding") from None
-
-
-def draft_of(draft: str | None) -> str:
-    """What drafts where nothing was named: a lookup, which needs no second model and fits every target."""
-    return "ngram" if draft is None else draft

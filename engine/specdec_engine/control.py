@@ -6,6 +6,7 @@ holds the same object (a screen, a controller) steers the run by assignment.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, replace
 
 from specdec_engine.auto import AutoK
@@ -63,20 +64,24 @@ class Controls:
         first = k.k if isinstance(k, AutoK) else k
         self.settings = Settings(first, sampling or Sampling(), draft_temperature, self.auto is not None)
         self.reason = ""
+        self._lock = threading.Lock()  # a screen changes settings while the engine's thread does
 
     def change(self, *, k: int | None = None, sampling: Sampling | None = None, reason: str = "") -> None:
         """Take effect from the next cycle. Raises UsageError for a value out of range, and changes nothing then."""
-        now = self.settings
-        self.settings = replace(
-            now, k=now.k if k is None else k, sampling=now.sampling if sampling is None else sampling
-        )
-        self.reason = reason
+        with self._lock:
+            now = self.settings
+            self.settings = replace(
+                now, k=now.k if k is None else k, sampling=now.sampling if sampling is None else sampling
+            )
+            self.reason = reason
 
     def adapt(self, auto: AutoK | None, reason: str = "") -> None:
         """From the next cycle on let this controller choose k; None to hold it where it is."""
-        self.auto = auto
-        self.settings = replace(self.settings, adaptive=auto is not None)
-        self.reason = reason
+        with self._lock:
+            self.auto = auto
+            k = self.settings.k if auto is None else auto.k
+            self.settings = replace(self.settings, k=k, adaptive=auto is not None)
+            self.reason = reason
 
     def observe(self, cycle: Cycle) -> None:
         """A cycle ended: with a controller, k may change from the next one."""

@@ -23,13 +23,14 @@ from specdec_engine.drafters.base import Drafter, DraftHost, LoadedDraft, Part
 from specdec_engine.errors import PairIncompatible, UsageError
 from specdec_engine.events import Event
 from specdec_engine.judge import Judge
-from specdec_engine.loading import Loaded, LoadOptions, find_model
+from specdec_engine.loading import Candidate, Loaded, LoadOptions, find_model
 from specdec_engine.loop import decode
 from specdec_engine.pace import Pace
 from specdec_engine.pairing import check_pair
 from specdec_engine.pretrained import chat_ids
 from specdec_engine.randomness import KeyedRandomness
 from specdec_engine.runtime.graphs import GraphRuntime
+from specdec_engine.runtime.shape import Shape
 from specdec_engine.stopping import Stop
 from specdec_engine.target import ModelTarget
 from specdec_engine.types import Sampling
@@ -102,8 +103,7 @@ class Pair:
         if controls is None:
             controls = self.controls(k, sampling)
         self.pace.controller = controls.auto
-        if controls.auto is not None:
-            controls.auto.begin(seed)
+        self.auto.begin(seed)  # always: it may be switched on in the middle of the run
         return decode(
             self.target,
             self.drafter,
@@ -117,11 +117,12 @@ class Pair:
         )
 
 
-def load_pair(target: str = "builtin", draft: str = "ngram", options: LoadOptions | None = None) -> Pair:
+def load_pair(target: str = "builtin", draft: str | None = None, options: LoadOptions | None = None) -> Pair:
     """Load a target and a drafter by name.
 
     target: `builtin`, a folder, a `.gguf` file or a hub id. draft: the same, or `ngram`, `none`, or several joined by
-    commas (`drafters.build_drafter`). Raises the errors of `find_model`, and PairIncompatible where tokenizers differ.
+    commas (`drafters.build_drafter`); None for the best of those that need not be named. Raises the errors of
+    `find_model`, and PairIncompatible where tokenizers differ.
     """
     options = options or LoadOptions()
     if options.threads is not None:
@@ -157,7 +158,7 @@ def load_pair(target: str = "builtin", draft: str = "ngram", options: LoadOption
         draft_quantize=options.draft_quantize,
     )
     # The drafter first: what is wrong with it comes out before the larger model's weights are read.
-    drafter = build_drafter(draft, host)
+    drafter = build_drafter(_unnamed(found) if draft is None else draft, host)
     loaded = load_target()
     if loaded.runtime.vocab != found.vocab:
         raise PairIncompatible(
@@ -186,6 +187,12 @@ def load_pair(target: str = "builtin", draft: str = "ngram", options: LoadOption
             ),
         ),
     )
+
+
+def _unnamed(target: Candidate) -> str:
+    """A lookup, which fits every target; behind it, for the built-in one, the head that was made for it
+    (`benchmarks/README.md` compares them), where the target runs on our own forward."""
+    return "ngram,builtin" if target.name == "builtin" and isinstance(target.shape, Shape) else "ngram"
 
 
 def _remark(role: str, part: Part, why: str) -> str:

@@ -39,7 +39,17 @@ def from_json(record: dict[str, Any]) -> Event:
     known = {f.name: _frozen(record[f.name]) for f in fields(cls) if f.name in record}
     if cls is Cycle and "source" in known:
         known["source"] = Source(**record["source"])
-    return cls(**known)
+    event = cls(**known)
+    if isinstance(event, Cycle):
+        _check(event)
+    return event
+
+
+def _check(cycle: Cycle) -> None:
+    """Raises ValueError for one that contradicts itself, so that its readers need not look."""
+    k = len(cycle.drafted)
+    if any(len(values) != k for values in (cycle.p, cycle.q, cycle.u, cycle.overlap)) or not 0 <= cycle.accepted <= k:
+        raise ValueError(f"cycle {cycle.index} has {k} drafted tokens and other numbers of verdicts")
 
 
 def _frozen(value: Any) -> Any:
@@ -125,8 +135,8 @@ def read_trace(path: Path | str) -> Iterator[Event]:
 def read_described(path: Path | str) -> Iterator[tuple[Event, dict[int, str]]]:
     """Events with the text of the token ids that each names first; bytes that are no UTF-8 come as lone surrogates (PEP
     383)."""
-    for _, event, record in _records(Path(path)):
-        yield event, {int(token): str(piece) for token, piece in record.get("pieces", {}).items()}
+    for _, event, pieces in _records(Path(path)):
+        yield event, pieces
 
 
 def read_pieces(path: Path | str) -> dict[int, str]:
@@ -137,7 +147,7 @@ def read_pieces(path: Path | str) -> dict[int, str]:
     return pieces
 
 
-def _records(path: Path) -> Iterator[tuple[int, Event, dict[str, Any]]]:
+def _records(path: Path) -> Iterator[tuple[int, Event, dict[int, str]]]:
     damaged: tuple[int, Exception] | None = None
     try:
         with path.open("rb") as lines:
@@ -147,6 +157,7 @@ def _records(path: Path) -> Iterator[tuple[int, Event, dict[str, Any]]]:
                 try:
                     record = json.loads(line)
                     event = from_json(record)
+                    pieces = {int(token): str(piece) for token, piece in record.get("pieces", {}).items()}
                 except (ValueError, TypeError, KeyError, AttributeError) as error:
                     if damaged:
                         raise _unreadable(path, *damaged) from error
@@ -155,7 +166,7 @@ def _records(path: Path) -> Iterator[tuple[int, Event, dict[str, Any]]]:
                 if damaged and not isinstance(event, Started):
                     raise _unreadable(path, *damaged)
                 damaged = None
-                yield number, event, record
+                yield number, event, pieces
     except OSError as error:
         raise TraceError(
             f"cannot read {path}: {error.strerror}", "give the path of a file written by --trace"

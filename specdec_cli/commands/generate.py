@@ -76,7 +76,6 @@ def generate(
         raise UsageError("--json and --jsonl exclude each other", "--json is one object, --jsonl one event a line")
     drafted, sampling = opt.k_of(k), Sampling(temperature, top_k, top_p, min_p, coupling)
     Controls(3 if drafted == "auto" else drafted, sampling, draft_temperature)
-    spec = opt.draft_of(draft)
     stops = Stop(max_tokens, strings=tuple(stop or ())).strings
     text = read_prompt(prompt, file)
     recorder = Recorder(trace)
@@ -101,7 +100,7 @@ def generate(
             tokens=len(text) // 3 + max_tokens,
             report=report,
         )
-        pair = load_pair(target, spec, load)
+        pair = load_pair(target, draft, load)
     ids = pair.encode(text, chat=chat, system=system)
     for sentence in (*pair.notes, *(pair.remarks if verbose else ())):
         output.note(sentence)

@@ -42,6 +42,10 @@ def replay(
     if not sys.stdout.isatty() or not sys.stdin.isatty():
         raise UsageError("replay needs a terminal", "add --plain for the run in sentences")
     from specdec_tui.app import SpecdecApp
+    from specdec_tui.player import REPLAY_SPEED
     from specdec_tui.source import ReplaySource
 
-    SpecdecApp(ReplaySource(trace), speed=1 / 16).run()
+    source = ReplaySource(trace)
+    SpecdecApp(source, speed=REPLAY_SPEED).run()
+    if source.error is not None:
+        raise source.error

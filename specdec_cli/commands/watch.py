@@ -72,7 +72,7 @@ def watch(
         return
     drafted, sampling = opt.k_of(k), Sampling(temperature, top_k, top_p, min_p, coupling)
     Controls(3 if drafted == "auto" else drafted, sampling, draft_temperature)
-    spec, stops = opt.draft_of(draft), Stop(max_tokens, strings=tuple(stop or ())).strings
+    stops = Stop(max_tokens, strings=tuple(stop or ())).strings
     text = read_prompt(prompt, file)
     _keys_from_the_terminal()
     quieten(offline, debug)
@@ -96,16 +96,27 @@ def watch(
             tokens=len(text) // 3 + max_tokens,
             report=report,
         )
-        return load_pair(target, spec, options)
+        return load_pair(target, draft, options)
 
     from specdec_tui.app import SpecdecApp  # Textual takes 0.3 s
 
     request = Request(text, drafted, sampling, draft_temperature, rule, max_tokens, stops, seed, chat, system)
     source = LiveSource(load, request, user_log_path("specdec") / "watch.log")
     SpecdecApp(source, speed=math.inf).run()
-    if (stage := source.stage) is not None and stage.failed:
+    _left(source)
+
+
+def _left(source: LiveSource) -> None:
+    """The terminal is whole again: say what went wrong, and do not wait for a pass or a download that goes on."""
+    stage = source.stage
+    if source.error is None and stage is not None and stage.failed:
         output.error(stage.text, stage.hint)
         raise typer.Exit(ExitCode.FAILED)
+    if not source.closed:
+        sys.stdout.flush()
+        os._exit(ExitCode.OK)
+    if source.error is not None:
+        raise source.error
 
 
 def _keys_from_the_terminal() -> None:

@@ -36,6 +36,14 @@ def test_every_module_on_disk_is_in_it_with_its_type_marker(wheel):
         assert f"{package}/py.typed" in names
 
 
+def test_the_builtin_draft_is_in_it_and_small(wheel):
+    sizes = {i.filename.split("/")[-1]: i.file_size for i in wheel.infolist() if "/builtin_draft/" in i.filename}
+    assert sizes.keys() == {"config.json", "draft_vocab.safetensors", "model.safetensors"}
+    assert sum(sizes.values()) < 16e6
+    assert "specdec_tui/demo.jsonl" in wheel.namelist()
+    assert "specdec_tui/screens/watch.tcss" in wheel.namelist()
+
+
 def test_it_says_what_it_is(wheel):
     info = next(n for n in wheel.namelist() if n.endswith("METADATA"))
     metadata = wheel.read(info).decode()

@@ -210,7 +210,9 @@ def test_prompts_serve_a_target_without_a_chat_template(tmp_path):
         list(distill(found, found.load(), Recipe(tmp_path / "b", "head", "small", tokens=100)))
 
 
-@pytest.mark.parametrize("rubbish", [b"one\n{broken\n", b'{"prompt": 5}\n', b"\xff\xfe\n", b"[]\n{}\n"])
+@pytest.mark.parametrize(
+    "rubbish", [b"one\n{broken\n", b'{"prompt": 5}\n', b"\xff\xfe\n", b"[]\n{}\n", b'{"turns": "hello"}\n']
+)
 def test_rubbish_for_prompts_is_refused(target, tmp_path, rubbish):
     file = tmp_path / "prompts"
     file.write_bytes(rubbish)

@@ -12,6 +12,7 @@ import torch
 
 from specdec_engine.drafters import build_drafter
 from specdec_engine.loading import LoadOptions, load_model
+from specdec_engine.pair import load_pair
 from specdec_engine.target import ModelTarget
 from specdec_engine.types import Sampling
 from tests.fakes import cycles, emitted, host, run
@@ -124,6 +125,38 @@ def test_packed_speculation_says_what_packed_plain_decoding_says(packed, i):
         for spec in ("none", "ngram")
     )
     assert looked_up == plain
+
+
+# -- the built-in pair ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["float32", "packed"])
+def pair(builtin, request):
+    """As it is when nothing is named."""
+    options = LoadOptions(dtype="float32", quantize="none") if request.param == "float32" else LoadOptions()
+    found = load_pair(options=options)
+    assert found.drafter.name == "ngram,builtin"
+    return found
+
+
+@pytest.mark.parametrize("i", range(0, len(PROMPTS), 4))
+def test_the_builtin_pair_says_what_its_target_says(pair, i):
+    prompt = pair.encode(PROMPTS[i])
+    texts = [emitted(list(pair.decode(prompt, k=k, max_tokens=TOKENS))) for k in (0, 4, "auto")]
+    assert texts[1] == texts[0]
+    assert texts[2] == texts[0]
+
+
+def test_the_builtin_draft_is_right_often_enough_to_pay(builtin):
+    """Of its first tokens more than a quarter on each of these prompts together, none of which it was made from."""
+    alone = load_pair(draft="builtin")
+    found = [cycles(list(alone.decode(alone.encode(prompt), k=2, max_tokens=TOKENS))) for prompt in PROMPTS[:6]]
+    tested, accepted = (sum(getattr(c, name) for run in found for c in run) for name in ("tested", "accepted"))
+    assert accepted / tested > 0.25
+
+
+def test_where_the_head_cannot_be_used_the_default_is_a_lookup(builtin):
+    assert load_pair(options=LoadOptions(runtime="generic")).drafter.name == "ngram"
 
 
 def test_the_readme_shows_the_library_as_it_works(builtin):

@@ -84,7 +84,7 @@ def test_no_way_of_moving_leaves_the_run(moves):
 
 
 def test_stepping_forward_and_back_ends_where_it_began():
-    view = start = View(frame(12)).to(4)
+    view = start = View(frame(12)).to(2)
     for _ in range(25):
         view = view.forward()
     for _ in range(25):
@@ -157,6 +157,35 @@ def test_a_live_run_at_a_slow_speed_is_allowed_a_cycle_ahead():
     assert player.allowed == 1
 
 
+def test_a_cycle_asked_for_is_forgotten_when_one_moves_on():
+    player, coming = Player(math.inf, live=True), events(20)[:-1]
+    player.feed(coming[:5])
+    player.tick(0.1)
+    player.toggle()
+    player.cycle(1)
+    player.cycle(-1)
+    assert player.allowed == player.view.shown
+    held = player.view.shown
+    player.feed(coming[5:7])
+    assert player.view.shown == held
+
+
+def test_stepping_back_skips_the_parts_of_a_cycle_without_a_draft():
+    view = View(frame(12)).to(3)
+    assert not view.cycle.drafted
+    assert (view.back().shown, view.back().step) == (2, None)
+
+
+def test_a_run_without_a_prompt_is_a_run():
+    begun = [Started((), {"k": 1}, 1), *events(3)[1:]]
+    player = Player(math.inf, live=False)
+    player.feed(begun)
+    player.tick(0.1)
+    assert (player.view.frame.run, player.view.shown) == (1, 3)
+    player.feed(begun)
+    assert player.view.frame.run == 2
+
+
 def test_lanes_of_a_race_run_on_one_clock():
     """At 72 tokens a second a plain lane has emitted half its tokens after half its time."""
     plain, ours = Lane.of("plain", frame(40, k=0)), Lane.of("speculative", frame(20))
@@ -176,6 +205,8 @@ def test_playing_on_at_the_end_begins_again():
     player.tick(0.1)
     player.toggle()
     assert (player.playing, player.view.shown) == (True, 0)
+    player.tick(0.01)
+    assert player.view.shown < 5
 
 
 def test_a_new_run_is_shown_from_its_beginning():

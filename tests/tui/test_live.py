@@ -9,6 +9,7 @@ import pytest
 
 from specdec_engine.errors import ModelUnavailable
 from specdec_engine.events import Cycle, Finished, Started
+from specdec_engine.progress import Progress
 from specdec_engine.types import Sampling
 from specdec_tui.live import LiveSource, Request
 from tests.fakes import byte_tokenizer, save_checkpoint
@@ -82,8 +83,8 @@ def test_settings_change_from_the_next_cycle_on_and_are_recorded(source):
     source.allow(2)
     source.start()
     found = gathered(source, [], lambda f: len(cycles(f)) == 2)
-    source.change(k=5)
-    source.change(temperature=0.7)
+    assert [source.change_k(1), source.change_k(1)] == [4, 5]
+    assert source.change_temperature(0.7) == 0.7
     source.allow(None)
     gathered(source, found, over)
     changed = {event.name: (event.cycle, event.new, event.reason) for event in found if event.kind == "setting_changed"}
@@ -98,10 +99,10 @@ def test_auto_goes_on_and_off(source):
     source.allow(1)
     source.start()
     found = gathered(source, [], lambda f: len(cycles(f)) == 1)
-    source.adapt(True)
+    assert source.toggle_auto() is True
     source.allow(3)
     gathered(source, found, lambda f: len(cycles(f)) == 3)
-    source.adapt(False)
+    assert source.toggle_auto() is False
     source.allow(None)
     gathered(source, found, over)
     switched = [event.new for event in found if event.kind == "setting_changed" and event.name == "adaptive"]
@@ -117,7 +118,41 @@ def test_another_request_ends_the_run_and_begins_its_own(source):
     gathered(source, found, lambda f: sum(isinstance(e, Finished) for e in f) == 2)
     first, second = [event for event in found if isinstance(event, Started)]
     assert (first.seed, second.seed, second.settings["temperature"]) == (1, 5, 0.5)
-    assert next(e for e in found if isinstance(e, Finished)).reason == "cancelled"
+    cancelled = next(e for e in found if isinstance(e, Finished))
+    assert (cancelled.reason, cancelled.emitted) == ("cancelled", len(cycles(found)[0].emitted))
+
+
+def test_a_run_that_cannot_begin_leaves_the_engine_ready_for_the_next(source):
+    source.start()
+    found = gathered(source, [], over)
+    source.again(Request("word " * 3000, seed=2))
+    until(lambda: source.stage is not None and source.stage.failed)
+    assert "context ends" in source.stage.text
+    assert source.error is None
+    source.again(Request("a shorter prompt", max_tokens=5, seed=3))
+    source.allow(None)
+    gathered(source, found, lambda f: over(f) and f[-1].emitted == 5)
+    assert source.stage is None
+
+
+def test_settings_cannot_change_before_there_is_a_run(source):
+    assert (source.change_k(1), source.change_temperature(0.1), source.toggle_auto()) == (None, None, None)
+
+
+def test_closing_while_loading_ends_the_thread(tmp_path):
+    began = threading.Event()
+
+    def load(report):
+        began.set()
+        while True:
+            time.sleep(0.01)
+            report(Progress("load", "x", 1, 2))
+
+    source = LiveSource(load, Request("x"), tmp_path / "watch.log")
+    source.start()
+    began.wait(10)
+    source.close()
+    assert source.closed
 
 
 def test_closing_in_the_middle_of_a_run_is_quick(source):
@@ -165,7 +200,7 @@ def test_a_live_run_is_watched_paused_stepped_and_turned(source):
         await pilot.press("K", "K")
         await pilot.press("n")
         await shown(lambda: view().shown == held + 1)
-        assert view().cycle.k in (4, 5)
+        assert view().cycle.k == 5
         await pilot.press("T", *["plus"] * 9, "space")
         await shown(lambda: view().frame.over and view().at_end)
         assert view().frame.setting("temperature") == 0.1

@@ -6,12 +6,15 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
+from specdec_engine.events import Failed, SettingChanged
 from specdec_engine.trace import TraceWriter
 from specdec_tui import export
-from specdec_tui.source import ReplaySource, read_frame
+from specdec_tui.narrate import script
+from specdec_tui.source import DEMO, ReplaySource, read_frame
 from tests.tui.conftest import on_screen, screen_of
 from tests.tui.scenes import PIECES, events, frame, name
 
@@ -54,7 +57,13 @@ def test_no_token_reaches_the_terminal_unseen(trace, size):
     def named(token):
         return HOSTILE[token % len(HOSTILE)]
 
-    path = trace(events(60), named)
+    evil = "\x1b]52;c;YQ==\x07evil\n\u202e[/]"
+    begun, *rest = events(60)
+    begun = replace(begun, settings={**begun.settings, "target": evil, "draft": evil, "k": evil, "temperature": None})
+    rest = [replace(e, reason=evil) if isinstance(e, SettingChanged) else e for e in rest[:-1]]
+    path = trace([begun, *rest, Failed("X", evil, evil)], named)
+    for line in script(*read_frame(path)):
+        assert not [c for c in line if not c.isprintable() and c not in "\u200c\u200d"], line
     for keys in ((), ("p", "i"), ("home", *["full_stop"] * 9)):
         shown = replayed(path, *keys, size=size)
         assert not [
@@ -66,9 +75,32 @@ def test_no_token_reaches_the_terminal_unseen(trace, size):
 
 def test_a_trace_cut_short_shows_what_it_has(trace):
     path = trace(events(30))
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) * 2 // 3])
-    assert "cycle 1" in replayed(path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:20]) + lines[20][:40])
+    shown = replayed(path)
+    assert "cycle 17/17" in shown  # besides the start and two changes of k
+    assert "finished" not in shown
+
+
+def test_a_trace_damaged_in_the_middle_says_so_below_what_it_has(trace):
+    path = trace(events(12))
+    lines = path.read_text().splitlines()
+    lines[7] = "damaged"
+    path.write_text("\n".join(lines) + "\n")
+    shown = replayed(path)
+    assert "cycle 4/4" in shown
+    assert "line 8 is not an event" in shown
+
+
+@pytest.mark.parametrize(
+    "change", [{"p": []}, {"accepted": 9}, {"u": [0.5]}, {"pieces": 5}, {"overlap": [1, 2, 3, 4, 5]}]
+)
+def test_cycles_that_contradict_themselves_are_refused(trace, change):
+    path = trace(events(5))
+    lines = path.read_text().splitlines()
+    lines[1] = json.dumps({**json.loads(lines[1]), **change})
+    path.write_text("\n".join(lines) + "\n")
+    assert "line 2 is not an event" in " ".join(replayed(path).split())
 
 
 @pytest.mark.parametrize(
@@ -90,12 +122,12 @@ def test_of_several_runs_the_last_is_shown(trace):
 
 
 def test_a_large_trace_shows_its_beginning_at_once(trace):
-    """50 MB, some 60,000 cycles."""
+    """50 MB, 120,000 cycles."""
     path = trace(events(200))
     lines = path.read_text().splitlines()
-    padded = [lines[0], *(lines[1:-1] * 300), lines[-1]]
+    padded = [lines[0], *(lines[1:-1] * 600), lines[-1]]
     path.write_text("\n".join(padded) + "\n")
-    assert path.stat().st_size > 15e6
+    assert path.stat().st_size > 50e6
 
     async def act(app, pilot):
         began = time.monotonic()
@@ -123,7 +155,7 @@ def test_a_run_is_exported(tmp_path, monkeypatch, ending):
             assert image.n_frames > 6
             assert len(image.convert("RGB").getcolors(100_000)) > 10
     else:
-        assert b"river" in content or b"20 target passes" in content
+        assert b"lantern" in content or b"20 target passes" in content
 
 
 def test_other_endings_are_refused(tmp_path):
@@ -157,6 +189,11 @@ def test_replay_off_a_terminal_says_what_to_do(trace, tmp_path):
     result = replay(trace(events(3)))
     assert result.returncode == 2
     assert "--plain" in result.stderr
+    (tmp_path / "empty").touch()
+    for how in (["--plain"], ["--export", tmp_path / "x.md"]):
+        empty = replay(tmp_path / "empty", *how)
+        assert empty.returncode == 1
+        assert "holds no run" in empty.stderr
     missing = replay(tmp_path / "none")
     assert missing.returncode == 2
     assert "is not a file" in missing.stderr
@@ -176,3 +213,12 @@ def test_a_trace_says_nothing_that_json_cannot(trace):
     again, named = read_frame(trace(events(5), file="again.jsonl"))
     assert list(again.events()) == events(5)
     assert named(12345) == "⟨12345⟩"
+
+
+def test_the_bundled_run_is_whole_and_shows_a_rejection_and_a_correction():
+    run, named = read_frame(DEMO)
+    assert run.over
+    assert run.settings["draft"] == "ngram,builtin"
+    assert any(0 < c.accepted < len(c.drafted) and c.end == "recovered" for c in run.cycles)
+    assert "lighthouse" in "".join(named(token) for token in run.prompt)
+    assert "cycle 1/" in replayed(DEMO, "home", "n", size=(80, 24))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from specdec_engine.events import Failed
+from specdec_engine.events import Failed, SettingChanged
 from specdec_tui.source import Stage
 from tests.tui.conftest import Told, lines_of, on_screen, screen_of
 from tests.tui.scenes import events, frame
@@ -35,10 +37,24 @@ def test_screens_look_as_they_did(golden, size, what, keys):
     golden(shown, f"{what}-{size[0]}x{size[1]}.txt")
 
 
-def test_greyscale_says_as_much(monkeypatch, golden):
+def test_greyscale_has_no_hue_and_says_as_much(monkeypatch):
+    async def act(app, pilot):
+        await pilot.pause(0.1)
+        return screen_of(app), [s.style for strip in app.screen._compositor.render_strips() for s in strip if s.style]
+
+    coloured, hues = on_screen(Told(events(60)), act, size=(80, 24))
     monkeypatch.setenv("NO_COLOR", "1")
-    shown, _ = pressed(Told(events(60)), size=(80, 24))
-    golden(shown, "end-80x24.txt")
+    grey, greys = on_screen(Told(events(60)), act, size=(80, 24))
+    assert grey == coloured
+
+    def tinted(styles):
+        found = [style.color.triplet for style in styles if style.color is not None and style.color.triplet is not None]
+        return [t for t in found if max(t) - min(t) > 12]
+
+    assert tinted(hues)
+    assert not tinted(greys)
+    assert any(style.strike for style in greys)
+    assert any(style.underline for style in greys)
 
 
 def test_narrow_screens_swap_the_text_for_the_inspector():
@@ -92,7 +108,7 @@ def test_space_pauses_and_plays():
 
 
 def test_speed_goes_up_and_down_and_stays_in_its_bounds():
-    _, player = pressed(Told(events(600)), "minus", "minus", "space")
+    _, player = pressed(Told(events(600)), "minus", "minus")
     assert player.speed == 1.0
     _, player = pressed(Told(events(60)), *["minus"] * 9)
     assert player.speed == 1 / 64
@@ -112,18 +128,63 @@ def test_text_is_searched():
 
 
 def test_a_click_on_a_token_inspects_it():
+    """A kept token of an earlier cycle, in the text."""
+
     async def act(app, pilot):
-        await pilot.press("p")
         rows = lines_of(app)
-        y = next(i for i, row in enumerate(rows) if "kept" not in row and "×" in row and "│" in row)
-        x = rows[y].index("×") + 1
+        y, x = next((y, row.index(" fox") + 2) for y, row in enumerate(rows) if 4 < y < 20 and " fox" in row[:60])
         await pilot.click(offset=(x, y))
         await pilot.pause(0.1)
         return screen_of(app), app.player.view
 
     shown, view = on_screen(Told(events(60)), act)
-    assert "inspector" in shown
-    assert view.shown <= 60
+    assert view.shown < 60
+    assert view.position is not None
+    at = view.inspected if view.position < len(view.cycle.drafted) else None
+    assert at is None or f"token {at + 1} of {len(view.cycle.drafted)}" in shown
+
+
+def test_other_tokens_of_a_cycle_are_looked_at_in_turn():
+    first, _ = pressed(Told(events(60)), "home", "n")
+    second, player = pressed(Told(events(60)), "home", "n", "j")
+    assert "token 2 of 4" in first
+    assert "token 3 of 4" in second
+    assert "never tested" in second
+    assert "min(1, p/q)" not in second.split("inspector")[1].split("kept, by")[0]
+    assert player.view.position == 2
+
+
+def test_block_verification_is_not_explained_as_the_token_rule():
+    begun, *rest = events(60)
+    block = replace(begun, settings={**begun.settings, "rule": "block"})
+    shown, _ = pressed(Told([block, *rest]), "home", "exclamation_mark")
+    assert "by block verification" in shown
+    assert "min(1, p/q)" not in shown
+    assert "≥" not in shown.splitlines()[-4]
+
+
+def test_at_temperature_0_there_is_nothing_to_throw():
+    begun, first, *_ = events(5)
+    greedy = replace(first, p=(1.0, 0.0, 0.0, 0.0), q=(1.0,) * 4, u=(0.3, 0.9, None, None), accepted=1)
+    shown, _ = pressed(Told([begun, greedy]))
+    assert "not the target's choice" in shown
+    assert "u 0.900" not in shown
+
+
+def test_the_header_follows_the_settings():
+    changed = SettingChanged(3, "adaptive", True, False, "set by hand")
+    found = [e for e in events(9) if getattr(e, "name", "") != "k"]
+    shown, _ = pressed(Told([*found[:4], changed, *found[4:]]))
+    assert "k 4  T" in shown.splitlines()[0]
+    shown, _ = pressed(Told(found))
+    assert "k 4 auto  T" in shown.splitlines()[0]
+
+
+def test_what_cannot_run_is_said_below_a_run_that_did():
+    source = Told(events(9), live=True, stage=Stage("the prompt has 9000 tokens", "shorten it", failed=True))
+    shown, _ = pressed(source)
+    assert "the prompt has 9000 tokens. shorten it" in shown
+    assert "cycle 9/9" in shown
 
 
 def test_the_scrubber_moves_the_view():
@@ -190,10 +251,11 @@ def test_a_run_that_broke_keeps_what_was_decoded():
     assert "out of memory" in shown
 
 
-@pytest.mark.parametrize("size", [(39, 10), (60, 12), (20, 5), (1, 1)])
+@pytest.mark.parametrize("size", [(39, 24), (60, 12), (38, 5), (1, 1)])
 def test_too_small_a_terminal_says_so(size):
     shown, _ = pressed(Told(events(20)), size=size)
-    assert size[0] < 40 or "specdec needs" in shown
+    assert size == (1, 1) or "specdec needs" in shown
+    assert "inspector" not in shown
 
 
 def test_resizing_keeps_everything():
@@ -223,4 +285,7 @@ def test_leaving_closes_the_source():
 
 def test_help_names_every_key():
     shown, _ = pressed(Told(events(20)), "question_mark", size=(200, 60))
-    assert "Next rejection" in shown
+    words = " ".join(shown.split())
+    for label in ("Next rejection", "Step within the cycle", "Faster", "Save", "Find text"):
+        assert label in words
+    assert "Temperature" not in words  # there is no engine to turn

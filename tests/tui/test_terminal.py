@@ -125,5 +125,5 @@ def test_an_engine_that_breaks_leaves_the_terminal_whole(terminal, tmp_path):
     terminal.type(f"{COMMAND} watch -t ./model -d ngram 'hello'; echo code $?", "Enter")
     terminal.shows("×", "damaged")
     terminal.type("q")
-    terminal.shows("code 1", "damaged")
+    terminal.shows("code 3", "damaged")
     restored(terminal)

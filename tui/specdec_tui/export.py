@@ -14,8 +14,9 @@ from textual.strip import Strip
 from specdec_engine.errors import UsageError
 from specdec_tui.app import SpecdecApp
 from specdec_tui.frame import Frame, View, steps
-from specdec_tui.narrate import script
 from specdec_tui.pieces import Name
+from specdec_tui.saving import markdown
+from specdec_tui.screens.watch import WatchScreen
 from specdec_tui.source import FrameSource
 
 SIZE = (112, 40)
@@ -60,11 +61,16 @@ def drawn(frame: Frame, name: Name, views: Iterable[View], take: Callable[[Specd
     async def run() -> None:
         app = SpecdecApp(FrameSource(frame, name), speed=1.0)
         async with app.run_test(size=SIZE) as pilot:
-            app.player.feed(frame.events())
+            await pilot.pause()
+            screen = app.screen
+            assert isinstance(screen, WatchScreen)
+            screen.tick()
             app.player.playing = False
             for view in views:
                 app.player.view = replace(view, frame=app.player.view.frame)
-                await pilot.pause(0.1)
+                for _ in range(2):  # a panel that appears or goes has its width only after a layout
+                    screen.draw()
+                    await pilot.pause()
                 take(app)
 
     asyncio.run(run())
@@ -77,10 +83,11 @@ def _strips(app: SpecdecApp) -> list[Strip]:
 def _gif(frame: Frame, name: Name) -> bytes:
     from specdec_tui import raster
 
-    frames, times = list[raster.Frame](), shots(frame)
+    raster.require()
+    frames, times = list[raster.Shot](), shots(frame)
     durations = iter([ms for _, ms in times])
     drawn(
-        frame, name, [view for view, _ in times], lambda app: frames.append(raster.Frame(_strips(app), next(durations)))
+        frame, name, [view for view, _ in times], lambda app: frames.append(raster.Shot(_strips(app), next(durations)))
     )
     return raster.gif(frames, "#101214", "#D8D8D8")
 
@@ -106,4 +113,4 @@ def _html(frame: Frame, name: Name) -> bytes:
 
 
 def _markdown(frame: Frame, name: Name) -> bytes:
-    return "".join(f"- {line}\n" for line in script(frame, name)).encode()
+    return markdown(frame, name).encode()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from specdec_engine.events import Cycle, Event, Failed, Finished, SettingChanged, Started
 from specdec_engine.stats import Summary
@@ -14,6 +14,8 @@ from specdec_engine.stats import Summary
 class Frame:
     """A run so far."""
 
+    run: int = 0
+    """Counts what began; 0 while nothing has."""
     prompt: tuple[int, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     """As in force in the first cycle."""
@@ -37,7 +39,9 @@ class Frame:
             match event:
                 case Started():
                     start = Summary().plus(event)
-                    frame = Frame(event.prompt, event.settings, event.environment, event.seed, summaries=(start,))
+                    frame = Frame(
+                        frame.run + 1, event.prompt, event.settings, event.environment, event.seed, summaries=(start,)
+                    )
                     cycles, summaries = [], []
                 case Cycle():
                     cycles.append(event)
@@ -82,6 +86,11 @@ class Frame:
     def setting(self, name: str, default: Any = None) -> Any:
         """As last set."""
         return next((c.new for c in reversed(self.changes) if c.name == name), self.settings.get(name, default))
+
+    @property
+    def rule(self) -> str:
+        """The verification rule's name."""
+        return str(self.settings.get("rule", "token"))
 
     def summary(self) -> Summary:
         found = self.summaries[-1]
@@ -185,12 +194,12 @@ class View:
         if self.cycle is None:
             return self
         now = steps(self.cycle) if self.step is None else self.step
-        return replace(self, step=now - 1, position=None) if now > 1 else self.to(self.shown - 1)
+        within = now > 1 and self.cycle.drafted
+        return replace(self, step=now - 1, position=None) if within else self.to(self.shown - 1)
 
-    def find(self, wanted: str, direction: int = 1) -> View:
-        """At the next (or last) cycle with a rejection, or with all drafted tokens accepted; unmoved if there is none."""
-        places = range(self.shown, len(self.frame.cycles)) if direction > 0 else range(self.shown - 2, -1, -1)
-        for i in places:
+    def find(self, wanted: Literal["rejection", "acceptance"]) -> View:
+        """At the next cycle with a rejection, or with all drafted tokens accepted; unmoved if there is none."""
+        for i in range(self.shown, len(self.frame.cycles)):
             cycle = self.frame.cycles[i]
             rejected = cycle.accepted < len(cycle.drafted)
             if cycle.drafted and rejected == (wanted == "rejection"):

@@ -20,6 +20,7 @@ from specdec_engine.types import Sampling
 from specdec_tui.source import Stage
 
 if TYPE_CHECKING:
+    from specdec_engine.auto import AutoK
     from specdec_engine.control import Controls
     from specdec_engine.pair import Pair
 
@@ -51,6 +52,8 @@ class LiveSource:
     def __init__(self, load: Callable[[Report], Pair], request: Request, log: Path) -> None:
         """log: where the traceback of a failure goes."""
         self.request = request
+        self.error: SpecdecError | None = None
+        """Why there will never be a run."""
         self._load, self._log = load, log
         self._events: deque[Event] = deque()
         self._stage: Stage | None = Stage("loading PyTorch and transformers")
@@ -72,7 +75,13 @@ class LiveSource:
         with self._gate:
             self._closing = True
             self._gate.notify()
-        self._thread.join(_PATIENCE_S)
+        if self._thread.ident is not None:
+            self._thread.join(_PATIENCE_S)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the thread has ended."""
+        return not self._thread.is_alive()
 
     def drain(self) -> list[Event]:
         return [self._events.popleft() for _ in range(len(self._events))]
@@ -93,24 +102,38 @@ class LiveSource:
         """Give up the run, and begin this one."""
         with self._gate:
             self.request = self._wanted = request
+            self._allowed = 0  # until the screen has seen that it began
             self._gate.notify()
 
-    def change(self, *, k: int | None = None, temperature: float | None = None) -> None:
-        """From the next cycle on; a k by hand ends `auto`. Raises UsageError for a value out of range."""
+    def change_k(self, by: int) -> int | None:
+        """From the next cycle on, and no longer by itself; the new k, or None where no run is under way."""
         if self._controls is None or self._pair is None:
-            return
-        now = self._controls.settings
-        if k is not None:
-            self.adapt(False)
-            self._controls.change(k=k, reason="set by hand")
-        if temperature is not None:
-            self._controls.change(sampling=replace(now.sampling, temperature=temperature), reason="set by hand")
+            return None
+        k = max(0, self._controls.settings.k + by)
+        self._adapt(self._pair, self._controls, None)
+        self._controls.change(k=k, reason=_BY_HAND)
+        return k
 
-    def adapt(self, on: bool) -> None:
-        """Whether k follows what pays."""
-        if self._controls is not None and self._pair is not None:
-            self._controls.adapt(self._pair.auto if on else None, "set by hand")
-            self._pair.pace.controller = self._controls.auto
+    def change_temperature(self, by: float) -> float | None:
+        """From the next cycle on; the new one, or None where no run is under way."""
+        if self._controls is None:
+            return None
+        now = self._controls.settings.sampling
+        temperature = round(max(0.0, now.temperature + by), 1)
+        self._controls.change(sampling=replace(now, temperature=temperature), reason=_BY_HAND)
+        return temperature
+
+    def toggle_auto(self) -> bool | None:
+        """Whether k follows what pays from the next cycle on; None where no run is under way."""
+        if self._controls is None or self._pair is None:
+            return None
+        self._adapt(self._pair, self._controls, None if self._controls.auto is not None else self._pair.auto)
+        return self._controls.auto is not None
+
+    def _adapt(self, pair: Pair, controls: Controls, auto: AutoK | None) -> None:
+        if auto is not controls.auto:
+            controls.adapt(auto, _BY_HAND)
+            pair.pace.controller = auto
 
     # -- in the engine's thread --------------------------------------------------------------------------------------
 
@@ -121,15 +144,27 @@ class LiveSource:
 
             self._text = TokenText(pair.tokenizer)
             while (request := self._next()) is not None:
-                self._run(pair, request)
+                self._try(pair, request)
+        except _Closed:
+            pass
         except SpecdecError as error:
-            self._stage = Stage(error.message, error.hint, failed=True)
+            self.error, self._stage = error, Stage(error.message, error.hint, failed=True)
         except Exception as error:
             self._log.parent.mkdir(parents=True, exist_ok=True)
             self._log.write_text(traceback.format_exc(), "utf-8")
             self._stage = Stage(f"{type(error).__name__}: {error}", f"the traceback is in {self._log}", failed=True)
 
+    def _try(self, pair: Pair, request: Request) -> None:
+        """Run it; a prompt that is too long, say, ends this run and not the engine."""
+        try:
+            self._run(pair, request)
+        except SpecdecError as error:
+            if self._stage is not None:  # else it is among the events already, as Failed
+                self._stage = Stage(error.message, error.hint, failed=True)
+
     def _report(self, progress: Progress) -> None:
+        if self._closing:
+            raise _Closed
         done = f" {progress.done / 1e6:.0f} of" if progress.total and 0 < progress.done < progress.total else ""
         size = f"{done} {progress.total / 1e6:.0f} MB" if progress.total else ""
         doing = {"download": "fetching", "convert": "converting", "load": "loading"}[progress.stage]
@@ -147,28 +182,27 @@ class LiveSource:
         plain = self._plain(pair, ids)
         controls = self._controls = pair.controls(request.k, request.sampling, request.draft_temperature)
         how: dict[str, Any] = {"rule": request.rule, "max_tokens": request.max_tokens, "stop": request.stop}
-        done = 0
-        try:
-            for event in pair.decode(ids, controls=controls, seed=request.seed, **how):
-                if isinstance(event, Started):
-                    event = replace(event, environment={**event.environment, "plain_tokens_per_second": plain})
-                    self._stage = None
-                self._events.append(event)
-                done += isinstance(event, Cycle)
-                if not self._may_go_on(done):
-                    self._events.append(Finished("cancelled", 0, done, None))
-                    return
-        except SpecdecError as error:  # it is in the events already, as Failed; the next run may do better
-            if self._stage is not None:
-                raise error
+        done = emitted = 0
+        for event in pair.decode(ids, controls=controls, seed=request.seed, **how):
+            if isinstance(event, Started):
+                event = replace(event, environment={**event.environment, "plain_tokens_per_second": plain})
+                self._stage = None
+            self._events.append(event)
+            if isinstance(event, Cycle):
+                done, emitted = done + 1, emitted + len(event.emitted)
+            if not self._may_go_on(done):
+                self._events.append(Finished("cancelled", emitted, done, None))
+                return
 
     def _plain(self, pair: Pair, ids: list[int]) -> float | None:
         """Tokens a second without a draft, the first left out: it finds everything cold."""
-        seconds = [
-            event.verify_s + event.other_s
-            for event in pair.decode(ids, k=0, max_tokens=PLAIN_TOKENS, seed=0)
-            if isinstance(event, Cycle)
-        ][1:]
+        seconds = list[float]()
+        for event in pair.decode(ids, k=0, max_tokens=PLAIN_TOKENS, seed=0):
+            if self._closing:
+                raise _Closed
+            if isinstance(event, Cycle):
+                seconds.append(event.verify_s + event.other_s)
+        del seconds[:1]
         return len(seconds) / sum(seconds) if seconds and sum(seconds) else None
 
     def _may_go_on(self, done: int) -> bool:
@@ -180,5 +214,10 @@ class LiveSource:
             return not self._closing and self._wanted is None
 
 
+class _Closed(Exception):
+    """The screen is gone."""
+
+
+_BY_HAND = "set by hand"
 _PATIENCE_S = 5.0
 """What leaving waits for a pass that is running."""

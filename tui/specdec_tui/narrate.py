@@ -4,42 +4,44 @@ from __future__ import annotations
 
 from specdec_engine.events import Cycle, SettingChanged
 from specdec_tui.frame import Frame, View
-from specdec_tui.pieces import Name, alone
+from specdec_tui.pieces import Name, alone, one_line, plain
 
 
-def narrate(cycle: Cycle, name: Name) -> str:
+def narrate(cycle: Cycle, name: Name, rule: str = "token") -> str:
     """One or two sentences."""
-    said = [repr_of(token, name) for token in cycle.emitted[-1:]]
-    last = said[0] if said else "nothing"
-    number, k = cycle.index + 1, len(cycle.drafted)
+    last = repr_of(cycle.emitted[-1], name) if cycle.emitted else "nothing"
+    number, k, at = cycle.index + 1, len(cycle.drafted), cycle.accepted
     if not k:
         return f"Cycle {number}: nothing was drafted, so the pass gave one token, {last}.{_ended(cycle)}"
-    if cycle.accepted == k:
+    if at == k:
         free = "" if _clipped(cycle) else f", and {last} comes free from the same pass"
         return f"Cycle {number}: kept all {k}{free}.{_ended(cycle)}"
-    at = cycle.accepted
     refused = repr_of(cycle.drafted[at], name)
+    drawn = "" if _clipped(cycle) else f", {last} {_drawn(cycle, rule)} instead"
+    if rule != "token":
+        return f"Cycle {number}: kept {at} of {k} by {rule} verification{drawn}.{_ended(cycle)}"
     dropped = f"; the {k - at - 1} after it dropped untested" if k - at > 1 else ""
-    drawn = "" if _clipped(cycle) else f", {last} {_drawn(cycle)} instead"
-    return f"Cycle {number}: kept {at} of {k}. {refused} rejected ({_held(cycle, at)}){drawn}{dropped}.{_ended(cycle)}"
+    return f"Cycle {number}: kept {at} of {k}. {refused} rejected ({held(cycle, at)}){drawn}{dropped}.{_ended(cycle)}"
 
 
-def _held(cycle: Cycle, at: int) -> str:
-    """The test of one position in numbers."""
+def held(cycle: Cycle, at: int) -> str:
+    """The token rule's test of one position in numbers."""
     p, q, u = cycle.p[at], cycle.q[at], cycle.u[at]
-    if p is None or q is None:
-        return "the target says otherwise"
-    ratio = min(1.0, p / q) if q else 0.0
-    if p == 0.0:
-        return "the target gives it no chance"
-    return f"min(1, p/q) {ratio:.3f}" if u is None else f"u {u:.3f} ≥ min(1, p/q) {ratio:.3f}"
+    if p is None or q is None or u is None or not q:
+        return "the target says otherwise" if at >= cycle.accepted else "the target agrees"
+    if p in (0.0, 1.0) and q == 1.0:  # temperature 0, or noise that both share: there is nothing to throw
+        return "the target's choice too" if p else "not the target's choice"
+    if p >= q:
+        return f"p {p:.3f} ≥ q {q:.3f}: always kept"
+    return f"u {u:.3f} {'<' if u < p / q else '≥'} min(1, p/q) {p / q:.3f}"
 
 
-def _drawn(cycle: Cycle) -> str:
+def _drawn(cycle: Cycle, rule: str) -> str:
     mass = next((mass for token, mass in cycle.residual if cycle.emitted and token == cycle.emitted[-1]), None)
     if mass is not None and mass > 0.9995:
         return "is the target's choice"
-    return "drawn from max(0, p − q)" + (f" ({mass:.2f})" if mass is not None else "")
+    left = "max(0, p − q)" if rule == "token" else "what is left of p"
+    return f"drawn from {left}" + (f" ({mass:.2f})" if mass is not None else "")
 
 
 def _clipped(cycle: Cycle) -> bool:
@@ -57,11 +59,11 @@ def repr_of(token: int, name: Name) -> str:
 
 def step_words(view: View, name: Name) -> str:
     """What the step of a cycle that is shown in parts has just done."""
-    cycle, partial = view.cycle, view.partial
+    cycle, partial, rule = view.cycle, view.partial, view.frame.rule
     if cycle is None:
         return "Nothing is decoded yet."
     if partial is None or partial.final:
-        return narrate(cycle, name)
+        return narrate(cycle, name, rule)
     number, k = cycle.index + 1, len(cycle.drafted)
     if not partial.verified:
         token = repr_of(cycle.drafted[partial.drafted - 1], name) if partial.drafted else "nothing"
@@ -71,34 +73,31 @@ def step_words(view: View, name: Name) -> str:
             f"Cycle {number}: the target reads all {k} guesses in one pass, and says what it would have said at each."
         )
     at = partial.tested - 1
-    token, kept = repr_of(cycle.drafted[at], name), at < cycle.accepted
-    p, q, u = cycle.p[at], cycle.q[at], cycle.u[at]
-    if p is None or q is None or u is None:
-        held = ""
-    elif p >= q:
-        held = f": p {p:.3f} ≥ q {q:.3f}, always kept"
-    else:
-        held = f": u {u:.3f} {'<' if kept else '≥'} p/q {p / q:.3f}"
-    return f"Cycle {number}: {token} is {'kept' if kept else 'rejected'}{held}."
+    verdict = "kept" if at < cycle.accepted else "rejected"
+    why = held(cycle, at) if rule == "token" else f"{rule} verification weighs the whole draft"
+    return f"Cycle {number}: {repr_of(cycle.drafted[at], name)} is {verdict} ({why})."
 
 
 def changed(change: SettingChanged) -> str:
-    why = f": {change.reason}" if change.reason else ""
-    return f"From cycle {change.cycle + 1} on {change.name} is {change.new:g} instead of {change.old:g}{why}."
+    why = f": {one_line(change.reason)}" if change.reason else ""
+    if isinstance(change.new, bool):
+        return f"From cycle {change.cycle + 1} on k is {'chosen by what pays' if change.new else 'held'}{why}."
+    name, new, old = one_line(change.name), plain(change.new), plain(change.old)
+    return f"From cycle {change.cycle + 1} on {name} is {new} instead of {old}{why}."
 
 
 def script(frame: Frame, name: Name) -> list[str]:
     """The whole run, a sentence or two a line."""
     settings = frame.settings
     lines = [
-        f"Target {settings.get('target')}, draft {settings.get('draft')}, k {settings.get('k')}, "
-        f"temperature {settings.get('temperature', 0):g}, seed {frame.seed}; {len(frame.prompt)} tokens of prompt."
+        f"Target {plain(settings.get('target'))}, draft {plain(settings.get('draft'))}, k {plain(settings.get('k'))}, "
+        f"temperature {plain(settings.get('temperature'))}, seed {frame.seed}; {len(frame.prompt)} tokens of prompt."
     ]
     changes = list(frame.changes)
     for cycle in frame.cycles:
         while changes and changes[0].cycle <= cycle.index:
             lines.append(changed(changes.pop(0)))
-        lines.append(narrate(cycle, name))
+        lines.append(narrate(cycle, name, frame.rule))
     return [*lines, ending(frame)]
 
 
@@ -106,7 +105,7 @@ def ending(frame: Frame) -> str:
     """The run in one sentence."""
     s = frame.summary()
     if frame.failed is not None:
-        return f"The run broke: {frame.failed.message} ({frame.failed.hint})."
+        return f"The run broke: {one_line(frame.failed.message)} ({one_line(frame.failed.hint)})."
     if not s.cycles:
         return "Nothing was decoded."
     rate = "" if s.tokens_per_second is None else f", {s.tokens_per_second:.1f} tokens a second"

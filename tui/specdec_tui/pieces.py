@@ -23,7 +23,7 @@ class Committed:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def __call__(self, token: int) -> str:
-        return printable(self._decoder.decode(_bytes(self._name(token))))
+        return printable(self._decoder.decode(as_bytes(self._name(token))))
 
 
 def alone(token: int, name: Name) -> str:
@@ -32,9 +32,22 @@ def alone(token: int, name: Name) -> str:
     return printable(text).replace("\n", "⏎").replace("\t", "⇥") or f"⟨id {token}⟩"
 
 
-def _bytes(piece: str) -> bytes:
+def as_bytes(piece: str) -> bytes:
+    """A token's own bytes."""
     return piece.encode("utf-8", "surrogateescape" if _escaped(piece) else "replace")
 
 
 def _escaped(piece: str) -> bool:
     return not any("\ud800" <= c <= "\udfff" and not "\udc80" <= c <= "\udcff" for c in piece)
+
+
+def one_line(text: str) -> str:
+    """Any text of a trace, on one line."""
+    return printable(text).replace("\n", "⏎").replace("\t", " ")
+
+
+def plain(value: object) -> str:
+    """A setting's value: numbers short, anything else as text, nothing as a dash."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"{value:g}"
+    return "–" if value is None else one_line(str(value))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Literal
 
 from specdec_engine.events import Event
 from specdec_engine.series import seconds
@@ -16,6 +17,8 @@ from specdec_tui.frame import View
 
 SPEEDS = (1 / 64, 1 / 16, 1 / 4, 1.0, 4.0, math.inf)
 """Of recorded time; the last is as fast as cycles come. A cycle of 12 ms lasts 0.8 s at the first."""
+REPLAY_SPEED = 1 / 16
+"""At which what is over is shown: a fifth of a second for such a cycle."""
 
 
 class Player:
@@ -33,8 +36,8 @@ class Player:
     def feed(self, events: Iterable[Event]) -> None:
         """More is known; a new run begins at its beginning."""
         frame = self.view.frame.plus(events)
-        if frame.prompt is not self.view.frame.prompt:
-            if self.view.frame.prompt:  # another run was asked for
+        if frame.run != self.view.frame.run:
+            if self.view.frame.run:  # another run was asked for
                 self.playing, self._awaiting = True, False
             self.view, self._due = View(), 0.0
         more = len(frame.cycles) > len(self.view.frame.cycles)
@@ -82,6 +85,7 @@ class Player:
         self._settling = self.live and not self.playing and math.isinf(self.speed)
         if self.playing and self.view.at_end and self.view.frame.over:
             self.view = self.view.to(0)
+            self.speed = min(self.speed, REPLAY_SPEED)
 
     def cycle(self, by: int) -> None:
         """Pause and move by whole cycles; at the live end the engine runs one more."""
@@ -115,16 +119,16 @@ class Player:
         if (at := self.view.inspected) is not None:
             self.view = replace(self.view, position=max(0, at + by))
 
-    def find(self, wanted: str, direction: int) -> bool:
+    def find(self, wanted: Literal["rejection", "acceptance"]) -> bool:
         """Whether there was one."""
-        found = self.view.find(wanted, direction)
+        found = self.view.find(wanted)
         moved = found is not self.view
         self._pause()
         self.view = found
         return moved
 
     def _pause(self) -> None:
-        self.playing = self._settling = False
+        self.playing = self._settling = self._awaiting = False
 
     def faster(self, by: int) -> None:
         at = min(range(len(SPEEDS)), key=lambda i: abs(math.log(min(SPEEDS[i], 64) / min(self.speed, 64))))

@@ -33,14 +33,14 @@ _LINES = {  # which of left, right, up, down a box character reaches
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
+class Shot:
     """A screen as it was drawn, and how long it stands."""
 
     strips: Sequence[Strip]
     milliseconds: int
 
 
-def gif(frames: Sequence[Frame], background: str, foreground: str) -> bytes:
+def gif(frames: Sequence[Shot], background: str, foreground: str) -> bytes:
     """An animation that repeats. Raises UsageError without the extra."""
     from io import BytesIO
 
@@ -148,6 +148,11 @@ def _font(bold: bool) -> Any:
     font = font_module.truetype(str(path), _SIZE)
     font.set_variation_by_axes([650 if bold else 420])
     return font
+
+
+def require() -> None:
+    """Raises UsageError without the extra."""
+    _pillow()
 
 
 def _pillow() -> tuple[Any, Any, Any]:

@@ -8,7 +8,7 @@ from time import strftime
 from specdec_engine.trace import TraceWriter
 from specdec_tui.frame import Frame
 from specdec_tui.narrate import script
-from specdec_tui.pieces import Name
+from specdec_tui.pieces import Name, as_bytes
 
 KINDS = {"trace": "jsonl", "text": "txt", "narration": "md", "picture": "svg"}
 
@@ -27,7 +27,11 @@ def save(frame: Frame, name: Name, kind: str, path: Path) -> None:
             for event in frame.events():
                 writer.write(event)
     elif kind == "text":
-        pieces = (name(token) for cycle in frame.cycles for token in cycle.emitted)
-        path.write_bytes("".join(pieces).encode("utf-8", "surrogateescape"))
+        path.write_bytes(b"".join(as_bytes(name(token)) for cycle in frame.cycles for token in cycle.emitted))
     else:
-        path.write_text("".join(f"- {line}\n" for line in script(frame, name)), "utf-8")
+        path.write_text(markdown(frame, name), "utf-8")
+
+
+def markdown(frame: Frame, name: Name) -> str:
+    """The narration as a list."""
+    return "".join(f"- {line}\n" for line in script(frame, name))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from specdec_engine.errors import SpecdecError
+from specdec_engine.errors import SpecdecError, TraceError
 from specdec_engine.events import Event, Started
 from specdec_engine.trace import read_described
 from specdec_tui.frame import Frame
@@ -67,6 +67,8 @@ class ReplaySource:
         self._events: deque[Event] = deque()
         self._pieces: dict[int, str] = {}
         self._stage: Stage | None = None
+        self.error: SpecdecError | None = None
+        """Why the trace could not be read to its end."""
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._read, name="trace", daemon=True)
 
@@ -100,9 +102,9 @@ class ReplaySource:
                 if self._closed.is_set():
                     return
             if not begun:
-                self._stage = Stage(f"{self.path} holds no run", "give a file that --trace wrote", failed=True)
+                raise TraceError(f"{self.path} holds no run", "give a file that --trace wrote")
         except SpecdecError as error:
-            self._stage = Stage(error.message, error.hint, failed=True)
+            self.error, self._stage = error, Stage(error.message, error.hint, failed=True)
 
 
 class FrameSource:
@@ -134,4 +136,7 @@ def read_frame(path: Path) -> tuple[Frame, Name]:
     for event, named in read_described(path):
         pieces |= named
         events.append(event)
-    return Frame().plus(events), lambda token: pieces.get(token, f"⟨{token}⟩")
+    frame = Frame().plus(events)
+    if not frame.run:
+        raise TraceError(f"{path} holds no run", "give a file that --trace wrote")
+    return frame, lambda token: pieces.get(token, f"⟨{token}⟩")

@@ -123,7 +123,7 @@ class Story:
     def lines(self, view: View, width: int) -> list[list[Word]]:
         """All lines up to the view's last cycle, and of that what it shows."""
         frame = view.frame
-        if frame.prompt is not self._prompt or frame.cycles[:1] != self._first:
+        if frame.run != self._run or frame.cycles[:1] != self._first:
             self._begin(frame)
             self._wrap(width)
         elif width != self._lines.width:
@@ -138,7 +138,7 @@ class Story:
 
     def _begin(self, frame: Frame) -> None:
         """Another run."""
-        self._prompt, self._first = frame.prompt, frame.cycles[:1]
+        self._run, self._first = frame.run, frame.cycles[:1]
         self._decode = Committed(self._name)
         self._beginning = [Word(self._decode(token), "prompt", position=i) for i, token in enumerate(frame.prompt)]
         self._texts = list[list[Word]]()

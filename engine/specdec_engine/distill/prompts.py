@@ -14,7 +14,7 @@ _HINT = "one prompt a line, or JSON lines with `prompt`"
 def read_prompts(file: Path) -> Iterator[str]:
     """Raises UsageError for a line that is neither text nor such an object, with its number."""
     try:
-        lines = file.read_text("utf-8").splitlines()
+        lines = file.read_text("utf-8").split("\n")  # and not at U+2028, which JSON strings may hold
     except UnicodeDecodeError as error:
         raise UsageError(f"{file} is not text in UTF-8", _HINT) from error
     for number, line in enumerate(lines, 1):
@@ -25,8 +25,9 @@ def read_prompts(file: Path) -> Iterator[str]:
             continue
         try:
             record = json.loads(line)
-            prompt = record["prompt"] if "prompt" in record else record["turns"][0]
-            if not isinstance(prompt, str):
+            turns = record["turns"] if "prompt" not in record else [record["prompt"]]
+            prompt = turns[0]
+            if not isinstance(turns, list) or not isinstance(prompt, str):
                 raise TypeError
             yield prompt
         except (ValueError, KeyError, IndexError, TypeError) as error:

@@ -112,7 +112,9 @@ class Trainer:
             save_head(self._recipe.out, module, self._ids, taps(self._layers), self._target.tokenizer, made)
 
     def _resumed(self) -> Spent:
-        spent = self._recipe.work.spent()
+        spent, old = self._recipe.work.spent(), self._state.with_suffix(".old")
+        if old.is_dir() and not self._state.is_dir():  # killed between the two renames of `save`
+            old.rename(self._state)
         if not self._state.is_dir():
             return spent
         self._accelerator.load_state(str(self._state))

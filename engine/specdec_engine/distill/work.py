@@ -43,14 +43,18 @@ class Work:
                 raise UsageError(f"{self.folder} holds text of {theirs['name']}, not of {name}", "choose another --out")
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        owner.write_text(json.dumps(ours), "utf-8")
+        _write(owner, ours)
 
     def spent(self) -> Spent:
         file = self.folder / "progress.json"
         return Spent(**json.loads(file.read_text("utf-8"))) if file.is_file() else Spent()
 
     def record(self, spent: Spent) -> None:
-        """Atomically."""
-        partial = self.folder / "progress.part"
-        partial.write_text(json.dumps(asdict(spent)), "utf-8")
-        partial.replace(self.folder / "progress.json")
+        _write(self.folder / "progress.json", asdict(spent))
+
+
+def _write(file: Path, content: Any) -> None:
+    """Atomically."""
+    partial = file.with_suffix(".part")
+    partial.write_text(json.dumps(content), "utf-8")
+    partial.replace(file)

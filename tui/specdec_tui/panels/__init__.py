@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from rich.cells import cell_len, set_cell_size
+
 from specdec_tui.frame import View
 from specdec_tui.pieces import Name
 
@@ -41,8 +43,13 @@ def number(value: float | None, digits: int = 2) -> str:
 
 
 def fitted(text: str, width: int) -> str:
-    """At most so many characters, an ellipsis where something is cut."""
-    return text if len(text) <= width else text[: max(0, width - 1)] + "…"
+    """At most so many cells, an ellipsis where something is cut."""
+    return text if cell_len(text) <= width else set_cell_size(text, max(0, width - 1)) + "…"
+
+
+def padded(text: str, width: int) -> str:
+    """Exactly so many cells."""
+    return set_cell_size(fitted(text, width), width)
 
 
 def flowed(text: str, width: int, style: str = "") -> list[Line]:

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from specdec_engine.series import rolling_alpha
+from specdec_engine.stats import Position
 from specdec_tui.bars import bar, columns
 from specdec_tui.frame import View
 from specdec_tui.panels import Drawn, Line, Room, number
 
 WINDOW = 32
+_SHOWN = 5
+"""Rows; the last stands for all later positions, where there are more."""
 
 
 def positions(view: View, room: Room) -> Drawn | None:
     """How often the token at each position was kept, of those tested there."""
-    found = view.past.summary().positions[:5]
+    found = view.past.summary().positions
+    if len(found) > _SHOWN:
+        rest = found[_SHOWN - 1 :]
+        sums = (sum(getattr(p, name) for p in rest) for name in ("drafted", "tested", "accepted"))
+        found = (*found[: _SHOWN - 1], Position(*sums))
     if not found:
         return None
     cells = max(4, room.width - 15)
     lines: list[Line] = [
         [
-            (f"{i} ", "muted"),
+            (f"{i}{'+' if i == _SHOWN else ' '}", "muted"),
             (bar(p.rate or 0.0, cells), "draft"),
             (f" {number(p.rate)}", ""),
             (f"{'of ' + str(p.tested):>8}", "muted"),

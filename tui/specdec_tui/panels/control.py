@@ -5,6 +5,7 @@ from __future__ import annotations
 from specdec_tui.bars import columns
 from specdec_tui.frame import View
 from specdec_tui.panels import Drawn, Line, Room, flowed
+from specdec_tui.pieces import one_line, plain
 
 
 def k_over_time(view: View, room: Room) -> Drawn | None:
@@ -16,5 +17,5 @@ def k_over_time(view: View, room: Room) -> Drawn | None:
     ks = [cycle.k for cycle in past.cycles[-room.width :]]
     lines: list[Line] = [[(row, "ratio")] for row in columns([float(k) for k in ks], float(max(*ks, 1)), room.width)]
     last = changes[-1]
-    lines += flowed(f"from cycle {last.cycle + 1}: {last.reason or 'set by hand'}", room.width, "muted")[:3]
-    return Drawn(f"k · now {last.new:g}", lines)
+    lines += flowed(f"from cycle {last.cycle + 1}: {one_line(last.reason) or 'changed'}", room.width, "muted")[:3]
+    return Drawn(f"k · now {plain(last.new)}", lines)

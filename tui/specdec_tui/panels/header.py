@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from specdec_engine.series import rate
+from specdec_engine.series import budget, rate
 from specdec_tui.frame import View
 from specdec_tui.panels import Line, Room, fitted, number
+from specdec_tui.pieces import plain
 
 
 def header(view: View, room: Room, state: str) -> Line:
     """state: playing, paused, finished, in words and a glyph."""
     frame = view.past
-    if not frame.prompt:
+    if not frame.run:
         return [(" specdec ", "brand")]
-    temperature = frame.setting("temperature", 0.0)
-    k = f"k {frame.setting('k', '–')}" + (" auto" if frame.settings.get("adaptive") else "")
-    facts = f"{k}  T {temperature:g}  seed {frame.seed}" if frame.seed is not None else ""
-    target, draft = (str(frame.settings.get(name, "–")) for name in ("target", "draft"))
-    models = fitted(f"{draft} → {target}", max(8, room.width - len(facts) - len(state) - 14))
+    k = f"k {plain(frame.setting('k'))}" + (" auto" if frame.setting("adaptive") else "")
+    facts = f"{k}  T {plain(frame.setting('temperature'))}  seed {frame.seed}"
+    models = f"{plain(frame.settings.get('draft'))} → {plain(frame.settings.get('target'))}"
+    models = fitted(models, max(8, room.width - len(facts) - len(state) - 14))
     return [(" specdec ", "brand"), (f" {models}  ", "strong"), (f"{facts}  ", ""), (state, "key")]
 
 
@@ -24,8 +24,8 @@ def figures(view: View, room: Room) -> Line:
     """Figures of what is shown: the same that `stats` gives for those events."""
     past = view.past
     s = past.summary()
-    plain, now = past.plain_s, rate(past.cycles[-16:])
-    speedup = None if plain is None or s.tokens_per_second is None else s.tokens_per_second * plain
+    made = None if past.plain_s is None else budget(s, past.plain_s)
+    speedup, now = None if made is None else made.speedup, rate(past.cycles[-16:])
     most = past.settings.get("max_tokens")
     parts = [
         (f" {number(s.tokens_per_second, 1)} tok/s", "strong"),

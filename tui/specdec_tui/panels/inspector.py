@@ -5,7 +5,8 @@ from __future__ import annotations
 from specdec_engine.events import Cycle
 from specdec_tui.bars import bar, dart
 from specdec_tui.frame import View
-from specdec_tui.panels import Drawn, Line, Room, fitted, number
+from specdec_tui.narrate import held
+from specdec_tui.panels import Drawn, Line, Room, fitted, number, padded
 from specdec_tui.pieces import alone
 
 _LABEL, _NUMBER = 11, 7
@@ -28,12 +29,12 @@ def inspector(view: View, room: Room) -> Drawn | None:
     seen = view.partial
     if seen is not None and not seen.verified:
         return Drawn("inspector", [*lines, *_draft(cycle, at, room.width)])
-    lines += _scales(cycle, at, room.width)
+    lines += _scales(cycle, at, room.width, view.frame.rule)
     if seen is not None and seen.tested <= at and not seen.final:
         return Drawn("inspector", [*lines, [("not tested yet", "muted")]])
-    lines += [[], _verdict(cycle, at)]
+    lines += [[], *_verdict(cycle, at, view.frame.rule)]
     if at == cycle.accepted and (seen is None or seen.final):
-        lines += _residual(cycle, room)
+        lines += _residual(cycle, room, view.frame.rule)
     overlap = cycle.overlap[at] if at < len(cycle.overlap) else None
     if overlap is not None and at <= cycle.accepted:
         lines += [[], [("overlap Σ min(p, q) ", "muted"), (number(overlap), "")]]
@@ -44,14 +45,12 @@ def _draft(cycle: Cycle, at: int, width: int) -> list[Line]:
     return [_scale("q draft", cycle.q[at], "draft", width), [], [("a guess; the target has not seen it yet", "muted")]]
 
 
-def _scales(cycle: Cycle, at: int, width: int) -> list[Line]:
+def _scales(cycle: Cycle, at: int, width: int, rule: str) -> list[Line]:
     p, q, u = cycle.p[at], cycle.q[at], cycle.u[at]
-    ratio = None if p is None or not q else min(1.0, p / q)
-    lines = [
-        _scale("q draft", q, "draft", width),
-        _scale("p target", p, "target", width),
-        _scale("min(1, p/q)", ratio, "ratio", width),
-    ]
+    lines = [_scale("q draft", q, "draft", width), _scale("p target", p, "target", width)]
+    if rule != "token" or at > cycle.accepted:  # another test, or none: p then follows a token that was given up
+        return lines
+    lines.append(_scale("min(1, p/q)", None if p is None or not q else min(1.0, p / q), "ratio", width))
     if u is not None:
         cells = max(1, width - _LABEL - _NUMBER - 1)
         lines.append(
@@ -69,28 +68,28 @@ def _right(value: float | None) -> str:
     return number(value, 3).rjust(_NUMBER)
 
 
-def _verdict(cycle: Cycle, at: int) -> Line:
-    p, q, u = cycle.p[at], cycle.q[at], cycle.u[at]
-    if at > cycle.accepted:
-        return [("never tested: ", "strong"), ("a token before it was rejected", "muted")]
+def _verdict(cycle: Cycle, at: int, rule: str) -> list[Line]:
     kept = at < cycle.accepted
     verdict = ("✓ kept", "accepted") if kept else ("× rejected", "refused")
-    if p is None or not q or u is None:
-        return [verdict]
-    if p >= q:
-        return [("p ≥ q  →  ", ""), verdict]
-    return [(f"u {'<' if u < p / q else '≥'} {p / q:.3f}  →  ", ""), verdict]
+    if rule != "token":
+        return [[verdict], [(f"{rule} verification weighs the whole draft", "muted")]]
+    if at > cycle.accepted:
+        return [[("never tested: ", "strong"), ("a token before it was rejected", "muted")]]
+    return [[(f"{held(cycle, at)}  →  ", ""), verdict]]
 
 
-def _residual(cycle: Cycle, room: Room) -> list[Line]:
+def _residual(cycle: Cycle, room: Room, rule: str) -> list[Line]:
     if cycle.accepted == len(cycle.drafted) or not cycle.residual:
         return []
     drawn = cycle.emitted[-1] if len(cycle.emitted) > cycle.accepted else None
-    lines: list[Line] = [[], [("what is left: max(0, p − q), normalised", "muted")]]
+    lines: list[Line] = [
+        [],
+        [("what is left: max(0, p − q), normalised" if rule == "token" else "what is left of p", "muted")],
+    ]
     rest = 1.0 - sum(mass for _, mass in cycle.residual)
     width = max(6, room.width - 32)
     for token, mass in cycle.residual[:5]:
-        name = fitted(alone(token, room.name), 12).ljust(13)
+        name = padded(alone(token, room.name), 13)
         mark = ("↳ drawn", "recovered") if token == drawn else ("", "")
         lines.append([(f"  {name}", ""), (bar(mass, width), "target"), (f"{mass:.2f} ".rjust(6), ""), mark])
     if rest > 0.005:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from specdec_tui.frame import View
-from specdec_tui.panels import Drawn, Line, Room, fitted, number
+from specdec_tui.panels import Drawn, Line, Room, number, padded
 from specdec_tui.pieces import alone
 
 
@@ -16,12 +16,13 @@ def table(view: View, room: Room) -> Drawn | None:
     lines: list[Line] = [[(f"  {'token'.ljust(wide)}{'q':>7}{'p':>9}{'min(1,p/q)':>12}{'u':>7}", "muted")]]
     for i, token in enumerate(cycle.drafted):
         p, q, u = cycle.p[i], cycle.q[i], cycle.u[i]
-        ratio = None if p is None or not q or i > cycle.accepted else min(1.0, p / q)
+        told = p is not None and q and i <= cycle.accepted and view.frame.rule == "token"
+        ratio = min(1.0, p / q) if told and p is not None and q else None
         target = f"({number(p, 3)})" if i > cycle.accepted and p is not None else f"{number(p, 3)} "
         mark, style = (
             ("✓", "accepted") if i < cycle.accepted else ("×", "refused") if i == cycle.accepted else ("·", "muted")
         )
-        name = fitted(alone(token, room.name), wide - 1).ljust(wide)
+        name = padded(alone(token, room.name), wide)
         row = f"{number(q, 3):>7}{target:>9}{number(ratio, 3):>11} {number(u, 3):>7}"
         lines.append([(f"{mark} ", style), (name, style if i != view.inspected else "cursor"), (row, "")])
     if len(cycle.emitted) > cycle.accepted:
@@ -30,7 +31,7 @@ def table(view: View, room: Room) -> Drawn | None:
         lines.append(
             [
                 (f"{mark} ", style),
-                (fitted(alone(cycle.emitted[-1], room.name), wide - 1).ljust(wide), style),
+                (padded(alone(cycle.emitted[-1], room.name), wide), style),
                 (how, "muted"),
             ]
         )

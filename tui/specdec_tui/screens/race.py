@@ -68,7 +68,6 @@ class RaceScreen(Screen[Frame | None]):
         yield Static("space play · home again · + - speed · escape back", id="race-keys", markup=False)
 
     def on_mount(self) -> None:
-        self._source.allow(None)
         self._next()
         self.set_interval(_TICK_S, self.tick)
 
@@ -90,9 +89,10 @@ class RaceScreen(Screen[Frame | None]):
         self._race = Race(Lane.of("plain", self._frames[0]), Lane.of("speculative", self._frames[1]))
 
     def _record(self) -> None:
+        self._source.allow(None)
         for event in self._source.drain():
             frame = self._frames[self._recording]
-            if event.kind != "started" and not frame.prompt:
+            if event.kind != "started" and not frame.run:
                 continue  # of the run that was given up
             self._frames[self._recording] = frame.plus([event])
             if self._frames[self._recording].over:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from textual import work
 from textual.app import ComposeResult
@@ -31,13 +32,16 @@ from specdec_tui.words import containing
 
 TICK_S = 1 / 15
 """Screens are drawn so often; the engine does not wait for them."""
+LIVE_S = 1 / 4
+"""While an engine runs at full speed: drawing takes the same cores. On two, 15 screens a second left it 0.23 of its speed,
+5 left 0.39, 4 left 0.45 (`benchmarks/display.py`)."""
 
 
 class WatchScreen(Screen[None]):
     """Draws a player's view, and turns keys into its commands."""
 
     CSS_PATH = "watch.tcss"
-    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (110, "-medium"), (170, "-wide")]  # noqa: RUF012
+    HORIZONTAL_BREAKPOINTS = [(0, "-slim"), (40, "-narrow"), (110, "-medium"), (170, "-wide")]  # noqa: RUF012
     VERTICAL_BREAKPOINTS = [(0, "-tiny"), (16, "-short"), (36, "-tall"), (46, "-huge")]  # noqa: RUF012
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("space", "play", "Pause or play", id="play", priority=True),
@@ -66,7 +70,7 @@ class WatchScreen(Screen[None]):
         Binding("b", "race", "Race against plain decoding", id="race"),
         Binding("s", "save", "Save", id="save"),
         Binding("j", "aim(1)", "Next token of the cycle", id="aim"),
-        Binding("h", "aim(-1)", "Last token of the cycle", id="aim-back"),
+        Binding("h", "aim(-1)", "Previous token of the cycle", id="aim-back"),
     ]
 
     def __init__(self, source: Source, player: Player) -> None:
@@ -75,7 +79,7 @@ class WatchScreen(Screen[None]):
         self._live = source if isinstance(source, LiveSource) else None
         self._word = ""
         self._racing = False
-        self._ticked = monotonic()
+        self._ticked, self._drawn_at = monotonic(), 0.0
         self._drawn: tuple[View, bool, float, Stage | None] | None = None
 
     def compose(self) -> ComposeResult:
@@ -101,15 +105,20 @@ class WatchScreen(Screen[None]):
         self._player.tick(elapsed)
         self._source.allow(self._player.allowed)
         state = self._player.view, self._player.playing, self._player.speed, self._source.stage
-        if state != self._drawn:
-            self._drawn = state
+        if state != self._drawn and (now - self._drawn_at > LIVE_S or not self._at_full_speed):
+            self._drawn, self._drawn_at = state, now
             self.draw()
+
+    @property
+    def _at_full_speed(self) -> bool:
+        return self._live is not None and self._player.playing and self._player.speed == math.inf
 
     def draw(self) -> None:
         """Everything, from the player's view."""
         view, over = self._player.view, self._player.view.frame.over
         end = "live" if self._player.live and not over else "end"
-        said = Said(self._state(), self._narration(), end, self._player.playing, self._source.stage)
+        live = self._live is not None
+        said = Said(self._state(), self._narration(), end, self._player.playing, live, self._source.stage)
         with self.app.batch_update():
             self.query_one(Board).show(view, said)
 
@@ -122,7 +131,7 @@ class WatchScreen(Screen[None]):
     def _state(self) -> str:
         player, over = self._player, self._player.view.frame.over
         if player.view.at_end and over:
-            return "■ finished"
+            return "■ finished" if player.view.frame.failed is None else "× broken"
         return f"▶ {player.speed_name}" if player.playing else "‖ paused"
 
     # -- keys --------------------------------------------------------------------------------------------------------
@@ -146,8 +155,8 @@ class WatchScreen(Screen[None]):
     def action_last(self) -> None:
         self._do(self._player.end)
 
-    def action_find(self, wanted: str) -> None:
-        if not self._player.find(wanted, 1):
+    def action_find(self, wanted: Literal["rejection", "acceptance"]) -> None:
+        if not self._player.find(wanted):
             self.notify(f"no {wanted} after this cycle", markup=False, timeout=2)
         self.tick()
 
@@ -197,24 +206,22 @@ class WatchScreen(Screen[None]):
         return self._live is not None or action not in ("k", "adapt", "temperature", "prompt", "again", "race")
 
     def action_k(self, by: int) -> None:
-        now = int(self._player.view.frame.setting("k", 0))
-        self._change(k=max(0, now + by))
+        self._changed("k", None if self._live is None else self._live.change_k(by))
 
     def action_temperature(self, by: float) -> None:
-        now = float(self._player.view.frame.setting("temperature", 0.0))
-        self._change(temperature=round(max(0.0, now + by), 1))
+        self._changed("temperature", None if self._live is None else self._live.change_temperature(by))
 
     def action_adapt(self) -> None:
-        if self._live is not None:
-            on = not self._player.view.frame.setting("adaptive", False)
-            self._live.adapt(on)
-            self.notify(f"k auto is {'on' if on else 'off'} from the next cycle", timeout=2)
+        on = None if self._live is None else self._live.toggle_auto()
+        self._changed("k auto", on)
 
-    def _change(self, **what: float) -> None:
-        if self._live is not None:
-            self._live.change(**what)  # type: ignore[arg-type]
-            ((name, value),) = what.items()
-            self.notify(f"{name} is {value:g} from the next cycle", timeout=2)
+    def _changed(self, name: str, value: float | None) -> None:
+        """Say what the next cycle will run with."""
+        if value is None or self._player.view.frame.over:
+            self.notify("no run is under way: r begins another", timeout=2)
+            return
+        shown = ("on" if value else "off") if isinstance(value, bool) else f"{value:g}"
+        self.notify(f"{name} is {shown} from the next cycle", timeout=2)
 
     @work
     async def action_prompt(self) -> None:

@@ -12,7 +12,7 @@ from specdec_tui.frame import View
 from specdec_tui.panels import Room, acceptance, control, header, timing
 from specdec_tui.panels.inspector import inspector
 from specdec_tui.panels.table import table
-from specdec_tui.pieces import Name
+from specdec_tui.pieces import Name, one_line
 from specdec_tui.source import Stage
 from specdec_tui.theme import content
 from specdec_tui.widgets.keys import Keys
@@ -41,6 +41,7 @@ class Said:
     end: str
     """What the right end of the scrubber is called."""
     playing: bool
+    live: bool
     stage: Stage | None
 
 
@@ -77,7 +78,7 @@ class Board(Vertical):
 
     def show(self, view: View, said: Said) -> None:
         """Draw it."""
-        waiting = not view.frame.prompt
+        waiting = not view.frame.run
         self.set_class(waiting, "-waiting")
         room = Room(self.size.width, self._token_name)
         self._static("header", [header.header(view, room, said.state)])
@@ -85,14 +86,17 @@ class Board(Vertical):
             self._static("notice", notice(said.stage))
             return
         self._static("figures", [header.figures(view, room)])
-        self._static("narration", [[(said.narration, "")]])
+        troubled = said.stage is not None and said.stage.failed
+        style = "refused" if troubled else ""
+        said_now = f"{said.stage.text}. {said.stage.hint}" if said.stage is not None else said.narration
+        self._static("narration", [[(one_line(said_now), style)]])
         for lines in self.query(ViewLines):
             lines.show(view)
         for box in self.query(PanelBox):
             if box.parent is not None and box.parent.display:
                 box.show(view)
         self.query_one(Scrubber).show(view, said.end)
-        self.query_one(Keys).show(said.playing)
+        self.query_one(Keys).show(said.playing, said.live)
 
     def _static(self, name: str, lines: list[list[tuple[str, str]]]) -> None:
         self.query_one(f"#{name}", Static).update(content(lines), layout=False)
@@ -103,5 +107,5 @@ def notice(stage: Stage | None) -> list[list[tuple[str, str]]]:
     if stage is None:
         return [[("reading", "muted")]]
     if stage.failed:
-        return [[("× ", "refused"), (stage.text, "strong")], [], [(stage.hint, "muted")]]
-    return [[(stage.text, "strong")], [(stage.hint, "muted")]]
+        return [[("× ", "refused"), (one_line(stage.text), "strong")], [], [(one_line(stage.hint), "muted")]]
+    return [[(one_line(stage.text), "strong")], [(one_line(stage.hint), "muted")]]

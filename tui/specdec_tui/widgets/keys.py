@@ -9,23 +9,24 @@ from specdec_tui.theme import STYLES
 
 _KEYS = (
     ("space", "Pause"), ("← →", "Cycle"), (", .", "Step"), ("!", "Rejection"), ("i", "Inspect"), ("?", "Help"), ("q", "Quit"),
-    ("+ -", "Speed"), ("s", "Save"), ("/", "Find"), ("k K", "k"), ("t T", "Temperature"), ("r", "Prompt"),
 )  # fmt: skip
+_LIVE = (("b", "Race"), ("k K", "k"), ("t T", "Temperature"), ("r", "Prompt"))
+_MORE = (("+ -", "Speed"), ("s", "Save"), ("/", "Find"))
 
 
 class Keys(Widget):
     """One line."""
 
-    _playing = True
+    _playing, _live = True, False
 
-    def show(self, playing: bool) -> None:
-        if playing != self._playing:
-            self._playing = playing
+    def show(self, playing: bool, live: bool) -> None:
+        if (playing, live) != (self._playing, self._live):
+            self._playing, self._live = playing, live
             self.refresh()
 
     def render(self) -> Content:
         parts, used = list[tuple[str, str]](), 0
-        for key, label in _KEYS:
+        for key, label in (*_KEYS, *(_LIVE if self._live else ()), *_MORE):
             label = ("Pause" if self._playing else "Play") if key == "space" else label
             if used + len(key) + len(label) + 3 > self.size.width:
                 break
