@@ -192,10 +192,11 @@ def test_a_live_run_is_watched_paused_stepped_and_turned(source):
         view = lambda: app.player.view  # noqa: E731
         await pilot.press("space")
         await shown(lambda: view().frame.prompt)
+        first = view().shown
         await pilot.press("n")
-        await shown(lambda: view().shown == 1)
+        await shown(lambda: view().shown == first + 1)
         await pilot.press("n")
-        await shown(lambda: view().shown == 2)
+        await shown(lambda: view().shown == first + 2)
         held = view().shown
         await pilot.press("K", "K")
         await pilot.press("n")
