@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -147,6 +148,14 @@ def test_a_draft_goes_on_learning_after_it_was_written(made, target, tmp_path):
             assert trainer.step(batch, 0.5) > 0
             trainer.save()
             trainer.export(1, trainer.measure())
+
+
+@pytest.mark.parametrize("kind", ["head", "model"])
+def test_a_second_run_follows_one_that_outgrew_its_caches(made, target, kind):
+    pair = load_pair(str(target), str(made[kind][0]), replace(OPTIONS, tokens=1))
+    prompt = pair.encode("What is a lighthouse? " * 8)
+    first, second = (emitted(list(pair.decode(prompt, k=3, max_tokens=80))) for _ in range(2))
+    assert first == second
 
 
 def test_a_distilled_model_is_an_ordinary_checkpoint(made):

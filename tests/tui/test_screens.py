@@ -58,8 +58,9 @@ def test_greyscale_has_no_hue_and_says_as_much(monkeypatch):
 
 
 def test_narrow_screens_swap_the_text_for_the_inspector():
-    shown, _ = pressed(Told(events(60)), "p", "i", size=(80, 24))
+    shown, _ = pressed(Told(events(60)), "home", "exclamation_mark", "i", size=(80, 24))
     assert "q draft" in shown
+    assert "↳ drawn" in shown
     assert "─ text ─" not in shown
 
 
@@ -105,6 +106,22 @@ def test_space_pauses_and_plays():
     assert not player.playing
     _, player = pressed(Told(events(60)), "space", "space", speed=1 / 64)
     assert player.playing
+
+
+def test_ctrl_c_pauses_and_a_second_one_leaves():
+    source = Told(events(600), live=True)
+
+    async def act(app, pilot):
+        app.player.playing = True
+        await pilot.press("ctrl+c")
+        await pilot.pause(0.1)
+        held = app.player.playing, source.closed
+        await pilot.press("ctrl+c")
+        await pilot.pause(0.1)
+        return held
+
+    assert on_screen(source, act, speed=1 / 64) == (False, False)
+    assert source.closed
 
 
 def test_speed_goes_up_and_down_and_stays_in_its_bounds():

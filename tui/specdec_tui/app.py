@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from contextlib import suppress
+from time import monotonic
 from typing import ClassVar
 
 from textual.app import App
@@ -15,6 +16,9 @@ from specdec_tui.screens.watch import WatchScreen
 from specdec_tui.source import Source
 from specdec_tui.theme import DARK, LIGHT
 
+_TWICE_S = 2.0
+"""Within which a second Ctrl-C leaves."""
+
 
 class SpecdecApp(App[None]):
     """Watches one source."""
@@ -23,12 +27,14 @@ class SpecdecApp(App[None]):
     ENABLE_COMMAND_PALETTE = True
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("q,ctrl+q", "quit", "Quit", id="quit", priority=True),
+        Binding("ctrl+c", "stop", "Pause; twice: quit", id="stop", priority=True),
         Binding("question_mark,f1", "help", "Help", id="help"),
     ]
 
     def __init__(self, source: Source, *, speed: float) -> None:
         super().__init__()
         self.source = source
+        self._stopped = -_TWICE_S
         self.player = Player(speed, live=source.live)
         for theme in (DARK, LIGHT):
             self.register_theme(theme)
@@ -44,6 +50,14 @@ class SpecdecApp(App[None]):
 
     def on_unmount(self) -> None:
         self.source.close()
+
+    def action_stop(self) -> None:
+        """Hold the engine; leave when it comes again at once."""
+        now = monotonic()
+        if now - self._stopped < _TWICE_S:
+            self.exit()
+        self._stopped, self.player.playing = now, False
+        self.notify("paused; once more quits", timeout=_TWICE_S)
 
     def action_help(self) -> None:
         if self.screen.query("HelpPanel"):

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import threading
 import traceback
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from specdec_engine.errors import SpecdecError
-from specdec_engine.events import Cycle, Event, Finished, Started
+from specdec_engine.events import Cycle, Finished, Started
 from specdec_engine.progress import Progress, Report
 from specdec_engine.types import Sampling
-from specdec_tui.source import Stage
+from specdec_tui.source import Stage, Threaded
 
 if TYPE_CHECKING:
     from specdec_engine.auto import AutoK
@@ -44,19 +43,17 @@ class Request:
     system: str | None = None
 
 
-class LiveSource:
+class LiveSource(Threaded):
     """Events of the engine. `load` is called in its thread."""
 
     live = True
 
     def __init__(self, load: Callable[[Report], Pair], request: Request, log: Path) -> None:
         """log: where the traceback of a failure goes."""
+        super().__init__(self._main, "engine")
+        self.stage = Stage("loading PyTorch and transformers")
         self.request = request
-        self.error: SpecdecError | None = None
-        """Why there will never be a run."""
         self._load, self._log = load, log
-        self._events: deque[Event] = deque()
-        self._stage: Stage | None = Stage("loading PyTorch and transformers")
         self._gate = threading.Condition()
         self._allowed: int | None = None
         self._wanted: Request | None = request
@@ -64,31 +61,19 @@ class LiveSource:
         self._pair: Pair | None = None
         self._controls: Controls | None = None
         self._text: Callable[[int], str] = lambda token: f"⟨{token}⟩"
-        self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
     # -- from the screen ---------------------------------------------------------------------------------------------
-
-    def start(self) -> None:
-        self._thread.start()
 
     def close(self) -> None:
         with self._gate:
             self._closing = True
             self._gate.notify()
-        if self._thread.ident is not None:
-            self._thread.join(_PATIENCE_S)
+        self._join(_PATIENCE_S)
 
     @property
     def closed(self) -> bool:
         """Whether the thread has ended."""
         return not self._thread.is_alive()
-
-    def drain(self) -> list[Event]:
-        return [self._events.popleft() for _ in range(len(self._events))]
-
-    @property
-    def stage(self) -> Stage | None:
-        return self._stage
 
     def name(self, token: int) -> str:
         return self._text(token)
@@ -148,19 +133,19 @@ class LiveSource:
         except _Closed:
             pass
         except SpecdecError as error:
-            self.error, self._stage = error, Stage(error.message, error.hint, failed=True)
+            self._failed(error)
         except Exception as error:
             self._log.parent.mkdir(parents=True, exist_ok=True)
             self._log.write_text(traceback.format_exc(), "utf-8")
-            self._stage = Stage(f"{type(error).__name__}: {error}", f"the traceback is in {self._log}", failed=True)
+            self.stage = Stage(f"{type(error).__name__}: {error}", f"the traceback is in {self._log}", failed=True)
 
     def _try(self, pair: Pair, request: Request) -> None:
         """Run it; a prompt that is too long, say, ends this run and not the engine."""
         try:
             self._run(pair, request)
         except SpecdecError as error:
-            if self._stage is not None:  # else it is among the events already, as Failed
-                self._stage = Stage(error.message, error.hint, failed=True)
+            if self.stage is not None:  # else it is among the events already, as Failed
+                self.stage = Stage(error.message, error.hint, failed=True)
 
     def _report(self, progress: Progress) -> None:
         if self._closing:
@@ -168,7 +153,7 @@ class LiveSource:
         done = f" {progress.done / 1e6:.0f} of" if progress.total and 0 < progress.done < progress.total else ""
         size = f"{done} {progress.total / 1e6:.0f} MB" if progress.total else ""
         doing = {"download": "fetching", "convert": "converting", "load": "loading"}[progress.stage]
-        self._stage = Stage(f"{doing} {progress.what}", size)
+        self.stage = Stage(f"{doing} {progress.what}", size)
 
     def _next(self) -> Request | None:
         with self._gate:
@@ -177,7 +162,7 @@ class LiveSource:
             return None if self._closing else request
 
     def _run(self, pair: Pair, request: Request) -> None:
-        self._stage = Stage("measuring plain decoding", f"{PLAIN_TOKENS} tokens")
+        self.stage = Stage("measuring plain decoding", f"{PLAIN_TOKENS} tokens")
         ids = pair.encode(request.prompt, chat=request.chat, system=request.system)
         plain = self._plain(pair, ids)
         controls = self._controls = pair.controls(request.k, request.sampling, request.draft_temperature)
@@ -186,7 +171,7 @@ class LiveSource:
         for event in pair.decode(ids, controls=controls, seed=request.seed, **how):
             if isinstance(event, Started):
                 event = replace(event, environment={**event.environment, "plain_tokens_per_second": plain})
-                self._stage = None
+                self.stage = None
             self._events.append(event)
             if isinstance(event, Cycle):
                 done, emitted = done + 1, emitted + len(event.emitted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -43,10 +44,8 @@ class Source(Protocol):
         """What has come since it was last asked."""
         ...
 
-    @property
-    def stage(self) -> Stage | None:
-        """None while events come."""
-        ...
+    stage: Stage | None
+    """None while events come."""
 
     def name(self, token: int) -> str:
         """A token's own text."""
@@ -57,34 +56,44 @@ class Source(Protocol):
         ...
 
 
-class ReplaySource:
+class Threaded:
+    """Events that a thread of its own appends, and what befell it."""
+
+    def __init__(self, work: Callable[[], None], name: str) -> None:
+        self.stage: Stage | None = None
+        self.error: SpecdecError | None = None
+        """Why there will be no more events."""
+        self._events: deque[Event] = deque()
+        self._thread = threading.Thread(target=work, name=name, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def drain(self) -> list[Event]:
+        return [self._events.popleft() for _ in range(len(self._events))]
+
+    def _join(self, seconds: float) -> None:
+        if self._thread.ident is not None:
+            self._thread.join(seconds)
+
+    def _failed(self, error: SpecdecError) -> None:
+        self.error, self.stage = error, Stage(error.message, error.hint, failed=True)
+
+
+class ReplaySource(Threaded):
     """A trace, read in a thread: a large one shows its beginning while the rest is read. Of several runs, the last."""
 
     live = False
 
     def __init__(self, path: Path) -> None:
+        super().__init__(self._read, "trace")
         self.path = path
-        self._events: deque[Event] = deque()
         self._pieces: dict[int, str] = {}
-        self._stage: Stage | None = None
-        self.error: SpecdecError | None = None
-        """Why the trace could not be read to its end."""
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._read, name="trace", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
 
     def close(self) -> None:
         self._closed.set()
-        self._thread.join(2.0)
-
-    def drain(self) -> list[Event]:
-        return [self._events.popleft() for _ in range(len(self._events))]
-
-    @property
-    def stage(self) -> Stage | None:
-        return self._stage
+        self._join(2.0)
 
     def name(self, token: int) -> str:
         return self._pieces.get(token, f"⟨{token}⟩")
@@ -104,7 +113,7 @@ class ReplaySource:
             if not begun:
                 raise TraceError(f"{self.path} holds no run", "give a file that --trace wrote")
         except SpecdecError as error:
-            self.error, self._stage = error, Stage(error.message, error.hint, failed=True)
+            self._failed(error)
 
 
 class FrameSource:

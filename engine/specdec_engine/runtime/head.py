@@ -136,6 +136,7 @@ class HeadRuntime:
         """Cache slots: [n, F, hidden] features and the [n] tokens that follow them."""
         self._step(self._forward.fused(features), tokens)
 
+    @torch.inference_mode()  # a cache that grew in a pass is an inference tensor
     def rollback(self, to: int) -> None:
         """Forget all but the first `to` slots; idempotent."""
         if to == 0:  # as in `LeanRuntime`: what a broken run left would come through the mask

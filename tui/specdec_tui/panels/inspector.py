@@ -25,7 +25,7 @@ def inspector(view: View, room: Room) -> Drawn | None:
         ]
         return Drawn("inspector", lines)
     token = fitted(f"“{alone(cycle.drafted[at], room.name)}”", room.width - 22)
-    lines = [[(f"cycle {cycle.index + 1} · token {at + 1} of {len(cycle.drafted)} · ", "muted"), (token, "strong")], []]
+    lines = [[(f"cycle {cycle.index + 1} · token {at + 1} of {len(cycle.drafted)} · ", "muted"), (token, "strong")]]
     seen = view.partial
     if seen is not None and not seen.verified:
         return Drawn("inspector", [*lines, *_draft(cycle, at, room.width)])

@@ -17,6 +17,7 @@ from textual.widgets import Static
 from specdec_tui.frame import Frame
 from specdec_tui.live import LiveSource, Request
 from specdec_tui.panels import Line, number
+from specdec_tui.pieces import one_line
 from specdec_tui.race import Lane, Race
 from specdec_tui.theme import content
 from specdec_tui.widgets.stream import Stream
@@ -118,12 +119,21 @@ class RaceScreen(Screen[Frame | None]):
         said = (
             race.verdict() if race is not None and over else "Recorded back to back on this machine, replayed together."
         )
+        stage = self._source.stage
+        if stage is not None and stage.failed:
+            said = one_line(f"× {stage.text}. {stage.hint}")
+        elif (broken := next((f.failed for f in self._frames if f.failed is not None), None)) is not None:
+            said = one_line(f"× {broken.message}. {broken.hint}")
         self.query_one("#race-verdict", Static).update(content([[(said, "")]]), layout=False)
 
     def _title(self) -> Line:
         if self._race is None:
             stage = self._source.stage
-            what = stage.text if stage is not None else f"recording {('plain', 'speculative')[min(self._recording, 1)]}"
+            what = (
+                one_line(stage.text)
+                if stage is not None and not stage.failed
+                else f"recording {('plain', 'speculative')[min(self._recording, 1)]}"
+            )
             return [(" race ", "brand"), (f" {what}", "strong")]
         state = f"▶ 1/{1 / self._speed:g}×" if self._playing else "‖ paused"
         return [

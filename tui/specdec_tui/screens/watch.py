@@ -125,7 +125,7 @@ class WatchScreen(Screen[None]):
     def _narration(self) -> str:
         view = self._player.view
         if view.at_end and view.frame.over and view.shown:
-            return f"{step_words(view, self._source.name)} {ending(view.frame)}"
+            return f"{ending(view.frame)} {step_words(view, self._source.name)}"
         return step_words(view, self._source.name)
 
     def _state(self) -> str:

@@ -4,9 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from specdec_tui.frame import View
 from specdec_tui.ladder import row
 from specdec_tui.pieces import Name
 from specdec_tui.widgets.view_lines import Cell, ViewLines
+
+
+class _Cycles:
+    """A line a cycle."""
+
+    def __init__(self, name: Name) -> None:
+        self._name = name
+
+    def count(self, view: View, width: int) -> int:
+        return view.shown
+
+    def cells(self, view: View, y: int, width: int) -> Sequence[Cell]:
+        partial = view.partial if y == view.shown - 1 else None
+        return [(text, style, (y, -1)) for text, style in row(view.frame.cycles[y], self._name, width, partial)]
 
 
 class Ladder(ViewLines):
@@ -15,14 +30,4 @@ class Ladder(ViewLines):
     HELP = "One row a cycle: ✓ kept, × rejected, · never tested, ↳ recovered, + bonus; at the right its milliseconds."
 
     def __init__(self, name: Name) -> None:
-        super().__init__(id="ladder")
-        self.border_title = "cycles"
-        self._token_name = name
-
-    def count(self, width: int) -> int:
-        return self.view.shown
-
-    def line_cells(self, y: int, width: int) -> Sequence[Cell]:
-        last = y == self.view.shown - 1
-        parts = row(self.view.frame.cycles[y], self._token_name, width, self.view.partial if last else None)
-        return [(text, style, (y, -1)) for text, style in parts]
+        super().__init__(_Cycles(name), id="ladder", title="cycles")

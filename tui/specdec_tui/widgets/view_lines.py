@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 from rich.segment import Segment
 from rich.style import Style as RichStyle
@@ -22,8 +22,18 @@ Cell = tuple[str, str, tuple[int, int] | None]
 """Text, style name, and the (cycle, position) it stands for."""
 
 
+class Rows(Protocol):
+    """**Protocol:** what stands on the lines."""
+
+    def count(self, view: View, width: int) -> int:
+        """Lines of this view at this width; asked before any `cells`."""
+        ...
+
+    def cells(self, view: View, y: int, width: int) -> Sequence[Cell]: ...
+
+
 class ViewLines(ScrollView, can_focus=True, inherit_bindings=False):  # home and end are the screen's
-    """Draws `line_cells`; a click on a cell tells which token was meant."""
+    """Draws `Rows`; a click on a cell tells which token was meant."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("up", "scroll_up", "Scroll up", show=False, id="scroll-up"),
@@ -47,6 +57,10 @@ class ViewLines(ScrollView, can_focus=True, inherit_bindings=False):  # home and
             super().__init__()
             self.cycle, self.position = cycle, position
 
+    def __init__(self, rows: Rows, *, id: str, title: str) -> None:
+        super().__init__(id=id)
+        self._rows, self.border_title = rows, title
+
     def on_mount(self) -> None:
         self._restyle()
         self.app.theme_changed_signal.subscribe(self, lambda _: self._restyle())
@@ -61,7 +75,7 @@ class ViewLines(ScrollView, can_focus=True, inherit_bindings=False):  # home and
         width = self.scrollable_content_region.width
         if width < 1:
             return
-        self.virtual_size = Size(width, self.count(width))
+        self.virtual_size = Size(width, self._rows.count(self.view, width))
         self.scroll_end(animate=False, immediate=True, x_axis=False)
         self.refresh()
 
@@ -74,20 +88,12 @@ class ViewLines(ScrollView, can_focus=True, inherit_bindings=False):  # home and
     def on_resize(self) -> None:
         self.show(self.view)
 
-    def count(self, width: int) -> int:
-        """Lines at this width."""
-        raise NotImplementedError
-
-    def line_cells(self, y: int, width: int) -> Sequence[Cell]:
-        """What stands on a line."""
-        raise NotImplementedError
-
     def render_line(self, y: int) -> Strip:
         width, line = self.scrollable_content_region.width, y + self.scroll_offset.y
         base = self.rich_style
         if not 0 <= line < self.virtual_size.height:
             return Strip.blank(self.size.width, base)
-        segments = [self._segment(cell, base) for cell in self.line_cells(line, width)]
+        segments = [self._segment(cell, base) for cell in self._rows.cells(self.view, line, width)]
         return Strip(segments).adjust_cell_length(self.size.width, base)
 
     def _segment(self, cell: Cell, base: RichStyle) -> Segment:
