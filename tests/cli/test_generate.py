@@ -65,7 +65,8 @@ def test_a_model_draft_from_disk_gives_the_plain_tokens(generate, draft_checkpoi
 
 
 def test_sampling_repeats_under_its_printed_seed(generate, draft_checkpoint):
-    options = ("--json", "-n", "30", "--temperature", "0.9", "--top-p", "0.95", "-d", draft_checkpoint)
+    # k as given: `-k auto` follows measured times, and what is drawn follows k.
+    options = ("--json", "-n", "30", "--temperature", "0.9", "--top-p", "0.95", "-d", draft_checkpoint, "-k", "3")
     first = answer(generate(*options))
     assert answer(generate(*options, "--seed", first["seed"]))["token_ids"] == first["token_ids"]
     assert answer(generate(*options))["seed"] != first["seed"]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from time import monotonic
+from time import monotonic, thread_time
 from typing import ClassVar, Literal
 
 from textual import work
@@ -16,6 +16,7 @@ from textual.screen import Screen
 
 from specdec_engine.errors import TraceError
 from specdec_engine.text import printable
+from specdec_tui.display import Thrift
 from specdec_tui.frame import View
 from specdec_tui.live import LiveSource, Request
 from specdec_tui.narrate import ending, step_words
@@ -31,10 +32,7 @@ from specdec_tui.widgets.view_lines import ViewLines
 from specdec_tui.words import containing
 
 TICK_S = 1 / 15
-"""Screens are drawn so often; the engine does not wait for them."""
-LIVE_S = 1 / 4
-"""While an engine runs at full speed: drawing takes the same cores. On two, 15 screens a second left it 0.23 of its speed,
-5 left 0.39, 4 left 0.45 (`benchmarks/display.py`)."""
+"""Screens are drawn so often, or less where an engine runs at full speed (`display.py`); the engine never waits for them."""
 
 
 class WatchScreen(Screen[None]):
@@ -79,7 +77,7 @@ class WatchScreen(Screen[None]):
         self._live = source if isinstance(source, LiveSource) else None
         self._word = ""
         self._racing = False
-        self._ticked, self._drawn_at = monotonic(), 0.0
+        self._ticked, self._thrift = monotonic(), Thrift()
         self._drawn: tuple[View, bool, float, Stage | None] | None = None
 
     def compose(self) -> ComposeResult:
@@ -105,8 +103,10 @@ class WatchScreen(Screen[None]):
         self._player.tick(elapsed)
         self._source.allow(self._player.allowed)
         state = self._player.view, self._player.playing, self._player.speed, self._source.stage
-        if state != self._drawn and (now - self._drawn_at > LIVE_S or not self._at_full_speed):
-            self._drawn, self._drawn_at = state, now
+        used = thread_time()
+        if state != self._drawn and (not self._at_full_speed or self._thrift.may_draw(now, used)):
+            self._drawn = state
+            self._thrift.drawing(now, used)
             self.draw()
 
     @property
@@ -117,8 +117,8 @@ class WatchScreen(Screen[None]):
         """Everything, from the player's view."""
         view, over = self._player.view, self._player.view.frame.over
         end = "live" if self._player.live and not over else "end"
-        live = self._live is not None
-        said = Said(self._state(), self._narration(), end, self._player.playing, live, self._source.stage)
+        live, cost = self._live is not None, self._thrift.share if self._at_full_speed else None
+        said = Said(self._state(), self._narration(), end, self._player.playing, live, self._source.stage, cost)
         with self.app.batch_update():
             self.query_one(Board).show(view, said)
 

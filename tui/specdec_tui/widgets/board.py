@@ -43,6 +43,8 @@ class Said:
     playing: bool
     live: bool
     stage: Stage | None
+    display_cost: float | None
+    """What drawing takes, as a share of one core; None where no engine is slowed by it."""
 
 
 class Board(Vertical):
@@ -96,7 +98,7 @@ class Board(Vertical):
             if box.parent is not None and box.parent.display:
                 box.show(view)
         self.query_one(Scrubber).show(view, said.end)
-        self.query_one(Keys).show(said.playing, said.live)
+        self.query_one(Keys).show(said.playing, said.live, said.display_cost)
 
     def _static(self, name: str, lines: list[list[tuple[str, str]]]) -> None:
         self.query_one(f"#{name}", Static).update(content(lines), layout=False)

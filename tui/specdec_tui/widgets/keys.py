@@ -15,21 +15,24 @@ _MORE = (("+ -", "Speed"), ("s", "Save"), ("/", "Find"))
 
 
 class Keys(Widget):
-    """One line."""
+    """One line; at its right what drawing takes of a core."""
 
-    _playing, _live = True, False
+    _said: tuple[bool, bool, str] = (True, False, "")
 
-    def show(self, playing: bool, live: bool) -> None:
-        if (playing, live) != (self._playing, self._live):
-            self._playing, self._live = playing, live
+    def show(self, playing: bool, live: bool, display_cost: float | None) -> None:
+        cost = "" if display_cost is None else f"screen {display_cost:.0%} "
+        if (said := (playing, live, cost)) != self._said:
+            self._said = said
             self.refresh()
 
     def render(self) -> Content:
+        playing, live, cost = self._said
         parts, used = list[tuple[str, str]](), 0
-        for key, label in (*_KEYS, *(_LIVE if self._live else ()), *_MORE):
-            label = ("Pause" if self._playing else "Play") if key == "space" else label
-            if used + len(key) + len(label) + 3 > self.size.width:
+        for key, label in (*_KEYS, *(_LIVE if live else ()), *_MORE):
+            label = ("Pause" if playing else "Play") if key == "space" else label
+            if used + len(key) + len(label) + 3 > self.size.width - len(cost):
                 break
             parts += [(f" {key}", STYLES["key"]), (f" {label} ", STYLES["muted"])]
             used += len(key) + len(label) + 3
+        parts.append((" " * (self.size.width - used - len(cost)) + cost, STYLES["muted"]))
         return Content.assemble(*parts)

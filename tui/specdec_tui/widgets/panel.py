@@ -6,7 +6,7 @@ from textual.widget import Widget
 from textual.widgets import Static
 
 from specdec_tui.frame import View
-from specdec_tui.panels import Panel, Room
+from specdec_tui.panels import Drawn, Panel, Room
 from specdec_tui.pieces import Name
 from specdec_tui.theme import content
 
@@ -17,13 +17,22 @@ class PanelBox(Static):
     def __init__(self, panel: Panel, name: Name, *, id: str) -> None:
         super().__init__(id=id, classes="panel", markup=False)
         self._panel, self._token_name = panel, name
+        self._drawn: Drawn | None = None
 
     def show(self, view: View) -> None:
-        drawn = self._panel(view, Room(max(10, self._room()), self._token_name))
+        drawn, before = self._panel(view, Room(max(10, self._room()), self._token_name)), self._drawn
+        if drawn == before:
+            return
+        self._drawn = drawn
         self.set_class(drawn is None, "-silent")
-        if drawn is not None:
+        if drawn is None:
+            return
+        if before is None or before.title != drawn.title:
             self.border_title = content([[(drawn.title, "muted")]])
-            self.update(content(drawn.lines))
+        # A layout draws the whole screen again: only where this box grows or shrinks.
+        fixed = self.styles.height is not None and not self.styles.height.is_auto
+        same = before is not None and (fixed or len(before.lines) == len(drawn.lines))
+        self.update(content(drawn.lines), layout=not same)
 
     def _room(self) -> int:
         """Cells within the border; the column's, while this one is hidden and has none."""

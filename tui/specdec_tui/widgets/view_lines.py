@@ -9,6 +9,7 @@ from rich.segment import Segment
 from rich.style import Style as RichStyle
 from textual import events
 from textual.binding import Binding, BindingType
+from textual.cache import LRUCache
 from textual.geometry import Size
 from textual.message import Message
 from textual.reactive import var
@@ -60,13 +61,18 @@ class ViewLines(ScrollView, can_focus=True, inherit_bindings=False):  # home and
     def __init__(self, rows: Rows, *, id: str, title: str) -> None:
         super().__init__(id=id)
         self._rows, self.border_title = rows, title
+        self._strips = LRUCache[tuple[object, ...], Strip](1024)
+        self._drawn: dict[int, tuple[Cell, ...]] = {}
 
     def on_mount(self) -> None:
         self._restyle()
         self.app.theme_changed_signal.subscribe(self, lambda _: self._restyle())
 
     def _restyle(self) -> None:
-        self._styles = {name: style.rich_style for name, style in styles(self.app.theme_variables).items()}
+        self._base = self.rich_style
+        self._styles = {name: self._base + style.rich_style for name, style in styles(self.app.theme_variables).items()}
+        self._strips.clear()
+        self._drawn.clear()
         self.refresh()
 
     def show(self, view: View) -> None:
@@ -75,9 +81,17 @@ class ViewLines(ScrollView, can_focus=True, inherit_bindings=False):  # home and
         width = self.scrollable_content_region.width
         if width < 1:
             return
-        self.virtual_size = Size(width, self._rows.count(self.view, width))
-        self.scroll_end(animate=False, immediate=True, x_axis=False)
-        self.refresh()
+        self._grow(Size(width, self._rows.count(self.view, width)))
+        self.scroll_end(animate=False, immediate=True, x_axis=False)  # where that moves, all lines are drawn
+        top = self.scroll_offset.y
+        for line in range(top, top + self.scrollable_content_region.height):
+            if self._content(line, width) != self._drawn.get(line):
+                self.refresh_line(line)
+
+    def _grow(self, size: Size) -> None:
+        """Setting `virtual_size` would lay out and draw the whole screen again, which doubles what a cycle costs."""
+        self.set_reactive(ViewLines.virtual_size, size)
+        self.vertical_scrollbar.window_virtual_size = size.height
 
     def action_page_up(self) -> None:
         self.scroll_page_up(animate=False)
@@ -90,15 +104,19 @@ class ViewLines(ScrollView, can_focus=True, inherit_bindings=False):  # home and
 
     def render_line(self, y: int) -> Strip:
         width, line = self.scrollable_content_region.width, y + self.scroll_offset.y
-        base = self.rich_style
-        if not 0 <= line < self.virtual_size.height:
-            return Strip.blank(self.size.width, base)
-        segments = [self._segment(cell, base) for cell in self._rows.cells(self.view, line, width)]
-        return Strip(segments).adjust_cell_length(self.size.width, base)
+        cells = self._drawn[line] = self._content(line, width)
+        key = self.size.width, cells
+        if (strip := self._strips.get(key)) is None:
+            strip = Strip([self._segment(cell) for cell in cells]).adjust_cell_length(self.size.width, self._base)
+            self._strips[key] = strip
+        return strip
 
-    def _segment(self, cell: Cell, base: RichStyle) -> Segment:
+    def _content(self, line: int, width: int) -> tuple[Cell, ...]:
+        return tuple(self._rows.cells(self.view, line, width)) if 0 <= line < self.virtual_size.height else ()
+
+    def _segment(self, cell: Cell) -> Segment:
         text, name, token = cell
-        style = base + self._styles[name]
+        style = self._styles[name]
         return Segment(text, style if token is None else style + RichStyle.from_meta({"token": token}))
 
     def on_click(self, event: events.Click) -> None:
