@@ -11,7 +11,7 @@ from torch import Tensor
 from specdec_engine.coupling import choice, gumbel_noise
 from specdec_engine.randomness import Randomness
 from specdec_engine.runtime import Chosen
-from specdec_engine.sampling import best_of, draw, warp, wide
+from specdec_engine.sampling import draw, warp, wide
 from specdec_engine.types import Sampling
 
 
@@ -33,8 +33,8 @@ class DraftChoice:
     def __call__(self, logits: Tensor, u: Tensor, temperature: Tensor) -> Chosen:
         logits = logits[:, : self.vocab]
         if self.sampling.greedy:
-            best, at = best_of(logits)
-            return Chosen(at, None, 1 / (logits - best[:, None]).float().exp_().sum())
+            sure, at = logits.float().softmax(-1).max(-1)
+            return Chosen(at, None, sure)
         row = warp(logits, self.sampling, temperature)
         if self.sampling.coupled:
             return Chosen(choice(row, u[None, : self.vocab]), None, row.amax())

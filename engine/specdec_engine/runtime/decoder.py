@@ -59,14 +59,21 @@ class Decoder(Blocks):
 
     @torch.inference_mode()
     def __call__(
-        self, tokens: Tensor, positions: Tensor, cache: Tensor, span: int, rows: int, taps: Taps | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        cache: Tensor,
+        span: int,
+        rows: int,
+        taps: Taps | None = None,
+        start: int | None = None,
     ) -> Tensor:
         """[n] tokens at [n] positions -> [rows, V] logits of the last `rows`.
 
         Writes their keys and values into `cache`, and looks at its first `span` positions, which must take in all of
-        `positions`.
+        `positions`. start: see `Blocks.begin`.
         """
-        step = self.begin(positions, cache, span)
+        step = self.begin(positions, cache, span, start)
         step.x.copy_(self.embedding(tokens))
         kept = []
         for i, layer in enumerate(self.layers):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import rms_norm
 
 from specdec_engine.runtime import Choose, Enough
-from specdec_engine.runtime.blocks import Blocks, Layer
+from specdec_engine.runtime.blocks import SPAN, Blocks, Layer
 from specdec_engine.runtime.decoder import Embedding
 from specdec_engine.runtime.linear import Quantize, project
 from specdec_engine.runtime.shape import Shape
@@ -105,12 +105,11 @@ class HeadForward(Blocks):
         return self._fuse(normed.flatten(1).to(self.dtype)).float()
 
     @torch.inference_mode()
-    def __call__(
-        self, states: Tensor, tokens: Tensor, positions: Tensor, cache: Tensor, span: int
-    ) -> tuple[Tensor, Tensor]:
-        """[n, hidden] states and [n] tokens (target ids) at [n] slots -> [1, V'] logits after the last, and its state
-        [1, hidden] for the slot that follows."""
-        step = self.begin(positions, cache, span)
+    def __call__(self, states: Tensor, tokens: Tensor, start: int, cache: Tensor, span: int) -> tuple[Tensor, Tensor]:
+        """[n, hidden] states and [n] tokens (target ids) at the n slots from `start` -> [1, V'] logits after the last, and
+        its state [1, hidden] for the slot that follows."""
+        positions = torch.arange(start, start + tokens.shape[0], device=self.device)
+        step = self.begin(positions, cache, span, start)
         step.x.copy_(states)
         embedded = rms_norm(self.embedding(tokens), (self.shape.hidden,), self._embedding_norm, self.shape.eps)
         state = self.normed(step, self.layers[0].attention_norm)
@@ -174,11 +173,10 @@ class HeadRuntime:
             wider = self._forward.new_cache(_rounded(2 * end))
             wider[:, :, : self._cached] = self._cache[:, :, : self._cached]
             self._cache = wider
-        positions = torch.arange(self._cached, end, device=self.device)
-        self._cached = end
+        start, self._cached = self._cached, end
         self._written = max(self._written, end)
-        return self._forward(states, tokens, positions, self._cache, _rounded(end))
+        return self._forward(states, tokens, start, self._cache, _rounded(end))
 
 
 def _rounded(slots: int) -> int:
-    return -(-slots // 16) * 16
+    return -(-slots // SPAN) * SPAN

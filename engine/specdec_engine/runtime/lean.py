@@ -11,11 +11,9 @@ from torch import Tensor
 from specdec_engine.errors import OutOfMemory
 from specdec_engine.memory import free_bytes, gib
 from specdec_engine.runtime import step_by_step
+from specdec_engine.runtime.blocks import SPAN
 from specdec_engine.runtime.decoder import Decoder, Taps
 from specdec_engine.runtime.shape import Unsupported
-
-_SPAN = 16
-"""Attention looks at a multiple of this many positions, so that a row's sums are cut alike in passes of any width."""
 
 
 class Forward(Protocol):
@@ -65,15 +63,14 @@ class LeanRuntime:
         end = self._cached + tokens.shape[0]
         self._make_room(end)
         positions = torch.arange(self._cached, end, device=self.device)
-        logits = self._passed(tokens, positions, self._rounded(end), rows)
+        logits = self._passed(tokens, positions, self._rounded(end), rows, self._cached)
         self._cached = end
         return logits
 
-    def _passed(self, tokens: Tensor, positions: Tensor, span: int, rows: int) -> Tensor:
-        if self._taps is None:
-            return self.decoder(tokens, positions, self._cache, span, rows)
-        assert isinstance(self.decoder, Decoder)
-        return self.decoder(tokens, positions, self._cache, span, rows, self._taps)
+    def _passed(self, tokens: Tensor, positions: Tensor, span: int, rows: int, start: int | None = None) -> Tensor:
+        if isinstance(self.decoder, Decoder):
+            return self.decoder(tokens, positions, self._cache, span, rows, self._taps, start)
+        return self.decoder(tokens, positions, self._cache, span, rows)
 
     def first(self, layers: int) -> LeanRuntime:
         """The same decoder without its later blocks, on a cache of its own."""
@@ -139,7 +136,7 @@ class LeanRuntime:
 
     def _rounded(self, tokens: int) -> int:
         """To the span that attention looks at: then every row of a pass finds its places."""
-        return -(-tokens // _SPAN) * _SPAN
+        return -(-tokens // SPAN) * SPAN
 
     def _new_cache(self, capacity: int) -> Tensor:
         try:
