@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
 from specdec_cli import output
 from specdec_engine.errors import UsageError
+from specdec_engine.progress import Report, silent
+from specdec_engine.types import Sampling
+
+if TYPE_CHECKING:
+    from specdec_engine.loading import LoadOptions
 
 _MODELS, _SAMPLING, _PROMPT, _OUTPUT = "Models", "Sampling", "Prompt", "Output"
 
@@ -142,6 +151,95 @@ Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", rich_help_panel=_OUTPUT, help="Say which runtime each model got, and why.")
 ]
 Debug = Annotated[bool, typer.Option("--debug", rich_help_panel=_OUTPUT, help="Tracebacks for errors.")]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where and how models run."""
+
+    device: Device = "auto"
+    device_map: DeviceMap = None
+    dtype: Dtype = "auto"
+    runtime: Runtime = "auto"
+    quantize: Quantize = "auto"
+    draft_quantize: DraftQuantize = "auto"
+    threads: Threads = None
+    offline: Offline = False
+    trust_remote_code: TrustRemoteCode = False
+    debug: Debug = False
+
+    def loading(self, tokens: int, report: Report = silent) -> LoadOptions:
+        """tokens: of context to reckon with. Imports torch, which takes 3 s."""
+        from specdec_engine.loading import LoadOptions
+        from specdec_engine.machine import usable_cores
+
+        return LoadOptions(
+            device=self.device,
+            dtype=self.dtype,
+            device_map=self.device_map,
+            runtime=self.runtime,
+            quantize=self.quantize,
+            draft_quantize=self.draft_quantize,
+            threads=self.threads or usable_cores(),
+            offline=self.offline,
+            trust_remote_code=self.trust_remote_code,
+            tokens=tokens,
+            report=report,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """A run: what it draws with, how it verifies, when it ends."""
+
+    k: K = "auto"
+    temperature: Temperature = 0.0
+    top_k: TopK = 0
+    top_p: TopP = 1.0
+    min_p: MinP = 0.0
+    draft_temperature: DraftTemperature = None
+    rule: Rule = "token"
+    coupling: Coupling = "independent"
+    seed: Seed = None
+    max_tokens: MaxTokens = 256
+    stop: StopText = None
+    chat: Chat = None
+    system: System = None
+
+    @property
+    def sampling(self) -> Sampling:
+        """Raises UsageError for values that no distribution has."""
+        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.coupling)
+
+
+def records(command: Callable[..., None]) -> Callable[..., None]:
+    """A Typer command that takes records of options: every field of a parameter that is a dataclass becomes an option."""
+    hints = get_type_hints(command, include_extras=True)
+    parameters, made = list[inspect.Parameter](), dict[str, type[Any]]()
+    for name, parameter in inspect.signature(command).parameters.items():
+        if not is_dataclass(kind := hints[name]):
+            parameters.append(parameter.replace(annotation=kind))
+            continue
+        made[name] = kind  # type: ignore[assignment]
+        of_field = get_type_hints(kind, include_extras=True)
+        for field in fields(kind):
+            default = inspect.Parameter.empty if field.default is MISSING else field.default
+            parameters.append(
+                inspect.Parameter(
+                    field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=of_field[field.name]
+                )
+            )
+
+    @wraps(command)
+    def flat(**given: Any) -> None:
+        gathered = {name: kind(**{f.name: given.pop(f.name) for f in fields(kind)}) for name, kind in made.items()}
+        command(**given, **gathered)
+
+    flat.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+    )
+    flat.__annotations__ = {p.name: p.annotation for p in parameters}
+    return flat
 
 
 def k_of(text: str) -> int | Literal["auto"]:

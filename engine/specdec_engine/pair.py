@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import secrets
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import Any, Literal
@@ -58,8 +58,16 @@ class Pair:
     def has_chat_template(self) -> bool:
         return bool(getattr(self.tokenizer, "chat_template", None))
 
-    def encode(self, prompt: str, *, chat: bool | None = None, system: str | None = None) -> list[int]:
-        """The prompt's token ids; as a user's turn where the tokenizer has a chat template, unless `chat` is False.
+    def encode(
+        self,
+        prompt: str,
+        *,
+        chat: bool | None = None,
+        system: str | None = None,
+        history: Sequence[tuple[str, str]] = (),
+    ) -> list[int]:
+        """The prompt's token ids; as a user's turn where the tokenizer has a chat template, unless `chat` is False. history:
+        the turns before it, user and assistant; without a template they come as they are.
 
         Raises UsageError for an empty prompt, and for a chat or system prompt without a template.
         """
@@ -70,7 +78,10 @@ class Pair:
             raise UsageError("this tokenizer has no chat template", "use --raw, and no --system")
         if system and not chat:
             raise UsageError("a system prompt needs the chat template", "leave out --raw or --system")
-        return chat_ids(self.tokenizer, prompt, system) if chat else list(self.tokenizer(prompt)["input_ids"])
+        if chat:
+            return chat_ids(self.tokenizer, prompt, system, history)
+        whole = "\n\n".join([*(text for turn in history for text in turn), prompt])
+        return list(self.tokenizer(whole)["input_ids"])
 
     def controls(
         self,
@@ -124,17 +135,25 @@ def load_pair(target: str = "builtin", draft: str | None = None, options: LoadOp
     commas (`drafters.build_drafter`); None for the best of those that need not be named. Raises the errors of
     `find_model`, and PairIncompatible where tokenizers differ.
     """
+    return load_pairs(target, [draft], options)[0]
+
+
+def load_pairs(target: str, drafts: Sequence[str | None], options: LoadOptions | None = None) -> list[Pair]:
+    """A pair for each draft, as `load_pair` makes it; they share the target's weights and cache, so that they take turns."""
     options = options or LoadOptions()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     found = find_model(target, options)
     if read_draft(found.path) is not None:
         raise UsageError(f"{target} is a draft, made for another target", "give it to --draft")
-    drafts, notes = dict[str, Loaded](), list[str]()
+    load_target = cache(found.load)
+    return [_paired(target, found, load_target, draft, options) for draft in drafts]
 
-    @cache
-    def load_target() -> Loaded:
-        return found.load()
+
+def _paired(
+    target: str, found: Candidate, load_target: Callable[[], Loaded], draft: str | None, options: LoadOptions
+) -> Pair:
+    drafts, notes = dict[str, Loaded](), list[str]()
 
     def load_draft(name: str) -> LoadedDraft:
         small = find_model(name, replace(options, device_map=None, quantize=options.draft_quantize))

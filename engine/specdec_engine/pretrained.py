@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -107,9 +107,12 @@ def stop_ids(*holders: Any) -> frozenset[int]:
     return frozenset(ids)
 
 
-def chat_ids(tokenizer: Any, prompt: str, system: str | None) -> list[int]:
-    """The prompt as one user turn of the tokenizer's chat template, the assistant's turn opened."""
+def chat_ids(tokenizer: Any, prompt: str, system: str | None, history: Sequence[tuple[str, str]] = ()) -> list[int]:
+    """The prompt as the next user turn of the tokenizer's chat template, the assistant's turn opened. history: what was said
+    before, user and assistant."""
     turns = [{"role": "system", "content": system}] if system else []
+    for user, assistant in history:
+        turns += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
     turns.append({"role": "user", "content": prompt})
     try:
         encoded = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=True)

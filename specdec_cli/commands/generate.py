@@ -23,39 +23,20 @@ from specdec_engine.stats import Summary
 from specdec_engine.stopping import Stop
 from specdec_engine.text import TextStream, TokenText
 from specdec_engine.trace import TraceWriter
-from specdec_engine.types import Sampling
 
 if TYPE_CHECKING:
     from specdec_engine.pair import Pair
 
 
+@opt.records
 def generate(
+    *,
     prompt: opt.Prompt = None,
     file: opt.PromptFile = None,
     target: opt.Target = "builtin",
     draft: opt.Draft = None,
-    k: opt.K = "auto",
-    temperature: opt.Temperature = 0.0,
-    top_k: opt.TopK = 0,
-    top_p: opt.TopP = 1.0,
-    min_p: opt.MinP = 0.0,
-    draft_temperature: opt.DraftTemperature = None,
-    rule: opt.Rule = "token",
-    coupling: opt.Coupling = "independent",
-    seed: opt.Seed = None,
-    max_tokens: opt.MaxTokens = 256,
-    stop: opt.StopText = None,
-    chat: opt.Chat = None,
-    system: opt.System = None,
-    device: opt.Device = "auto",
-    device_map: opt.DeviceMap = None,
-    dtype: opt.Dtype = "auto",
-    runtime: opt.Runtime = "auto",
-    quantize: opt.Quantize = "auto",
-    draft_quantize: opt.DraftQuantize = "auto",
-    threads: opt.Threads = None,
-    offline: opt.Offline = False,
-    trust_remote_code: opt.TrustRemoteCode = False,
+    how: opt.Decoding,
+    where: opt.Placement,
     json: opt.Json = False,
     jsonl: opt.JsonLines = False,
     trace: opt.Trace = None,
@@ -63,7 +44,6 @@ def generate(
     marks: opt.Marks = False,
     stats: opt.Stats = True,
     verbose: opt.Verbose = False,
-    debug: opt.Debug = False,
 ) -> None:
     """Generate text from a draft/target pair, losslessly.
 
@@ -74,34 +54,19 @@ def generate(
     # All that can be wrong without a model is found out before one is loaded.
     if json and jsonl:
         raise UsageError("--json and --jsonl exclude each other", "--json is one object, --jsonl one event a line")
-    drafted, sampling = opt.k_of(k), Sampling(temperature, top_k, top_p, min_p, coupling)
-    Controls(3 if drafted == "auto" else drafted, sampling, draft_temperature)
-    stops = Stop(max_tokens, strings=tuple(stop or ())).strings
+    drafted, sampling = opt.k_of(how.k), how.sampling
+    Controls(3 if drafted == "auto" else drafted, sampling, how.draft_temperature)
+    stops = Stop(how.max_tokens, strings=tuple(how.stop or ())).strings
     text = read_prompt(prompt, file)
     recorder = Recorder(trace)
 
-    quieten(offline, debug)
+    quieten(where.offline, where.debug)
     with interruptible(), output.narrated() as report:
         # Deferred: torch and transformers take 3 s, and `--help` and usage errors must not pay them.
-        from specdec_engine.loading import LoadOptions
-        from specdec_engine.machine import usable_cores
         from specdec_engine.pair import load_pair
 
-        load = LoadOptions(
-            device=device,
-            dtype=dtype,
-            device_map=device_map,
-            runtime=runtime,
-            quantize=quantize,
-            draft_quantize=draft_quantize,
-            threads=threads or usable_cores(),
-            offline=offline,
-            trust_remote_code=trust_remote_code,
-            tokens=len(text) // 3 + max_tokens,
-            report=report,
-        )
-        pair = load_pair(target, draft, load)
-    ids = pair.encode(text, chat=chat, system=system)
+        pair = load_pair(target, draft, where.loading(len(text) // 3 + how.max_tokens, report))
+    ids = pair.encode(text, chat=how.chat, system=how.system)
     for sentence in (*pair.notes, *(pair.remarks if verbose else ())):
         output.note(sentence)
 
@@ -109,8 +74,8 @@ def generate(
     text_of = TokenText(pair.tokenizer)
     sink = output.choose(json, jsonl, stream, text_of, color, marks)
     recorder.describe(text_of)
-    controls = pair.controls(drafted, sampling, draft_temperature)
-    events = pair.decode(ids, controls=controls, rule=rule, max_tokens=max_tokens, stop=stops, seed=seed)
+    controls = pair.controls(drafted, sampling, how.draft_temperature)
+    events = pair.decode(ids, controls=controls, rule=how.rule, max_tokens=how.max_tokens, stop=stops, seed=how.seed)
     try:
         summary = _consume(events, sink, recorder)
     except BrokenPipeError:
@@ -126,7 +91,7 @@ def generate(
         output.note(
             output.summary_line(
                 summary,
-                _ending(summary, max_tokens, stops),
+                _ending(summary, how.max_tokens, stops),
                 _state(pair, summary, drafted, controls, named=draft is not None),
             )
         )

@@ -19,91 +19,128 @@ from specdec_cli.prompts import read_prompt
 from specdec_engine.control import Controls
 from specdec_engine.errors import UsageError
 from specdec_engine.stopping import Stop
-from specdec_engine.types import Sampling
 from specdec_tui.live import LiveSource, Request
 
 if TYPE_CHECKING:
     from specdec_engine.pair import Pair
     from specdec_engine.progress import Report
+    from specdec_tui.start import Choice
 
 
+@opt.records
 def watch(
+    *,
     prompt: opt.Prompt = None,
     file: opt.PromptFile = None,
     target: opt.Target = "builtin",
     draft: opt.Draft = None,
-    k: opt.K = "auto",
-    temperature: opt.Temperature = 0.0,
-    top_k: opt.TopK = 0,
-    top_p: opt.TopP = 1.0,
-    min_p: opt.MinP = 0.0,
-    draft_temperature: opt.DraftTemperature = None,
-    rule: opt.Rule = "token",
-    coupling: opt.Coupling = "independent",
-    seed: opt.Seed = None,
-    max_tokens: opt.MaxTokens = 256,
-    stop: opt.StopText = None,
-    chat: opt.Chat = None,
-    system: opt.System = None,
-    device: opt.Device = "auto",
-    device_map: opt.DeviceMap = None,
-    dtype: opt.Dtype = "auto",
-    runtime: opt.Runtime = "auto",
-    quantize: opt.Quantize = "auto",
-    draft_quantize: opt.DraftQuantize = "auto",
-    threads: opt.Threads = None,
-    offline: opt.Offline = False,
-    trust_remote_code: opt.TrustRemoteCode = False,
-    debug: opt.Debug = False,
+    how: opt.Decoding,
+    where: opt.Placement,
     demo: Annotated[bool, typer.Option("--demo", help="A recorded run of the built-in pair; loads no model.")] = False,
+    lesson: Annotated[
+        bool,
+        typer.Option("--lesson", help="Ten pages on a recorded run: what happens, why nothing is lost, when it pays."),
+    ] = False,
 ) -> None:
     """Watch a run live: each draft, what was kept, what was not and why.
 
     specdec watch "Explain how a lighthouse works."
 
     specdec watch --demo
+
+    specdec watch --lesson
     """
+    if lesson:
+        _teach()
+        return
     if not sys.stdout.isatty():
         raise UsageError("watch needs a terminal", "use specdec generate, or specdec replay --plain on a trace")
     if demo:
-        from specdec_tui.source import DEMO
-
-        replay(DEMO)
+        _demonstrate()
         return
-    drafted, sampling = opt.k_of(k), Sampling(temperature, top_k, top_p, min_p, coupling)
-    Controls(3 if drafted == "auto" else drafted, sampling, draft_temperature)
-    stops = Stop(max_tokens, strings=tuple(stop or ())).strings
+    if prompt is None and file is None and sys.stdin.isatty():
+        chosen = _start(target, draft)
+        if chosen.entry.kind != "run":
+            (_teach if chosen.entry.kind == "lesson" else _demonstrate)()
+            return
+        prompt, target, draft = chosen.prompt, chosen.entry.target, chosen.entry.draft
+    drafted, sampling = opt.k_of(how.k), how.sampling
+    Controls(3 if drafted == "auto" else drafted, sampling, how.draft_temperature)
+    stops = Stop(how.max_tokens, strings=tuple(how.stop or ())).strings
     text = read_prompt(prompt, file)
     _keys_from_the_terminal()
-    quieten(offline, debug)
+    quieten(where.offline, where.debug)
 
     def load(report: Report) -> Pair:
         # In the engine's thread, while the first frame is on screen: torch and transformers take 3 s.
-        from specdec_engine.loading import LoadOptions
-        from specdec_engine.machine import usable_cores
         from specdec_engine.pair import load_pair
 
-        options = LoadOptions(
-            device=device,
-            dtype=dtype,
-            device_map=device_map,
-            runtime=runtime,
-            quantize=quantize,
-            draft_quantize=draft_quantize,
-            threads=threads or usable_cores(),
-            offline=offline,
-            trust_remote_code=trust_remote_code,
-            tokens=len(text) // 3 + max_tokens,
-            report=report,
-        )
-        return load_pair(target, draft, options)
+        return load_pair(target, draft, where.loading(len(text) // 3 + how.max_tokens, report))
 
     from specdec_tui.app import SpecdecApp  # Textual takes 0.3 s
 
-    request = Request(text, drafted, sampling, draft_temperature, rule, max_tokens, stops, seed, chat, system)
+    request = Request(
+        text,
+        drafted,
+        sampling,
+        how.draft_temperature,
+        how.rule,
+        how.max_tokens,
+        stops,
+        how.seed,
+        how.chat,
+        how.system,
+    )
     source = LiveSource(load, request, user_log_path("specdec") / "watch.log")
     SpecdecApp(source, speed=math.inf).run()
     _left(source)
+
+
+def _start(target: str, draft: str | None) -> Choice:
+    """Ask what to run. Leaves where the user does."""
+    from specdec_engine.cached import cached_models, drafts_for
+    from specdec_tui.start import Entry, StartApp
+
+    entries = [
+        Entry("the built-in pair", "SmolLM2-135M-Instruct with a lookup and a draft made for it; 98 MB, fetched once"),
+        Entry("a recorded run", "of the built-in pair, step by step; loads no model", "demo"),
+        Entry("the lesson", "ten pages: what happens, why nothing is lost, when it pays", "lesson"),
+    ]
+    if target != "builtin" or draft is not None:
+        entries.insert(0, Entry("what you named", f"{target}, draft {draft or 'ngram'}", "run", target, draft))
+    models = cached_models()
+    for model in models:
+        drafts = drafts_for(model, models)
+        names = f"ngram,{drafts[0].name}" if drafts else "ngram"
+        fits = f"draft {drafts[0].name}: same tokenizer" if drafts else "no cached model fits as its draft; by lookup"
+        entries.append(
+            Entry(model.name, f"{model.model_type}, {model.size / 1e9:.1f} GB · {fits}", "run", model.name, names)
+        )
+    if (choice := StartApp(entries).run()) is None:
+        raise typer.Exit
+    return choice
+
+
+def _demonstrate() -> None:
+    from specdec_tui.source import DEMO
+
+    replay(DEMO)
+
+
+def _teach() -> None:
+    """On a terminal the pages, else what they say."""
+    from specdec_tui.lesson import Lesson, script
+    from specdec_tui.player import REPLAY_SPEED
+    from specdec_tui.source import DEMO, FrameSource, read_frame
+
+    frame, name = read_frame(DEMO)
+    if sys.stdout.isatty() and sys.stdin.isatty():
+        from specdec_tui.app import SpecdecApp
+
+        SpecdecApp(FrameSource(frame, name), speed=REPLAY_SPEED, lesson=Lesson(frame)).run()
+        return
+    for line in script(frame, name):
+        typer.echo(line)
 
 
 def _left(source: LiveSource) -> None:

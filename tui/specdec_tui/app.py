@@ -11,7 +11,9 @@ from typing import ClassVar
 from textual.app import App
 from textual.binding import Binding, BindingType
 
+from specdec_tui.lesson import Lesson
 from specdec_tui.player import Player
+from specdec_tui.screens.lesson import LessonScreen
 from specdec_tui.screens.watch import WatchScreen
 from specdec_tui.source import Source
 from specdec_tui.theme import DARK, LIGHT
@@ -21,7 +23,7 @@ _TWICE_S = 2.0
 
 
 class SpecdecApp(App[None]):
-    """Watches one source."""
+    """Watches one source, or teaches on it."""
 
     TITLE = "specdec"
     ENABLE_COMMAND_PALETTE = True
@@ -31,8 +33,9 @@ class SpecdecApp(App[None]):
         Binding("question_mark,f1", "help", "Help", id="help"),
     ]
 
-    def __init__(self, source: Source, *, speed: float) -> None:
+    def __init__(self, source: Source, *, speed: float, lesson: Lesson | None = None) -> None:
         super().__init__()
+        self._lesson = lesson
         self.source = source
         self._stopped = -_TWICE_S
         self.player = Player(speed, live=source.live)
@@ -45,7 +48,11 @@ class SpecdecApp(App[None]):
         for number in (signal.SIGTERM, signal.SIGHUP):
             with suppress(NotImplementedError, RuntimeError, ValueError):  # not the main thread, or not this platform
                 asyncio.get_running_loop().add_signal_handler(number, self.exit)
-        self.push_screen(WatchScreen(self.source, self.player))
+        lesson = self._lesson
+        if lesson is None:
+            self.push_screen(WatchScreen(self.source, self.player))
+        else:
+            self.push_screen(LessonScreen(self.source, self.player, lesson))
         self.source.start()
 
     def on_unmount(self) -> None:

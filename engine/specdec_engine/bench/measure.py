@@ -1,0 +1,123 @@
+"""Runs one cell of a plan, and tells rounding from bugs where greedy texts differ."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from specdec_engine.bench.figures import Sample
+from specdec_engine.bench.plan import Arm, Cell, Question
+from specdec_engine.drafters.base import nothing
+from specdec_engine.events import Cycle
+from specdec_engine.pair import Pair
+from specdec_engine.stats import Summary
+from specdec_engine.types import Sampling
+
+
+def run(pair: Pair, arm: Arm | None, cell: Cell, question: Question, max_tokens: int, seed: int) -> list[Sample]:
+    """All turns of a conversation as one sample; none where the model said nothing. Sampled arms share the prompt's seed."""
+    history, total, ids, passes = list[tuple[str, str]](), Summary(), list[int](), dict[str, tuple[int, float]]()
+    prefill = 0.0
+    for turn in question.turns:
+        said = list[int]()
+        for event in pair.decode(
+            pair.encode(turn, history=history),
+            k=0 if arm is None else arm.k,
+            sampling=Sampling(cell.temperature),
+            rule="token" if arm is None else arm.rule,
+            max_tokens=max_tokens,
+            seed=seed,
+        ):
+            if isinstance(event, Cycle):
+                total = total.plus(event)
+                said += event.emitted
+                n, seconds = passes.get(width := str(len(event.drafted) + 1), (0, 0.0))
+                passes[width] = (n + 1, seconds + event.verify_s)
+            elif event.kind == "finished":
+                prefill += event.prefill_s or 0.0
+        ids += said
+        history.append((turn, pair.tokenizer.decode(said, skip_special_tokens=True)))
+    if not total.emitted:
+        return []
+    return [
+        Sample(
+            question=cell.question,
+            repeat=cell.repeat,
+            temperature=cell.temperature,
+            arm=cell.arm,
+            seed=seed,
+            emitted=total.emitted,
+            cycles=total.cycles,
+            drafted=total.drafted,
+            tested=total.tested,
+            accepted=total.accepted,
+            draft_s=total.draft_s,
+            verify_s=total.verify_s,
+            other_s=total.other_s,
+            prefill_s=prefill,
+            passes=passes,
+            token_ids=tuple(ids),
+        )
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """The first place where an arm's greedy text differs from plain decoding's."""
+
+    question: int
+    position: int
+    plain: str
+    arm: str
+    gap: float | None
+    """Between the logits of the two tokens, in a pass of its own; None where it was not looked at."""
+    verdict: str
+    """rounding, or bug."""
+
+
+def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
+    """Where they part; None if one begins with the other."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+
+
+def explained(
+    pair: Pair, question: Question, number: int, plain: Sequence[int], arm: Sequence[int]
+) -> Divergence | None:
+    """Compared with a pass over the common text: two tokens that it finds about as likely were told apart by rounding; if it
+    finds one far likelier, the other was wrong."""
+    at = first_difference(plain, arm)
+    if at is None and len(plain) == len(arm):
+        return None
+    at = min(len(plain), len(arm)) if at is None else at
+    plain_text, arm_text = (pair.tokenizer.decode([ids[at]]) if at < len(ids) else "the end" for ids in (plain, arm))
+    gap: float | None = None
+    verdict = "bug"
+    if len(question.turns) > 1:  # a second turn follows other words already
+        verdict = "rounding"
+    elif at < min(len(plain), len(arm)):
+        gap, rounding = _gap(pair, [*pair.encode(question.turns[0]), *plain[:at]], plain[at], arm[at])
+        verdict = "rounding" if gap <= rounding else "bug"
+    return Divergence(number, at, plain_text, arm_text, gap, verdict)
+
+
+def _gap(pair: Pair, context: Sequence[int], a: int, b: int) -> tuple[float, float]:
+    """Distance of two tokens' logits after this text, and how far rounding can move it: some units of the last place of the
+    largest logit, in the dtype that is computed with; 0.5 for the built-in target in bfloat16, where 0.25 was seen."""
+    pair.target.prefill(context[:-1])
+    logits = pair.target.score(context[-1], nothing(pair.target.device))[-1].float()
+    precision = torch.finfo(getattr(torch, pair.environment["dtype"])).eps
+    units = 4 if precision > 1e-4 else 256
+    return abs(float(logits[a] - logits[b])), units * precision * max(float(logits.abs().max()), 1.0)
+
+
+def bandwidth() -> float:
+    """Bytes a second that this machine reads from memory with torch's threads: the least of five sums over 256 MB."""
+    block, least = torch.ones(64 * 2**20), float("inf")
+    for _ in range(5):
+        began = time.perf_counter()
+        block.sum()
+        least = min(least, time.perf_counter() - began)
+    return block.numel() * block.itemsize / least

@@ -1,0 +1,150 @@
+"""What a benchmark runs: arms, prompts, and their order. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Literal
+
+from specdec_engine.errors import UsageError
+
+BUILTIN_PROMPTS = Path(__file__).parent / "prompts.json"
+MOST_K = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One conversation: the user's turns."""
+
+    category: str
+    turns: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One way of decoding, held against plain decoding at the same temperature."""
+
+    draft: str | None
+    """As after --draft; None for the best that need not be named."""
+    k: int | Literal["auto"]
+    temperature: float
+    rule: str = "token"
+
+    @property
+    def label(self) -> str:
+        parts = [self.draft or "default", f"k {self.k}", f"T {self.temperature:g}"]
+        return " · ".join(parts if self.rule == "token" else [*parts, self.rule])
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One run: a prompt, a repeat, and an arm; None for plain decoding at this temperature."""
+
+    question: int
+    repeat: int
+    temperature: float
+    arm: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that decides what is run."""
+
+    target: str
+    arms: tuple[Arm, ...]
+    questions: tuple[Question, ...]
+    repeats: int
+    max_tokens: int
+    seed: int
+
+    def cells(self) -> Iterator[Cell]:
+        """Prompt by prompt, plain decoding and all arms in shuffled order: a machine that slows down slows all alike."""
+        order = random.Random(self.seed)
+        temperatures = sorted({arm.temperature for arm in self.arms})
+        for repeat, question in product(range(self.repeats), range(len(self.questions))):
+            plain = [Cell(question, repeat, t, None) for t in temperatures]
+            arms = [Cell(question, repeat, arm.temperature, i) for i, arm in enumerate(self.arms)]
+            yield from order.sample(plain + arms, len(plain + arms))
+
+    @property
+    def digest(self) -> str:
+        """Alike for plans whose samples may be put together."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def prompts_digest(self) -> str:
+        return hashlib.sha256(json.dumps([asdict(q) for q in self.questions]).encode()).hexdigest()[:16]
+
+
+def ks_of(text: str) -> tuple[int | Literal["auto"], ...]:
+    """`1-8,auto`, `2-8+2`, `1-16*2`, `3`. Raises UsageError."""
+    found = list[int | Literal["auto"]]()
+    for part in text.split(","):
+        if part == "auto":
+            found.append("auto")
+        elif match := re.fullmatch(r"(\d+)(?:-(\d+)(?:([+*])(\d+))?)?", part.strip()):
+            found += _range(part, *match.groups())
+        else:
+            raise UsageError(
+                f"-k {part!r} is neither a number, a range nor auto", "for example -k 1-8,auto or -k 1-16*2"
+            )
+    return tuple(dict.fromkeys(found))
+
+
+def _range(text: str, first: str, last: str | None, sign: str | None, by: str | None) -> list[int]:
+    k, end, step = int(first), int(last or first), int(by or 1)
+    if k > end or end > MOST_K or step < 1 or (sign == "*" and (step < 2 or k < 1)):
+        raise UsageError(f"-k {text} is no range", f"for example 1-8, 2-8+2 or 1-16*2, at most {MOST_K}")
+    found = list[int]()
+    while k <= end:
+        found.append(k)
+        k = k * step if sign == "*" else k + step
+    return found
+
+
+def builtin_questions() -> list[Question]:
+    """Two of each of six kinds, written for this."""
+    found: dict[str, list[str]] = json.loads(BUILTIN_PROMPTS.read_text("utf-8"))
+    return [Question(category, (prompt,)) for category, prompts in found.items() for prompt in prompts]
+
+
+def read_questions(path: Path) -> list[Question]:
+    """Spec-Bench and SPEED-Bench JSONL (`turns`, `category`), JSONL with `prompt`, or a prompt a line. Raises UsageError."""
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the prompts in {path} cannot be read: {error}", "give a JSONL or a text file") from error
+    found = [_question(line, f"line {n} of {path}") for n, line in enumerate(lines, 1) if line.strip()]
+    if not found:
+        raise UsageError(f"{path} has no prompts", "give JSONL with `prompt` or `turns`, or a prompt a line")
+    return found
+
+
+def _question(line: str, where: str) -> Question:
+    if not line.lstrip().startswith("{"):
+        return Question("text", (line,))
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise UsageError(f"{where} is not JSON: {error}", "each line is one object, or plain text") from error
+    turns = record.get("turns") or [record.get("prompt") or record.get("question")]
+    if not isinstance(turns, list) or not all(isinstance(turn, str) and turn.strip() for turn in turns):
+        raise UsageError(f"{where} has neither `prompt` nor `turns`", "give the prompt as text")
+    return Question(str(record.get("category", "prompts")), tuple(turns))
+
+
+def chosen(questions: Sequence[Question], categories: Sequence[str], limit: int | None) -> tuple[Question, ...]:
+    """Those of these categories, at most so many, evenly spread. Raises UsageError for a category that none has."""
+    known = sorted({q.category for q in questions})
+    if unknown := [c for c in categories if c not in known]:
+        raise UsageError(f"no prompt is of category {unknown[0]!r}", f"there are {', '.join(known)}")
+    left = [q for q in questions if not categories or q.category in categories]
+    if limit is None or limit >= len(left):
+        return tuple(left)
+    return tuple(left[i * len(left) // limit] for i in range(limit))

@@ -1,0 +1,125 @@
+"""The lesson, page by page, on the bundled run."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+
+from specdec_tui.app import SpecdecApp
+from specdec_tui.lesson import ENOUGH, Lesson, pages, script
+from specdec_tui.source import DEMO, FrameSource, read_frame
+from specdec_tui.toy import TOKENS, Draws, P, Q, WhatIf, left
+from tests.tui.conftest import screen_of
+from tests.tui.scenes import frame as made
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return read_frame(DEMO)
+
+
+def taught(demo, act, size=(120, 40)):
+    async def run():
+        lesson = Lesson(demo[0])
+        app = SpecdecApp(FrameSource(*demo), speed=1 / 16, lesson=lesson)
+        async with app.run_test(size=size) as pilot:
+            await pilot.pause(0.1)
+            return await act(app, pilot, lesson)
+
+    return asyncio.run(run())
+
+
+DO = (
+    ("right",), ("full_stop",) * 8, ("full_stop",), ("full_stop",), ("full_stop",), ("full_stop",) * 2, ("full_stop",) * 12,
+    ("space",), (), ("T",) * 6,
+)  # fmt: skip
+"""What each page asks for; the ninth wants the best k found."""
+
+
+@pytest.mark.parametrize("size", [(80, 24), (120, 40), (200, 60)])
+def test_every_page_is_ticked_when_its_thing_is_done_and_not_before(demo, size):
+    async def act(app, pilot, lesson):
+        for number, keys in enumerate(DO):
+            page = lesson.page
+            shown = screen_of(app)
+            assert page.title in shown
+            assert page.task in shown
+            assert number not in lesson.ticked
+            for key in keys:
+                await pilot.press(key)
+                await pilot.pause()
+            if number == 8:
+                for _ in range(8):
+                    if number not in lesson.ticked:
+                        await pilot.press("K")
+                        await pilot.pause()
+            for _ in range(60):
+                if number in lesson.ticked:
+                    break
+                await pilot.pause(0.1)
+            await pilot.pause(0.1)
+            assert number in lesson.ticked, page.title
+            assert page.task not in screen_of(app)
+            await pilot.press("enter")
+            await pilot.pause(0.1)
+        assert lesson.at == len(lesson.pages) - 1
+
+    taught(demo, act, size)
+
+
+def test_pages_turn_back_and_stay_ticked(demo):
+    async def act(app, pilot, lesson):
+        await pilot.press("right")
+        await pilot.press("enter")
+        await pilot.pause(0.1)
+        assert lesson.at == 1
+        await pilot.press("backspace")
+        await pilot.pause(0.1)
+        assert lesson.at == 0
+        assert "✓" in screen_of(app).splitlines()[5] + screen_of(app).splitlines()[4] + screen_of(app).splitlines()[3]
+
+    taught(demo, act)
+
+
+def test_pages_are_short(demo):
+    found = pages(demo[0])
+    assert len(found) == 10
+    for page in found:
+        assert len(page.text.split()) <= 60, page.title
+
+
+def test_without_a_terminal_the_lesson_is_text(demo):
+    said = list(script(*demo))
+    for number, page in enumerate(pages(demo[0]), 1):
+        assert f"{number} of 10. {page.title}" in said
+        assert page.text in said
+
+
+def test_a_run_without_the_cycles_it_needs_is_refused():
+    with pytest.raises(ValueError, match="no cycle"):
+        Lesson(made(1))
+
+
+def test_the_two_histograms_meet_and_the_careless_one_does_not():
+    draws = Draws(random.Random(3))
+    draws.more(200_000)
+    for i in range(len(TOKENS)):
+        assert abs(draws.speculative[i] / draws.made - P[i]) < 0.005
+        assert abs(draws.target[i] / draws.made - P[i]) < 0.005
+    careless = max(abs(draws.careless[i] / draws.made - P[i]) for i in range(len(TOKENS)))
+    assert careless > 0.05
+
+
+def test_the_toy_rule_is_exact_by_enumeration():
+    kept = [min(p, q) for p, q in zip(P, Q, strict=True)]
+    lost = 1 - sum(kept)
+    assert [k + lost * r for k, r in zip(kept, left(P, Q), strict=True)] == pytest.approx(P)
+
+
+def test_the_curve_is_the_papers():
+    assert WhatIf(0.8, 4, 0.0, 0.0).speedup() == pytest.approx((1 - 0.8**5) / (1 - 0.8))
+    assert WhatIf(0.0, 3, 0.1, 0.1).speedup() < 1
+    assert WhatIf(0.0).best == 0
+    assert ENOUGH == 2000

@@ -1,0 +1,234 @@
+"""Ten pages on a recorded run: what a cycle does, why nothing is lost, and when it pays. Pure, without Textual.
+
+A page puts the view somewhere, asks for one thing, and knows when it was done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Literal
+
+from specdec_engine.events import Cycle
+from specdec_tui.frame import Frame, View, steps
+from specdec_tui.narrate import step_words
+from specdec_tui.pieces import Name
+from specdec_tui.toy import Draws, WhatIf
+
+ENOUGH = 2000
+"""Draws after which the histograms have met: a share is then off by 0.01."""
+
+
+@dataclass(slots=True)
+class State:
+    """What pages look at to see whether theirs was done."""
+
+    view: View
+    draws: Draws = field(default_factory=Draws)
+    what: WhatIf = field(default_factory=WhatIf)
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """One thing to understand."""
+
+    title: str
+    text: str
+    """At most 60 words."""
+    task: str
+    done: Callable[[State], bool]
+    view: Callable[[Frame], View]
+    shows: Literal["run", "draws", "curve"] = "run"
+    inspects: bool = False
+    """Whether the decision is what to look at."""
+    what: WhatIf | None = None
+    """What the curve begins with."""
+
+
+class Lesson:
+    """The pages for a run, and which one is open."""
+
+    def __init__(self, frame: Frame) -> None:
+        """frame: a whole run with a rejection, a full acceptance and a plain cycle (`demo.jsonl`)."""
+        self.pages = pages(frame)
+        self.at = 0
+        self.ticked = set[int]()
+
+    @property
+    def page(self) -> Page:
+        return self.pages[self.at]
+
+    def turn(self, by: int) -> None:
+        self.at = max(0, min(len(self.pages) - 1, self.at + by))
+
+    def look(self, state: State) -> None:
+        """Tick the page if its thing was done; once ticked it stays so."""
+        if self.page.done(state):
+            self.ticked.add(self.at)
+
+
+def pages(frame: Frame) -> tuple[Page, ...]:
+    """Raises ValueError for a run that lacks what they show."""
+    plain = _first(frame, lambda c: not c.drafted)
+    shown = _first(frame, _begins_well)
+    refused = _first(frame, lambda c: _ends_badly(c) and c.accepted < len(c.drafted) - 1, _ends_badly)
+    whole = _first(frame, lambda c: len(c.drafted) > 1 and c.end == "bonus")
+    k, at = len(frame.cycles[shown].drafted), frame.cycles[refused].accepted
+    before_throw = len(frame.cycles[refused].drafted) + 1 + at
+
+    def within(index: int, step: int) -> Callable[[Frame], View]:
+        return partial(_within, index=index, step=step)
+
+    def reached(index: int, step: int) -> Callable[[State], bool]:
+        return lambda state: _reached(state.view, index, step)
+
+    return (
+        Page(
+            "One pass, one token",
+            "A language model reads the text so far and says how likely each next token is. One is drawn, and "
+            "everything begins again. Each pass reads all of the model's weights, so a pass for one token costs "
+            "nearly what a pass for four does. This cycle was such a pass: nothing was drafted, one token came.",
+            "press → for the next cycle",
+            lambda state: state.view.shown > plain + 1,
+            lambda f: View(f).to(plain + 1),
+        ),
+        Page(
+            "A draft guesses ahead",
+            "Something small and fast guesses the next few tokens: a little model, or a lookup of what followed "
+            "the same words before. It may be wrong; nothing is decided yet. Guesses stand in the text in "
+            "italics.",
+            f"press . until all {k} guesses are there",
+            reached(shown, k),
+            within(shown, 1),
+        ),
+        Page(
+            "One pass reads them all",
+            "The target reads all guesses in a single pass. At each place it says what it would have said there "
+            "itself: a whole distribution p, beside the draft's q. That is the only expensive step of the cycle, "
+            "and it costs little more than a pass for one token.",
+            "press . for the pass",
+            reached(shown, k + 1),
+            within(shown, k),
+        ),
+        Page(
+            "Likely enough: always kept",
+            "Now each guess is tested, left to right. Where the target finds the guess at least as likely as the "
+            "draft did, p ≥ q, it is kept. No coin is thrown: min(1, p/q) is 1.",
+            "press . to test the first guess",
+            reached(shown, k + 2),
+            within(shown, k + 1),
+            inspects=True,
+        ),
+        Page(
+            "Too sure: a throw decides",
+            "Where the draft was surer than the target, p < q, the guess is kept with probability p/q only. A "
+            "number u between 0 and 1 is drawn, the dart on the line. Left of the end of the bar min(1, p/q): "
+            "kept. Right of it: rejected.",
+            "press . to throw",
+            reached(refused, before_throw + 1),
+            within(refused, before_throw),
+            inspects=True,
+        ),
+        Page(
+            "Rejected: drawn from what is left",
+            "The guesses after it are dropped; they stood on a token that is not there. In its place comes a "
+            "token drawn from what the target still has coming: max(0, p − q), the part of p that the draft's "
+            "guesses did not cover. So the cycle still gives a token of the target's own.",
+            "press . for the correction",
+            reached(refused, steps(frame.cycles[refused])),
+            within(refused, before_throw + 1),
+            inspects=True,
+        ),
+        Page(
+            "All kept: one more for nothing",
+            "Here every guess held. The pass has read them all, so it also says what comes after the last: a "
+            "bonus token. With k guesses a cycle gives up to k + 1 tokens for one pass of the target.",
+            "press . until the bonus is there",
+            reached(whole, steps(frame.cycles[whole])),
+            within(whole, len(frame.cycles[whole].drafted) + 1),
+        ),
+        Page(
+            "Why nothing is lost",
+            "Draw one of five tokens: from the target alone, and by draft, test and correction. The draft is bad, "
+            "and yet the two histograms meet: kept guesses and corrections add up to p exactly. The careless way "
+            "draws again from p after a rejection, and never gets there.",
+            f"press space, until {ENOUGH:,} are drawn",
+            lambda state: state.draws.made >= ENOUGH,
+            View,
+            "draws",
+        ),
+        Page(
+            "How far to guess",
+            "With chance α a guess is kept, so k guesses give 1 + α + α² + … tokens a pass. But each costs a "
+            "draft step, and widens the pass. The best k is where one more guess is no longer worth its cost. "
+            "This is what `-k auto` learns while it runs.",
+            "press K and k to find the best k",
+            lambda state: state.what.k == state.what.best,
+            View,
+            "curve",
+            what=WhatIf(),
+        ),
+        Page(
+            "When it loses",
+            "A draft that is often wrong, a high temperature, which makes every guess less sure, or too large a "
+            "k: each makes more work than it saves. Then the best k is 0, plain decoding, and an honest tool says "
+            "so.",
+            "press T, a higher temperature, until plain decoding is best",
+            lambda state: state.what.best == 0,
+            View,
+            "curve",
+            what=WhatIf(alpha=0.6, k=4),
+        ),
+    )
+
+
+def script(frame: Frame, name: Name) -> Iterator[str]:
+    """The lesson in sentences."""
+    found = pages(frame)
+    for number, page in enumerate(found, 1):
+        yield f"{number} of {len(found)}. {page.title}"
+        yield page.text
+        if page.shows == "run":
+            yield step_words(_whole(page.view(frame)), name)
+        yield ""
+
+
+def _whole(view: View) -> View:
+    return replace(view, step=None)
+
+
+def _within(frame: Frame, index: int, step: int) -> View:
+    return replace(View(frame).to(index + 1), step=step)
+
+
+def _reached(view: View, index: int, step: int) -> bool:
+    """Whether the view is at this step of this cycle, or past it."""
+    if view.shown != index + 1:
+        return view.shown > index + 1
+    return view.step is None or view.step >= step
+
+
+def _first(frame: Frame, *wanted: Callable[[Cycle], bool]) -> int:
+    """The first cycle that fits the first of these that any fits."""
+    found = (i for fits in wanted for i, cycle in enumerate(frame.cycles) if fits(cycle))
+    if (first := next(found, None)) is None:
+        raise ValueError("the run has no cycle that a page could show")
+    return first
+
+
+def _begins_well(cycle: Cycle) -> bool:
+    """Its first guess is kept without a throw."""
+    if len(cycle.drafted) < 2 or not cycle.accepted:
+        return False
+    p, q = cycle.p[0], cycle.q[0]
+    return p is not None and q is not None and p >= q and q < 1
+
+
+def _ends_badly(cycle: Cycle) -> bool:
+    """A guess is rejected by a throw, and what is left is more than one token."""
+    at = cycle.accepted
+    if at >= len(cycle.drafted) or len(cycle.residual) < 3:
+        return False
+    p, q = cycle.p[at], cycle.q[at]
+    return p is not None and q is not None and 0.02 < p < q < 1

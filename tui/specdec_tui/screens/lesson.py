@@ -1,0 +1,125 @@
+"""The lesson: the watch screen on a bundled run, a page of text above it, and two experiments."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar
+
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.widgets import Static
+
+from specdec_tui.lesson import ENOUGH, Lesson, State
+from specdec_tui.panels import Drawn, Line, flowed
+from specdec_tui.panels.toy import curve, histograms
+from specdec_tui.player import Player
+from specdec_tui.screens.watch import WatchScreen
+from specdec_tui.source import Source
+from specdec_tui.theme import content
+from specdec_tui.toy import MOST
+from specdec_tui.widgets.board import Board
+
+_AT_ONCE = 100
+"""Draws a tick, so that the histograms are seen to meet."""
+
+
+class LessonScreen(WatchScreen):
+    """Pages; each is ticked when its thing is done."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("enter,pagedown", "turn(1)", "Next page", id="lesson.next", priority=True),
+        Binding("backspace,pageup", "turn(-1)", "Previous page", id="lesson.previous", priority=True),
+    ]
+    DEFAULT_CSS = """
+    LessonScreen #page { height: auto; padding: 0 1; background: $panel; border-left: thick $accent; }
+    LessonScreen #experiment { display: none; height: 1fr; border: round $border; padding: 0 1; }
+    LessonScreen.-experiment #experiment { display: block; }
+    LessonScreen.-experiment #board { display: none; }
+    LessonScreen #header, LessonScreen #figures { display: none; }
+    """
+
+    def __init__(self, source: Source, player: Player, lesson: Lesson) -> None:
+        super().__init__(source, player)
+        self._lesson, self._seen = lesson, State(player.view)
+        self._drawing = False
+
+    def compose(self) -> ComposeResult:
+        yield Static(id="page", markup=False)
+        yield Static(id="experiment", markup=False)
+        yield Board(self._source.name)
+
+    def on_mount(self) -> None:
+        super().on_mount()
+        self._player.feed(self._source.drain())
+        self.action_turn(0)
+
+    def tick(self) -> None:
+        if self._drawing:
+            self._seen.draws.more(min(_AT_ONCE, ENOUGH - self._seen.draws.made))
+            self._drawing = self._seen.draws.made < ENOUGH
+            self._drawn = None
+        super().tick()
+
+    def draw(self) -> None:
+        """The page, and the run or the experiment under it."""
+        page, width = self._lesson.page, self.size.width - 6
+        self._seen.view = self._player.view
+        self._lesson.look(self._seen)
+        self.query_one("#page", Static).update(content(self._page(max(20, width))))
+        if page.shows == "run":
+            super().draw()
+            return
+        drawn = histograms(self._seen.draws, width) if page.shows == "draws" else curve(self._seen.what, width)
+        self._experiment(drawn)
+
+    def _experiment(self, drawn: Drawn) -> None:
+        box = self.query_one("#experiment", Static)
+        box.border_title = content([[(drawn.title, "muted")]])
+        box.update(content(drawn.lines), layout=False)
+
+    def _page(self, width: int) -> list[Line]:
+        lesson, page = self._lesson, self._lesson.page
+        ticked = lesson.at in lesson.ticked
+        last = lesson.at == len(lesson.pages) - 1
+        onward = "q leaves; specdec watch shows a run of your own" if last else "enter for the next page"
+        task: Line = [("✓ ", "accepted"), (onward, "key")] if ticked else [("□ ", "muted"), (page.task, "key")]
+        title: Line = [(f"{lesson.at + 1} of {len(lesson.pages)}  ", "muted"), (page.title, "strong")]
+        return [title, *flowed(page.text, width), task]
+
+    # -- keys --------------------------------------------------------------------------------------------------------
+
+    def action_turn(self, by: int) -> None:
+        """Another page, at its beginning."""
+        self._lesson.turn(by)
+        page = self._lesson.page
+        self._player.playing, self._drawing = False, False
+        self._player.view = page.view(self._player.view.frame)
+        if page.what is not None:
+            self._seen.what = page.what
+        self.set_class(page.shows != "run", "-experiment")
+        self.set_class(page.inspects, "-inspecting")
+        self._drawn = None
+        self.call_after_refresh(self.draw)
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """k and α are turned on the pages about them."""
+        if action in ("k", "temperature"):
+            return self._lesson.page.shows == "curve"
+        return super().check_action(action, parameters)
+
+    def action_play(self) -> None:
+        if self._lesson.page.shows == "draws":
+            self._drawing = self._seen.draws.made < ENOUGH
+        elif self._lesson.page.shows == "run":
+            super().action_play()
+
+    def action_k(self, by: int) -> None:
+        what = self._seen.what
+        self._seen.what = replace(what, k=max(0, min(MOST, what.k + by)))
+        self.draw()
+
+    def action_temperature(self, by: float) -> None:
+        """The higher, the less often a guess is right."""
+        what = self._seen.what
+        self._seen.what = replace(what, alpha=round(max(0.0, min(0.9, what.alpha - by)), 1))
+        self.draw()

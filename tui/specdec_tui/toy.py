@@ -1,0 +1,74 @@
+"""The lesson's experiments: the rule on five tokens, and how fast speculation would be. Without torch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+TOKENS = ("the", "a", "its", "one", "no")
+P = (0.40, 0.25, 0.20, 0.10, 0.05)
+"""What the target says."""
+Q = (0.10, 0.50, 0.10, 0.05, 0.25)
+"""What the draft says: wrong about almost everything."""
+
+
+def left(p: Sequence[float], q: Sequence[float]) -> list[float]:
+    """What is drawn from after a rejection: max(0, p - q), normalised."""
+    rest = [max(0.0, a - b) for a, b in zip(p, q, strict=True)]
+    return [r / sum(rest) for r in rest]
+
+
+@dataclass(slots=True)
+class Draws:
+    """One token again and again, in three ways; counts by token."""
+
+    chance: random.Random = field(default_factory=lambda: random.Random(1))
+    target: list[int] = field(default_factory=lambda: [0] * len(P))
+    """Drawn from the target alone."""
+    speculative: list[int] = field(default_factory=lambda: [0] * len(P))
+    """Drawn from the draft, tested, and drawn again from what is left where rejected."""
+    careless: list[int] = field(default_factory=lambda: [0] * len(P))
+    """The same, but drawn again from the target after a rejection: what is easily got wrong."""
+
+    def more(self, n: int) -> None:
+        for _ in range(n):
+            self.target[self._draw(P)] += 1
+            guess = self._draw(Q)
+            kept = self.chance.random() < P[guess] / Q[guess]
+            self.speculative[guess if kept else self._draw(left(P, Q))] += 1
+            self.careless[guess if kept else self._draw(P)] += 1
+
+    @property
+    def made(self) -> int:
+        return sum(self.target)
+
+    def _draw(self, probs: Sequence[float]) -> int:
+        return self.chance.choices(range(len(probs)), probs)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class WhatIf:
+    """A draft and a k that the reader turns."""
+
+    alpha: float = 0.8
+    """Chance that a drafted token is accepted."""
+    k: int = 2
+    cost: float = 0.1
+    """A draft step, in plain passes."""
+    wider: float = 0.05
+    """What each further token costs the pass that verifies, in plain passes."""
+
+    def speedup(self, k: int | None = None) -> float:
+        """Expected tokens over expected cost (Leviathan et al. 2023, theorem 3.8, with a pass that grows)."""
+        n = self.k if k is None else k
+        expected = sum(self.alpha**i for i in range(n + 1))
+        return expected / (1 + n * (self.cost + self.wider))
+
+    @property
+    def best(self) -> int:
+        return max(range(MOST + 1), key=self.speedup)
+
+
+MOST = 8
+"""Tokens a cycle on the lesson's curve."""
