@@ -18,6 +18,8 @@ class ExitCode(IntEnum):
     INCOMPATIBLE = 4
     """Two models, or a model and speculation, that do not fit together."""
     MEMORY = 5
+    CHECK = 6
+    """A threshold was not met, or greedy text was not the target's own."""
     INTERRUPTED = 130
 
 

@@ -11,15 +11,18 @@ from typing import Annotated
 import typer
 
 from specdec_cli import output
+from specdec_cli.commands.bench import bench
+from specdec_cli.commands.check import check
 from specdec_cli.commands.distill import distill
 from specdec_cli.commands.generate import generate
+from specdec_cli.commands.info import info
 from specdec_cli.commands.replay import replay
 from specdec_cli.commands.watch import watch
 from specdec_cli.exits import ExitCode, exit_code
 from specdec_engine import __version__
 from specdec_engine.errors import SpecdecError
 
-COMMANDS = (generate, watch, replay, distill)
+COMMANDS = (generate, watch, replay, bench, check, distill, info)
 
 app = typer.Typer(
     name="specdec",

@@ -160,6 +160,27 @@ class BlockRule:
         return torch.where(reach > 0, left, 0.0)  # a prefix that the target never takes is a dead one
 
 
+class SyntheticRule:
+    """Accepts each drafted token with a chance that was chosen, whatever the target says: what a machine would give with a
+    better draft. The text is no one's, and nothing about it is lossless."""
+
+    name: ClassVar[str] = "synthetic"
+    lossless: ClassVar[bool] = False
+
+    def __init__(self, chance: float) -> None:
+        self._chance = chance
+
+    def thresholds(self, case: Case) -> Tensor:
+        return torch.full_like(case.p_drafted, self._chance, dtype=wide(case.p_drafted.device))
+
+    def count(self, passed: Tensor) -> Tensor:
+        return TokenRule().count(passed)
+
+    def final(self, case: Case, accepted: Tensor) -> Tensor:
+        """The target's own row: there may be nothing left of it after what was accepted."""
+        return case.p.index_select(0, accepted[None])[0]
+
+
 def _reach(case: Case) -> Tensor:
     """[k]: r_i, the probability that a draft as likely as this one up to i is wanted by the target."""
     reach, reaches = torch.ones_like(case.q_drafted[:1]), []

@@ -12,27 +12,32 @@ Nothing here looks at the value of a drawn token before it is in the draft, so n
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from operator import mul
 
-from specdec_engine.cost import Choice, Staircase, Times, best_k, cycle_of
+from specdec_engine.cost import Choice, Drafting, Drift, Staircase, Times, best_k, cycle_of
 from specdec_engine.events import Cycle
 
 MOST = 8
 """The largest k that is tried: wider passes leave the flat part of the staircase on every machine measured."""
 _FIRST = 3
-_PLAIN_AT = 2
-"""The cycle that measures a plain pass, which every comparison needs."""
-_MEMORY = 0.96
-"""What a cycle's evidence is worth one cycle later: some 25 cycles are remembered, a paragraph."""
+_PLAIN_AT = (2, 8, 16, 32)
+"""The cycles that measure a plain pass, which every comparison needs: one alone, on a shared machine, was so far off that
+a draft with α 0.4 was switched off for a sixth of the cycles."""
+_MEMORY = 0.975
+"""What a cycle's evidence is worth one cycle later: some 40 cycles are remembered, two paragraphs. With 25 a draft with
+α 0.4 looked like one with 0.3 every few prompts, and was switched off."""
 _LONG_MEMORY = 0.99
 """The same for what a drafter's confidence is worth."""
+_AGED = 0.6
 _BINS = 10
 _FIRST_PROBE, _LAST_PROBE = 16, 128
 """Cycles after which a drafter that was switched off is tried once more; the pause doubles."""
 _BETTER = 1.02
 """A new k must promise this much more than the one in force, or it would change with every breath of noise."""
+_BETTER_OFF = 1.03
+"""The same for none at all, after which nothing more is learnt."""
 
 
 @dataclass(slots=True)
@@ -63,8 +68,7 @@ class _Source:
     by_position: list[_Odds] = field(default_factory=lambda: [_Odds() for _ in range(MOST)])
     by_confidence: list[_Odds] = field(default_factory=lambda: [_Odds() for _ in range(2 * _BINS)])
     """Of first tokens, then of later ones: where a lookup was right once, it mostly goes on to be right."""
-    draft: Times = field(default_factory=Times)
-    """Seconds a drafted token."""
+    draft: Drafting = field(default_factory=Drafting)
     confidences: list[float] = field(default_factory=list)
     """Of the draft in flight."""
     free: bool = False
@@ -103,7 +107,7 @@ class _Source:
             odds.fade(_LONG_MEMORY)
 
     def learn(self, cycle: Cycle) -> None:
-        self.draft.add(cycle.draft_s / len(cycle.drafted))
+        self.draft.add(len(cycle.drafted), cycle.draft_s)
         for odds in self.by_position:
             odds.fade()
         for odds, position in zip(self.by_position, range(cycle.tested), strict=False):
@@ -120,7 +124,7 @@ class AutoK:
         self._forget()
 
     def _forget(self) -> None:
-        self._passes, self._other = Staircase(), Times()
+        self._passes, self._other, self._drift = Staircase(), Times(), Drift()
         self._sources: dict[str, _Source] = {}
         self._seeds: set[int] = set()
         self._cycles = 0
@@ -136,9 +140,13 @@ class AutoK:
     @property
     def k(self) -> int:
         """For the next cycle: the most that any drafter may propose."""
-        if self._cycles == _PLAIN_AT and not self._passes.measured(1):
+        if self._measuring:
             return 0
         return max((source.k for source in self._sources.values()), default=_FIRST)
+
+    @property
+    def _measuring(self) -> bool:
+        return self._cycles in _PLAIN_AT and self._passes.measured(1) <= _PLAIN_AT.index(self._cycles)
 
     @property
     def off(self) -> bool:
@@ -150,10 +158,14 @@ class AutoK:
         return self._source(name).k
 
     def worth(self, name: str, confidence: float) -> bool:
-        """Whether a draft that is this sure of its first token should begin."""
+        """Whether a draft that is this sure of its first token should begin: it pays, and more than that of another drafter
+        which knows only afterwards how sure it is."""
         source = self._source(name)
         source.free = True
-        return self._pays(source, 1.0, 0, source.chance(confidence, 0), source.chance(confidence, 1))
+        if not self._knows(source):
+            return True
+        net = self._net(source, 1.0, 0, source.chance(confidence, 0), source.chance(confidence, 1))
+        return net > max([0.0, *(self._net_of(other) for other in self._sources.values())])
 
     def watch(self, name: str) -> Callable[[float], bool]:
         """For one draft: told the confidence of each token drafted, says whether to end with it."""
@@ -174,7 +186,16 @@ class AutoK:
         """Learn from a cycle. Returns why `k` is another now; empty if it is not."""
         before, reasons = self.k, list[str]()
         self._cycles += 1
-        self._passes.add(len(cycle.drafted) + 1, cycle.verify_s)
+        width = len(cycle.drafted) + 1
+        if self._passes.measured(width):
+            self._drift.saw(cycle.verify_s, self._passes(width))
+        cycle = replace(
+            cycle,
+            draft_s=self._drift.evened(cycle.draft_s),
+            verify_s=self._drift.evened(cycle.verify_s),
+            other_s=self._drift.evened(cycle.other_s),
+        )
+        self._passes.add(width, cycle.verify_s)
         self._other.add(cycle.other_s)
         self._tokens = _MEMORY * self._tokens + len(cycle.emitted)
         self._seconds = _MEMORY * self._seconds + cycle.draft_s + cycle.verify_s + cycle.other_s
@@ -182,13 +203,13 @@ class AutoK:
             source.forget_a_little()
         if cycle.drafted:
             self._source(cycle.drafter).learn(cycle)
-        if self._passes.measured(1):
+        if self._measuring:
+            reasons = ["a plain pass is measured, which all else is held against"]
+        elif self._passes.measured(1):
             reasons = [
                 self._plan(name, source, bool(cycle.drafted) and name == cycle.drafter)
                 for name, source in self._sources.items()
             ]
-        elif self._cycles == _PLAIN_AT:
-            reasons = ["a plain pass is measured, which all else is held against"]
         if self.k == before:
             return ""
         return "; ".join(filter(None, reasons)) or "drafting goes on, now that a plain pass is measured"
@@ -200,11 +221,14 @@ class AutoK:
             if source.asleep < source.pause:
                 return ""
             source.k, source.asleep, source.pause = 1, 0, min(2 * source.pause, _LAST_PROBE)
+            for odds in source.by_position:  # what was seen before the pause has aged
+                odds.fade(_AGED)
             return f"{name} is tried once more"
         if not drafted:
             return ""
         best, now = self._best(source), self._at(source, source.k)
-        if best.k == source.k or (best.rate < _BETTER * now.rate and not source.free):
+        enough = _BETTER if best.k else _BETTER_OFF
+        if best.k == source.k or (best.rate < enough * now.rate and not source.free):
             return ""
         source.k = best.k
         if not best.k:
@@ -218,10 +242,10 @@ class AutoK:
     def _best(self, source: _Source) -> Choice:
         if source.free:
             return self._at(source, MOST)
-        return best_k(source.reach(), source.draft.seconds, self._passes, self._other.seconds)
+        return best_k(source.reach(), source.draft, self._passes, self._other.seconds)
 
     def _at(self, source: _Source, k: int) -> Choice:
-        return cycle_of(source.reach()[:k], source.draft.seconds, self._passes, self._other.seconds)
+        return cycle_of(source.reach()[:k], source.draft, self._passes, self._other.seconds)
 
     @property
     def _plain(self) -> float:
@@ -229,22 +253,41 @@ class AutoK:
         return self._passes(1) + self._other.seconds
 
     def _pays(self, source: _Source, reach: float, drafted: int, first: float, later: float) -> bool:
-        """Whether drafting on, by one token or several, adds more than its steps and the wider pass cost at this run's rate.
+        """Whether drafting on adds more than it costs."""
+        return self._net(source, reach, drafted, first, later) > 0 if self._knows(source) else drafted < _FIRST
+
+    def _knows(self, source: _Source) -> bool:
+        return self._passes.measured(1) > 0 and source.draft.known
+
+    def _net(self, source: _Source, reach: float, drafted: int, first: float, later: float) -> float:
+        """Tokens that drafting on is expected to add, by one or by several, less what its steps and the wider pass cost at
+        this run's rate; the most of them.
 
         By several, because of the staircase: the first row more may cost as much as three. `first` and `later` are the
         chances of the next token and of those after it.
         """
-        if not self._passes.measured(1) or not source.draft.known:
-            return drafted < _FIRST
-        rate = max(self._tokens / self._seconds, 1 / self._plain)
-        gain = 0.0
+        rate, gain, nets = self._rate, 0.0, list[float]()
         for more in range(1, MOST - drafted + 1):
             reach *= first if more == 1 else later
             gain += reach
             wider = self._passes(drafted + more + 1) - self._passes(drafted + 1)
-            if gain > rate * (more * source.draft.seconds + wider):
-                return True
-        return False
+            nets.append(gain - rate * (source.draft(drafted + more) - source.draft(drafted) + wider))
+        return max(nets, default=0.0)
+
+    def _net_of(self, source: _Source) -> float:
+        """The same for a whole draft of a drafter that is not free; 0 for one that is off, or not known yet."""
+        if source.free or not source.k or not self._knows(source):
+            return 0.0
+        nets = (
+            sum(source.reach()[:k]) - self._rate * (source.draft(k) + self._passes(k + 1) - self._passes(1))
+            for k in range(1, source.k + 1)
+        )
+        return max(nets)
+
+    @property
+    def _rate(self) -> float:
+        """Tokens a second, not below plain decoding's."""
+        return max(self._tokens / self._seconds, 1 / self._plain)
 
     def _source(self, name: str) -> _Source:
         return self._sources.setdefault(name, _Source())

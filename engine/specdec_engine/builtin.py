@@ -29,8 +29,8 @@ def builtin_gguf(offline: bool = False, report: Report = silent) -> Path:
 
     Raises ModelUnavailable when it is not cached and `offline`, cannot be fetched, or has another hash.
     """
-    path = _home() / Path(MEMBER).name
-    if path.is_file() and path.stat().st_size == SIZE:
+    path = _place()
+    if is_cached():
         return path
     if offline:
         raise ModelUnavailable(
@@ -53,6 +53,15 @@ def builtin_gguf(offline: bool = False, report: Report = silent) -> Path:
         ) from error
     report(Progress("download", "the built-in target, SmolLM2-135M-Instruct", SIZE, SIZE))
     return path
+
+
+def is_cached() -> bool:
+    """Whether the target is there already."""
+    return _place().is_file() and _place().stat().st_size == SIZE
+
+
+def _place() -> Path:
+    return _home() / Path(MEMBER).name
 
 
 def _home() -> Path:

@@ -7,8 +7,9 @@ target pass over n tokens, which is a staircase: kernels work on tiles of rows.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 
 def expected_emitted(reach: Sequence[float]) -> float:
@@ -17,7 +18,7 @@ def expected_emitted(reach: Sequence[float]) -> float:
 
 
 class Times:
-    """Recent durations of one thing. The least of the last few: noise only ever adds."""
+    """Recent durations of one thing, and their median: what `Drift` has evened out errs either way."""
 
     def __init__(self) -> None:
         self._last: deque[float] = deque(maxlen=_KEPT)
@@ -25,16 +26,65 @@ class Times:
     def add(self, seconds: float) -> None:
         self._last.append(seconds)
 
-    @property
-    def known(self) -> bool:
-        return bool(self._last)
+    def __len__(self) -> int:
+        return len(self._last)
 
     @property
     def seconds(self) -> float:
-        return min(self._last)
+        return median(self._last)
 
 
-_KEPT = 6
+_KEPT = 7
+
+
+class Drift:
+    """How slow the machine is now, against when it was first seen: shared machines change by a fifth within seconds, and
+    what was measured before that must not be held against what is measured after. Told of each pass what it was expected to
+    take; divides it out."""
+
+    def __init__(self) -> None:
+        self._factor = 1.0
+
+    def evened(self, seconds: float) -> float:
+        """As long as it would have taken at first."""
+        return seconds / self._factor
+
+    def saw(self, seconds: float, expected: float) -> None:
+        """A pass took so long where so long was expected at first."""
+        if seconds > 0 and expected > 0:
+            ratio = min(2.0, max(0.5, seconds / self._factor / expected))
+            self._factor *= ratio**_FOLLOWS
+
+
+_FOLLOWS = 0.2
+"""A change is followed within some five passes."""
+
+
+class Drafting:
+    """Seconds of a draft by its tokens, as measured on the way. The first token is the dearest, since what the target has
+    read meanwhile is read with it: a head takes 1.5 ms for one and 0.7 for each more. One length known: in proportion; more:
+    the line through the shortest and the longest."""
+
+    def __init__(self) -> None:
+        self._by_length: dict[int, Times] = {}
+
+    def add(self, tokens: int, seconds: float) -> None:
+        self._by_length.setdefault(tokens, Times()).add(seconds)
+
+    @property
+    def known(self) -> bool:
+        return bool(self._by_length)
+
+    def __call__(self, tokens: int) -> float:
+        """Raises ValueError while nothing is measured."""
+        if not tokens:
+            return 0.0
+        short, long = min(self._by_length), max(self._by_length)
+        base = self._by_length[short].seconds
+        if short == long:
+            return base * tokens / short
+        each = max(0.0, self._by_length[long].seconds - base) / (long - short)
+        return max(0.0, base + each * (tokens - short))
 
 
 class Staircase:
@@ -62,8 +112,9 @@ class Staircase:
                 return heights[i - 1] + share * (heights[i] - heights[i - 1])
         return heights[-1]
 
-    def measured(self, tokens: int) -> bool:
-        return tokens in self._by_width
+    def measured(self, tokens: int) -> int:
+        """How often, of late."""
+        return len(self._by_width.get(tokens, ()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +132,13 @@ class Choice:
         return self.emitted / self.seconds
 
 
-def cycle_of(reach: Sequence[float], draft_s: float, passes: Staircase, other_s: float) -> Choice:
-    """A cycle that drafts len(reach) tokens, at draft_s seconds each."""
+def cycle_of(reach: Sequence[float], draft: Callable[[int], float], passes: Staircase, other_s: float) -> Choice:
+    """A cycle that drafts len(reach) tokens. draft: seconds of so many."""
     k = len(reach)
-    return Choice(k, expected_emitted(reach), k * draft_s + passes(k + 1) + other_s)
+    return Choice(k, expected_emitted(reach), draft(k) + passes(k + 1) + other_s)
 
 
-def best_k(reach: Sequence[float], draft_s: float, passes: Staircase, other_s: float) -> Choice:
+def best_k(reach: Sequence[float], draft: Callable[[int], float], passes: Staircase, other_s: float) -> Choice:
     """Of 0 to len(reach), the k with the most expected tokens a second."""
-    choices = (cycle_of(reach[:k], draft_s, passes, other_s) for k in range(len(reach) + 1))
+    choices = (cycle_of(reach[:k], draft, passes, other_s) for k in range(len(reach) + 1))
     return max(choices, key=lambda choice: choice.rate)

@@ -78,6 +78,10 @@ class Loaded:
     """Over several devices, by accelerate."""
     remark: str = ""
     """Why a faster runtime was not taken."""
+    weight_bytes: int = 0
+    """As kept in memory."""
+    revision: str | None = None
+    """Of the hub's repository."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +188,8 @@ class Candidate:
             stop_ids=stop_ids(generation_config(self.folder), self.config, self.tokenizer),
             spread=spread,
             remark=remark,
+            weight_bytes=self.need.weights,
+            revision=self.path.name if self.path.parent.name == "snapshots" else None,
         )
 
     def tensor(self, name: str) -> torch.Tensor:

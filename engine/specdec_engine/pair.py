@@ -14,7 +14,7 @@ import torch
 import transformers
 
 import specdec_engine
-from specdec_engine.acceptance import RULES
+from specdec_engine.acceptance import RULES, SyntheticRule
 from specdec_engine.auto import AutoK
 from specdec_engine.control import Controls
 from specdec_engine.draft_files import read_draft
@@ -91,6 +91,11 @@ class Pair:
     ) -> Controls:
         """For the next `decode`; with `auto`, k follows what the pair's runs have shown."""
         return Controls(self.auto if k == "auto" else k, sampling, draft_temperature)
+
+    def synthetic(self, chance: float) -> Pair:
+        """The same with a rule, `synthetic`, that accepts at this chance; what it emits is not the target's."""
+        judge = Judge(SyntheticRule(chance), self.target.device)
+        return replace(self, judges={**self.judges, "synthetic": judge})
 
     def decode(
         self,
@@ -249,4 +254,6 @@ def _part(loaded: Loaded) -> Part:
         runtime=loaded.runtime.name,
         dtype=loaded.dtype,
         weights=loaded.weights,
+        weight_bytes=loaded.weight_bytes,
+        revision=loaded.revision,
     )

@@ -8,7 +8,7 @@ import pytest
 
 from specdec_engine.auto import MOST, AutoK
 from specdec_engine.control import Controls
-from specdec_engine.cost import Staircase, Times, best_k, expected_emitted
+from specdec_engine.cost import Drafting, Drift, Staircase, Times, best_k, expected_emitted
 from specdec_engine.events import Cycle, SettingChanged
 from specdec_engine.pace import Pace
 from tests.fakes import ScriptedDrafter, TableTarget, cycles, greedy, host, run
@@ -56,7 +56,7 @@ def test_it_comes_close_to_the_best_k_and_never_far_below_plain(alpha, step, see
     world = World(alpha, step, seed=seed)
     found = world.run(AutoK(), 600)
     best = max(world.rate(k) for k in range(MOST + 1))
-    assert found > 0.87 * best  # learning and looking again cost some; luck is 2 % to either side
+    assert found > 0.86 * best  # learning and looking again cost some; luck is 2 % to either side
     assert found > 0.97 * world.rate(0)
 
 
@@ -77,7 +77,7 @@ def test_a_drafter_that_gets_better_is_found_again():
     world.run(auto, 150)
     assert auto.k == 0
     world.alpha = 0.9
-    world.run(auto, 300)
+    world.run(auto, 400)
     assert auto.k >= 3
 
 
@@ -159,13 +159,13 @@ def test_members_of_a_cascade_have_their_own_k():
     assert (draft.source, len(draft)) == ("suffix", 2)
 
 
-def test_the_staircase_takes_the_least_of_the_last_and_never_falls():
+def test_the_staircase_takes_the_median_of_the_last_and_never_falls():
     stairs = Staircase()
     with pytest.raises(ValueError, match="no pass"):
         stairs(1)
     for width, seconds in ((1, 1.0), (4, 1.4), (4, 1.3), (3, 9.0), (8, 2.0)):
         stairs.add(width, seconds)
-    assert [stairs(n) for n in (1, 3, 4, 6, 8, 20)] == pytest.approx([1.0, 1.3, 1.3, 1.65, 2.0, 2.0])
+    assert [stairs(n) for n in (1, 3, 4, 6, 8, 20)] == pytest.approx([1.0, 1.35, 1.35, 1.675, 2.0, 2.0])
     assert stairs.measured(3)
     assert not stairs.measured(2)
 
@@ -177,11 +177,36 @@ def test_times_forget():
     assert times.seconds == 3.0
 
 
+def test_a_draft_costs_most_at_its_first_token():
+    drafting = Drafting()
+    assert not drafting.known
+    drafting.add(1, 1.5)
+    assert [drafting(n) for n in (0, 1, 3)] == pytest.approx([0.0, 1.5, 4.5])
+    drafting.add(3, 2.9)
+    assert [drafting(n) for n in (0, 1, 2, 5)] == pytest.approx([0.0, 1.5, 2.2, 4.3])
+
+
+def test_a_machine_that_slows_down_slows_everything_alike():
+    """A plain pass measured before is not held against wider ones measured after."""
+    rng = random.Random(0)
+    drift, stairs = Drift(), Staircase()
+    slow = 1.0
+    for i in range(400):
+        slow = 1.0 if i < 200 else 1.4
+        width = 1 if i == 100 else rng.choice((2, 3))
+        seconds = PACKED[width] * slow * rng.uniform(0.95, 1.05)
+        if stairs.measured(width):
+            drift.saw(seconds, stairs(width))
+        stairs.add(width, drift.evened(seconds))
+    assert stairs(2) / stairs(1) == pytest.approx(PACKED[2], rel=0.08)
+    assert stairs(3) / stairs(1) == pytest.approx(PACKED[3], rel=0.08)
+
+
 def test_best_k_solves_the_design_pages_formula():
     stairs = Staircase()
     for width, seconds in PACKED.items():
         stairs.add(width, seconds)
-    choice = best_k([0.8**i for i in range(1, 9)], 0.1, stairs, 0.0)
+    choice = best_k([0.8**i for i in range(1, 9)], lambda k: 0.1 * k, stairs, 0.0)
     rates = [expected_emitted([0.8**i for i in range(1, k + 1)]) / (0.1 * k + PACKED[k + 1]) for k in range(9)]
     assert choice.rate == pytest.approx(max(rates))
     assert choice.k == rates.index(max(rates))

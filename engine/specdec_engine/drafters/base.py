@@ -89,6 +89,9 @@ class Part:
     runtime: str
     dtype: str
     weights: str
+    weight_bytes: int = 0
+    """Of its own, as kept in memory."""
+    revision: str | None = None
 
 
 def nothing(device: torch.device, source: str = "none") -> Draft:

@@ -121,10 +121,13 @@ def build(argument: str, host: DraftHost) -> HeadDrafter:
         runtime=target.name,
         dtype=str(decoder.dtype).removeprefix("torch."),
         weights=forward.forms,
+        weight_bytes=int((sum(t.numel() for t in weights.values()) + rows.numel()) * _BYTES.get(forward.forms, 4)),
     )
     return HeadDrafter(HeadRuntime(forward, target.capacity), target, draft.ids, host, argument)
 
 
+_BYTES = {"int4": 0.625, "int8": 1.0, "bfloat16": 2, "float16": 2}
+"""A number; in 4 bits with a scale and an offset for each group of 32."""
 _IN_ONE_PASS = 64
 """Slots behind that still go into a draft's first pass instead of passes of their own."""
 _CHUNK = 512

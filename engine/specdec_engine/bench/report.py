@@ -1,0 +1,224 @@
+"""The record of a benchmark: what was run, on what, every sample, every figure. No torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from specdec_engine.bench.figures import (
+    Costs,
+    Interval,
+    Recommendation,
+    Sample,
+    by_question,
+    costs,
+    recommend,
+)
+from specdec_engine.bench.plan import Arm, Plan
+from specdec_engine.errors import UsageError
+
+SCHEMA = "specdec.bench/1"
+
+
+@dataclass(frozen=True, slots=True)
+class ArmFigures:
+    """What one arm did."""
+
+    arm: Arm
+    samples: tuple[Sample, ...]
+    ratios: Mapping[int, float]
+    """Speedup by prompt."""
+    speedup: Interval
+    by_category: Mapping[str, Interval]
+    costs: Costs
+    share: tuple[float, float, float]
+    """Of its time: draft, verify, other."""
+    tokens_per_second: float
+    accepted: int
+    drafted: int
+
+
+def figures_of(plan: Plan, samples: Sequence[Sample]) -> list[ArmFigures]:
+    """For every arm that has run beside plain decoding, in the plan's order."""
+    return [
+        found
+        for number, arm in enumerate(plan.arms)
+        if (found := _figures(plan, arm, _of(samples, number, arm.temperature), _of(samples, None, arm.temperature)))
+    ]
+
+
+def _of(samples: Sequence[Sample], arm: int | None, temperature: float) -> tuple[Sample, ...]:
+    return tuple(s for s in samples if s.arm == arm and s.temperature == temperature)
+
+
+def _figures(plan: Plan, arm: Arm, runs: tuple[Sample, ...], plain: tuple[Sample, ...]) -> ArmFigures | None:
+    ratios = by_question(runs, plain)
+    if not ratios:
+        return None
+    kinds = sorted({plan.questions[q].category for q in ratios})
+    total = sum(s.decode_s for s in runs)
+    return ArmFigures(
+        arm=arm,
+        samples=runs,
+        ratios=ratios,
+        speedup=Interval.of(list(ratios.values())),
+        by_category={
+            kind: Interval.of([r for q, r in ratios.items() if plan.questions[q].category == kind]) for kind in kinds
+        },
+        costs=costs(runs, plain),
+        share=(
+            sum(s.draft_s for s in runs) / total,
+            sum(s.verify_s for s in runs) / total,
+            sum(s.other_s for s in runs) / total,
+        ),
+        tokens_per_second=sum(s.emitted for s in runs) / total,
+        accepted=sum(s.accepted for s in runs),
+        drafted=sum(s.drafted for s in runs),
+    )
+
+
+def advice(arms: Sequence[ArmFigures]) -> Recommendation | None:
+    """None while nothing has run."""
+    if not arms:
+        return None
+    return recommend([a.ratios for a in arms], [a.arm.k for a in arms], [a.arm.label for a in arms])
+
+
+def record(
+    plan: Plan,
+    samples: Sequence[Sample],
+    environment: Mapping[str, Any],
+    divergences: Mapping[int, Sequence[Mapping[str, Any]]],
+    synthetic: float | None = None,
+) -> dict[str, Any]:
+    """The whole as one JSON object. divergences: by arm, where its greedy text was compared; with a chosen acceptance
+    nothing is lossless, and the record says so."""
+    arms = figures_of(plan, samples)
+    plain = [s for s in samples if s.arm is None]
+    advised = advice(arms)
+    return {
+        "schema": SCHEMA,
+        "environment": dict(environment),
+        "plan": {**asdict(plan), "digest": plan.digest},
+        "synthetic_acceptance": synthetic,
+        "lossless": synthetic is None,
+        "prompts": {"count": len(plan.questions), "digest": plan.prompts_digest},
+        "baseline": {
+            "tokens_per_second": sum(s.emitted for s in plain) / sum(s.decode_s for s in plain) if plain else None,
+            "roofline": roofline(plain, environment),
+            "samples": [asdict(s) for s in plain],
+        },
+        "unpaired": [asdict(s) for s in samples if s.arm is not None and plan.arms[s.arm] not in {a.arm for a in arms}],
+        "arms": [_arm(a, divergences.get(plan.arms.index(a.arm)), environment) for a in arms],
+        "recommendation": None if advised is None else _advised(advised, arms),
+    }
+
+
+def _arm(
+    a: ArmFigures, divergences: Sequence[Mapping[str, Any]] | None, environment: Mapping[str, Any]
+) -> dict[str, Any]:
+    compared = None if divergences is None else len({s.question for s in a.samples})
+    return {
+        "draft": a.arm.draft,
+        "k": a.arm.k,
+        "temperature": a.arm.temperature,
+        "rule": a.arm.rule,
+        "tokens_per_second": a.tokens_per_second,
+        "speedup": a.speedup.mean,
+        "speedup_low": a.speedup.low,
+        "speedup_high": a.speedup.high,
+        "slower_share": a.speedup.slower,
+        "acceptance_rate": a.accepted / a.drafted if a.drafted else None,
+        "alpha": a.costs.alpha,
+        "mean_emitted_per_cycle": a.costs.emitted,
+        "draft_share": a.share[0],
+        "verify_share": a.share[1],
+        "other_share": a.share[2],
+        "c": a.costs.c,
+        "v": {str(n): cost for n, cost in a.costs.v.items()},
+        "predicted_speedup": a.costs.predicted,
+        "cause": a.costs.cause(a.speedup.mean),
+        "memory_bound_speedup": memory_bound(a.costs, environment),
+        "identical": None if compared is None or divergences is None else compared - len(divergences),
+        "compared": compared,
+        "first_divergences": list(divergences or ()),
+        "categories": {kind: asdict(found) for kind, found in a.by_category.items()},
+        "samples": [asdict(s) for s in a.samples],
+    }
+
+
+def _advised(advised: Recommendation, arms: Sequence[ArmFigures]) -> dict[str, Any]:
+    arm = None if advised.arm is None else arms[advised.arm].arm
+    return {
+        "draft": "none" if arm is None else arm.draft,
+        "k": 0 if arm is None else arm.k,
+        "speedup": advised.speedup,
+        "reason": advised.reason,
+    }
+
+
+def roofline(plain: Sequence[Sample], environment: Mapping[str, Any]) -> dict[str, float] | None:
+    """How much of the memory bandwidth plain decoding uses, if a pass reads every weight once."""
+    size, limit = environment.get("target", {}).get("weight_bytes"), environment.get("bandwidth_bytes_per_second")
+    if not plain or not size or not limit:
+        return None
+    pass_s = sum(s.verify_s for s in plain) / sum(s.cycles for s in plain)
+    return {"pass_s": pass_s, "bytes_per_second": size / pass_s, "share_of_bandwidth": size / pass_s / limit}
+
+
+def memory_bound(costs: Costs, environment: Mapping[str, Any]) -> float | None:
+    """E / (k · draft bytes / target bytes + 1): the speedup where only reading weights costs time; as if every drafted token
+    took a model's step, which in a cascade a lookup's do not."""
+    size = environment.get("target", {}).get("weight_bytes")
+    if not size:
+        return None
+    drafts: int = sum(part.get("weight_bytes") or 0 for part in environment.get("drafts", {}).values())
+    return costs.emitted / (costs.k * drafts / int(size) + 1)
+
+
+def write(path: Path, found: Mapping[str, Any]) -> None:
+    """Whole or not at all. Raises UsageError for a place that cannot be written."""
+    beside = path.with_name(path.name + ".part")
+    try:
+        beside.write_text(json.dumps(_finite(found), indent=1), "utf-8")
+        beside.replace(path)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}", "choose another --out") from error
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Raises UsageError for what is no such record."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read: {error}", "give a file that specdec bench --out wrote") from error
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        raise UsageError(f"{path} is not {SCHEMA}", "give a file that specdec bench --out wrote")
+    return found
+
+
+def samples_of(found: Mapping[str, Any], plan: Plan) -> list[Sample]:
+    """What was measured before. Raises UsageError if it was for another plan."""
+    if found["plan"]["digest"] != plan.digest:
+        raise UsageError(
+            "the file to resume is of other arms, prompts or settings", "give the same options, or another --out"
+        )
+    runs = [s for part in (found["baseline"], *found["arms"]) for s in part["samples"]]
+    runs += found.get("unpaired", [])
+    return [
+        Sample(**{**s, "passes": {w: tuple(p) for w, p in s["passes"].items()}, "token_ids": tuple(s["token_ids"])})
+        for s in runs
+    ]
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(v) for key, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,185 @@
+"""Do these two models belong together? Answered from configs and tokenizers, before any weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from specdec_engine.cached import cached_models, drafts_for
+from specdec_engine.context import context_limit
+from specdec_engine.draft_files import read_draft
+from specdec_engine.errors import PairIncompatible
+from specdec_engine.loading import Candidate, LoadOptions, find_model
+from specdec_engine.memory import free_bytes, gib
+from specdec_engine.pairing import compare_tokenizers
+from specdec_engine.pretrained import generation_config, stop_ids
+from specdec_engine.runtime.shape import Unsupported
+from specdec_engine.series import expected_emitted
+
+Level = Literal["ok", "note", "bad"]
+_SHOWN = 3
+_ALPHAS = (0.5, 0.8)
+"""Acceptance of a weak and of an apt draft: what published pairs lie between on mixed text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at."""
+
+    about: str
+    level: Level
+    said: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What was found about a pair."""
+
+    target: str
+    draft: str
+    findings: tuple[Finding, ...]
+    figures: Mapping[str, Any]
+
+    @property
+    def fits(self) -> bool:
+        return all(finding.level != "bad" for finding in self.findings)
+
+
+def check(target: str, draft: str, options: LoadOptions) -> Fit:
+    """Raises ModelUnavailable for a model that cannot be had, OutOfMemory for one that cannot fit alone."""
+    ours = find_model(target, options)
+    if draft.split(":")[0] in _WORDS:
+        said = f"{draft} drafts without a model of its own, and fits every target"
+        return Fit(target, draft, (Finding("draft", "ok", said), *_running(ours)), {})
+    try:
+        theirs = find_model(draft, options)
+    except PairIncompatible as error:
+        return Fit(target, draft, (Finding("cache", "bad", f"{error.message}; {error.hint}"),), {})
+    figures = _figures(ours, theirs)
+    findings = [
+        *_tokens(ours, theirs),
+        *_ends(ours, theirs),
+        *_templates(ours.tokenizer, theirs.tokenizer),
+        *_contexts(ours, theirs),
+        *_running(ours),
+        *_running(theirs),
+        *_memory(ours, theirs),
+        *_promise(figures),
+    ]
+    if any(f.level == "bad" for f in findings):
+        findings += _others(ours)
+    return Fit(target, draft, tuple(findings), figures)
+
+
+_WORDS = ("ngram", "suffix", "none", "self")
+
+
+def _tokens(ours: Candidate, theirs: Candidate) -> Iterator[Finding]:
+    made = read_draft(theirs.path)
+    if made is not None:
+        try:
+            made.check(ours.tokenizer, ours.name, ours.vocab)
+        except PairIncompatible as error:
+            yield Finding("tokenizer", "bad", error.message)
+        else:
+            yield Finding("tokenizer", "ok", f"drafts {len(made.ids):,} of the target's {ours.vocab:,} tokens")
+        return
+    found = compare_tokenizers(ours.tokenizer, theirs.tokenizer)
+    for kind, level, differing in (("tokens", "bad", found.ordinary), ("special tokens", "note", found.special)):
+        if differing:
+            first = "; ".join(f"{d.id} is {d.target!r} and {d.draft!r}" for d in differing[:_SHOWN])
+            yield Finding("tokenizer", level, f"{len(differing)} {kind} differ: {first}")  # type: ignore[arg-type]
+    if not found.ordinary:
+        padded = "" if ours.vocab == theirs.vocab else f"; {ours.vocab:,} and {theirs.vocab:,} rows, which is padding"
+        yield Finding("tokenizer", "ok", f"every id means the same to both{padded}")
+
+
+def _ends(ours: Candidate, theirs: Candidate) -> Iterator[Finding]:
+    a, b = (stop_ids(generation_config(m.folder), m.config, m.tokenizer) for m in (ours, theirs))
+    if a == b:
+        yield Finding("end of text", "ok", f"ids {_ids(a)} end it for both")
+    else:
+        said = f"the target ends at {_ids(a)}, the draft at {_ids(b)}: the last tokens of a turn are accepted less"
+        yield Finding("end of text", "note", said)
+
+
+def _ids(ids: frozenset[int]) -> str:
+    return ", ".join(map(str, sorted(ids))) or "none"
+
+
+def _templates(ours: Any, theirs: Any) -> Iterator[Finding]:
+    a, b = (getattr(t, "chat_template", None) for t in (ours, theirs))
+    thinks = [isinstance(t, str) and ("enable_thinking" in t or "<think>" in t) for t in (a, b)]
+    if thinks[0] != thinks[1]:
+        who = "target" if thinks[0] else "draft"
+        yield Finding(
+            "chat template", "note", f"only the {who}'s knows of thinking: the other will not follow such text"
+        )
+    elif a == b:
+        yield Finding("chat template", "ok", "the same" if a else "neither has one")
+    else:
+        yield Finding("chat template", "note", "they differ; the target's is used, and the draft sees that")
+
+
+def _contexts(ours: Candidate, theirs: Candidate) -> Iterator[Finding]:
+    a, b = context_limit(ours.config), context_limit(theirs.config)
+    if a is not None and b is not None and b < a:
+        yield Finding("context", "note", f"the target takes {a:,} tokens, the draft {b:,}: past that it drafts nothing")
+    else:
+        yield Finding("context", "ok", f"{a:,} tokens" if a is not None else "no limit is known")
+
+
+def _running(model: Candidate) -> Iterator[Finding]:
+    dtype = str(model.dtype).removeprefix("torch.")
+    if isinstance(model.shape, Unsupported):
+        yield Finding("runtime", "note", f"{model.name}: generic, {dtype} on {model.device}, as {model.shape}")
+    else:
+        runtime = "graph" if model.device.type == "cuda" else "lean"
+        yield Finding("runtime", "ok", f"{model.name}: {runtime}, {dtype} on {model.device}")
+
+
+def _memory(ours: Candidate, theirs: Candidate) -> Iterator[Finding]:
+    need, free = ours.need.total + theirs.need.total, free_bytes(ours.device)
+    parts = f"{gib(ours.need.total)} and {gib(theirs.need.total)} with {ours.options.tokens:,} tokens of cache"
+    if free is None:
+        yield Finding("memory", "ok", f"they need {parts}; what is free is not known")
+    elif need > free:
+        yield Finding("memory", "bad", f"they need {parts}, and {gib(free)} are free on {ours.device}")
+    else:
+        yield Finding("memory", "ok", f"they need {parts}; {gib(free)} are free on {ours.device}")
+
+
+def _figures(ours: Candidate, theirs: Candidate) -> dict[str, Any]:
+    """c between what reading the weights costs and what layers cost, and the speedup at the best k for each."""
+    layers = [int(getattr(m.config.get_text_config(), "num_hidden_layers", 1)) for m in (ours, theirs)]
+    sizes = [m.need.weights for m in (ours, theirs)]
+    low, high = sorted((sizes[1] / sizes[0], layers[1] / layers[0]))
+    return {
+        "c": [low, high],
+        "speedup": [max(_speedup(a, c, k) for k in range(9)) for a, c in zip(_ALPHAS, (high, low), strict=True)],
+        "weight_bytes": sizes,
+    }
+
+
+def _speedup(alpha: float, c: float, k: int) -> float:
+    """With passes that cost the same for a few tokens as for one."""
+    return expected_emitted(alpha, k) / (k * c + 1)
+
+
+def _promise(figures: Mapping[str, Any]) -> Iterator[Finding]:
+    (low, high), (least, most) = figures["c"], figures["speedup"]
+    level: Level = "ok" if least > 1.05 else "note"
+    said = (
+        f"a draft step costs {low:.2f} to {high:.2f} of a target pass; at best 1 : {least:.2f} if half of the tokens are "
+        f"accepted, 1 : {most:.2f} if four in five are; `specdec bench` measures it"
+    )
+    yield Finding("speed", level, said)
+
+
+def _others(ours: Candidate) -> list[Finding]:
+    models = cached_models()
+    target = next((m for m in models if m.name == ours.name), None)
+    names = [m.name for m in drafts_for(target, models)] if target is not None else []
+    said = f"cached models that would: {', '.join(names[:_SHOWN])}; and ngram, which always does"
+    return [Finding("instead", "note", said if names else "ngram, a lookup, fits every target")]

@@ -1,0 +1,109 @@
+"""`specdec info`: what is installed, what there is to run on, and what is in the cache."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import typer
+
+from specdec_cli import options as opt
+from specdec_cli import output
+from specdec_engine import __version__
+
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "textual",
+    "typer",
+    "rich",
+    "safetensors",
+    "gguf",
+    "matplotlib",
+    "pillow",
+)
+
+
+def info(json: opt.Json = False) -> None:
+    """Show versions, devices, the runtime that the built-in pair would get and why, and cached models.
+
+    specdec info --json
+    """
+    with output.narrated():
+        found = _found()
+    if json:
+        typer.echo(jsonlib.dumps(found, indent=1))
+        return
+    typer.echo(f"specdec {found['specdec']} · Python {found['python']} · {found['platform']}")
+    typer.echo(" · ".join(f"{name} {number}" for name, number in found["packages"].items() if number is not None))
+    for device in found["devices"]:
+        free = "" if device["free_bytes"] is None else f", {device['free_bytes'] / 2**30:.1f} GiB free"
+        typer.echo(f"{device['name']}: {device['about']}{free}")
+    typer.echo(f"runtime: {found['runtime']['name']} on {found['runtime']['device']}, {found['runtime']['why']}")
+    typer.echo(f"built-in target: {'in the cache' if found['builtin_cached'] else 'fetched at the first use, 98 MB'}")
+    for model in found["models"]:
+        fits = f" · drafts for it: {', '.join(model['drafts'])}" if model["drafts"] else ""
+        typer.echo(f"{model['name']}: {model['model_type']}, {model['size'] / 1e9:.1f} GB{fits}")
+    if not found["models"]:
+        typer.echo("no other models are in the hub's cache")
+
+
+def _found() -> dict[str, Any]:
+    from specdec_engine.builtin import is_cached
+    from specdec_engine.cached import cached_models, drafts_for
+
+    models = cached_models()
+    return {
+        "schema": "specdec.info/1",
+        "specdec": __version__,
+        "python": platform.python_version(),
+        "platform": f"{sys.platform}-{platform.machine()}",
+        "packages": {name: _version(name) for name in _PACKAGES},
+        **_devices(),
+        "builtin_cached": is_cached(),
+        "models": [
+            {
+                "name": m.name,
+                "model_type": m.model_type,
+                "size": m.size,
+                "drafts": [d.name for d in drafts_for(m, models)],
+            }
+            for m in models
+        ],
+    }
+
+
+def _devices() -> dict[str, Any]:
+    """What `--device auto` sees, and takes."""
+    import torch
+
+    from specdec_engine.devices import pick_device, pick_dtype
+    from specdec_engine.machine import cpu_name, usable_cores
+    from specdec_engine.memory import free_bytes
+
+    cpu = torch.device("cpu")
+    about = f"{cpu_name() or 'CPU'}, {usable_cores()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    devices = [{"name": "cpu", "about": about, "free_bytes": free_bytes(cpu)}]
+    for i in range(torch.cuda.device_count()):
+        device = torch.device("cuda", i)
+        devices.append({"name": str(device), "about": torch.cuda.get_device_name(i), "free_bytes": free_bytes(device)})
+    if torch.backends.mps.is_available():
+        devices.append({"name": "mps", "about": "Apple GPU", "free_bytes": None})
+    chosen = pick_device("auto")
+    dtype = str(pick_dtype("auto", chosen)).removeprefix("torch.")
+    name, why = {
+        "cuda": ("graph", f"recorded as CUDA graphs; dense weights in {dtype}"),
+        "cpu": ("lean", f"packed weights stay packed; dense ones in {dtype}"),
+    }.get(chosen.type, ("generic", f"the transformers forward, in {dtype}"))
+    return {"devices": devices, "runtime": {"name": name, "device": str(chosen), "why": why}}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,180 @@
+"""A benchmark's record for people and for other programs: tables, CSV, Markdown, a plot, a comparison."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from specdec_engine.errors import UsageError
+
+_COLUMNS = (
+    "draft",
+    "k",
+    "T",
+    "tok/s",
+    "vs plain (95 %)",
+    "slower",
+    "α",
+    "tok/cycle",
+    "draft/verify/other",
+    "predicted",
+    "same",
+)
+
+
+def show(found: Mapping[str, Any], format: str) -> None:
+    """On stdout."""
+    match format:
+        case "json":
+            typer.echo(json.dumps(found, indent=1))
+        case "jsonl":
+            for arm in found["arms"]:
+                typer.echo(json.dumps({key: value for key, value in arm.items() if key != "samples"}))
+        case "csv":
+            typer.echo(_csv(found), nl=False)
+        case "md":
+            typer.echo(_markdown(found), nl=False)
+        case _:
+            _table(found)
+
+
+def _row(arm: Mapping[str, Any]) -> list[str]:
+    shares = "/".join(f"{100 * arm[f'{part}_share']:.0f}" for part in ("draft", "verify", "other"))
+    same = "–" if arm["compared"] is None else f"{arm['identical']}/{arm['compared']}"
+    rule = "" if arm["rule"] == "token" else f" ({arm['rule']})"
+    return [
+        f"{arm['draft']}{rule}",
+        str(arm["k"]),
+        f"{arm['temperature']:g}",
+        f"{arm['tokens_per_second']:.1f}",
+        f"{arm['speedup']:.2f}× ({arm['speedup_low']:.2f}–{arm['speedup_high']:.2f})",
+        f"{arm['slower_share']:.0%}",
+        "–" if arm["alpha"] is None else f"{arm['alpha']:.2f}",
+        f"{arm['mean_emitted_per_cycle']:.2f}",
+        f"{shares} %",
+        f"{arm['predicted_speedup']:.2f}×",
+        same,
+    ]
+
+
+def notes(found: Mapping[str, Any]) -> Iterator[str]:
+    """What the table does not say."""
+    plan, base, made = found["plan"], found["baseline"], found["environment"]
+    if not found["lossless"]:
+        yield f"NOT LOSSLESS: drafted tokens were accepted at a chosen chance of {found['synthetic_acceptance']:g}."
+    kinds = dict.fromkeys(q["category"] for q in plan["questions"])
+    rate = f"{base['tokens_per_second']:.1f} tok/s" if base["tokens_per_second"] else "not run"
+    yield (
+        f"plain decoding {rate} · {plan['target']}, {made['weights']} on {made['device']}, {made['threads']} threads · "
+        f"{found['prompts']['count']} prompts ({', '.join(kinds)}), {plan['max_tokens']} tokens, {plan['repeats']} rounds"
+    )
+    if (roof := base["roofline"]) is not None:
+        yield (
+            f"a plain pass takes {1e3 * roof['pass_s']:.1f} ms and reads {1e-9 * roof['bytes_per_second']:.1f} GB/s: "
+            f"{roof['share_of_bandwidth']:.0%} of what this memory gives"
+        )
+    for arm in found["arms"]:
+        for d in arm["first_divergences"]:
+            gap = "" if d["gap"] is None else f", logits {d['gap']:.3f} apart"
+            yield (
+                f"{arm['draft']} k {arm['k']}: prompt {d['question']} differs from token {d['position']} on, "
+                f"{d['plain']!r} and {d['arm']!r}{gap}: {d['verdict']}"
+            )
+    if (best := max(found["arms"], key=lambda arm: float(arm["speedup"]), default=None)) is not None:
+        yield f"{best['draft']} k {best['k']}: {best['cause']}"
+        kinds_said = ", ".join(f"{kind} {found_['mean']:.2f}×" for kind, found_ in best["categories"].items())
+        yield f"by category: {kinds_said}"
+    if found["recommendation"] is not None:
+        yield f"→ {found['recommendation']['reason']}"
+
+
+def _table(found: Mapping[str, Any]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    best = max((arm["speedup"] for arm in found["arms"]), default=None)
+    for column in _COLUMNS:
+        table.add_column(column, justify="left" if column == "draft" else "right", no_wrap=column != "draft")
+    for arm in found["arms"]:
+        row = _row(arm)
+        row[4] += " best" if arm["speedup"] == best else "     "
+        table.add_row(*row)
+    console.print(table)
+    for line in notes(found):
+        console.print(line, markup=False)
+
+
+def _markdown(found: Mapping[str, Any]) -> str:
+    lines = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
+    lines += ["| " + " | ".join(_row(arm)) + " |" for arm in found["arms"]]
+    return "\n".join([*lines, "", *(f"{line}  " for line in notes(found))]) + "\n"
+
+
+def _csv(found: Mapping[str, Any]) -> str:
+    plain = (str, int, float, type(None))
+    rows = [{key: value for key, value in arm.items() if isinstance(value, plain)} for arm in found["arms"]]
+    text = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(text, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return text.getvalue()
+
+
+def compared(older: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
+    """Arms that both records have, old and new."""
+    before = {_key(arm): arm for arm in older["arms"]}
+    for arm in found["arms"]:
+        if (old := before.get(_key(arm))) is None:
+            continue
+        change = arm["speedup"] / old["speedup"] - 1
+        surely = arm["speedup_low"] > old["speedup_high"] or arm["speedup_high"] < old["speedup_low"]
+        yield (
+            f"{arm['draft']} k {arm['k']}, T {arm['temperature']:g}: {old['speedup']:.2f}× before, "
+            f"{arm['speedup']:.2f}× now, {change:+.0%}" + ("" if surely else " (within the intervals)")
+        )
+
+
+def _key(arm: Mapping[str, Any]) -> tuple[Any, ...]:
+    return arm["draft"], arm["k"], arm["temperature"], arm["rule"]
+
+
+def plot(found: Mapping[str, Any], path: Path) -> None:
+    """Raises UsageError without matplotlib, or for a kind of file that it does not write."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageError("--plot needs matplotlib", "pip install 'specdec-cli[plot]'") from None
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    series = dict[tuple[Any, ...], list[Mapping[str, Any]]]()
+    for arm in found["arms"]:
+        series.setdefault((arm["draft"], arm["temperature"], arm["rule"]), []).append(arm)
+    for (draft, temperature, _), arms in series.items():
+        fixed = [arm for arm in arms if isinstance(arm["k"], int)]
+        ks, label = [arm["k"] for arm in fixed], f"{draft}, T {temperature:g}"
+        speeds = [arm["speedup"] for arm in fixed]
+        below = [speed - arm["speedup_low"] for speed, arm in zip(speeds, fixed, strict=True)]
+        above = [arm["speedup_high"] - speed for speed, arm in zip(speeds, fixed, strict=True)]
+        [line, *_] = axes.errorbar(ks, speeds, [below, above], marker="o", capsize=3, label=label)
+        axes.plot(ks, [arm["predicted_speedup"] for arm in fixed], ":", color=line.get_color())
+        for arm in arms:
+            if arm["k"] == "auto":
+                axes.axhline(arm["speedup"], color=line.get_color(), lw=0.8, label=f"{label}, k auto")
+    axes.axhline(1.0, color="grey", lw=0.8)
+    axes.set(xlabel="k, drafted tokens a cycle", ylabel="speedup over plain decoding", title="dotted: predicted")
+    axes.legend()
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be drawn: {error}", "give a name ending in .svg or .png") from error
