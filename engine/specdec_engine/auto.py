@@ -31,6 +31,8 @@ _MEMORY = 0.975
 _LONG_MEMORY = 0.99
 """The same for what a drafter's confidence is worth."""
 _AGED = 0.6
+_LOOKS = 8
+"""Every so many drafts one goes further."""
 _BINS = 10
 _FIRST_PROBE, _LAST_PROBE = 16, 128
 """Cycles after which a drafter that was switched off is tried once more; the pause doubles."""
@@ -73,6 +75,7 @@ class _Source:
     """Of the draft in flight."""
     free: bool = False
     """Knows how sure it is before it drafts, and at no cost: then that decides, and it is never switched off as a whole."""
+    drafts: int = 0
     pause: int = _FIRST_PROBE
     asleep: int = 0
     """Cycles since it was switched off."""
@@ -106,7 +109,14 @@ class _Source:
         for odds in self.by_confidence:
             odds.fade(_LONG_MEMORY)
 
+    @property
+    def looks_further(self) -> bool:
+        """Whether the next draft goes one token further than pays: else what that would cost and bring is never seen again,
+        and one slow draft in a run's first cycles holds k down for good."""
+        return not self.free and 0 < self.k < MOST and self.drafts % _LOOKS == _LOOKS - 1
+
     def learn(self, cycle: Cycle) -> None:
+        self.drafts += 1
         self.draft.add(len(cycle.drafted), cycle.draft_s)
         for odds in self.by_position:
             odds.fade()
@@ -155,7 +165,8 @@ class AutoK:
 
     def limit(self, name: str) -> int:
         """What this drafter may propose in the next cycle."""
-        return self._source(name).k
+        source = self._source(name)
+        return source.k + source.looks_further
 
     def worth(self, name: str, confidence: float) -> bool:
         """Whether a draft that is this sure of its first token should begin: it pays, and more than that of another drafter
@@ -171,6 +182,7 @@ class AutoK:
         """For one draft: told the confidence of each token drafted, says whether to end with it."""
         source, reach = self._source(name), 1.0
         source.confidences = []
+        least = 2 if source.looks_further else 1
 
         def enough(confidence: float) -> bool:
             nonlocal reach
@@ -178,7 +190,7 @@ class AutoK:
             source.confidences.append(confidence)
             reach *= source.chance(confidence, drafted)
             following = source.next_chance(confidence, drafted + 1)
-            return not self._pays(source, reach, drafted + 1, following, following)
+            return drafted + 1 >= least and not self._pays(source, reach, drafted + 1, following, following)
 
         return enough
 

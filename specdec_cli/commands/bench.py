@@ -138,9 +138,11 @@ def _arms(
         raise UsageError(f"--temperature {temperature} is no list of numbers", "for example 0,0.8") from None
     for t in temperatures:
         Sampling(t)
-    return tuple(
-        Arm(d, n, t, r) for t in temperatures for d in (drafts or [None]) for r in rules for n in ks_of(k) if n != 0
-    )
+    named: Sequence[str | None] = drafts or [None]
+    found = tuple(Arm(d, n, t, r) for t in temperatures for d in named for r in rules for n in ks_of(k) if n != 0)
+    if not found:
+        raise UsageError("-k 0 is plain decoding, which every arm is held against anyway", "for example -k 1-8,auto")
+    return found
 
 
 def _measured(
@@ -158,7 +160,7 @@ def _measured(
     if synthetic is not None:
         pairs = [pair.synthetic(synthetic) for pair in pairs]
     named = {draft: draft or pair.drafter.name for draft, pair in zip(drafts, pairs, strict=True)}
-    by_draft = dict(zip(named.values(), pairs, strict=True))
+    by_draft: dict[str | None, Pair] = dict(zip(named.values(), pairs, strict=True))
     plan = replace(plan, arms=tuple(replace(arm, draft=named[arm.draft]) for arm in plan.arms))
     environment = {**pairs[-1].environment, **_machine(bandwidth())}
     environment["drafts"] = {name: part for pair in pairs for name, part in pair.environment["drafts"].items()}

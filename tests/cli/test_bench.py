@@ -1,0 +1,161 @@
+"""`specdec bench`, `check` and `info` on real checkpoints from disk."""
+
+from __future__ import annotations
+
+import json
+from xml.etree import ElementTree
+
+import pytest
+
+from specdec_engine.acceptance import TokenRule
+from tests import fakes
+
+ARM = {
+    "draft", "k", "temperature", "tokens_per_second", "speedup", "speedup_low", "speedup_high", "acceptance_rate", "alpha",
+    "mean_emitted_per_cycle", "draft_share", "verify_share", "other_share", "predicted_speedup", "identical", "compared",
+    "first_divergences", "samples",
+}  # fmt: skip
+
+
+@pytest.fixture
+def bench(specdec, checkpoint):
+    small = ("--limit", "2", "--repeats", "1", "-n", "12", "-k", "2", "--dtype", "float32")
+    return lambda *more: specdec("bench", "-t", checkpoint, *small, *more)
+
+
+def record(result):
+    assert result.code == 0, result.err
+    return json.loads(result.out)
+
+
+def test_json_has_the_contracts_keys_and_greedy_text_is_the_targets(bench, draft_checkpoint):
+    found = record(bench("-d", draft_checkpoint, "-d", "ngram", "-k", "1,3", "--format", "json"))
+    assert found["schema"] == "specdec.bench/1"
+    assert found.keys() >= {"environment", "prompts", "baseline", "arms", "recommendation"}
+    assert len(found["baseline"]["samples"]) == 2
+    assert {(arm["draft"], arm["k"]) for arm in found["arms"]} == {
+        (d, k) for d in (str(draft_checkpoint), "ngram") for k in (1, 3)
+    }
+    for arm in found["arms"]:
+        assert arm.keys() >= ARM
+        assert arm["identical"] == arm["compared"] == 2
+        assert arm["draft_share"] + arm["verify_share"] + arm["other_share"] == pytest.approx(1)
+        for s in arm["samples"]:
+            assert s["emitted"] == len(s["token_ids"])
+            assert s["accepted"] <= s["tested"] <= s["drafted"]
+    assert found["recommendation"].keys() >= {"draft", "k", "speedup", "reason"}
+    assert found["environment"]["target"]["weight_bytes"] > 0
+    assert found["baseline"]["roofline"]["share_of_bandwidth"] > 0
+
+
+def test_an_interrupted_benchmark_goes_on(bench, tmp_path):
+    out = tmp_path / "r.json"
+    whole = record(bench("--out", out, "--format", "json"))
+    cut = json.loads(out.read_text())
+    cut["arms"][0]["samples"] = cut["arms"][0]["samples"][:1]
+    kept = cut["baseline"]["samples"]
+    out.write_text(json.dumps(cut))
+    again = record(bench("--out", out, "--resume", "--format", "json"))
+    assert again["baseline"]["samples"] == kept
+    assert len(again["arms"][0]["samples"]) == len(whole["arms"][0]["samples"])
+    other = bench("--out", out, "--resume", "-n", "13")
+    assert other.code == 2
+    assert "other arms, prompts or settings" in other.err
+
+
+def test_a_rule_that_accepts_too_much_is_found_out(bench, draft_checkpoint, monkeypatch):
+    monkeypatch.setattr(TokenRule, "thresholds", lambda self, case: case.p_drafted * 0 + 1)
+    result = bench("-d", draft_checkpoint)
+    assert result.code == 6
+    assert "bug" in result.out
+    assert "not by rounding" in result.err
+
+
+def test_a_threshold_that_is_missed_exits_with_6(bench):
+    assert bench("--fail-below", "1000").code == 6
+    assert bench("--fail-below", "0").code == 0
+
+
+def test_a_chosen_acceptance_is_called_not_lossless_everywhere(bench, draft_checkpoint):
+    found = record(bench("-d", draft_checkpoint, "--synthetic-acceptance", "1", "--format", "json"))
+    assert found["lossless"] is False
+    assert found["arms"][0]["rule"] == "synthetic"
+    assert found["arms"][0]["alpha"] == 1
+    assert found["arms"][0]["compared"] is None
+    assert "NOT LOSSLESS" in bench("-d", draft_checkpoint, "--synthetic-acceptance", "0.5").out
+
+
+def test_tables_for_people_and_for_programs(bench, tmp_path):
+    assert "→" in bench().out
+    assert bench("--format", "md").out.startswith("| draft | k |")
+    assert bench("--format", "csv").out.splitlines()[0].startswith("draft,k,temperature")
+    assert json.loads(bench("--format", "jsonl").out.splitlines()[0])["k"] == 2
+    plot = tmp_path / "p.svg"
+    assert bench("-k", "1,2,auto", "--plot", plot).code == 0
+    assert ElementTree.parse(plot).getroot().tag.endswith("svg")
+
+
+def test_two_records_are_compared(bench, tmp_path):
+    out = tmp_path / "r.json"
+    bench("--out", out)
+    assert "before" in bench("--compare", out).err
+
+
+def test_conversations_have_all_their_turns(bench, tmp_path):
+    file = tmp_path / "q.jsonl"
+    file.write_text('{"category": "x", "turns": ["the light", "and the night"]}\n')
+    found = record(bench("--prompts", file, "--format", "json"))
+    assert found["baseline"]["samples"][0]["emitted"] == 24
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("-k", "x"), "neither a number"),
+        (("-k", "0"), "plain decoding"),
+        (("--temperature", "warm"), "warm"),
+        (("--rule", "coin"), "coin"),
+        (("--resume",), "--out"),
+        (("--categories", "nothing"), "nothing"),
+        (("--prompts", "nowhere.jsonl"), "nowhere.jsonl"),
+        (("--compare", "nowhere.json"), "nowhere.json"),
+    ],
+)
+def test_bad_input_is_one_line(bench, options, said):
+    result = bench(*options)
+    assert result.code == 2
+    assert said in result.err.splitlines()[0]
+
+
+def test_check_says_that_two_models_fit_and_why(specdec, checkpoint, draft_checkpoint):
+    result = specdec("check", checkpoint, draft_checkpoint)
+    assert result.code == 0, result.err
+    assert "every id means the same" in result.out
+    found = record(specdec("check", checkpoint, draft_checkpoint, "--json"))
+    assert found["schema"] == "specdec.check/1"
+    assert found["fits"] is True
+    assert 0 < found["figures"]["c"][0] <= found["figures"]["c"][1]
+    assert specdec("check", checkpoint, "ngram").code == 0
+
+
+def test_check_refuses_other_tokens_with_4_and_shows_them(specdec, checkpoint, tmp_path):
+    other = fakes.save_checkpoint(tmp_path / "other", seed=2, layers=1, hidden=16)
+    file = other / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocab = content["model"]["vocab"]
+    first, second = list(vocab)[100:102]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    file.write_text(json.dumps(content))
+    result = specdec("check", checkpoint, other)
+    assert result.code == 4
+    assert "2 tokens differ" in result.out
+    assert "ngram" in result.out
+
+
+def test_info_says_what_there_is(specdec):
+    found = record(specdec("info", "--json"))
+    assert found["schema"] == "specdec.info/1"
+    assert found["packages"]["torch"]
+    assert found["devices"][0]["name"] == "cpu"
+    assert found["runtime"]["name"] in ("lean", "graph", "generic")
+    assert "runtime:" in specdec("info").out
