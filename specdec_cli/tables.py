@@ -7,12 +7,14 @@ import io
 import json
 import sys
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from specdec_engine.errors import UsageError
+from specdec_engine.text import printable
 
 _COLUMNS = (
     "draft",
@@ -27,6 +29,11 @@ _COLUMNS = (
     "predicted",
     "same",
 )
+
+
+def one_line(text: str) -> str:
+    """Prompts, tokens and paths come from elsewhere, and must not steer the terminal."""
+    return printable(text).replace("\n", " ")
 
 
 def show(found: Mapping[str, Any], format: str) -> None:
@@ -99,8 +106,10 @@ def _table(found: Mapping[str, Any]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    # Figures that are cut off are none: on a narrow terminal lines wrap.
+    console = Console(width=max(Console().width, 126) if sys.stdout.isatty() else 140, highlight=False)
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     best = max((arm["speedup"] for arm in found["arms"]), default=None)
     for column in _COLUMNS:
@@ -108,10 +117,10 @@ def _table(found: Mapping[str, Any]) -> None:
     for arm in found["arms"]:
         row = _row(arm)
         row[4] += " best" if arm["speedup"] == best else "     "
-        table.add_row(*row)
+        table.add_row(*(Text(one_line(cell)) for cell in row))
     console.print(table)
     for line in notes(found):
-        console.print(line, markup=False)
+        console.print(one_line(line), markup=False)
 
 
 def _markdown(found: Mapping[str, Any]) -> str:
@@ -149,12 +158,20 @@ def _key(arm: Mapping[str, Any]) -> tuple[Any, ...]:
     return arm["draft"], arm["k"], arm["temperature"], arm["rule"]
 
 
+def check_plot(path: Path) -> None:
+    """Before anything is measured. Raises UsageError without matplotlib, or for a kind of file that it does not write."""
+    if find_spec("matplotlib") is None:
+        raise UsageError("--plot needs matplotlib", "pip install 'specdec-cli[plot]'")
+    if path.suffix not in (".svg", ".png", ".pdf"):
+        raise UsageError(
+            f"--plot {path} is no kind of picture that is drawn here", "give a name ending in .svg or .png"
+        )
+
+
 def plot(found: Mapping[str, Any], path: Path) -> None:
-    """Raises UsageError without matplotlib, or for a kind of file that it does not write."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("--plot needs matplotlib", "pip install 'specdec-cli[plot]'") from None
+    """Raises UsageError for a place that cannot be written."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     series = dict[tuple[Any, ...], list[Mapping[str, Any]]]()
@@ -176,5 +193,5 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
     axes.legend()
     try:
         figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be drawn: {error}", "give a name ending in .svg or .png") from error
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}", "choose another --plot") from error

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from specdec_engine.cached import cached_models, drafts_for
 from specdec_engine.context import context_limit
-from specdec_engine.draft_files import read_draft
-from specdec_engine.errors import PairIncompatible
+from specdec_engine.draft_files import DraftFolder, builtin_draft, read_draft
+from specdec_engine.errors import OutOfMemory, PairIncompatible
 from specdec_engine.loading import Candidate, LoadOptions, find_model
 from specdec_engine.memory import free_bytes, gib
 from specdec_engine.pairing import compare_tokenizers
@@ -47,32 +48,67 @@ class Fit:
 
 
 def check(target: str, draft: str, options: LoadOptions) -> Fit:
-    """Raises ModelUnavailable for a model that cannot be had, OutOfMemory for one that cannot fit alone."""
+    """draft: as after `--draft`; of several, joined by commas, each is looked at. Raises ModelUnavailable for a model that
+    cannot be had, OutOfMemory for one that cannot fit, alone or beside the other."""
     ours = find_model(target, options)
-    if draft.split(":")[0] in _WORDS:
-        said = f"{draft} drafts without a model of its own, and fits every target"
-        return Fit(target, draft, (Finding("draft", "ok", said), *_running(ours)), {})
+    findings, figures = list[Finding](), dict[str, Any]()
+    for name in draft.split(","):
+        found, of_model = _member(ours, name, options)
+        findings += found
+        figures |= of_model
+    return Fit(target, draft, (*_running(ours), *findings), figures)
+
+
+def _member(ours: Candidate, draft: str, options: LoadOptions) -> tuple[list[Finding], dict[str, Any]]:
+    word, _, argument = draft.partition(":")
+    if word == "self":
+        return [_own_layers(ours, argument)], {}
+    if word in _WORDS:
+        return [Finding("draft", "ok", f"{draft} drafts without a model of its own, and fits every target")], {}
+    head = builtin_draft() if draft == "builtin" else Path(draft)
+    made = read_draft(head) if head.is_dir() else None
+    if made is not None and made.kind == "head":
+        return [_head(ours, draft, made)], {}
     try:
-        theirs = find_model(draft, options)
+        theirs = find_model(draft, replace(options, quantize=options.draft_quantize))
     except PairIncompatible as error:
-        return Fit(target, draft, (Finding("cache", "bad", f"{error.message}; {error.hint}"),), {})
+        return [Finding("cache", "bad", f"{error.message}; {error.hint}")], {}
     figures = _figures(ours, theirs)
     findings = [
         *_tokens(ours, theirs),
         *_ends(ours, theirs),
         *_templates(ours.tokenizer, theirs.tokenizer),
         *_contexts(ours, theirs),
-        *_running(ours),
         *_running(theirs),
         *_memory(ours, theirs),
         *_promise(figures),
     ]
     if any(f.level == "bad" for f in findings):
         findings += _others(ours)
-    return Fit(target, draft, tuple(findings), figures)
+    return findings, figures
 
 
-_WORDS = ("ngram", "suffix", "none", "self")
+_WORDS = ("ngram", "suffix", "none")
+
+
+def _own_layers(ours: Candidate, argument: str) -> Finding:
+    layers = int(getattr(ours.config.get_text_config(), "num_hidden_layers", 0))
+    if isinstance(ours.shape, Unsupported):
+        return Finding("draft", "bad", f"self:{argument} needs the lean runtime, and {ours.shape}")
+    if not argument.isdigit() or not 0 < int(argument) < layers:
+        return Finding("draft", "bad", f"self:{argument} is not from self:1 to self:{layers - 1}")
+    return Finding("draft", "ok", f"the first {argument} of the target's own {layers} layers")
+
+
+def _head(ours: Candidate, name: str, made: DraftFolder) -> Finding:
+    try:
+        made.check(ours.tokenizer, ours.name, ours.vocab)
+    except PairIncompatible as error:
+        return Finding("draft", "bad", error.message)
+    if isinstance(ours.shape, Unsupported):
+        return Finding("draft", "bad", f"a draft head needs the lean or the graph runtime, and {ours.shape}")
+    said = f"{name} is a head made for this target; it drafts {len(made.ids):,} of its {ours.vocab:,} tokens"
+    return Finding("draft", "ok", said)
 
 
 def _tokens(ours: Candidate, theirs: Candidate) -> Iterator[Finding]:
@@ -145,7 +181,10 @@ def _memory(ours: Candidate, theirs: Candidate) -> Iterator[Finding]:
     if free is None:
         yield Finding("memory", "ok", f"they need {parts}; what is free is not known")
     elif need > free:
-        yield Finding("memory", "bad", f"they need {parts}, and {gib(free)} are free on {ours.device}")
+        raise OutOfMemory(
+            f"the two need {parts}, and {gib(free)} are free on {ours.device}",
+            "choose a smaller draft, or fewer --tokens",
+        )
     else:
         yield Finding("memory", "ok", f"they need {parts}; {gib(free)} are free on {ours.device}")
 

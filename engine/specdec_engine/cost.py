@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from statistics import median
 
 
@@ -39,21 +40,26 @@ _KEPT = 7
 
 class Drift:
     """How slow the machine is now, against when it was first seen: shared machines change by a fifth within seconds, and
-    what was measured before that must not be held against what is measured after. Told of each pass what it was expected to
-    take; divides it out."""
+    what was measured before that must not be held against what is measured after. Told of each pass; divides it out."""
 
     def __init__(self) -> None:
         self._factor = 1.0
+        self._first: dict[int, tuple[int, float]] = {}
 
     def evened(self, seconds: float) -> float:
         """As long as it would have taken at first."""
         return seconds / self._factor
 
-    def saw(self, seconds: float, expected: float) -> None:
-        """A pass took so long where so long was expected at first."""
-        if seconds > 0 and expected > 0:
-            ratio = min(2.0, max(0.5, seconds / self._factor / expected))
-            self._factor *= ratio**_FOLLOWS
+    def saw(self, tokens: int, seconds: float) -> None:
+        """A pass over so many tokens took so long. Held against the first few of that width, which stay what they are: a
+        reference that moved along would drift away with every long pass."""
+        if seconds <= 0:
+            return
+        seen, mean = self._first.get(tokens, (0, 0.0))
+        if seen >= 3:
+            self._factor *= min(2.0, max(0.5, self.evened(seconds) / mean)) ** _FOLLOWS
+        if seen < _KEPT:
+            self._first[tokens] = (seen + 1, mean + (self.evened(seconds) - mean) / (seen + 1))
 
 
 _FOLLOWS = 0.2
@@ -80,7 +86,7 @@ class Drafting:
         if not tokens:
             return 0.0
         lengths = sorted(self._by_length)
-        times = [self._by_length[n].seconds for n in lengths]
+        times = list(accumulate((self._by_length[n].seconds for n in lengths), max))  # more tokens never take less
         if len(lengths) == 1 or tokens <= lengths[0]:
             return times[0] * tokens / lengths[0]
         i = next((i for i, n in enumerate(lengths) if n >= tokens), len(lengths) - 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -108,21 +109,30 @@ def bench(
         repeats=repeats,
         max_tokens=max_tokens,
         seed=seed,
+        conditions=_conditions(where, synthetic_acceptance),
     )
+    if plot is not None:
+        tables.check_plot(plot)
     older = None if compare is None else report.read(compare)
     if resume and out is None:
         raise UsageError("--resume needs --out", "name the file that was begun")
     begun = report.read(out) if resume and out is not None and out.exists() else None
     quieten(where.offline, where.debug)
-    with interruptible():
-        found = _measured(plan, begun, where, out, synthetic_acceptance)
+    found, whole = _measured(plan, begun, where, out, synthetic_acceptance)
     tables.show(found, format)
     if plot is not None:
         tables.plot(found, plot)
     if older is not None:
         for line in tables.compared(older, found):
             output.note(line)
+    if not whole:
+        raise typer.Exit(ExitCode.INTERRUPTED)
     _judge(found, fail_below)
+
+
+def _conditions(where: opt.Placement, synthetic: float | None) -> tuple[str, ...]:
+    names = ("device", "device_map", "dtype", "runtime", "quantize", "draft_quantize", "threads")
+    return (f"synthetic={synthetic}", *(f"{name}={getattr(where, name)}" for name in names))
 
 
 def _arms(
@@ -130,7 +140,8 @@ def _arms(
 ) -> tuple[Arm, ...]:
     """Every combination. Raises UsageError."""
     rules = ["synthetic"] if synthetic is not None else [r.strip() for r in rule.split(",")]
-    if unknown := [r for r in rules if r not in ("token", "block", "synthetic")]:
+    known = ("token", "block") if synthetic is None else ("synthetic",)
+    if unknown := [r for r in rules if r not in known]:
         raise UsageError(f"the rule {unknown[0]!r} is not known", "token or block")
     try:
         temperatures = [float(t) for t in temperature.split(",")]
@@ -139,17 +150,18 @@ def _arms(
     for t in temperatures:
         Sampling(t)
     named: Sequence[str | None] = drafts or [None]
-    found = tuple(Arm(d, n, t, r) for t in temperatures for d in named for r in rules for n in ks_of(k) if n != 0)
-    if not found:
+    every = (Arm(d, n, t, r) for t in temperatures for d in named for r in rules for n in ks_of(k) if n != 0)
+    if not (found := tuple(dict.fromkeys(every))):
         raise UsageError("-k 0 is plain decoding, which every arm is held against anyway", "for example -k 1-8,auto")
     return found
 
 
 def _measured(
     plan: Plan, begun: dict[str, Any] | None, where: opt.Placement, out: Path | None, synthetic: float | None
-) -> dict[str, Any]:
-    """Run what is missing of the plan; on Ctrl-C what there is."""
-    with output.narrated() as narrated:
+) -> tuple[dict[str, Any], bool]:
+    """Run what is missing of the plan; after Ctrl-C what there is, and False."""
+    with interruptible(), output.narrated() as narrated:
+        from specdec_engine.auto import AutoK
         from specdec_engine.bench.measure import bandwidth, run
         from specdec_engine.pair import load_pairs
 
@@ -162,38 +174,49 @@ def _measured(
     named = {draft: draft or pair.drafter.name for draft, pair in zip(drafts, pairs, strict=True)}
     by_draft: dict[str | None, Pair] = dict(zip(named.values(), pairs, strict=True))
     plan = replace(plan, arms=tuple(replace(arm, draft=named[arm.draft]) for arm in plan.arms))
-    environment = {**pairs[-1].environment, **_machine(bandwidth())}
+    environment = {**pairs[-1].environment, **_machine(bandwidth(pairs[0].target.device))}
     environment["drafts"] = {name: part for pair in pairs for name, part in pair.environment["drafts"].items()}
 
     samples = [] if begun is None else report.samples_of(begun, plan)
     done = {(s.question, s.repeat, s.temperature, s.arm) for s in samples}
 
+    # What `-k auto` has learnt belongs to its arm: others with the same draft and seeds would make it begin anew.
+    own = [replace(by_draft[arm.draft], auto=AutoK()) for arm in plan.arms]
+
     def of(cell: Cell) -> tuple[Pair, Arm | None]:
-        arm = None if cell.arm is None else plan.arms[cell.arm]
-        return (pairs[0] if arm is None else by_draft[arm.draft]), arm
+        return (pairs[0], None) if cell.arm is None else (own[cell.arm], plan.arms[cell.arm])
 
-    def record(divergences: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:
-        return report.record(plan, samples, environment, divergences, synthetic)
+    def record(looked: dict[int, tuple[int, list[dict[str, Any]]]]) -> dict[str, Any]:
+        return report.record(plan, samples, environment, looked, synthetic)
 
+    left_out = dict[int, str]()
+    whole = True
     cells = [c for c in plan.cells() if (c.question, c.repeat, c.temperature, c.arm) not in done]
     try:
         for arm in (None, *range(len(plan.arms))):  # warm-up, dropped: kernels set themselves up, pages come in
             cell = Cell(0, -1, 0.0 if arm is None else plan.arms[arm].temperature, arm)
-            run(*of(cell), cell, plan.questions[0], min(16, plan.max_tokens), plan.seed)
+            with suppress(UsageError):
+                run(*of(cell), cell, plan.questions[0], min(16, plan.max_tokens), plan.seed - 1)
         for cell in _followed(cells, plan):
             seed = plan.seed + 1000 * cell.repeat + cell.question
-            samples += run(*of(cell), cell, plan.questions[cell.question], plan.max_tokens, seed)
+            try:
+                samples += run(*of(cell), cell, plan.questions[cell.question], plan.max_tokens, seed)
+            except UsageError as error:  # one prompt that fills the context is no reason to lose the others
+                left_out.setdefault(cell.question, error.message)
             if out is not None:
                 report.write(out, record({}))
     except KeyboardInterrupt:
         done_now = f"{len(samples)} of {len(list(plan.cells()))} runs"
         output.note(f"interrupted after {done_now}" + ("; --resume goes on" if out is not None else ""))
+        whole = False
         if not any(s.arm is None for s in samples):
             raise
+    for question, reason in left_out.items():
+        output.note(f"prompt {question} is left out: {reason}")
     found = record({} if synthetic is not None else _compared(plan, samples, pairs[0]))
     if out is not None:
         report.write(out, found)
-    return found
+    return found, whole
 
 
 def _followed(cells: Sequence[Cell], plan: Plan) -> Iterator[Cell]:
@@ -204,7 +227,7 @@ def _followed(cells: Sequence[Cell], plan: Plan) -> Iterator[Cell]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}", markup=False))
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=len(cells))
         for cell in cells:
@@ -214,24 +237,22 @@ def _followed(cells: Sequence[Cell], plan: Plan) -> Iterator[Cell]:
             bar.advance(task)
 
 
-def _compared(plan: Plan, samples: Sequence[Sample], pair: Pair) -> dict[int, list[dict[str, Any]]]:
-    """Each greedy arm's texts against plain decoding's, by arm."""
+def _compared(plan: Plan, samples: Sequence[Sample], pair: Pair) -> dict[int, tuple[int, list[dict[str, Any]]]]:
+    """By greedy arm: how many of its texts were held against plain decoding's, and where they differ."""
     from specdec_engine.bench.measure import explained
 
-    plain = {s.question: s.token_ids for s in samples if s.arm is None and s.temperature == 0 and s.repeat == 0}
-    found = dict[int, list[dict[str, Any]]]()
+    plain = {s.question: s for s in samples if s.arm is None and s.temperature == 0 and s.repeat == 0}
+    found = dict[int, tuple[int, list[dict[str, Any]]]]()
     for number, arm in enumerate(plan.arms):
         if arm.temperature:
             continue
         texts = [s for s in samples if s.arm == number and s.repeat == 0 and s.question in plain]
-        looked = (
-            explained(pair, plan.questions[s.question], s.question, plain[s.question], s.token_ids) for s in texts
-        )
-        found[number] = [asdict(d) for d in looked if d is not None]
+        looked = (explained(pair, plan.questions[s.question], plain[s.question], s) for s in texts)
+        found[number] = len(texts), [asdict(d) for d in looked if d is not None]
     return found
 
 
-def _machine(bandwidth: float) -> dict[str, Any]:
+def _machine(bandwidth: float | None) -> dict[str, Any]:
     return {
         "bandwidth_bytes_per_second": bandwidth,
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,

@@ -58,15 +58,15 @@ def watch(
     if demo:
         _demonstrate()
         return
+    drafted, sampling = opt.k_of(how.k), how.sampling
+    Controls(3 if drafted == "auto" else drafted, sampling, how.draft_temperature)
+    stops = Stop(how.max_tokens, strings=tuple(how.stop or ())).strings
     if prompt is None and file is None and sys.stdin.isatty():
         chosen = _start(target, draft)
         if chosen.entry.kind != "run":
             (_teach if chosen.entry.kind == "lesson" else _demonstrate)()
             return
         prompt, target, draft = chosen.prompt, chosen.entry.target, chosen.entry.draft
-    drafted, sampling = opt.k_of(how.k), how.sampling
-    Controls(3 if drafted == "auto" else drafted, sampling, how.draft_temperature)
-    stops = Stop(how.max_tokens, strings=tuple(how.stop or ())).strings
     text = read_prompt(prompt, file)
     _keys_from_the_terminal()
     quieten(where.offline, where.debug)

@@ -101,6 +101,14 @@ def test_two_records_are_compared(bench, tmp_path):
     assert "before" in bench("--compare", out).err
 
 
+def test_a_prompt_that_fills_the_context_is_left_out_and_said(bench, tmp_path):
+    file = tmp_path / "q.txt"
+    file.write_text("the light " * 3000 + "\nthe night\n")
+    result = bench("--prompts", file, "--format", "json")
+    assert "prompt 0 is left out" in result.err
+    assert {s["question"] for s in json.loads(result.out)["baseline"]["samples"]} == {1}
+
+
 def test_conversations_have_all_their_turns(bench, tmp_path):
     file = tmp_path / "q.jsonl"
     file.write_text('{"category": "x", "turns": ["the light", "and the night"]}\n')
@@ -115,6 +123,8 @@ def test_conversations_have_all_their_turns(bench, tmp_path):
         (("-k", "0"), "plain decoding"),
         (("--temperature", "warm"), "warm"),
         (("--rule", "coin"), "coin"),
+        (("--rule", "synthetic"), "synthetic"),
+        (("--plot", "p.docx"), "p.docx"),
         (("--resume",), "--out"),
         (("--categories", "nothing"), "nothing"),
         (("--prompts", "nowhere.jsonl"), "nowhere.jsonl"),
@@ -136,6 +146,9 @@ def test_check_says_that_two_models_fit_and_why(specdec, checkpoint, draft_check
     assert found["fits"] is True
     assert 0 < found["figures"]["c"][0] <= found["figures"]["c"][1]
     assert specdec("check", checkpoint, "ngram").code == 0
+    assert specdec("check", checkpoint, f"ngram,{draft_checkpoint}").code == 0
+    assert specdec("check", checkpoint, "self:1").code == 0
+    assert specdec("check", checkpoint, "self:99").code == 4
 
 
 def test_check_refuses_other_tokens_with_4_and_shows_them(specdec, checkpoint, tmp_path):

@@ -110,7 +110,6 @@ def test_a_drafters_confidence_ends_its_drafts():
     late = [right for drafted, right in lengths[100:] if drafted]
     further = [right for right in late if not all(right[:-1])]
     assert len(further) < len(late) / 6  # every eighth looks what one token more would bring
-    assert all(len(right) == 2 for right in further)
 
 
 def test_a_lookup_is_asked_for_its_confidence_and_not_switched_off():
@@ -199,8 +198,7 @@ def test_a_machine_that_slows_down_slows_everything_alike():
         slow = 1.0 if i < 200 else 1.4
         width = 1 if i == 100 else rng.choice((2, 3))
         seconds = PACKED[width] * slow * rng.uniform(0.95, 1.05)
-        if stairs.measured(width):
-            drift.saw(seconds, stairs(width))
+        drift.saw(width, seconds)
         stairs.add(width, drift.evened(seconds))
     assert stairs(2) / stairs(1) == pytest.approx(PACKED[2], rel=0.08)
     assert stairs(3) / stairs(1) == pytest.approx(PACKED[3], rel=0.08)

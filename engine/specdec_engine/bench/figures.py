@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from statistics import fmean, median
 
 RESAMPLES = 2000
+_FEW = 3
+"""Prompts without which nothing is recommended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,8 @@ class Sample:
     passes: Mapping[str, tuple[int, float]]
     """Target passes by how many tokens they read: how many, and their seconds together."""
     token_ids: tuple[int, ...]
+    turns: tuple[int, ...] = ()
+    """Tokens of each turn's answer."""
 
     @property
     def decode_s(self) -> float:
@@ -61,8 +65,8 @@ def geometric(values: Sequence[float]) -> float:
 
 def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
     """The 95 % percentile interval of the geometric mean over what was sampled."""
-    if len(values) < 2:
-        return (values[0], values[0]) if values else (math.nan, math.nan)
+    if len(values) < 2:  # one prompt says nothing about others
+        return (math.nan, math.nan)
     chance, logs = random.Random(seed), [math.log(value) for value in values]
     means = sorted(fmean(chance.choices(logs, k=len(logs))) for _ in range(RESAMPLES))
     return math.exp(means[int(0.025 * RESAMPLES)]), math.exp(means[int(0.975 * RESAMPLES) - 1])
@@ -94,7 +98,7 @@ class Interval:
         return cls(geometric(ratios), *bootstrap(ratios), sum(r < 1 for r in ratios) / len(ratios))
 
     def __str__(self) -> str:
-        return f"{self.mean:.2f}× ({self.low:.2f}–{self.high:.2f})"
+        return f"{self.mean:.2f}×" if math.isnan(self.low) else f"{self.mean:.2f}× ({self.low:.2f}–{self.high:.2f})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +117,7 @@ class Costs:
     draft: float
     verify: float
     other: float
+    """Beyond what a plain cycle spends, too."""
 
     @property
     def predicted(self) -> float:
@@ -131,8 +136,7 @@ class Costs:
 
 def costs(arm: Sequence[Sample], plain: Sequence[Sample]) -> Costs:
     """Unit costs are medians over runs of a run's means: a hiccup in one run moves nothing."""
-    plain_s = median(s.verify_s / s.cycles for s in plain)
-    whole = median(s.token_s for s in plain)
+    plain_s = median(s.token_s for s in plain)
     cycles = sum(s.cycles for s in arm)
     drafted, tested = sum(s.drafted for s in arm), sum(s.tested for s in arm)
     c = median(s.draft_s / s.drafted for s in arm if s.drafted) / plain_s if drafted else None
@@ -148,7 +152,7 @@ def costs(arm: Sequence[Sample], plain: Sequence[Sample]) -> Costs:
         v=v,
         draft=(c or 0.0) * drafted / cycles,
         verify=verify,
-        other=sum(s.other_s for s in arm) / cycles / whole,
+        other=(sum(s.other_s for s in arm) / cycles - median(s.other_s / s.cycles for s in plain)) / plain_s,
     )
 
 
@@ -167,6 +171,9 @@ def recommend(ratios: Sequence[Mapping[int, float]], ks: Sequence[object], label
     prompt; ks: a number, or anything else for an arm that chooses it itself, which comes last."""
     intervals = [Interval.of(list(found.values())) for found in ratios]
     best = max(range(len(ratios)), key=lambda i: intervals[i].mean)
+    if len(ratios[best]) < _FEW:
+        said = f"too few prompts to say: {labels[best]} had {len(ratios[best])}, and {_FEW} are the least"
+        return Recommendation(None, 1.0, said)
     if intervals[best].low <= 1:
         said = (
             f"turn it off: even the best, {labels[best]}, is not surely faster than plain decoding, {intervals[best]}"
@@ -175,7 +182,7 @@ def recommend(ratios: Sequence[Mapping[int, float]], ks: Sequence[object], label
 
     def near(i: int) -> bool:
         shared = ratios[i].keys() & ratios[best].keys()
-        return bootstrap([ratios[i][q] / ratios[best][q] for q in sorted(shared)])[1] >= 1
+        return intervals[i].low > 1 and bootstrap([ratios[i][q] / ratios[best][q] for q in sorted(shared)])[1] >= 1
 
     fixed = sorted((i for i, k in enumerate(ks) if isinstance(k, int) and near(i)), key=lambda i: int(str(ks[i])))
     pick = fixed[0] if fixed else best

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -20,7 +21,7 @@ from specdec_engine.types import Sampling
 def run(pair: Pair, arm: Arm | None, cell: Cell, question: Question, max_tokens: int, seed: int) -> list[Sample]:
     """All turns of a conversation as one sample; none where the model said nothing. Sampled arms share the prompt's seed."""
     history, total, ids, passes = list[tuple[str, str]](), Summary(), list[int](), dict[str, tuple[int, float]]()
-    prefill = 0.0
+    prefill, turns = 0.0, list[int]()
     for turn in question.turns:
         said = list[int]()
         for event in pair.decode(
@@ -39,6 +40,7 @@ def run(pair: Pair, arm: Arm | None, cell: Cell, question: Question, max_tokens:
             elif event.kind == "finished":
                 prefill += event.prefill_s or 0.0
         ids += said
+        turns.append(len(said))
         history.append((turn, pair.tokenizer.decode(said, skip_special_tokens=True)))
     if not total.emitted:
         return []
@@ -60,6 +62,7 @@ def run(pair: Pair, arm: Arm | None, cell: Cell, question: Question, max_tokens:
             prefill_s=prefill,
             passes=passes,
             token_ids=tuple(ids),
+            turns=tuple(turns),
         )
     ]
 
@@ -83,24 +86,33 @@ def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
 
 
-def explained(
-    pair: Pair, question: Question, number: int, plain: Sequence[int], arm: Sequence[int]
-) -> Divergence | None:
-    """Compared with a pass over the common text: two tokens that it finds about as likely were told apart by rounding; if it
-    finds one far likelier, the other was wrong."""
+def explained(pair: Pair, question: Question, plain: Sample, arm: Sample) -> Divergence | None:
+    """The first turn whose text differs, compared with a pass over the text that both share: two tokens that it finds about
+    as likely were told apart by rounding; where it finds one far likelier, the other was wrong."""
+    history, begin = list[tuple[str, str]](), 0
+    for turn, (ours, theirs) in zip(question.turns, zip(_answers(plain), _answers(arm), strict=True), strict=True):
+        if ours != theirs:
+            return _divergence(pair, pair.encode(turn, history=history), plain.question, begin, ours, theirs)
+        history.append((turn, pair.tokenizer.decode(ours, skip_special_tokens=True)))
+        begin += len(ours)
+    return None
+
+
+def _answers(sample: Sample) -> list[tuple[int, ...]]:
+    ends = [0, *accumulate(sample.turns)]
+    return [sample.token_ids[a:b] for a, b in pairwise(ends)]
+
+
+def _divergence(
+    pair: Pair, prompt: Sequence[int], question: int, begin: int, plain: Sequence[int], arm: Sequence[int]
+) -> Divergence:
     at = first_difference(plain, arm)
-    if at is None and len(plain) == len(arm):
-        return None
     at = min(len(plain), len(arm)) if at is None else at
     plain_text, arm_text = (pair.tokenizer.decode([ids[at]]) if at < len(ids) else "the end" for ids in (plain, arm))
-    gap: float | None = None
-    verdict = "bug"
-    if len(question.turns) > 1:  # a second turn follows other words already
-        verdict = "rounding"
-    elif at < min(len(plain), len(arm)):
-        gap, rounding = _gap(pair, [*pair.encode(question.turns[0]), *plain[:at]], plain[at], arm[at])
-        verdict = "rounding" if gap <= rounding else "bug"
-    return Divergence(number, at, plain_text, arm_text, gap, verdict)
+    if at >= min(len(plain), len(arm)):
+        return Divergence(question, begin + at, plain_text, arm_text, None, "bug")
+    gap, rounding = _gap(pair, [*prompt, *plain[:at]], plain[at], arm[at])
+    return Divergence(question, begin + at, plain_text, arm_text, gap, "rounding" if gap <= rounding else "bug")
 
 
 def _gap(pair: Pair, context: Sequence[int], a: int, b: int) -> tuple[float, float]:
@@ -113,8 +125,11 @@ def _gap(pair: Pair, context: Sequence[int], a: int, b: int) -> tuple[float, flo
     return abs(float(logits[a] - logits[b])), units * precision * max(float(logits.abs().max()), 1.0)
 
 
-def bandwidth() -> float:
-    """Bytes a second that this machine reads from memory with torch's threads: the least of five sums over 256 MB."""
+def bandwidth(device: torch.device) -> float | None:
+    """Bytes a second that this machine reads from memory with torch's threads: the least of five sums over 256 MB. Not
+    measured on other devices than a CPU."""
+    if device.type != "cpu":
+        return None
     block, least = torch.ones(64 * 2**20), float("inf")
     for _ in range(5):
         began = time.perf_counter()

@@ -62,6 +62,8 @@ class Plan:
     repeats: int
     max_tokens: int
     seed: int
+    conditions: tuple[str, ...] = ()
+    """What else samples must have in common to be put together: where and how the models ran."""
 
     def cells(self) -> Iterator[Cell]:
         """Prompt by prompt, plain decoding and all arms in shuffled order: a machine that slows down slows all alike."""

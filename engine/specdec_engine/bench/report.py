@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,18 +88,26 @@ def advice(arms: Sequence[ArmFigures]) -> Recommendation | None:
     return recommend([a.ratios for a in arms], [a.arm.k for a in arms], [a.arm.label for a in arms])
 
 
+def alike(arms: Sequence[ArmFigures]) -> list[ArmFigures]:
+    """The fastest arm and those that differ from it in k alone: what a k can be chosen among."""
+    if not arms:
+        return []
+    best = max(arms, key=lambda a: a.speedup.mean).arm
+    return [a for a in arms if replace(a.arm, k=best.k) == best]
+
+
 def record(
     plan: Plan,
     samples: Sequence[Sample],
     environment: Mapping[str, Any],
-    divergences: Mapping[int, Sequence[Mapping[str, Any]]],
+    looked: Mapping[int, tuple[int, Sequence[Mapping[str, Any]]]],
     synthetic: float | None = None,
 ) -> dict[str, Any]:
-    """The whole as one JSON object. divergences: by arm, where its greedy text was compared; with a chosen acceptance
-    nothing is lossless, and the record says so."""
+    """The whole as one JSON object. looked: by arm, of how many prompts its greedy text was compared, and where it differed;
+    with a chosen acceptance nothing is lossless, and the record says so."""
     arms = figures_of(plan, samples)
     plain = [s for s in samples if s.arm is None]
-    advised = advice(arms)
+    advised = advice(alike(arms))
     return {
         "schema": SCHEMA,
         "environment": dict(environment),
@@ -113,15 +121,15 @@ def record(
             "samples": [asdict(s) for s in plain],
         },
         "unpaired": [asdict(s) for s in samples if s.arm is not None and plan.arms[s.arm] not in {a.arm for a in arms}],
-        "arms": [_arm(a, divergences.get(plan.arms.index(a.arm)), environment) for a in arms],
-        "recommendation": None if advised is None else _advised(advised, arms),
+        "arms": [_arm(a, looked.get(plan.arms.index(a.arm)), environment) for a in arms],
+        "recommendation": None if advised is None else _advised(advised, alike(arms)),
     }
 
 
 def _arm(
-    a: ArmFigures, divergences: Sequence[Mapping[str, Any]] | None, environment: Mapping[str, Any]
+    a: ArmFigures, looked: tuple[int, Sequence[Mapping[str, Any]]] | None, environment: Mapping[str, Any]
 ) -> dict[str, Any]:
-    compared = None if divergences is None else len({s.question for s in a.samples})
+    compared, divergences = (None, ()) if looked is None else looked
     return {
         "draft": a.arm.draft,
         "k": a.arm.k,
@@ -142,10 +150,10 @@ def _arm(
         "v": {str(n): cost for n, cost in a.costs.v.items()},
         "predicted_speedup": a.costs.predicted,
         "cause": a.costs.cause(a.speedup.mean),
-        "memory_bound_speedup": memory_bound(a.costs, environment),
-        "identical": None if compared is None or divergences is None else compared - len(divergences),
+        "memory_bound_speedup": memory_bound(a.costs, a.arm.draft, environment),
+        "identical": None if compared is None else compared - len(divergences),
         "compared": compared,
-        "first_divergences": list(divergences or ()),
+        "first_divergences": list(divergences),
         "categories": {kind: asdict(found) for kind, found in a.by_category.items()},
         "samples": [asdict(s) for s in a.samples],
     }
@@ -156,6 +164,8 @@ def _advised(advised: Recommendation, arms: Sequence[ArmFigures]) -> dict[str, A
     return {
         "draft": "none" if arm is None else arm.draft,
         "k": 0 if arm is None else arm.k,
+        "temperature": None if arm is None else arm.temperature,
+        "rule": None if arm is None else arm.rule,
         "speedup": advised.speedup,
         "reason": advised.reason,
     }
@@ -170,13 +180,14 @@ def roofline(plain: Sequence[Sample], environment: Mapping[str, Any]) -> dict[st
     return {"pass_s": pass_s, "bytes_per_second": size / pass_s, "share_of_bandwidth": size / pass_s / limit}
 
 
-def memory_bound(costs: Costs, environment: Mapping[str, Any]) -> float | None:
+def memory_bound(costs: Costs, draft: str | None, environment: Mapping[str, Any]) -> float | None:
     """E / (k · draft bytes / target bytes + 1): the speedup where only reading weights costs time; as if every drafted token
     took a model's step, which in a cascade a lookup's do not."""
     size = environment.get("target", {}).get("weight_bytes")
     if not size:
         return None
-    drafts: int = sum(part.get("weight_bytes") or 0 for part in environment.get("drafts", {}).values())
+    parts = environment.get("drafts", {})
+    drafts: int = sum(parts[name].get("weight_bytes") or 0 for name in (draft or "").split(",") if name in parts)
     return costs.emitted / (costs.k * drafts / int(size) + 1)
 
 
@@ -210,7 +221,14 @@ def samples_of(found: Mapping[str, Any], plan: Plan) -> list[Sample]:
     runs = [s for part in (found["baseline"], *found["arms"]) for s in part["samples"]]
     runs += found.get("unpaired", [])
     return [
-        Sample(**{**s, "passes": {w: tuple(p) for w, p in s["passes"].items()}, "token_ids": tuple(s["token_ids"])})
+        Sample(
+            **{
+                **s,
+                "passes": {w: tuple(p) for w, p in s["passes"].items()},
+                "token_ids": tuple(s["token_ids"]),
+                "turns": tuple(s["turns"]),
+            }
+        )
         for s in runs
     ]
 

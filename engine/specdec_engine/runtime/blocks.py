@@ -166,7 +166,9 @@ class Blocks:
         table = self._table_of(cache, span)
         step = self._steps.get(n)
         if step is None:
-            step = self._steps[n] = self._begin(positions, cache, span)
+            step = self._begin(positions, cache, span)
+            # Without what belongs to a cache, which may be another by then.
+            step = self._steps[n] = replace(step, kept=(), keys=(), values=(), masks={})
         rows = step.queries.shape[1]
         at = slice(start - table.first, start - table.first + n)
         return replace(
@@ -177,7 +179,7 @@ class Blocks:
             kept=table.kept,
             keys=table.keys,
             values=table.values,
-            scores=None if step.scores is None else step.scores.new_empty(*step.queries.shape[:2], span),
+            scores=step.queries.new_empty(*step.queries.shape[:2], span) if self._in_steps(grouped=True) else None,
         )
 
     def _table_of(self, cache: Tensor, span: int) -> _Table:
@@ -306,8 +308,8 @@ class Blocks:
 
 
 def _by_row(mask: Tensor, rows: int) -> Tensor:
-    """[n, span] -> [rows, span], the n rows again and again for heads that share keys, and 0 for what is left; or [1, span]
-    where one row is for all."""
+    """[n, span] -> [rows, span], the n rows again and again for heads that share keys, and what is filled up is not used; or
+    [1, span] where one row is for all."""
     n = mask.shape[0]
     if n == 1:
         return mask

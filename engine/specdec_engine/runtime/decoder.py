@@ -55,6 +55,7 @@ class Decoder(Blocks):
         cut = copy.copy(self)
         cut.shape = replace(self.shape, layers=layers, windows=self.shape.windows[:layers])
         cut.layers = self.layers[:layers]
+        cut._steps, cut._table = {}, None
         return cut
 
     @torch.inference_mode()
