@@ -210,8 +210,8 @@ def _promise(figures: Mapping[str, Any]) -> Iterator[Finding]:
     (low, high), (least, most) = figures["c"], figures["speedup"]
     level: Level = "ok" if least > 1.05 else "note"
     said = (
-        f"a draft step costs {low:.2f} to {high:.2f} of a target pass; at best 1 : {least:.2f} if half of the tokens are "
-        f"accepted, 1 : {most:.2f} if four in five are; `specdec bench` measures it"
+        f"a draft step costs {low:.2f} to {high:.2f} of a target pass; at best {least:.2f}× if half of the tokens are "
+        f"accepted, {most:.2f}× if four in five are; `specdec bench` measures it"
     )
     yield Finding("speed", level, said)
 

@@ -192,8 +192,12 @@ def _measured(
     left_out = dict[int, str]()
     whole = True
     cells = [c for c in plan.cells() if (c.question, c.repeat, c.temperature, c.arm) not in done]
+    if not cells:
+        output.note("nothing is left to run")
     try:
-        for arm in (None, *range(len(plan.arms))):  # warm-up, dropped: kernels set themselves up, pages come in
+        for arm in (
+            (None, *range(len(plan.arms))) if cells else ()
+        ):  # warm-up, dropped: kernels set themselves up, pages come in
             cell = Cell(0, -1, 0.0 if arm is None else plan.arms[arm].temperature, arm)
             with suppress(UsageError):
                 run(*of(cell), cell, plan.questions[0], min(16, plan.max_tokens), plan.seed - 1)

@@ -203,10 +203,8 @@ def _within(frame: Frame, index: int, step: int) -> View:
 
 
 def _reached(view: View, index: int, step: int) -> bool:
-    """Whether the view is at this step of this cycle, or past it."""
-    if view.shown != index + 1:
-        return view.shown > index + 1
-    return view.step is None or view.step >= step
+    """Whether the view is at this step of this cycle, or past it; elsewhere nothing was seen of it."""
+    return view.shown == index + 1 and (view.step is None or view.step >= step)
 
 
 def _first(frame: Frame, *wanted: Callable[[Cycle], bool]) -> int:

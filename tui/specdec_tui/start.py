@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from textual import events
 from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
 from textual.content import Content
@@ -68,11 +69,14 @@ class StartApp(App[Choice | None]):
         yield Static(title, id="title")
         yield OptionList(*(Option(_shown(entry)) for entry in self._entries), id="entries")
         yield Input(EXAMPLE, id="prompt", select_on_focus=True)
-        yield Static("↑ ↓ choose · enter go on · escape back, leave", id="keys", markup=False)
+        yield Static(_KEYS["entries"], id="keys", markup=False)
 
     def on_mount(self) -> None:
         self.query_one("#prompt", Input).border_title = "prompt"
         self.query_one("#entries", OptionList).focus()
+
+    def on_descendant_focus(self, event: events.DescendantFocus) -> None:
+        self.query_one("#keys", Static).update(_KEYS.get(event.widget.id or "", ""))
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
         self._chosen = self._entries[event.option_index]
@@ -92,6 +96,12 @@ class StartApp(App[Choice | None]):
             self.exit(None)
         else:
             entries.focus()
+
+
+_KEYS = {
+    "entries": "↑ ↓ choose · enter: on to the prompt, or start · escape: leave",
+    "prompt": "enter runs it · escape: back to the list",
+}
 
 
 def _shown(entry: Entry) -> Content:

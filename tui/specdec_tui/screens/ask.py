@@ -30,7 +30,10 @@ class Ask(ModalScreen[str | None]):
 class AskPrompt(Ask):
     """The prompt of another run."""
 
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("ctrl+j,ctrl+s", "run", "Run", id="ask.run", priority=True)]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("enter,ctrl+s", "run", "Run", id="ask.run", priority=True),
+        Binding("ctrl+j", "line", "New line", id="ask.line", priority=True),
+    ]
 
     def __init__(self, prompt: str) -> None:
         super().__init__()
@@ -40,7 +43,13 @@ class AskPrompt(Ask):
         with Vertical() as box:
             box.border_title = "prompt"
             yield TextArea(self._prompt, id="prompt")
-            yield Static("ctrl+j runs it · escape leaves it", classes="hint")
+            yield Static("enter runs it · ctrl+j: a new line · escape leaves it", classes="hint")
+
+    def on_mount(self) -> None:
+        self.query_one(TextArea).select_all()  # typing replaces it
+
+    def action_line(self) -> None:
+        self.query_one(TextArea).insert("\n")
 
     def action_run(self) -> None:
         text = self.query_one(TextArea).text

@@ -19,6 +19,7 @@ from specdec_tui.theme import content
 from specdec_tui.toy import MOST
 from specdec_tui.widgets.board import Board
 
+_KEYS = "⏎ ⌫ pages · q leaves"
 _AT_ONCE = 100
 """Draws a tick, so that the histograms are seen to meet."""
 
@@ -36,6 +37,7 @@ class LessonScreen(WatchScreen):
     LessonScreen.-experiment #experiment { display: block; }
     LessonScreen.-experiment #board { display: none; }
     LessonScreen #header, LessonScreen #figures { display: none; }
+    LessonScreen.-narrow.-inspecting #left, LessonScreen.-narrow.-inspecting #scrubber { display: none; }
     """
 
     def __init__(self, source: Source, player: Player, lesson: Lesson) -> None:
@@ -83,7 +85,10 @@ class LessonScreen(WatchScreen):
         last = lesson.at == len(lesson.pages) - 1
         onward = "q leaves; specdec watch shows a run of your own" if last else "enter for the next page"
         task: Line = [("✓ ", "accepted"), (onward, "key")] if ticked else [("□ ", "muted"), (page.task, "key")]
-        title: Line = [(f"{lesson.at + 1} of {len(lesson.pages)}  ", "muted"), (page.title, "strong")]
+        where = f"{lesson.at + 1} of {len(lesson.pages)}  "
+        gap = width - len(where) - len(page.title) - len(_KEYS)
+        keys = " " * gap + _KEYS if gap > 1 else ""
+        title: Line = [(where, "muted"), (page.title, "strong"), (keys, "muted")]
         return [title, *flowed(page.text, width), task]
 
     # -- keys --------------------------------------------------------------------------------------------------------

@@ -51,6 +51,7 @@ class RaceScreen(Screen[Frame | None]):
     def __init__(self, source: LiveSource) -> None:
         super().__init__()
         self._source, self._frames = source, [Frame(), Frame()]
+        self._before = source.request
         seed = source.request.seed if source.request.seed is not None else secrets.randbits(32)
         self._request = replace(source.request, seed=seed)
         self._waiting: Iterator[Request] = iter([replace(self._request, k=0), self._request])
@@ -100,8 +101,12 @@ class RaceScreen(Screen[Frame | None]):
             frame = self._frames[self._recording]
             if event.kind != "started" and not frame.run:
                 continue  # of the run that was given up
-            self._frames[self._recording] = frame.plus([event])
-            if self._frames[self._recording].over:
+            self._frames[self._recording] = frame = frame.plus([event])
+            if (
+                frame.finished is not None and frame.finished.reason == "cancelled"
+            ):  # one that this race took the place of
+                self._frames[self._recording] = Frame()
+            elif frame.over:
                 self._next()
                 return
 
@@ -112,11 +117,11 @@ class RaceScreen(Screen[Frame | None]):
             view = lane.at(self._clock) if race is not None else lane.at(lane.total_s)
             self.query_one(f"#{key}-stream", Stream).show(replace(view, step=None))
             s = view.past.summary()
-            done = "  ✓ done" if race is not None and view.shown == len(lane.ends) else ""
+            done = "✓ done  " if race is not None and view.shown == len(lane.ends) else ""
             figures: Line = [
                 (f"{key}  ", "strong"),
-                (f"{s.emitted} tokens · {s.cycles} passes · {number(s.tokens_per_second, 1)} tok/s", ""),
                 (done, "key"),
+                (f"{s.emitted} tokens · {s.cycles} passes · {number(s.tokens_per_second, 1)} tok/s", ""),
             ]
             self.query_one(f"#{key}-figures", Static).update(content([figures]), layout=False)
         self.query_one("#race-title", Static).update(content([self._title()]), layout=False)
@@ -157,4 +162,6 @@ class RaceScreen(Screen[Frame | None]):
         self._speed = _SPEEDS[max(0, min(len(_SPEEDS) - 1, _SPEEDS.index(self._speed) + by))]
 
     def action_back(self) -> None:
+        """With the speculative run; before both are recorded, with none."""
+        self._source.request = self._before
         self.dismiss(self._frames[1] if self._race is not None else None)

@@ -242,6 +242,9 @@ class WatchScreen(Screen[None]):
         if run is not None:
             self._player.feed(run.events())
             self._player.end()
+        else:  # the engine has given the run up for the race
+            self._live.again(self._live.request)
+            self.notify("the race was left: your run begins anew", timeout=3, markup=False)
 
     def _restart(self, request: Request) -> None:
         if self._live is not None:
