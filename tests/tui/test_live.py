@@ -238,3 +238,28 @@ def test_a_race_is_recorded_back_to_back_and_replayed_on_one_clock(source):
     assert shown.count("✓ done") == 2
     assert view.frame.cycles == race.speculative.frame.cycles
     assert "cycles" in after
+
+
+def test_a_race_that_is_left_early_gives_the_run_back(source):
+    async def act(app, pilot):
+        async def shown(condition):
+            for _ in range(600):
+                await pilot.pause(0.05)
+                if condition():
+                    return
+            raise AssertionError("it never came")
+
+        await shown(lambda: app.player.view.frame.over)
+        await pilot.press("b", "escape")
+        await pilot.pause(0.1)
+        assert source.request.k == 3
+        await pilot.press("b")  # at once: what the first race had begun must not be taken for a lane of this one
+        await shown(lambda: getattr(app.screen, "_race", None) is not None)
+        race = app.screen._race
+        assert race.plain.frame.settings["k"] == 0
+        assert race.speculative.frame.settings["k"] == 3
+        await pilot.press("escape", "escape")
+        await pilot.pause(0.2)
+        return source.request.k
+
+    assert on_screen(source, act) == 3
