@@ -306,3 +306,10 @@ def test_help_names_every_key():
     for label in ("Next rejection", "Step within the cycle", "Faster", "Save", "Find text"):
         assert label in words
     assert "Temperature" not in words  # there is no engine to turn
+
+
+@pytest.mark.parametrize("key", ["escape", "question_mark"])
+def test_the_help_closes_again(key):
+    before, _ = pressed(Told(events(20)), size=(200, 60))
+    after, _ = pressed(Told(events(20)), "question_mark", key, size=(200, 60))
+    assert after == before

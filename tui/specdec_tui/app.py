@@ -31,6 +31,7 @@ class SpecdecApp(App[None]):
         Binding("q,ctrl+q", "quit", "Quit", id="quit", priority=True),
         Binding("ctrl+c", "stop", "Pause; twice: quit", id="stop", priority=True),
         Binding("question_mark,f1", "help", "Help", id="help"),
+        Binding("escape", "close_help", "Close the help", id="close-help", show=False),
     ]
 
     def __init__(self, source: Source, *, speed: float, lesson: Lesson | None = None) -> None:
@@ -71,3 +72,6 @@ class SpecdecApp(App[None]):
             self.action_hide_help_panel()
         else:
             self.action_show_help_panel()
+
+    def action_close_help(self) -> None:
+        self.action_hide_help_panel()
