@@ -55,13 +55,14 @@ def show(found: Mapping[str, Any], format: str) -> None:
 def _row(arm: Mapping[str, Any]) -> list[str]:
     shares = "/".join(f"{100 * arm[f'{part}_share']:.0f}" for part in ("draft", "verify", "other"))
     same = "–" if arm["compared"] is None else f"{arm['identical']}/{arm['compared']}"
+    low = arm["speedup_low"]  # None of one prompt, which says nothing about others
     rule = "" if arm["rule"] == "token" else f" ({arm['rule']})"
     return [
         f"{arm['draft']}{rule}",
         str(arm["k"]),
         f"{arm['temperature']:g}",
         f"{arm['tokens_per_second']:.1f}",
-        f"{arm['speedup']:.2f}× ({arm['speedup_low']:.2f}–{arm['speedup_high']:.2f})",
+        f"{arm['speedup']:.2f}×" + ("" if low is None else f" ({low:.2f}–{arm['speedup_high']:.2f})"),
         f"{arm['slower_share']:.0%}",
         "–" if arm["alpha"] is None else f"{arm['alpha']:.2f}",
         f"{arm['mean_emitted_per_cycle']:.2f}",
@@ -147,7 +148,8 @@ def compared(older: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str
         if (old := before.get(_key(arm))) is None:
             continue
         change = arm["speedup"] / old["speedup"] - 1
-        surely = arm["speedup_low"] > old["speedup_high"] or arm["speedup_high"] < old["speedup_low"]
+        known = None not in (arm["speedup_low"], old["speedup_low"])
+        surely = known and (arm["speedup_low"] > old["speedup_high"] or arm["speedup_high"] < old["speedup_low"])
         yield (
             f"{arm['draft']} k {arm['k']}, T {arm['temperature']:g}: {old['speedup']:.2f}× before, "
             f"{arm['speedup']:.2f}× now, {change:+.0%}" + ("" if surely else " (within the intervals)")
@@ -181,8 +183,8 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
         fixed = [arm for arm in arms if isinstance(arm["k"], int)]
         ks, label = [arm["k"] for arm in fixed], f"{draft}, T {temperature:g}"
         speeds = [arm["speedup"] for arm in fixed]
-        below = [speed - arm["speedup_low"] for speed, arm in zip(speeds, fixed, strict=True)]
-        above = [arm["speedup_high"] - speed for speed, arm in zip(speeds, fixed, strict=True)]
+        below = [speed - (arm["speedup_low"] or speed) for speed, arm in zip(speeds, fixed, strict=True)]
+        above = [(arm["speedup_high"] or speed) - speed for speed, arm in zip(speeds, fixed, strict=True)]
         [line, *_] = axes.errorbar(ks, speeds, [below, above], marker="o", capsize=3, label=label)
         axes.plot(ks, [arm["predicted_speedup"] for arm in fixed], ":", color=line.get_color())
         for arm in arms:

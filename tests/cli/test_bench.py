@@ -48,6 +48,16 @@ def test_json_has_the_contracts_keys_and_greedy_text_is_the_targets(bench, draft
     assert found["baseline"]["roofline"]["share_of_bandwidth"] > 0
 
 
+def test_one_prompt_has_no_interval_and_the_record_is_json_all_the_same(bench, tmp_path):
+    result = bench("--limit", "1", "--format", "json")
+    found = json.loads(result.out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert found["arms"][0]["speedup_low"] is None
+    assert found["recommendation"]["reason"].startswith("too few prompts")
+    out = tmp_path / "r.json"
+    assert "nan" not in bench("--limit", "1", "--out", out, "--plot", tmp_path / "p.svg").out
+    assert "now" in bench("--limit", "1", "--compare", out).err
+
+
 def test_an_interrupted_benchmark_goes_on(bench, tmp_path):
     out = tmp_path / "r.json"
     whole = record(bench("--out", out, "--format", "json"))

@@ -57,6 +57,15 @@ def over(found):
     return bool(found) and isinstance(found[-1], Finished)
 
 
+async def shown(pilot, condition, said=lambda: ""):
+    """Until the screen is so."""
+    for _ in range(600):
+        await pilot.pause(0.05)
+        if condition():
+            return
+    raise AssertionError(f"it never came: {said()}"[:3000])
+
+
 def test_a_run_comes_with_its_plain_speed(source):
     source.start()
     found = gathered(source, [], over)
@@ -182,32 +191,28 @@ def test_what_goes_wrong_while_loading_is_a_stage(tmp_path, error):
 
 def test_a_live_run_is_watched_paused_stepped_and_turned(source):
     async def act(app, pilot):
-        async def shown(condition):
-            for _ in range(600):
-                await pilot.pause(0.05)
-                if condition():
-                    return
-            raise AssertionError(f"it never came: {source.stage}, {app.player.__dict__}"[:3000])
+        async def until_so(condition):
+            await shown(pilot, condition, lambda: f"{source.stage}, {app.player.__dict__}")
 
         view = lambda: app.player.view  # noqa: E731
         await pilot.press("space")
-        await shown(lambda: view().frame.prompt)
+        await until_so(lambda: view().frame.prompt)
         first = view().shown
         await pilot.press("n")
-        await shown(lambda: view().shown == first + 1)
+        await until_so(lambda: view().shown == first + 1)
         await pilot.press("n")
-        await shown(lambda: view().shown == first + 2)
+        await until_so(lambda: view().shown == first + 2)
         held = view().shown
         await pilot.press("K", "K")
         await pilot.press("n")
-        await shown(lambda: view().shown == held + 1)
+        await until_so(lambda: view().shown == held + 1)
         assert view().cycle.k == 5
         await pilot.press("T", *["plus"] * 9, "space")
-        await shown(lambda: view().frame.over and view().at_end)
+        await until_so(lambda: view().frame.over and view().at_end)
         assert view().frame.setting("temperature") == 0.1
         before = view().frame.seed
         await pilot.press("R")
-        await shown(lambda: view().frame.seed != before and view().frame.over)
+        await until_so(lambda: view().frame.seed != before and view().frame.over)
         return screen_of(app)
 
     assert "■ finished" in on_screen(source, act, speed=1 / 64)
@@ -242,19 +247,12 @@ def test_a_race_is_recorded_back_to_back_and_replayed_on_one_clock(source):
 
 def test_a_race_that_is_left_early_gives_the_run_back(source):
     async def act(app, pilot):
-        async def shown(condition):
-            for _ in range(600):
-                await pilot.pause(0.05)
-                if condition():
-                    return
-            raise AssertionError("it never came")
-
-        await shown(lambda: app.player.view.frame.over)
+        await shown(pilot, lambda: app.player.view.frame.over)
         await pilot.press("b", "escape")
         await pilot.pause(0.1)
         assert source.request.k == 3
         await pilot.press("b")  # at once: what the first race had begun must not be taken for a lane of this one
-        await shown(lambda: getattr(app.screen, "_race", None) is not None)
+        await shown(pilot, lambda: getattr(app.screen, "_race", None) is not None)
         race = app.screen._race
         assert race.plain.frame.settings["k"] == 0
         assert race.speculative.frame.settings["k"] == 3

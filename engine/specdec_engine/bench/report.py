@@ -108,7 +108,7 @@ def record(
     arms = figures_of(plan, samples)
     plain = [s for s in samples if s.arm is None]
     advised = advice(alike(arms))
-    return {
+    found = {
         "schema": SCHEMA,
         "environment": dict(environment),
         "plan": {**asdict(plan), "digest": plan.digest},
@@ -124,6 +124,7 @@ def record(
         "arms": [_arm(a, looked.get(plan.arms.index(a.arm)), environment) for a in arms],
         "recommendation": None if advised is None else _advised(advised, alike(arms)),
     }
+    return {key: _finite(value) for key, value in found.items()}
 
 
 def _arm(
@@ -195,7 +196,7 @@ def write(path: Path, found: Mapping[str, Any]) -> None:
     """Whole or not at all. Raises UsageError for a place that cannot be written."""
     beside = path.with_name(path.name + ".part")
     try:
-        beside.write_text(json.dumps(_finite(found), indent=1), "utf-8")
+        beside.write_text(json.dumps(found, indent=1), "utf-8")
         beside.replace(path)
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}", "choose another --out") from error
