@@ -28,6 +28,7 @@ _BY_ERROR: dict[type[errors.SpecdecError], ExitCode] = {
     errors.ModelUnavailable: ExitCode.MODEL,
     errors.PairIncompatible: ExitCode.INCOMPATIBLE,
     errors.OutOfMemory: ExitCode.MEMORY,
+    errors.CheckFailed: ExitCode.CHECK,
 }
 
 

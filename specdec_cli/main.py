@@ -17,12 +17,13 @@ from specdec_cli.commands.distill import distill
 from specdec_cli.commands.generate import generate
 from specdec_cli.commands.info import info
 from specdec_cli.commands.replay import replay
+from specdec_cli.commands.tune import tune
 from specdec_cli.commands.watch import watch
 from specdec_cli.exits import ExitCode, exit_code
 from specdec_engine import __version__
 from specdec_engine.errors import SpecdecError
 
-COMMANDS = (generate, watch, replay, bench, check, distill, info)
+COMMANDS = (generate, watch, replay, bench, tune, check, distill, info)
 
 app = typer.Typer(
     name="specdec",

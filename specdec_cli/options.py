@@ -31,18 +31,19 @@ Draft = Annotated[
         "--draft",
         "-d",
         rich_help_panel=_MODELS,
-        show_default="ngram,builtin for the built-in target, else ngram",
+        show_default="a profile's; else ngram,builtin for the built-in target, ngram for others",
         help="Hub id, folder, .gguf file, builtin (made for the built-in target), ngram, ngram:N (look up at most N tokens), "
         "suffix, self:N (the target's first N layers), a folder that distill made, or none; joined by commas, the first "
         "that proposes wins.",
     ),
 ]
 K = Annotated[
-    str,
+    str | None,
     typer.Option(
         "-k",
         rich_help_panel=_MODELS,
         metavar="N|auto",
+        show_default="a profile's, else auto",
         help="Drafted tokens a cycle; 0 is plain decoding, auto learns how many pay.",
     ),
 ]
@@ -192,7 +193,7 @@ class Placement:
 class Decoding:
     """A run: what it draws with, how it verifies, when it ends."""
 
-    k: K = "auto"
+    k: K = None
     temperature: Temperature = 0.0
     top_k: TopK = 0
     top_p: TopP = 1.0

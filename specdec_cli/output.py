@@ -77,6 +77,16 @@ def narrated() -> Iterator[Report]:
     yield tell_once
 
 
+@contextmanager
+def working() -> Iterator[Callable[[str], None]]:
+    """What is being done, as a live line on a terminal; elsewhere nothing."""
+    if not sys.stderr.isatty():
+        yield lambda text: None
+        return
+    with Console(stderr=True).status("") as status:
+        yield lambda text: status.update(Text(printable(text)))
+
+
 def _sentence(progress: Progress) -> str:
     doing = {"download": "fetching", "convert": "converting", "load": "loading"}[progress.stage]
     if not progress.total:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +39,47 @@ class DraftChoice:
         if self.sampling.coupled:
             return Chosen(choice(row, u[None, : self.vocab]), None, row.amax())
         return Chosen(draw(row[0], u)[None], row, row.amax())
+
+
+def along(logits: Tensor, said: Sequence[int], sampling: Sampling) -> list[float]:  # [n, V], [n] -> [n]
+    """How likely each of these tokens was to be chosen after its row's text; 0 for ids that are none (negative, or V and
+    more)."""
+    ids = torch.tensor(said, device=logits.device)
+    known = (ids >= 0) & (ids < logits.shape[-1])
+    rows = warp(logits, sampling).gather(-1, ids.where(known, 0)[:, None])[:, 0]
+    found: list[float] = rows.where(known, 0.0).tolist()
+    return found
+
+
+def chance(p: float, q: float) -> float:
+    """That a token which the target says with p came from a draft of q: min(p, q) / p."""
+    return min(1.0, q / p) if p > 0 else 0.0
+
+
+class Following:
+    """Chooses what a text says, and notes how likely a draft was to be accepted there: a `Choose` for one draft."""
+
+    def __init__(self, tokens: Sequence[int], p: Sequence[float], sampling: Sampling) -> None:
+        """tokens: the draft's ids of what is said, negative where it has none; p: what the target gives them."""
+        self._tokens, self._p, self._sampling = tokens, p, sampling
+        self.chances: list[float] = []
+        self._reach = 1.0
+
+    @property
+    def key(self) -> Hashable:
+        return id(self)
+
+    def __call__(self, logits: Tensor, u: Tensor, temperature: Tensor) -> Chosen:
+        at = len(self.chances)
+        token = self._tokens[at]
+        self.chances.append(chance(self._p[at], along(logits, [token], self._sampling)[0]))
+        self._reach *= self.chances[-1]
+        fed = torch.tensor([max(token, 0)], device=logits.device)
+        return Chosen(fed, None, torch.ones((), device=logits.device))
+
+    def enough(self, confidence: float) -> bool:
+        """Hardly a draft gets further."""
+        return self._reach < 1e-3
 
 
 def draft_numbers(

@@ -6,6 +6,7 @@
     ├── PairIncompatible    two models, or a model and speculation, that do not fit together
     ├── OutOfMemory         weights, caches or buffers larger than what is free
     ├── GenerationFailed    the run broke: logits that are not numbers, a drafter that breaks its contract
+    ├── CheckFailed         what was measured contradicts itself: a bug
     └── TraceError          a trace that cannot be written or read
 
 Exit codes are the command line's contract and live there. Programming mistakes raise `ValueError`.
@@ -41,6 +42,10 @@ class OutOfMemory(SpecdecError):
 
 class GenerationFailed(SpecdecError):
     """The run broke after it had started; what was emitted until then is valid."""
+
+
+class CheckFailed(SpecdecError):
+    """Counters that contradict each other: no figure made of them is worth anything."""
 
 
 class TraceError(SpecdecError):

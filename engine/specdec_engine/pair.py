@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import secrets
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import Any, Literal
@@ -151,23 +151,33 @@ def load_pairs(target: str, drafts: Sequence[str | None], options: LoadOptions |
     found = find_model(target, options)
     if read_draft(found.path) is not None:
         raise UsageError(f"{target} is a draft, made for another target", "give it to --draft")
-    load_target = cache(found.load)
-    return [_paired(target, found, load_target, draft, options) for draft in drafts]
+    models = _Models(found, replace(options, device_map=None, quantize=options.draft_quantize))
+    return [_paired(models, draft, options) for draft in drafts]
 
 
-def _paired(
-    target: str, found: Candidate, load_target: Callable[[], Loaded], draft: str | None, options: LoadOptions
-) -> Pair:
+class _Models:
+    """Each model once, however many pairs it is in; what is looked at is not loaded before all was looked at."""
+
+    def __init__(self, target: Candidate, options: LoadOptions) -> None:
+        """options: for drafts."""
+        self.found = target
+        self.target = cache(target.load)
+        self.find_draft = cache(lambda name: find_model(name, options))
+        self.draft = cache(lambda name: self.find_draft(name).load())
+
+
+def _paired(models: _Models, draft: str | None, options: LoadOptions) -> Pair:
+    found, target = models.found, models.found.name
     drafts, notes = dict[str, Loaded](), list[str]()
 
     def load_draft(name: str) -> LoadedDraft:
-        small = find_model(name, replace(options, device_map=None, quantize=options.draft_quantize))
+        small = models.find_draft(name)
         made = read_draft(small.path)
         if made is not None:
             made.check(found.tokenizer, target, found.vocab)
         elif special := check_pair(target, found.tokenizer, name, small.tokenizer).special:
             notes.append(f"{len(special)} special tokens of {target} and {name} differ, from id {special[0].id} on")
-        drafts[name] = small.load()
+        drafts[name] = models.draft(name)
         host.parts[name] = _part(drafts[name])
         return LoadedDraft(drafts[name].runtime, None if made is None else made.ids)
 
@@ -177,13 +187,13 @@ def _paired(
         vocab=found.vocab,
         device=found.device,
         load_draft=load_draft,
-        target=lambda: load_target().runtime,
+        target=lambda: models.target().runtime,
         output_rows=found.output_rows,
         draft_quantize=options.draft_quantize,
     )
     # The drafter first: what is wrong with it comes out before the larger model's weights are read.
     drafter = build_drafter(_unnamed(found) if draft is None else draft, host)
-    loaded = load_target()
+    loaded = models.target()
     if loaded.runtime.vocab != found.vocab:
         raise PairIncompatible(
             f"{target} has {loaded.runtime.vocab} logits where its config says {found.vocab}", "choose another target"

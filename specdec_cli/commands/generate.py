@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import typer
 
 from specdec_cli import options as opt
-from specdec_cli import output
+from specdec_cli import output, profiles
 from specdec_cli.exits import ExitCode
 from specdec_cli.prompts import read_prompt
 from specdec_engine.control import Controls
@@ -54,7 +54,9 @@ def generate(
     # All that can be wrong without a model is found out before one is loaded.
     if json and jsonl:
         raise UsageError("--json and --jsonl exclude each other", "--json is one object, --jsonl one event a line")
-    drafted, sampling = opt.k_of(how.k), how.sampling
+    sampling = how.sampling
+    setting = profiles.chosen(target, draft, how.k, not sampling.greedy)
+    drafted = opt.k_of(setting.k)
     Controls(3 if drafted == "auto" else drafted, sampling, how.draft_temperature)
     stops = Stop(how.max_tokens, strings=tuple(how.stop or ())).strings
     text = read_prompt(prompt, file)
@@ -65,9 +67,9 @@ def generate(
         # Deferred: torch and transformers take 3 s, and `--help` and usage errors must not pay them.
         from specdec_engine.pair import load_pair
 
-        pair = load_pair(target, draft, where.loading(len(text) // 3 + how.max_tokens, report))
+        pair = load_pair(target, setting.draft, where.loading(len(text) // 3 + how.max_tokens, report))
     ids = pair.encode(text, chat=how.chat, system=how.system)
-    for sentence in (*pair.notes, *(pair.remarks if verbose else ())):
+    for sentence in filter(None, (setting.said, *pair.notes, *(pair.remarks if verbose else ()))):
         output.note(sentence)
 
     stream = TextStream(pair.tokenizer, stops)
@@ -92,7 +94,7 @@ def generate(
             output.summary_line(
                 summary,
                 _ending(summary, how.max_tokens, stops),
-                _state(pair, summary, drafted, controls, named=draft is not None),
+                _state(pair, summary, drafted, controls, named=setting.draft is not None),
             )
         )
     recorder.check()

@@ -1,4 +1,4 @@
-"""`specdec info`: what is installed, what there is to run on, and what is in the cache."""
+"""`specdec info`: what is installed, what there is to run on, what is in the cache, and which config is in force."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from specdec_cli import options as opt
-from specdec_cli import output
+from specdec_cli import output, profiles
 from specdec_engine import __version__
 
 _PACKAGES = (
@@ -29,7 +29,7 @@ _PACKAGES = (
 
 
 def info(json: opt.Json = False) -> None:
-    """Show versions, devices, the runtime that the built-in pair would get and why, and cached models.
+    """Show versions, devices, the runtime that the built-in pair would get and why, cached models, and profiles.
 
     specdec info --json
     """
@@ -50,6 +50,12 @@ def info(json: opt.Json = False) -> None:
         typer.echo(f"{model['name']}: {model['model_type']}, {model['size'] / 1e9:.1f} GB{fits}")
     if not found["models"]:
         typer.echo("no other models are in the hub's cache")
+    config = found["config"]
+    for p in config["profiles"]:
+        when = "above 0" if p["sampled"] else "0"
+        typer.echo(f"{p['target']}: draft {p['draft']}, k {p['k']}, for temperature {when} · {config['file']}")
+    if not config["profiles"]:
+        typer.echo(f"no profiles in {config['file']}: drafts and k are the defaults; specdec tune --save writes one")
 
 
 def _found() -> dict[str, Any]:
@@ -74,6 +80,7 @@ def _found() -> dict[str, Any]:
             }
             for m in models
         ],
+        "config": {"file": str(profiles.path()), "profiles": [p.block() for p in profiles.profiles()]},
     }
 
 

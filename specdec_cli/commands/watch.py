@@ -11,7 +11,7 @@ import typer
 from platformdirs import user_log_path
 
 from specdec_cli import options as opt
-from specdec_cli import output
+from specdec_cli import output, profiles
 from specdec_cli.commands.generate import quieten
 from specdec_cli.commands.replay import replay
 from specdec_cli.exits import ExitCode
@@ -58,8 +58,9 @@ def watch(
     if demo:
         _demonstrate()
         return
-    drafted, sampling = opt.k_of(how.k), how.sampling
-    Controls(3 if drafted == "auto" else drafted, sampling, how.draft_temperature)
+    sampling = how.sampling
+    typed = opt.k_of(how.k or "auto")
+    Controls(3 if typed == "auto" else typed, sampling, how.draft_temperature)
     stops = Stop(how.max_tokens, strings=tuple(how.stop or ())).strings
     if prompt is None and file is None and sys.stdin.isatty():
         chosen = _start(target, draft)
@@ -68,6 +69,8 @@ def watch(
             return
         prompt, target, draft = chosen.prompt, chosen.entry.target, chosen.entry.draft
     text = read_prompt(prompt, file)
+    setting = profiles.chosen(target, draft, how.k, not sampling.greedy)
+    drafted = opt.k_of(setting.k)
     _keys_from_the_terminal()
     quieten(where.offline, where.debug)
 
@@ -75,7 +78,7 @@ def watch(
         # In the engine's thread, while the first frame is on screen: torch and transformers take 3 s.
         from specdec_engine.pair import load_pair
 
-        return load_pair(target, draft, where.loading(len(text) // 3 + how.max_tokens, report))
+        return load_pair(target, setting.draft, where.loading(len(text) // 3 + how.max_tokens, report))
 
     from specdec_tui.app import SpecdecApp  # Textual takes 0.3 s
 

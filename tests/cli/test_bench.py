@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
 
+from specdec_engine import loop
 from specdec_engine.acceptance import TokenRule
 from tests import fakes
 
@@ -79,6 +81,19 @@ def test_a_rule_that_accepts_too_much_is_found_out(bench, draft_checkpoint, monk
     assert result.code == 6
     assert "bug" in result.out
     assert "not by rounding" in result.err
+
+
+def test_counters_that_are_wrong_are_found_out(bench, draft_checkpoint, monkeypatch):
+    right = loop._cycle
+
+    def wrong(*given):
+        cycle = right(*given)
+        return replace(cycle, accepted=min(len(cycle.drafted), cycle.accepted + 1))
+
+    monkeypatch.setattr(loop, "_cycle", wrong)
+    result = bench("-d", draft_checkpoint)
+    assert result.code == 6
+    assert "says 1 of 2 accepted" in result.err
 
 
 def test_a_threshold_that_is_missed_exits_with_6(bench):

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from specdec_engine.drafters import DRAFTERS, build_drafter
-from specdec_engine.drafters.base import LoadedDraft
+from specdec_engine.drafters.base import Foreseeing, LoadedDraft
 from specdec_engine.randomness import KeyedRandomness
 from specdec_engine.runtime.generic import GenericRuntime
 from specdec_engine.target import ModelTarget
+from specdec_engine.tune.passes import Answer, chances_along
+from specdec_engine.tune.whatif import expected_cycles
 from specdec_engine.types import Sampling, Verdict
 from tests.fakes import VOCAB, byte_tokenizer, cycles, emitted, graph, host, lean, run, save_head_draft, tiny_llama
 
@@ -255,3 +257,41 @@ def test_a_heads_features_survive_the_growth_of_the_cache():
         found.append(cycles(run(ModelTarget(runtime, "tiny"), drafter, [5, 6, 7], k=3, max_tokens=120)))
     assert [c.drafted for c in found[0]] == [c.drafted for c in found[1]]
     assert sum(len(c.drafted) for c in found[0]) > 100
+
+
+FORESEEING = ["model:small", "self:1", "head:HEAD", "lean@model:small", "graph@model:small", "reduced@model:small"]
+
+
+@pytest.mark.parametrize("spec", FORESEEING)
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "raw", "warped"])
+def test_what_a_drafter_foresees_is_what_it_would_draw_from(spec, sampling):
+    """Along a text that goes on as one of its own drafts, every chance is that draft's q over p, at every depth."""
+    rng, drafter = random.Random(3), build(spec)
+    prompt = [rng.randrange(VOCAB) for _ in range(9)] * 2
+    drafter.begin(prompt)
+    draft = drafter.propose(prompt, 4, sampling, KeyedRandomness(5))
+    said = draft.tokens.tolist()
+    q = [1.0] * 4 if draft.probs is None else draft.probs.gather(1, draft.tokens[:, None])[:, 0].tolist()
+    p = [2 * value for value in q]  # as if the target said each token twice as often
+    context = [*prompt, *said]
+    inner = drafter.drafter
+    drafter._follow(context)
+    rows = inner.foresee(context, p, 4, sampling)
+    assert isinstance(inner, Foreseeing)
+    assert len(rows) == 4
+    assert rows[0] == pytest.approx([0.5] * 4, rel=1e-3)
+    assert all(0 <= chance <= 1 for row in rows for chance in row)
+
+
+@pytest.mark.parametrize("spec", [*FORESEEING, "ngram", "suffix"])
+def test_cycles_foreseen_at_temperature_0_are_those_of_real_runs(spec):
+    """For every k, from the answer alone."""
+    drafter, runtime = parts(spec)
+    target, prompt = ModelTarget(runtime, "target"), [7, 8, 9, 7, 8]
+    answer = Answer((*prompt, *emitted(run(target, drafter, prompt, k=0, max_tokens=40))), len(prompt), ended=False)
+    found = chances_along(drafter, target, answer, Sampling())[0]
+    for k in (1, 2, 3, 5, 8):
+        real = cycles(run(target, drafter, prompt, k=k, max_tokens=40))
+        assert sum(expected_cycles([found], k).values()) == pytest.approx(len(real)), k
+        drafted = sum(kind.drafted * times for kind, times in expected_cycles([found], k).items())
+        assert drafted == pytest.approx(sum(len(cycle.drafted) for cycle in real)), k

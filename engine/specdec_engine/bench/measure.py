@@ -12,6 +12,7 @@ import torch
 from specdec_engine.bench.figures import Sample
 from specdec_engine.bench.plan import Arm, Cell, Question
 from specdec_engine.drafters.base import nothing
+from specdec_engine.errors import CheckFailed
 from specdec_engine.events import Cycle
 from specdec_engine.pair import Pair
 from specdec_engine.stats import Summary
@@ -25,7 +26,7 @@ def run(pair: Pair, arm: Arm | None, cell: Cell, question: Question, max_tokens:
     for turn in question.turns:
         said = list[int]()
         for event in pair.decode(
-            pair.encode(turn, history=history),
+            question.ids or pair.encode(turn, history=history),
             k=0 if arm is None else arm.k,
             sampling=Sampling(cell.temperature),
             rule="token" if arm is None else arm.rule,
@@ -33,6 +34,7 @@ def run(pair: Pair, arm: Arm | None, cell: Cell, question: Question, max_tokens:
             seed=seed,
         ):
             if isinstance(event, Cycle):
+                _check(event)
                 total = total.plus(event)
                 said += event.emitted
                 n, seconds = passes.get(width := str(len(event.drafted) + 1), (0, 0.0))
@@ -65,6 +67,19 @@ def run(pair: Pair, arm: Arm | None, cell: Cell, question: Question, max_tokens:
             turns=tuple(turns),
         )
     ]
+
+
+def _check(cycle: Cycle) -> None:
+    """Counters against ids. Raises CheckFailed."""
+    kept = cycle.drafted[: cycle.accepted]
+    cut = cycle.end in ("stop", "length")
+    whole = len(cycle.emitted) <= cycle.accepted + 1 if cut else len(cycle.emitted) == cycle.accepted + 1
+    if not whole or cycle.emitted[: len(kept)] != kept[: len(cycle.emitted)]:
+        raise CheckFailed(
+            f"cycle {cycle.index} of {cycle.drafter} says {cycle.accepted} of {len(cycle.drafted)} accepted, and emitted "
+            f"{len(cycle.emitted)} tokens that are not those",
+            "this is a bug in the draft or in specdec; no figure of this run is worth anything",
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,8 @@ class Question:
 
     category: str
     turns: tuple[str, ...]
+    ids: tuple[int, ...] = ()
+    """Of a prompt that came as token ids; it has one turn, whose text is not looked at."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -43,6 +43,19 @@ class Drafter(Protocol):
         ...
 
     def observe(self, draft: Draft, verdict: Verdict) -> None: ...
+
+
+@runtime_checkable
+class Foreseeing(Protocol):
+    """**Protocol:** a drafter that can tell how its drafts would fare along a given text, without drafting. Of others each
+    place's draft is asked for, which says as much where drafts are not drawn at random."""
+
+    def foresee(self, context: Sequence[int], p: Sequence[float], k: int, sampling: Sampling) -> list[list[float]]:
+        """For each of the last len(p) tokens of `context`, which the target has read but for the very last: row i, column j
+        is the chance that token j of a draft that begins before token i is accepted, if all before it were; p: the target's
+        probabilities of these tokens. A row ends with the text, and where next to no draft gets that far; it is empty where
+        none is proposed. `sampling` is the draft's."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

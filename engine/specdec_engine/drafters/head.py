@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from specdec_engine.choose import DraftChoice, draft_numbers
-from specdec_engine.draft_files import builtin_draft, head_weights, read_draft
+from specdec_engine.choose import DraftChoice, Following, draft_numbers
+from specdec_engine.draft_files import builtin_draft, head_weights, inverse, read_draft
 from specdec_engine.drafters.base import DraftHost, Part, nothing
 from specdec_engine.errors import ModelUnavailable, PairIncompatible, UsageError
 from specdec_engine.randomness import Randomness
@@ -61,9 +61,32 @@ class HeadDrafter:
     def observe(self, draft: Draft, verdict: Verdict) -> None:
         """Slots of drafted tokens were forgotten at once: all of them stood on own states."""
 
+    def foresee(self, context: Sequence[int], p: Sequence[float], k: int, sampling: Sampling) -> list[list[float]]:
+        """A draft begun at each place and led along the text: what the head says depends on how many of its own states it
+        has read."""
+        begin, rows = len(context) - len(p), list[list[float]]()
+        own = inverse(self._ids.cpu(), self._host.vocab, lacking=-1)[torch.tensor(context)].tolist()
+        self._head.rollback(0)
+        self._feed(context, begin - 2)
+        for at in range(begin, len(context)):
+            if at < 2:
+                rows.append([])
+                continue
+            said = Following(own[at : at + k], p[at - begin :], sampling)
+            steps = torch.zeros(min(k, len(context) - at), device=self._head.device)
+            newest = self._tokens([context[at - 1]])
+            self._head.unroll(
+                self._target.features(at - 2, at - 1), newest, steps, steps[0], said, self._ids, said.enough
+            )
+            self._head.rollback(at - 1)  # the first slot was a true one
+            rows.append(said.chances)
+        return rows
+
     def _catch_up(self, context: Sequence[int], keep: int) -> None:
         """Feed slots whose features are there, but for the last `keep`; usually there are none."""
-        end = self._target.cached - keep
+        self._feed(context, self._target.cached - keep)
+
+    def _feed(self, context: Sequence[int], end: int) -> None:
         for start in range(self._head.cached, end, _CHUNK):
             stop = min(start + _CHUNK, end)
             self._head.forward(self._target.features(start, stop), self._tokens(context[start + 1 : stop + 1]))

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from specdec_engine.choose import DraftChoice, draft_numbers
+from specdec_engine.choose import DraftChoice, along, chance, draft_numbers
 from specdec_engine.draft_files import inverse
 from specdec_engine.drafters.base import DraftHost, nothing
 from specdec_engine.randomness import Randomness
@@ -70,6 +70,29 @@ class RuntimeDrafter:
     def observe(self, draft: Draft, verdict: Verdict) -> None:
         """Forget what was fed for the rejected tokens; k - 1 of the drafted were fed."""
         self.runtime.rollback(to=self._drafted_from + min(verdict.accepted, len(draft) - 1))
+
+    @torch.inference_mode()
+    def foresee(self, context: Sequence[int], p: Sequence[float], k: int, sampling: Sampling) -> list[list[float]]:
+        """One pass: what it says of a token does not depend on where the draft began. Nothing beyond its own context."""
+        begin = len(context) - len(p)
+        self.runtime.rollback(0)
+        self._catch_up(context[:begin], keep=1)
+        end = min(len(context), self.runtime.limit or len(context))
+        chances = list[float]()
+        for at in range(begin, end, _PENDING_IN_ONE_PASS):
+            said = context[at : min(at + _PENDING_IN_ONE_PASS, end)]
+            logits = self.runtime.forward(self._ids(context[at - 1 : at - 1 + len(said)]), len(said))
+            q = along(logits[:, : self._vocab], self._own_ids(said), sampling)
+            chances += [chance(*pair) for pair in zip(p[at - begin :], q, strict=False)]
+        return [chances[i : i + k] for i in range(len(p))]
+
+    def _own_ids(self, tokens: Sequence[int]) -> list[int]:
+        """-1 where it has none."""
+        if self._ids_of is None or self._own is None:
+            return list(tokens)
+        own = self._own[torch.tensor(tokens)]
+        found: list[int] = own.where(self._ids_of.cpu()[own] == torch.tensor(tokens), -1).tolist()
+        return found
 
     def _translated(self, tokens: Tensor) -> Tensor:
         return tokens if self._ids_of is None else self._ids_of[tokens]

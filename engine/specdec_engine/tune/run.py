@@ -1,0 +1,131 @@
+"""`tune`: look at every draft along the same answers, solve for the best setting, and confirm it with a short paired run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from specdec_engine.auto import AutoK
+from specdec_engine.bench.figures import Interval, Recommendation, Sample, recommend
+from specdec_engine.bench.measure import run
+from specdec_engine.bench.plan import Arm, Plan, Question
+from specdec_engine.bench.report import ArmFigures, figures_of
+from specdec_engine.errors import UsageError
+from specdec_engine.pair import Pair
+from specdec_engine.tune.passes import MOST_K, Answer, looked_at
+from specdec_engine.tune.whatif import Member, Setting, best_of, cascades, curves
+from specdec_engine.types import Sampling
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """What was found."""
+
+    answers: tuple[Answer, ...]
+    members: tuple[Member, ...]
+    curves: Mapping[str, Sequence[Setting]]
+    """By draft, the best one's first; k from 1 on."""
+    best: Setting
+    """By prediction."""
+    confirmed: tuple[ArmFigures, ...]
+    """The best setting and `-k auto` beside plain decoding; none where nothing could be compared."""
+    advice: Recommendation
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(answer.context) - answer.begin for answer in self.answers)
+
+    @property
+    def measured(self) -> Interval | None:
+        """Of the best setting."""
+        return next((arm.speedup for arm in self.confirmed if arm.arm.k == self.best.k), None)
+
+    @property
+    def gap(self) -> float | None:
+        """Measured over predicted, less one."""
+        return None if self.measured is None else self.measured.mean / self.best.speedup.mean - 1
+
+    @property
+    def setting(self) -> tuple[str, int | Literal["auto"]]:
+        """Draft and k to use; `none` and 0 for plain decoding."""
+        if self.advice.arm is None:
+            return "none", 0
+        arm = self.confirmed[self.advice.arm].arm
+        return self.best.draft, arm.k
+
+
+LOOKUPS = ("ngram", "suffix")
+"""They cost next to nothing, fit every target, and may go before a model."""
+
+
+def candidates(drafts: Sequence[str]) -> list[str]:
+    """Each draft by itself, a cascade's members once each, and the lookups."""
+    named = dict.fromkeys(member.strip() for draft in [*drafts, *LOOKUPS] for member in draft.split(","))
+    return [member for member in named if member not in ("", "none")]
+
+
+def is_lookup(name: str) -> bool:
+    return name.partition(":")[0] in LOOKUPS
+
+
+def with_cascades(names: Sequence[str]) -> list[str]:
+    """And each lookup before each other."""
+    before = (f"{a},{b}" for a in names if is_lookup(a) for b in names if not is_lookup(b))
+    return [*names, *before]
+
+
+def tuned(
+    target: str,
+    pairs: Mapping[str, Pair],
+    joined: Callable[[str], Pair],
+    answers: Sequence[Answer],
+    temperature: float,
+    max_tokens: int,
+    seed: int,
+    say: Say,
+) -> Tuned:
+    """pairs: by draft, for each of `candidates`; joined: the pair of a cascade. Raises UsageError without answers."""
+    if not answers:
+        raise UsageError("the target answered no prompt", "give shorter prompts, or more of them")
+    members = list[Member]()
+    for name, pair in pairs.items():
+        say(f"looking at {name}")
+        chances, costs = looked_at(pair, answers, Sampling(temperature), seed)
+        members.append(Member(name, is_lookup(name), chances, costs))
+    say(f"solving for {len(cascades(members))} drafts and {MOST_K} k")
+    found = curves(members, MOST_K)
+    best = best_of(next(iter(found.values())))
+    confirmed = _confirmed(target, joined(best.draft), best, answers, temperature, max_tokens, seed, say)
+    if confirmed:
+        labels = [f"{best.draft} with k {arm.arm.k}" for arm in confirmed]
+        advice = recommend([a.ratios for a in confirmed], [a.arm.k for a in confirmed], labels)
+    else:
+        advice = Recommendation(None, 1.0, "nothing could be confirmed")
+    return Tuned(tuple(answers), tuple(members), found, best, tuple(confirmed), advice)
+
+
+def _confirmed(
+    target: str,
+    pair: Pair,
+    best: Setting,
+    answers: Sequence[Answer],
+    temperature: float,
+    max_tokens: int,
+    seed: int,
+    say: Say,
+) -> list[ArmFigures]:
+    """Plain decoding, the setting and `-k auto` on the answers' prompts, in shuffled order."""
+    arms = (Arm(best.draft, best.k, temperature), Arm(best.draft, "auto", temperature))
+    questions = tuple(Question("tune", ("",), answer.prompt) for answer in answers)
+    plan, samples = Plan(target, arms, questions, 1, max_tokens, seed), list[Sample]()
+    own = [replace(pair, auto=AutoK()) for _ in arms]
+    cells = list(plan.cells())
+    for number, cell in enumerate(cells, 1):
+        say(f"confirming, run {number} of {len(cells)}")
+        arm = None if cell.arm is None else arms[cell.arm]
+        used = pair if cell.arm is None else own[cell.arm]
+        samples += run(used, arm, cell, questions[cell.question], max_tokens, seed + cell.question)
+    return figures_of(plan, samples)

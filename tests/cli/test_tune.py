@@ -1,0 +1,184 @@
+"""`specdec tune` on real checkpoints from disk, and the profiles that it writes."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+
+import pytest
+
+from specdec_cli import profiles
+from specdec_engine.tune import passes
+
+
+@pytest.fixture(autouse=True)
+def config(tmp_path, monkeypatch):
+    """Each test's own config file."""
+    monkeypatch.setattr(profiles, "path", lambda: tmp_path / "config" / "config.toml")
+    return tmp_path / "config" / "config.toml"
+
+
+@pytest.fixture
+def tune(specdec, checkpoint, monkeypatch):
+    monkeypatch.setattr(passes, "ROUNDS", 1)
+    small = ("--limit", "3", "-n", "12", "--dtype", "float32")
+    return lambda *more: specdec("tune", "-t", checkpoint, *small, *more)
+
+
+def record(result):
+    assert result.code == 0, result.err
+    return json.loads(result.out)
+
+
+def test_it_looks_at_each_draft_solves_and_confirms(tune, checkpoint, draft_checkpoint):
+    result = tune("-d", draft_checkpoint, "--json")
+    found = record(result)
+    assert found["schema"] == "specdec.tune/1"
+    names = {curve["draft"] for curve in found["drafts"]}
+    d = str(draft_checkpoint)
+    assert names == {d, "ngram", "suffix", f"ngram,{d}", f"suffix,{d}"}
+    assert all([p["k"] for p in curve["curve"]] == list(range(1, 17)) for curve in found["drafts"])
+    assert found["costs"][d]["pass_s"].keys() == {str(n) for n in range(1, 18)}
+    assert found["predicted"]["draft"] == found["drafts"][0]["draft"]
+    assert [arm["k"] for arm in found["confirmed"]] == [found["predicted"]["k"], "auto"]
+    assert found["recommendation"].keys() >= {"draft", "k", "speedup", "reason"}
+    assert found["command"].startswith("specdec generate -t ")
+    assert found["answers"]["count"] == 2
+    assert "1 of 3 prompts" in result.err, "the text to summarise fills this small target's context"
+
+
+def test_tokens_a_cycle_are_foretold_exactly_at_temperature_0(tune, draft_checkpoint):
+    """The same prompts, the same greedy text: only the costs can be off."""
+    found = record(tune("-d", draft_checkpoint, "--json"))
+    assert found["confirmed"][0]["mean_emitted_per_cycle"] == pytest.approx(
+        found["predicted"]["mean_emitted_per_cycle"]
+    )
+
+
+def test_for_people_it_ends_with_what_to_type(tune):
+    out = tune("-d", "self:1").out
+    assert "by k, predicted" in out
+    assert "confirmed with k auto" in out
+    assert "→ " in out
+    assert "specdec generate -t" in out
+    assert "[[profiles]]" in out
+
+
+def test_a_saved_profile_is_taken_up_and_said(tune, specdec, checkpoint, config):
+    config.parent.mkdir()
+    config.write_text("# mine\n[other]\nx = 1\n")
+    found = record(tune("-d", "self:1", "--json", "--save"))
+    text = config.read_text()
+    assert text.startswith("# mine\n[other]\nx = 1\n")
+    assert tomllib.loads(text)["profiles"] == [found["profile"]]
+    tune("-d", "self:1", "--save")
+    assert len(tomllib.loads(config.read_text())["profiles"]) == 1, "in place of the older one"
+
+    profile = found["profile"] | {"draft": "ngram", "k": 2}
+    config.write_text("".join(f"{line}\n" for line in profiles.Profile(**profile).lines()))
+    run = ("generate", "hello", "-t", checkpoint, "-n", "4", "--dtype", "float32", "--json")
+    result = specdec(*run)
+    assert "draft ngram, k 2, as the profile" in result.err
+    settings = record(result)["settings"]
+    assert (settings["draft"], settings["k"], settings["adaptive"]) == ("ngram", 2, False)
+    for typed, expected in (
+        (("-k", "3"), ("ngram", 3)),
+        (("-d", "suffix"), ("suffix", None)),
+        (("-d", "ngram"), ("ngram", 2)),
+        (("-d", "suffix", "-k", "1"), ("suffix", 1)),
+        (("--temperature", "1"), ("ngram", None)),
+    ):
+        found = record(specdec(*run, *typed))["settings"]
+        assert found["draft"] == expected[0], typed
+        assert found["adaptive"] if expected[1] is None else found["k"] == expected[1], typed
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[[profiles", "cannot be read"),
+        ("profiles = 3", "no list of tables"),
+        ("[[profiles]]\ntarget = 'x'", "profile 1 lacks"),
+        ("[[profiles]]\ntarget = 'x'\ndraft = 'y'\nk = 1.5", "of another kind"),
+    ],
+)
+def test_a_config_that_is_wrong_is_one_line_and_is_never_overwritten(specdec, config, checkpoint, text, said):
+    config.parent.mkdir()
+    config.write_text(text)
+    result = specdec("generate", "hello", "-t", checkpoint)
+    assert result.code == 2
+    assert said in result.err.splitlines()[0]
+    with pytest.raises(profiles.UsageError):
+        profiles.save(profiles.Profile("t", "ngram", 1, False))
+    assert config.read_text() == text
+
+
+def test_info_says_which_profiles_are_in_force(specdec, config):
+    assert "no profiles" in specdec("info").out
+    profiles.save(profiles.Profile("builtin", "ngram", 3, False))
+    assert f"builtin: draft ngram, k 3, for temperature 0 · {config}" in specdec("info").out
+    found = record(specdec("info", "--json"))["config"]
+    assert found == {
+        "file": str(config),
+        "profiles": [{"target": "builtin", "draft": "ngram", "k": 3, "sampled": False}],
+    }
+
+
+def test_answers_from_a_trace(tune, specdec, checkpoint, draft_checkpoint, tmp_path):
+    trace = tmp_path / "t.jsonl"
+    for prompt in ("the light", "the night", "a house"):
+        specdec(
+            "generate",
+            prompt,
+            "-t",
+            checkpoint,
+            "-d",
+            draft_checkpoint,
+            "-n",
+            "10",
+            "--dtype",
+            "float32",
+            "--trace",
+            trace,
+        )
+    found = record(tune("-d", draft_checkpoint, "--trace", trace, "--json"))
+    assert found["answers"] == {"count": 3, "tokens": 30}
+    assert found["confirmed"][0]["mean_emitted_per_cycle"] == pytest.approx(
+        found["predicted"]["mean_emitted_per_cycle"], rel=0.2
+    )  # the confirming run goes on for 12 tokens
+    other = tune("--trace", trace, "--temperature", "1")
+    assert other.code == 2
+    assert "temperature" in other.err
+
+
+def test_answers_from_a_text(tune, tmp_path):
+    file = tmp_path / "book.txt"
+    file.write_text("The lighthouse stood on the rock, and the light went round. " * 20)
+    result = tune("--text", file)
+    assert result.code == 0, result.err
+    assert "what the target said instead" in result.out
+    file.write_text("short")
+    assert "give a text of more than" in tune("--text", file).err
+
+
+def test_sampled_drafts(tune, draft_checkpoint):
+    found = record(tune("-d", draft_checkpoint, "--temperature", "0.8", "--json"))
+    assert found["profile"]["sampled"] is True
+    assert all(p["mean_emitted_per_cycle"] >= 1 for curve in found["drafts"] for p in curve["curve"])
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (("--trace", "nowhere.jsonl"), 1, "nowhere.jsonl"),
+        (("--text", "nowhere.txt"), 2, "nowhere.txt"),
+        (("--prompts", "nowhere.jsonl"), 2, "nowhere.jsonl"),
+        (("--prompts", "a", "--text", "b"), 2, "exclude"),
+        (("--temperature", "-1"), 2, "temperature"),
+        (("-d", "self:99"), 2, "self:99"),
+    ],
+)
+def test_bad_input_is_one_line(tune, options, code, said):
+    result = tune(*options)
+    assert result.code == code
+    assert said in result.err.splitlines()[0]
