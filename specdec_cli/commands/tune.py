@@ -170,7 +170,7 @@ class _Sources:
 
 
 def _record(target: str, found: Tuned, pair: Pair, sampling: Sampling) -> dict[str, Any]:
-    (draft, k), most = found.setting, len(next(iter(found.curves.values())))
+    draft, k = found.setting
     return {
         "schema": "specdec.tune/1",
         "environment": dict(pair.environment),
@@ -179,10 +179,8 @@ def _record(target: str, found: Tuned, pair: Pair, sampling: Sampling) -> dict[s
         "answers": {"count": len(found.answers), "tokens": found.tokens},
         "costs": {
             member.name: {
-                "pass_s": {str(n): member.costs.passes(n) for n in range(1, most + 2)},
-                "draft_s": {str(n): member.costs.drafting(n) for n in range(1, most + 1)}
-                if member.costs.drafts
-                else {},
+                "pass_s": {str(n): cost * member.costs.plain_s for n, cost in member.costs.passes.items()},
+                "draft_s": {str(n): cost * member.costs.plain_s for n, cost in member.costs.draft.items()},
             }
             for member in found.members
         },
@@ -242,7 +240,7 @@ def _lines(found: Tuned, record: dict[str, Any], text: Path | None) -> Iterator[
         f"{one_line(record['target'])}, {made['weights']} on {made['device']}, {made['threads']} threads · "
         f"{len(found.answers)} answers, {found.tokens} tokens, temperature {record['temperature']:g}"
     )
-    steps = " · ".join(f"{n} {1e3 * costs.passes(n):.1f}" for n in (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 17))
+    steps = " · ".join(f"{n} {1e3 * cost * costs.plain_s:.1f}" for n, cost in costs.passes.items())
     yield f"a pass over n tokens takes, in ms: {steps}"
     yield ""
     width = max(len(name) for name in found.curves)

@@ -132,19 +132,28 @@ def cycle(drafted, draft_s, verify_s, other_s=0.0):
     )
 
 
-def costs(c=0.1, step=0.05, plain=0.010):
+def costs(c=0.1, step=0.05, plain=0.010, slows=0.0):
     """A plain cycle of 10 ms; a drafted token costs c of it and widens the pass by `step`."""
-    found = UnitCosts()
-    for k in range(17):
-        found.add(cycle(range(k), plain * c * k, plain * (1 + step * k)))
-    return found
+    cycles, speed = [], 1.0
+    for k in [*range(1, 17), *range(1, 17)]:
+        cycles.append(cycle((), 0.0, plain * speed))
+        cycles.append(cycle(range(k), plain * c * k * speed, plain * (1 + step * k) * speed))
+        speed += slows
+    return UnitCosts.of(cycles)
 
 
 def test_cycles_cost_what_was_measured_in_plain_cycles():
     found = costs(c=0.1, step=0.05)
-    assert found(0) == pytest.approx(1.0)
+    assert found(0) == 1.0
     assert found(4) == pytest.approx(1 + 4 * 0.15)
     assert costs(plain=0.5)(4) == pytest.approx(found(4)), "a slower machine is no other ratio"
+    assert costs(slows=0.05)(4) == pytest.approx(found(4), rel=0.03), "nor is one that becomes slower"
+
+
+def test_a_lookups_drafts_are_timed_apart():
+    found = costs(c=0.5, step=0.0).drafting([(2, 0.001), (2, 0.003), (2, 0.002), (0, 9.0)])
+    assert found(2) == pytest.approx(1.2)
+    assert found(1) == pytest.approx(1.2), "what was not measured costs what more tokens cost"
 
 
 def member(name, alpha, *, lookup=False, n=60, texts=3, **unit):

@@ -25,7 +25,7 @@ from specdec_engine.types import Draft, Sampling, Verdict
 
 MOST_K = 16
 ROUNDS = 5
-"""Cycles of every width that are timed."""
+"""Cycles of every width that are timed; and as many again of the usual ones."""
 _WARM = 3
 _CHUNK = 64
 """Logits that are kept at a time: 64 rows of 150,000 are 40 MB."""
@@ -121,8 +121,7 @@ def looked_at(
         return tuple(chances), unit_costs(pair, answers, sampling, seed)
     # A lookup proposes where it finds something, and too rarely to time a pass of every width.
     costs = unit_costs(replace(pair, drafter=_Filler(pair.target.device)), answers, sampling, seed)
-    costs.draft_takes(times)
-    return tuple(chances), costs
+    return tuple(chances), costs.drafting(times)
 
 
 def chances_along(
@@ -170,24 +169,24 @@ def _proposed_along(drafter: Drafter, answer: Answer, sampling: Sampling) -> tup
 
 
 def unit_costs(pair: Pair, answers: Sequence[Answer], sampling: Sampling, seed: int) -> UnitCosts:
-    """Time cycles of every k up to `MOST_K`, in shuffled order, in real runs: a machine that slows down slows all alike."""
-    order, costs, seen = random.Random(seed), UnitCosts(), -_WARM
-    ks = [k for _ in range(ROUNDS) for k in order.sample(range(MOST_K + 1), MOST_K + 1)]
-    controls = Controls(ks[0], sampling)
+    """Time cycles of every k up to `MOST_K` in real runs, in shuffled order, each beside a plain one."""
+    order, cycles = random.Random(seed), list[Cycle]()
+    rounds = [order.sample(range(1, MOST_K + 1), MOST_K) for _ in range(ROUNDS)]
+    rounds += [order.sample(_OFTEN, len(_OFTEN)) for _ in range(ROUNDS)]
+    ks = [0] * _WARM + [k for ks in rounds for drafted in ks for k in (0, drafted)]
+    controls = Controls(0, sampling)
     for number, answer in zip(range(4 * len(ks)), endlessly(answers), strict=False):
-        run = pair.decode(answer.prompt, controls=controls, max_tokens=_ROOM, seed=seed + number)
-        for event in run:
-            if not isinstance(event, Cycle):
-                continue
-            seen += 1
-            if seen > 0:
-                costs.add(event)
-            if seen >= len(ks):
-                return costs
-            controls.change(k=ks[max(seen, 0)])
-    return costs
+        for event in pair.decode(answer.prompt, controls=controls, max_tokens=_ROOM, seed=seed + number):
+            if isinstance(event, Cycle):
+                cycles.append(event)
+                if len(cycles) == len(ks):
+                    return UnitCosts.of(cycles[_WARM:])
+                controls.change(k=ks[len(cycles)])
+    return UnitCosts.of(cycles)
 
 
+_OFTEN = range(1, 9)
+"""What mostly is best is timed twice as often."""
 _ROOM = 256
 
 

@@ -9,13 +9,13 @@ cycles of every k. Exact for the token rule. A deterministic draft's chances are
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
-from statistics import median
+from statistics import fmean, median
 
 from specdec_engine.bench.figures import Interval
-from specdec_engine.cost import Drafting, Staircase
 from specdec_engine.events import Cycle
+from specdec_engine.series import seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,50 +58,58 @@ def expected_cycles(members: Sequence[Chances], k: int) -> dict[Kind, float]:
     return found
 
 
+@dataclass(frozen=True, slots=True)
 class UnitCosts:
-    """What cycles cost beside one drafter, in its own plain cycles: so a machine that was slower meanwhile falls out."""
+    """What cycles cost beside one drafter, in plain cycles of the same moment."""
 
-    def __init__(self) -> None:
-        self._draft, self._passes = Drafting(), Staircase()
-        self._other: dict[bool, list[float]] = {False: [], True: []}
+    plain_s: float
+    """Seconds of a plain cycle."""
+    draft: Mapping[int, float]
+    """By drafted tokens."""
+    passes: Mapping[int, float]
+    """The target's, by tokens read."""
+    other: float
+    """Of a cycle with a draft, neither drafting nor in the target's pass."""
 
-    def add(self, cycle: Cycle) -> None:
-        n = len(cycle.drafted)
-        if n:
-            self._draft.add(n, cycle.draft_s)
-        self._passes.add(n + 1, cycle.verify_s)
-        self._other[n > 0].append(cycle.other_s)
+    @classmethod
+    def of(cls, cycles: Sequence[Cycle]) -> UnitCosts:
+        """Medians; each cycle is held against the two plain ones nearest to it, so that a machine whose speed changes falls
+        out. Raises ValueError without plain cycles."""
+        plain = [(i, seconds(cycle)) for i, cycle in enumerate(cycles) if not cycle.drafted]
+        if not plain:
+            raise ValueError("no plain cycle was timed")
+        draft, passes, other = dict[int, list[float]](), dict[int, list[float]](), list[float]()
+        for i, cycle in enumerate(cycles):
+            near = fmean(s for _, s in sorted(plain, key=lambda p: abs(p[0] - i))[:2])
+            n = len(cycle.drafted)
+            passes.setdefault(n + 1, []).append(cycle.verify_s / near)
+            if n:
+                draft.setdefault(n, []).append(cycle.draft_s / near)
+                other.append(cycle.other_s / near)
+        return cls(median(s for _, s in plain), _medians(draft), _medians(passes), median(other or [0.0]))
 
-    def draft_takes(self, times: Iterable[tuple[int, float]]) -> None:
-        """Tokens and seconds of drafts that were timed apart; they take the place of those in the cycles."""
-        self._draft = Drafting()
-        for tokens, seconds in times:
+    def drafting(self, times: Iterable[tuple[int, float]]) -> UnitCosts:
+        """With tokens and seconds of drafts that were timed apart in place of those in the cycles."""
+        apart = dict[int, list[float]]()
+        for tokens, took in times:
             if tokens:
-                self._draft.add(tokens, seconds)
-
-    def seconds(self, drafted: int) -> float:
-        """Of a cycle that drafts so many. Raises ValueError while nothing is measured."""
-        return self._draft(drafted) + self._passes(drafted + 1) + self.other(drafted)
-
-    def other(self, drafted: int) -> float:
-        """Of them, neither drafting nor in the target's pass."""
-        return median(self._other[drafted > 0] or self._other[False])
-
-    @property
-    def drafts(self) -> bool:
-        """Whether any draft was timed."""
-        return self._draft.known
-
-    def passes(self, tokens: int) -> float:
-        """Seconds of the target's pass over so many."""
-        return self._passes(tokens)
-
-    def drafting(self, tokens: int) -> float:
-        """Seconds of a draft of so many."""
-        return self._draft(tokens)
+                apart.setdefault(tokens, []).append(took / self.plain_s)
+        return replace(self, draft=_medians(apart))
 
     def __call__(self, drafted: int) -> float:
-        return self.seconds(drafted) / self.seconds(0)
+        """A cycle that drafts so many."""
+        if not drafted:
+            return 1.0
+        return _known(self.draft, drafted) + _known(self.passes, drafted + 1) + self.other
+
+
+def _medians(table: Mapping[int, Sequence[float]]) -> dict[int, float]:
+    return {n: median(values) for n, values in sorted(table.items())}
+
+
+def _known(table: Mapping[int, float], n: int) -> float:
+    """At n, or at the next larger that was measured, else at the largest; 0 where nothing was."""
+    return table.get(n) or next((cost for m, cost in table.items() if m >= n), max(table.values(), default=0.0))
 
 
 @dataclass(frozen=True, slots=True)
