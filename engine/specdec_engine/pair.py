@@ -140,33 +140,32 @@ def load_pair(target: str = "builtin", draft: str | None = None, options: LoadOp
     commas (`drafters.build_drafter`); None for the best of those that need not be named. Raises the errors of
     `find_model`, and PairIncompatible where tokenizers differ.
     """
-    return load_pairs(target, [draft], options)[0]
+    return Loader(target, options).pair(draft)
 
 
-def load_pairs(target: str, drafts: Sequence[str | None], options: LoadOptions | None = None) -> list[Pair]:
-    """A pair for each draft, as `load_pair` makes it; they share the target's weights and cache, so that they take turns."""
-    options = options or LoadOptions()
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    found = find_model(target, options)
-    if read_draft(found.path) is not None:
-        raise UsageError(f"{target} is a draft, made for another target", "give it to --draft")
-    models = _Models(found, replace(options, device_map=None, quantize=options.draft_quantize))
-    return [_paired(models, draft, options) for draft in drafts]
+class Loader:
+    """Pairs of one target; they share its weights, its cache, and those of drafts that they have in common, so they take
+    turns. What is looked at is not loaded before all was looked at."""
 
-
-class _Models:
-    """Each model once, however many pairs it is in; what is looked at is not loaded before all was looked at."""
-
-    def __init__(self, target: Candidate, options: LoadOptions) -> None:
-        """options: for drafts."""
-        self.found = target
-        self.target = cache(target.load)
-        self.find_draft = cache(lambda name: find_model(name, options))
+    def __init__(self, target: str, options: LoadOptions | None = None) -> None:
+        """Raises the errors of `find_model`."""
+        self.options = options or LoadOptions()
+        if self.options.threads is not None:
+            torch.set_num_threads(self.options.threads)
+        self.found = find_model(target, self.options)
+        if read_draft(self.found.path) is not None:
+            raise UsageError(f"{target} is a draft, made for another target", "give it to --draft")
+        for_drafts = replace(self.options, device_map=None, quantize=self.options.draft_quantize)
+        self.target = cache(self.found.load)
+        self.find_draft = cache(lambda name: find_model(name, for_drafts))
         self.draft = cache(lambda name: self.find_draft(name).load())
 
+    def pair(self, draft: str | None = None) -> Pair:
+        """As `load_pair` makes it."""
+        return _paired(self, draft)
 
-def _paired(models: _Models, draft: str | None, options: LoadOptions) -> Pair:
+
+def _paired(models: Loader, draft: str | None) -> Pair:
     found, target = models.found, models.found.name
     drafts, notes = dict[str, Loaded](), list[str]()
 
@@ -189,7 +188,7 @@ def _paired(models: _Models, draft: str | None, options: LoadOptions) -> Pair:
         load_draft=load_draft,
         target=lambda: models.target().runtime,
         output_rows=found.output_rows,
-        draft_quantize=options.draft_quantize,
+        draft_quantize=models.options.draft_quantize,
     )
     # The drafter first: what is wrong with it comes out before the larger model's weights are read.
     drafter = build_drafter(_unnamed(found) if draft is None else draft, host)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -19,12 +18,12 @@ from specdec_cli.commands.generate import interruptible, quieten
 from specdec_cli.exits import ExitCode
 from specdec_engine.bench import report
 from specdec_engine.bench.plan import Arm, Cell, Plan, builtin_questions, chosen, ks_of, read_questions
-from specdec_engine.errors import UsageError
+from specdec_engine.errors import OutOfMemory, UsageError
 from specdec_engine.machine import cpu_name
 from specdec_engine.types import Sampling
 
 if TYPE_CHECKING:
-    from specdec_engine.bench.figures import Sample
+    from specdec_engine.bench.session import Session
     from specdec_engine.pair import Pair
 
 _WHAT, _HOW, _OUT = "What is run", "How", "Output"
@@ -118,13 +117,17 @@ def bench(
         raise UsageError("--resume needs --out", "name the file that was begun")
     begun = report.read(out) if resume and out is not None and out.exists() else None
     quieten(where.offline, where.debug)
-    found, whole = _measured(plan, begun, where, out, synthetic_acceptance)
+    kept = _Kept(out)
+    found, whole = _measured(plan, begun, where, kept, synthetic_acceptance)
     tables.show(found, format)
     if plot is not None:
         tables.plot(found, plot)
     if older is not None:
         for line in tables.compared(older, found):
             output.note(line)
+    if kept.error is not None:
+        output.error(kept.error.message, kept.error.hint)
+        raise typer.Exit(ExitCode.FAILED)
     if not whole:
         raise typer.Exit(ExitCode.INTERRUPTED)
     _judge(found, fail_below)
@@ -157,70 +160,86 @@ def _arms(
 
 
 def _measured(
-    plan: Plan, begun: dict[str, Any] | None, where: opt.Placement, out: Path | None, synthetic: float | None
+    plan: Plan, begun: dict[str, Any] | None, where: opt.Placement, kept: _Kept, synthetic: float | None
 ) -> tuple[dict[str, Any], bool]:
     """Run what is missing of the plan; after Ctrl-C what there is, and False."""
-    with interruptible(), output.narrated() as narrated:
-        from specdec_engine.auto import AutoK
-        from specdec_engine.bench.measure import bandwidth, run
-        from specdec_engine.pair import load_pairs
-
-        wanted: list[str | None] = ["none", *(arm.draft for arm in plan.arms)]
-        drafts = list(dict.fromkeys(wanted))
-        longest = max(sum(map(len, q.turns)) // 3 + plan.max_tokens * len(q.turns) for q in plan.questions)
-        pairs = load_pairs(plan.target, drafts, where.loading(longest, narrated))
-    if synthetic is not None:
-        pairs = [pair.synthetic(synthetic) for pair in pairs]
-    named = {draft: draft or pair.drafter.name for draft, pair in zip(drafts, pairs, strict=True)}
-    by_draft: dict[str | None, Pair] = dict(zip(named.values(), pairs, strict=True))
-    plan = replace(plan, arms=tuple(replace(arm, draft=named[arm.draft]) for arm in plan.arms))
-    environment = {**pairs[-1].environment, **_machine(bandwidth(pairs[0].target.device))}
-    environment["drafts"] = {name: part for pair in pairs for name, part in pair.environment["drafts"].items()}
-
-    samples = [] if begun is None else report.samples_of(begun, plan)
-    done = {(s.question, s.repeat, s.temperature, s.arm) for s in samples}
-
-    # What `-k auto` has learnt belongs to its arm: others with the same draft and seeds would make it begin anew.
-    own = [replace(by_draft[arm.draft], auto=AutoK()) for arm in plan.arms]
-
-    def of(cell: Cell) -> tuple[Pair, Arm | None]:
-        return (pairs[0], None) if cell.arm is None else (own[cell.arm], plan.arms[cell.arm])
-
-    def record(looked: dict[int, tuple[int, list[dict[str, Any]]]]) -> dict[str, Any]:
-        return report.record(plan, samples, environment, looked, synthetic)
-
-    left_out = dict[int, str]()
-    whole = True
-    cells = [c for c in plan.cells() if (c.question, c.repeat, c.temperature, c.arm) not in done]
+    session, whole = _session(plan, begun, where, synthetic), True
+    kept.begin(session.record())
+    cells = session.cells()
     if not cells:
         output.note("nothing is left to run")
     try:
-        for arm in (
-            (None, *range(len(plan.arms))) if cells else ()
-        ):  # warm-up, dropped: kernels set themselves up, pages come in
-            cell = Cell(0, -1, 0.0 if arm is None else plan.arms[arm].temperature, arm)
-            with suppress(UsageError):
-                run(*of(cell), cell, plan.questions[0], min(16, plan.max_tokens), plan.seed - 1)
-        for cell in _followed(cells, plan):
-            seed = plan.seed + 1000 * cell.repeat + cell.question
-            try:
-                samples += run(*of(cell), cell, plan.questions[cell.question], plan.max_tokens, seed)
-            except UsageError as error:  # one prompt that fills the context is no reason to lose the others
-                left_out.setdefault(cell.question, error.message)
-            if out is not None:
-                report.write(out, record({}))
+        if cells:
+            session.warm_up()
+        for cell in _followed(cells, session.plan):
+            session.measure(cell)
+            kept.write(session.record())
     except KeyboardInterrupt:
-        done_now = f"{len(samples)} of {len(list(plan.cells()))} runs"
-        output.note(f"interrupted after {done_now}" + ("; --resume goes on" if out is not None else ""))
+        done = f"{len(session.samples)} of {len(list(session.plan.cells()))} runs"
+        output.note(f"interrupted after {done}" + ("; --resume goes on" if kept.path is not None else ""))
         whole = False
-        if not any(s.arm is None for s in samples):
+        if not any(s.arm is None for s in session.samples):
             raise
-    for question, reason in left_out.items():
-        output.note(f"prompt {question} is left out: {reason}")
-    found = record({} if synthetic is not None else _compared(plan, samples, pairs[0]))
-    if out is not None:
-        report.write(out, found)
+    for what, reason in session.left_out.items():
+        output.note(f"{what} is left out: {reason}")
+    found = session.compared()
+    kept.write(found)
     return found, whole
+
+
+def _session(plan: Plan, begun: dict[str, Any] | None, where: opt.Placement, synthetic: float | None) -> Session:
+    """All pairs loaded; an arm whose draft does not fit into memory beside the others is left out."""
+    with interruptible(), output.narrated() as narrated:
+        from specdec_engine.bench.measure import bandwidth
+        from specdec_engine.bench.session import Session
+        from specdec_engine.pair import Loader
+
+        longest = max(sum(map(len, q.turns)) // 3 + plan.max_tokens * len(q.turns) for q in plan.questions)
+        loader = Loader(plan.target, where.loading(longest, narrated))
+        plain = loader.pair("none")
+        pairs: dict[str | None, Pair] = {}
+        too_large = dict[str | None, OutOfMemory]()
+        for draft in dict.fromkeys(arm.draft for arm in plan.arms):
+            try:
+                pairs[draft] = loader.pair(draft)
+            except OutOfMemory as error:
+                too_large[draft] = error
+    if not pairs:
+        raise next(iter(too_large.values()))
+    for draft, reason in too_large.items():
+        output.note(f"the draft {draft} is left out: {reason.message}")
+    if synthetic is not None:
+        pairs = {draft: pair.synthetic(synthetic) for draft, pair in pairs.items()}
+    named = {draft: draft or pair.drafter.name for draft, pair in pairs.items()}
+    arms = tuple(replace(arm, draft=named[arm.draft]) for arm in plan.arms if arm.draft in named)
+    plan = replace(plan, arms=arms)
+    environment = {**next(reversed(pairs.values())).environment, **_machine(bandwidth(plain.target.device))}
+    environment["drafts"] = {name: part for pair in pairs.values() for name, part in pair.environment["drafts"].items()}
+    before = [] if begun is None else report.samples_of(begun, plan)
+    return Session(plan, plain, {named[d]: pair for d, pair in pairs.items()}, environment, synthetic, before)
+
+
+class _Kept:
+    """The record on disk. A disk that fills up does not cost what is measured: it is said when it happens and in the end."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.error: UsageError | None = None
+        """Why the newest record is not there."""
+
+    def begin(self, found: dict[str, Any]) -> None:
+        """Raises UsageError for a place that cannot be written: nothing has been measured yet."""
+        if self.path is not None:
+            report.write(self.path, found)
+
+    def write(self, found: dict[str, Any]) -> None:
+        try:
+            self.begin(found)
+            self.error = None
+        except UsageError as error:
+            if self.error is None:
+                output.note(f"{error.message}; the runs go on")
+            self.error = error
 
 
 def _followed(cells: Sequence[Cell], plan: Plan) -> Iterator[Cell]:
@@ -239,21 +258,6 @@ def _followed(cells: Sequence[Cell], plan: Plan) -> Iterator[Cell]:
             bar.update(task, description=f"{label}, {plan.questions[cell.question].category}")
             yield cell
             bar.advance(task)
-
-
-def _compared(plan: Plan, samples: Sequence[Sample], pair: Pair) -> dict[int, tuple[int, list[dict[str, Any]]]]:
-    """By greedy arm: how many of its texts were held against plain decoding's, and where they differ."""
-    from specdec_engine.bench.measure import explained
-
-    plain = {s.question: s for s in samples if s.arm is None and s.temperature == 0 and s.repeat == 0}
-    found = dict[int, tuple[int, list[dict[str, Any]]]]()
-    for number, arm in enumerate(plan.arms):
-        if arm.temperature:
-            continue
-        texts = [s for s in samples if s.arm == number and s.repeat == 0 and s.question in plain]
-        looked = (explained(pair, plan.questions[s.question], plain[s.question], s) for s in texts)
-        found[number] = len(texts), [asdict(d) for d in looked if d is not None]
-    return found
 
 
 def _machine(bandwidth: float | None) -> dict[str, Any]:

@@ -103,13 +103,14 @@ def tune(
         raise UsageError(f"--text {text} is no file", "check the path")
     quieten(where.offline, where.debug)
     with interruptible(), output.narrated() as report:
-        from specdec_engine.pair import load_pairs
+        from specdec_engine.pair import Loader
         from specdec_engine.tune.run import candidates, tuned, with_cascades
 
         names = candidates(_fitting(target, where) if draft is None else draft)
         every = with_cascades(names)
         longest = max(sum(map(len, q.turns)) // 3 + max_tokens for q in questions)
-        loaded = dict(zip(every, load_pairs(target, every, where.loading(longest, report)), strict=True))
+        loader = Loader(target, where.loading(longest, report))
+        loaded = {name: loader.pair(name) for name in every}
     with output.working() as say:
         plain = loaded[names[0]]
         sources = _Sources(questions, trace or [], text, limit)

@@ -10,6 +10,10 @@ import pytest
 
 from specdec_engine import loop
 from specdec_engine.acceptance import TokenRule
+from specdec_engine.bench import report
+from specdec_engine.drafters.ngram import NgramDrafter
+from specdec_engine.errors import OutOfMemory, UsageError
+from specdec_engine.pair import Loader
 from tests import fakes
 
 ARM = {
@@ -132,6 +136,51 @@ def test_a_prompt_that_fills_the_context_is_left_out_and_said(bench, tmp_path):
     result = bench("--prompts", file, "--format", "json")
     assert "prompt 0 is left out" in result.err
     assert {s["question"] for s in json.loads(result.out)["baseline"]["samples"]} == {1}
+
+
+def test_an_arm_out_of_memory_costs_that_arm_alone(bench, draft_checkpoint, monkeypatch):
+    """Once while its draft is loaded, once in the middle of a run."""
+    loads = Loader.pair
+
+    def short(self, draft=None):
+        if draft == "suffix":
+            raise OutOfMemory("suffix needs 3 GiB, and 1 GiB are free", "choose a smaller one")
+        return loads(self, draft)
+
+    monkeypatch.setattr(Loader, "pair", short)
+    result = bench("-d", "suffix", "-d", "ngram", "--format", "json")
+    assert {arm["draft"] for arm in record(result)["arms"]} == {"ngram"}
+    assert "the draft suffix is left out: suffix needs 3 GiB" in result.err
+    assert bench("-d", "suffix").code == 5
+
+    proposes = NgramDrafter.propose
+
+    def broken(self, context, k, sampling, random):
+        if k == 3:
+            raise MemoryError("no more")
+        return proposes(self, context, k, sampling, random)
+
+    monkeypatch.setattr(NgramDrafter, "propose", broken)
+    result = bench("-d", "ngram", "-k", "2,3", "--format", "json")
+    assert [arm["k"] for arm in record(result)["arms"]] == [2]
+    assert "k 3 · T 0 is left out: out of memory" in result.err
+
+
+def test_a_disk_that_fills_up_costs_the_file_alone(bench, tmp_path, monkeypatch):
+    writes, out = report.write, tmp_path / "r.json"
+
+    def full(path, found):
+        if found["baseline"]["samples"]:
+            raise UsageError(f"{path} cannot be written: No space left on device", "choose another --out")
+        writes(path, found)
+
+    monkeypatch.setattr(report, "write", full)
+    result = bench("--out", out)
+    assert result.code == 1
+    assert "vs plain" in result.out
+    assert result.err.count("the runs go on") == 1
+    assert "error: " in result.err
+    assert bench("--out", tmp_path / "nowhere" / "r.json").code == 2
 
 
 def test_conversations_have_all_their_turns(bench, tmp_path):
