@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from platformdirs import user_config_path
 
+from specdec_cli.options import Placement
 from specdec_engine.errors import UsageError
 
 NAME = "config.toml"
@@ -31,6 +32,8 @@ class Profile:
     k: int | Literal["auto"]
     sampled: bool
     """Whether at a temperature above 0: what is accepted then is another matter."""
+    placement: Mapping[str, str] = field(default_factory=dict)
+    """Options of where and how the models ran that were typed: elsewhere it holds for nothing."""
 
     def lines(self) -> list[str]:
         """As TOML."""
@@ -40,7 +43,7 @@ class Profile:
 
     def block(self) -> dict[str, Any]:
         """As it stands in the file."""
-        return {"target": self.target, "draft": self.draft, "k": self.k, "sampled": self.sampled}
+        return {"target": self.target, "draft": self.draft, "k": self.k, "sampled": self.sampled, **self.placement}
 
 
 def path() -> Path:
@@ -65,45 +68,50 @@ def _profile(block: Any, number: int) -> Profile:
     where = f"{path()}, profile {number}"
     if not isinstance(block, Mapping) or not {"target", "draft", "k"} <= block.keys():
         raise UsageError(f"{where} lacks target, draft or k", "specdec tune prints how one looks")
-    target, draft, k, sampled = (block["target"], block["draft"], block["k"], block.get("sampled", False))
+    target, draft, k, sampled = block["target"], block["draft"], block["k"], block.get("sampled", False)
+    placement = {name: block[name] for name in PLACEMENT if name in block}
+    texts = all(isinstance(value, str) for value in (target, draft, *placement.values()))
     whole = isinstance(k, int) and not isinstance(k, bool) and k >= 0
-    if not (
-        isinstance(target, str) and isinstance(draft, str) and isinstance(sampled, bool) and (whole or k == "auto")
-    ):
+    if not (texts and isinstance(sampled, bool) and (whole or k == "auto")):
         raise UsageError(
-            f"{where} has a value of another kind than it should", "k is a number or auto, sampled a boolean"
+            f"{where} has a value of another kind than it should",
+            "k is a number or auto, sampled a boolean, others text",
         )
-    return Profile(target, draft, k, sampled)
+    return Profile(target, draft, k, sampled, placement)
 
 
-def found_for(target: str, draft: str | None, sampled: bool) -> Profile | None:
-    """The last profile for this target, and this draft if one is named."""
-    fitting = (p for p in reversed(profiles()) if p.target == target and p.sampled == sampled)
-    return next((p for p in fitting if draft is None or p.draft == draft), None)
+PLACEMENT = ("device", "device_map", "dtype", "runtime", "quantize", "draft_quantize")
+
+
+def placement_of(where: Placement) -> dict[str, str]:
+    """What was typed of it."""
+    usual = Placement()
+    return {n: str(getattr(where, n)) for n in PLACEMENT if getattr(where, n) != getattr(usual, n)}
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """Draft and k of a run, and the profile that they come from where they were not typed."""
+    """Draft and k of a run, and where they come from."""
 
     draft: str | None
     k: str
-    profile: Profile | None = None
-
-    @property
-    def said(self) -> str:
-        """Where it comes from; empty where nothing did."""
-        if self.profile is None:
-            return ""
-        return f"draft {self.draft}, k {self.k}, as the profile for {self.profile.target} in {path()} says"
+    said: str = ""
+    """What a profile says of them; empty where none does."""
 
 
-def chosen(target: str, draft: str | None, k: str | None, sampled: bool) -> Setting:
-    """What was typed; where draft or k were not, what a profile says."""
-    profile = None if draft is not None and k is not None else found_for(target, draft, sampled)
-    if profile is None:
+def chosen(target: str, draft: str | None, k: str | None, sampled: bool, where: Placement) -> Setting:
+    """What was typed; where draft or k were not, what the last profile for such runs says."""
+    profile = None if draft is not None and k is not None else _found(target, draft, sampled, placement_of(where))
+    if profile is None or (profile.k == 0 and k is not None):  # whoever names a k does not want plain decoding
         return Setting(draft, k or "auto")
-    return Setting(draft or profile.draft, k or str(profile.k), profile)
+    taken = ([f"draft {profile.draft}"] if draft is None else []) + ([f"k {profile.k}"] if k is None else [])
+    said = f"{', '.join(taken)}: from the profile for {target} in {path()}"
+    return Setting(draft or profile.draft, k or str(profile.k), said)
+
+
+def _found(target: str, draft: str | None, sampled: bool, placement: Mapping[str, str]) -> Profile | None:
+    fitting = (p for p in reversed(profiles()) if (p.target, p.sampled, p.placement) == (target, sampled, placement))
+    return next((p for p in fitting if draft is None or p.draft == draft), None)
 
 
 def save(profile: Profile) -> Path:
@@ -116,11 +124,10 @@ def save(profile: Profile) -> Path:
     try:
         document = tomlkit.parse(file.read_text("utf-8")) if file.exists() else tomlkit.document()
         blocks = document.setdefault("profiles", tomlkit.aot())
-        known = [
-            i
-            for i, b in enumerate(blocks)
-            if b["target"] == profile.target and b.get("sampled", False) == profile.sampled
-        ]
+        if not isinstance(blocks, tomlkit.items.AoT):
+            raise UsageError(f"{file} has its profiles in one line", "write each as a table of its own: [[profiles]]")
+        same = (profile.target, profile.sampled, profile.placement)
+        known = [i for i, p in enumerate(profiles()) if (p.target, p.sampled, p.placement) == same]
         block = tomlkit.table()
         block.update(profile.block())
         for i in reversed(known):

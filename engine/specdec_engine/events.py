@@ -110,6 +110,8 @@ class Finished:
     cycles: int
     prefill_s: float | None
     """Seconds to read the prompt into both caches, before the first cycle; None when it is not known."""
+    peak_bytes: int | None = None
+    """The most memory until then: allocated on the GPU, elsewhere the process's own; None when it is not known."""
     kind: Literal["finished"] = "finished"
 
 

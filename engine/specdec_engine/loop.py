@@ -18,6 +18,7 @@ from specdec_engine.drafters.base import Drafter, nothing
 from specdec_engine.errors import GenerationFailed, OutOfMemory, SpecdecError, UsageError
 from specdec_engine.events import Cycle, End, Event, Failed, Finished, FinishReason, SettingChanged, Started
 from specdec_engine.judge import Awaited, Judge
+from specdec_engine.memory import peak_bytes
 from specdec_engine.randomness import Randomness
 from specdec_engine.stopping import Clipped, Clipper, Stop
 from specdec_engine.target import Target
@@ -168,7 +169,9 @@ class _Run:
         return cycle, clipped.reason
 
     def _finished(self, reason: FinishReason, prefill: tuple[Any, Any]) -> Finished:
-        return Finished(reason, len(self._context) - self._prompt_tokens, self._landed, self._timer.seconds(*prefill))
+        emitted = len(self._context) - self._prompt_tokens
+        peak = peak_bytes(self._target.device)
+        return Finished(reason, emitted, self._landed, self._timer.seconds(*prefill), peak)
 
 
 def _propose(drafter: Drafter, context: Sequence[int], k: int, settings: Settings, random: Randomness) -> Draft:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -52,6 +53,17 @@ def kept_bytes(name: str, entry: Entry, dtype: torch.dtype, quantize: Quantize) 
             return int(entry.size * 1.2)
         return int(prod(entry.shape) * PACKED_BYTES.get(quantize, dtype.itemsize))
     return prod(entry.shape) * dtype.itemsize
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """The most so far: allocated on a GPU, elsewhere what this process has had in memory, where that is known."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        from resource import RUSAGE_SELF, getrusage  # not on Windows
+    except ImportError:
+        return None
+    return int(getrusage(RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
 
 
 def kv_bytes(config: Any, dtype: torch.dtype, tokens: int) -> int:

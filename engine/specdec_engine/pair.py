@@ -25,6 +25,7 @@ from specdec_engine.events import Event
 from specdec_engine.judge import Judge
 from specdec_engine.loading import Candidate, Loaded, LoadOptions, find_model
 from specdec_engine.loop import decode
+from specdec_engine.memory import kv_bytes
 from specdec_engine.pace import Pace
 from specdec_engine.pairing import check_pair
 from specdec_engine.pretrained import chat_ids
@@ -264,5 +265,7 @@ def _part(loaded: Loaded) -> Part:
         dtype=loaded.dtype,
         weights=loaded.weights,
         weight_bytes=loaded.weight_bytes,
+        token_bytes=getattr(loaded.runtime, "token_bytes", None)
+        or kv_bytes(loaded.config, getattr(torch, loaded.dtype), 1),
         revision=loaded.revision,
     )

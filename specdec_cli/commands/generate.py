@@ -55,7 +55,7 @@ def generate(
     if json and jsonl:
         raise UsageError("--json and --jsonl exclude each other", "--json is one object, --jsonl one event a line")
     sampling = how.sampling
-    setting = profiles.chosen(target, draft, how.k, not sampling.greedy)
+    setting = profiles.chosen(target, draft, how.k, not sampling.greedy, where)
     drafted = opt.k_of(setting.k)
     Controls(3 if drafted == "auto" else drafted, sampling, how.draft_temperature)
     stops = Stop(how.max_tokens, strings=tuple(how.stop or ())).strings

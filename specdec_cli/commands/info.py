@@ -12,6 +12,7 @@ import typer
 
 from specdec_cli import options as opt
 from specdec_cli import output, profiles
+from specdec_cli.tables import one_line
 from specdec_engine import __version__
 
 _PACKAGES = (
@@ -53,7 +54,9 @@ def info(json: opt.Json = False) -> None:
     config = found["config"]
     for p in config["profiles"]:
         when = "above 0" if p["sampled"] else "0"
-        typer.echo(f"{p['target']}: draft {p['draft']}, k {p['k']}, for temperature {when} · {config['file']}")
+        with_ = "".join(f", --{name.replace('_', '-')} {p[name]}" for name in profiles.PLACEMENT if name in p)
+        said = f"{p['target']}: draft {p['draft']}, k {p['k']}, for temperature {when}{with_} · {config['file']}"
+        typer.echo(one_line(said))
     if not config["profiles"]:
         typer.echo(f"no profiles in {config['file']}: drafts and k are the defaults; specdec tune --save writes one")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as jsonlib
 import math
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,20 +18,22 @@ from specdec_cli.commands.generate import interruptible, quieten
 from specdec_cli.prompts import read_prompt
 from specdec_cli.tables import one_line
 from specdec_engine.bench.plan import Question, builtin_questions, chosen, read_questions
-from specdec_engine.errors import UsageError
-from specdec_engine.tune.servers import launches
+from specdec_engine.errors import SpecdecError, UsageError
+from specdec_engine.tune.answers import ROOM, Answer, cut, evenly, recorded
+from specdec_engine.tune.servers import Launch, Wanted, launches, served
 from specdec_engine.tune.whatif import best_of
 from specdec_engine.types import Sampling
 
 if TYPE_CHECKING:
+    from specdec_engine.loading import LoadOptions
     from specdec_engine.pair import Pair
-    from specdec_engine.tune.passes import Answer
     from specdec_engine.tune.run import Tuned
     from specdec_engine.tune.whatif import Setting
 
 _TEXT_PROMPT = 64
 """Tokens of a text's piece that are taken for its prompt."""
-_TEXT_PIECES = 24
+_MOST_ANSWERS = 24
+"""Of a text or of traces, where --limit says no number."""
 
 _What = "What is looked at"
 
@@ -41,7 +43,7 @@ Drafts = Annotated[
         "--draft",
         "-d",
         rich_help_panel=_What,
-        help="A draft to consider, as for generate; repeatable. Lookups, alone and before each model, always are.",
+        help="A draft to consider; repeatable. Lookups always are, alone and before each other; of a cascade each member is.",
         show_default="what fits the target on this machine",
     ),
 ]
@@ -98,44 +100,71 @@ def tune(
     sampling = Sampling(temperature)
     if sum(source is not None for source in (prompts, trace or None, text)) > 1:
         raise UsageError("--prompts, --trace and --text exclude each other", "give one of them")
-    questions = chosen(builtin_questions() if prompts is None else read_questions(prompts), (), limit)
-    if text is not None and not text.is_file():
-        raise UsageError(f"--text {text} is no file", "check the path")
+    if missing := [path for path in trace or () if not path.is_file()]:
+        raise UsageError(f"--trace {missing[0]} is no file", "give a file that --trace wrote")
+    if save:
+        profiles.profiles()  # a damaged config file is found before anything is measured
+    sources = _Sources(
+        questions=chosen(builtin_questions() if prompts is None else read_questions(prompts), (), limit),
+        recorded=[answer for path in trace or () for answer in recorded(path, target, sampling)],
+        text=None if text is None else read_prompt(None, text),
+        limit=limit,
+    )
     quieten(where.offline, where.debug)
     with interruptible(), output.narrated() as report:
-        from specdec_engine.pair import Loader
-        from specdec_engine.tune.run import candidates, tuned, with_cascades
+        from specdec_engine.tune.run import tuned
 
-        names = candidates(_fitting(target, where) if draft is None else draft)
-        every = with_cascades(names)
-        longest = max(sum(map(len, q.turns)) // 3 + max_tokens for q in questions)
-        loader = Loader(target, where.loading(longest, report))
-        loaded = {name: loader.pair(name) for name in every}
+        loaded = _loaded(target, draft, where.loading(sources.longest(max_tokens), report))
     with output.working() as say:
-        plain = loaded[names[0]]
-        sources = _Sources(questions, trace or [], text, limit)
-        answers = sources.answers(plain, target, sampling, max_tokens, seed, say)
-        alone = {name: loaded[name] for name in names}
-        found = tuned(target, alone, loaded.__getitem__, answers, temperature, max_tokens, seed, say)
-    record = _record(target, found, plain, sampling)
+        plain = loaded["ngram"]
+        answers = sources.answers(plain, sampling, max_tokens, seed, say)
+        found = tuned(target, loaded, answers, temperature, max_tokens, seed, say)
+    profile = _profile(target, found, sampling, where)
+    record = _record(target, found, loaded, sampling, profile)
     if json:
         typer.echo(jsonlib.dumps(record, indent=1))
     else:
-        for line in _lines(found, record, text):
-            typer.echo(line)
-    if save:
-        output.note(f"written to {profiles.save(profiles.Profile(**record['profile']))}")
+        for line in _lines(found, record, profile, given=bool(text or trace)):
+            typer.echo(one_line(line))
+    if save and profile is None:
+        raise UsageError(f"nothing is saved: {found.advice.reason}", "give more prompts")
+    if save and profile is not None:
+        output.note(f"written to {profiles.save(profile)}")
 
 
-def _fitting(target: str, where: opt.Placement) -> list[str]:
+def _loaded(target: str, drafts: Sequence[str] | None, options: LoadOptions) -> dict[str, Pair]:
+    """Pairs of every draft that is considered; of those that nobody named, one that cannot be had is left out."""
+    from specdec_engine.pair import Loader
+    from specdec_engine.tune.run import candidates, with_cascades
+
+    loader = Loader(target, options)
+    found: dict[str, Pair] = {}
+    for name in with_cascades(candidates(_fitting(target) if drafts is None else drafts)):
+        try:
+            found[name] = loader.pair(name)
+        except SpecdecError as error:
+            if drafts is not None:
+                raise
+            if "," not in name:
+                output.note(f"{name} is left out: {error.message}")
+    for sentence in dict.fromkeys(note for pair in found.values() for note in pair.notes):
+        output.note(sentence)
+    return found
+
+
+_MOST_FITTING = 2
+"""Cached models that are tried unnamed, the smallest first."""
+
+
+def _fitting(target: str) -> list[str]:
     """Drafts that need not be named: the one made for the built-in target, and cached models with the target's tokens."""
     if target == "builtin":
-        ours = where.runtime != "generic" and where.device_map is None
-        return ["builtin"] if ours else []
+        return ["builtin"]
     from specdec_engine.cached import cached_models, drafts_for
 
     models = cached_models()
-    return [draft.name for model in models if model.name == target for draft in drafts_for(model, models)]
+    fitting = [draft.name for model in models if model.name == target for draft in drafts_for(model, models)]
+    return fitting[:_MOST_FITTING]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,25 +172,34 @@ class _Sources:
     """Where answers come from."""
 
     questions: Sequence[Question]
-    traces: Sequence[Path]
-    text: Path | None
+    recorded: Sequence[Answer]
+    text: str | None
     limit: int | None
 
-    def answers(
-        self, pair: Pair, target: str, sampling: Sampling, max_tokens: int, seed: int, say: Callable[[str], None]
-    ) -> list[Answer]:
-        from specdec_engine.tune.passes import cut, recorded, written
+    def longest(self, max_tokens: int) -> int:
+        """Tokens of context to make room for."""
+        asked = max(sum(map(len, q.turns)) // 3 for q in self.questions)
+        return max(asked, *(a.begin for a in self.recorded), _TEXT_PROMPT) + max(max_tokens, ROOM)
 
-        if self.traces:
-            return [answer for path in self.traces for answer in recorded(path, target, sampling)]
-        if self.text is not None:
-            ids = pair.encode(read_prompt(None, self.text), chat=False)
-            pieces = cut(ids, _TEXT_PROMPT, max_tokens)
-            if not pieces:
-                raise UsageError(f"{self.text} has {len(ids)} tokens", f"give a text of more than {_TEXT_PROMPT}")
-            return pieces[: self.limit or _TEXT_PIECES]
-        found: list[Answer] = []
-        prompts = (pair.encode(question.turns[0]) for question in self.questions)
+    def answers(
+        self, pair: Pair, sampling: Sampling, max_tokens: int, seed: int, say: Callable[[str], None]
+    ) -> list[Answer]:
+        """At most `max_tokens` each, and `limit` of them. Raises UsageError for a text that is too short."""
+        from specdec_engine.tune.passes import written
+
+        room = pair.target.limit or math.inf
+        if self.recorded or self.text is not None:
+            found = [a.first(max_tokens) for a in self.recorded]
+            if self.text is not None:
+                ids = pair.encode(self.text, chat=False)
+                found = cut(ids, _TEXT_PROMPT, max_tokens)
+                if not found:
+                    raise UsageError(f"the text has {len(ids)} tokens", f"give more than {_TEXT_PROMPT + 1}")
+            spread = evenly(found, self.limit or _MOST_ANSWERS)
+            return [answer for answer in spread if len(answer.context) <= room]
+        if any(len(q.turns) > 1 for q in self.questions):
+            output.note("of conversations the first turn is asked")
+        found, prompts = [], (pair.encode(question.turns[0]) for question in self.questions)
         for answer in written(pair, prompts, sampling, max_tokens, seed):
             found.append(answer)
             say(f"writing answers, {len(found)} of {len(self.questions)}")
@@ -170,11 +208,21 @@ class _Sources:
         return found
 
 
-def _record(target: str, found: Tuned, pair: Pair, sampling: Sampling) -> dict[str, Any]:
+def _profile(target: str, found: Tuned, sampling: Sampling, where: opt.Placement) -> profiles.Profile | None:
+    """None where nothing could be confirmed."""
     draft, k = found.setting
+    known = found.advice.decided
+    return profiles.Profile(target, draft, k, not sampling.greedy, profiles.placement_of(where)) if known else None
+
+
+def _record(
+    target: str, found: Tuned, pairs: Mapping[str, Pair], sampling: Sampling, profile: profiles.Profile | None
+) -> dict[str, Any]:
+    draft, k = found.setting
+    drafts = {name: part for pair in pairs.values() for name, part in pair.environment["drafts"].items()}
     return {
         "schema": "specdec.tune/1",
-        "environment": dict(pair.environment),
+        "environment": {**next(iter(pairs.values())).environment, "drafts": drafts},
         "target": target,
         "temperature": sampling.temperature,
         "answers": {"count": len(found.answers), "tokens": found.tokens},
@@ -202,12 +250,21 @@ def _record(target: str, found: Tuned, pair: Pair, sampling: Sampling) -> dict[s
         "gap": found.gap,
         "recommendation": {"draft": draft, "k": k, "speedup": found.advice.speedup, "reason": found.advice.reason},
         "command": shlex.join(["specdec", "generate", "-t", target, "-d", draft, "-k", str(k)]),
-        "profile": {"target": target, "draft": draft, "k": k, "sampled": not sampling.greedy},
+        "profile": None if profile is None else profile.block(),
         "launches": [
             {"server": launch.server, "line": launch.line, "needs": list(launch.needs)}
-            for launch in launches(target, draft, found.best.k, not sampling.greedy, _gguf(target))
+            for launch in _launches(target, draft, found, sampling)
         ],
     }
+
+
+def _launches(target: str, draft: str, found: Tuned, sampling: Sampling) -> list[Launch]:
+    """Servers run one draft: of a cascade one member, with the k that is best for it alone."""
+    member, left_out = served(draft)
+    if member is None:
+        return []
+    k = best_of(found.curves[member]).k
+    return launches(Wanted(target, member, k, not sampling.greedy, _gguf(target), left_out))
 
 
 def _gguf(target: str) -> str | None:
@@ -234,11 +291,11 @@ def _point(setting: Setting) -> dict[str, Any]:
     }
 
 
-def _lines(found: Tuned, record: dict[str, Any], text: Path | None) -> Iterator[str]:
+def _lines(found: Tuned, record: dict[str, Any], profile: profiles.Profile | None, given: bool) -> Iterator[str]:
     """For people: what was looked at, the best of each draft, the best one's curve, and what to type."""
     made, costs = record["environment"], found.members[0].costs
     yield (
-        f"{one_line(record['target'])}, {made['weights']} on {made['device']}, {made['threads']} threads · "
+        f"{record['target']}, {made['weights']} on {made['device']}, {made['threads']} threads · "
         f"{len(found.answers)} answers, {found.tokens} tokens, temperature {record['temperature']:g}"
     )
     steps = " · ".join(f"{n} {1e3 * cost * costs.plain_s:.1f}" for n, cost in costs.passes.items())
@@ -248,9 +305,9 @@ def _lines(found: Tuned, record: dict[str, Any], text: Path | None) -> Iterator[
     yield f"{'draft':<{width}}   k  tok/cycle  predicted"
     for curve in found.curves.values():
         best = best_of(curve)
-        yield f"{one_line(best.draft):<{width}}  {best.k:>2}  {best.emitted:>9.2f}  {best.speedup}"
+        yield f"{best.draft:<{width}}  {best.k:>2}  {best.emitted:>9.2f}  {best.speedup}"
     yield ""
-    yield f"{one_line(found.best.draft)} by k, predicted:"
+    yield f"{found.best.draft} by k, predicted:"
     curve = found.curves[found.best.draft]
     top = max(setting.speedup.mean for setting in curve)
     for setting in curve[: max(8, found.best.k + 2)]:
@@ -260,30 +317,31 @@ def _lines(found: Tuned, record: dict[str, Any], text: Path | None) -> Iterator[
     yield ""
     yield from (f"confirmed with k {arm.arm.k}: {arm.speedup}" for arm in found.confirmed)
     if found.gap is not None:
-        yield _agreement(found.gap, text)
-    yield f"→ {one_line(record['recommendation']['reason'])}"
+        yield _agreement(found.gap, given)
+    yield f"→ {record['recommendation']['reason']}"
     yield ""
     yield f"{record['command']} PROMPT"
-    yield ""
-    yield f"# {profiles.path()} (--save writes it; generate and watch take it up)"
-    yield from profiles.Profile(**record["profile"]).lines()
+    if profile is not None:
+        yield ""
+        yield f"# {profiles.path()} (--save writes it; generate and watch take it up)"
+        yield from profile.lines()
     for launch in record["launches"]:
         yield ""
-        yield f"# {launch['server']}: {'; '.join(map(one_line, launch['needs']))}"
-        if launch["line"] is not None:
-            yield launch["line"]
+        yield f"# {launch['server']}: {'; '.join(launch['needs'])}"
+        yield launch["line"]
+    if not record["launches"] and found.setting[1]:
+        yield ""
+        yield f"# no server loads {found.setting[0]}"
 
 
 _BAR = 40
 
 
-def _agreement(gap: float, text: Path | None) -> str:
+def _agreement(gap: float, given: bool) -> str:
     said = f"measured and predicted are {abs(gap):.0%} apart"
-    if text is not None:
-        return f"{said}; the prediction is for {one_line(str(text))}, the measurement for what the target said instead"
-    return (
-        said if abs(gap) <= _AGREES else f"{said}: the machine was not quiet, or the answers differ; trust the measured"
-    )
+    if given:
+        return f"{said}; predicted for the text that was given, measured on what the target says now"
+    return said if abs(gap) <= _AGREES else f"{said}: the machine was not quiet; trust the measured"
 
 
 _AGREES = 0.10

@@ -69,8 +69,10 @@ def watch(
             return
         prompt, target, draft = chosen.prompt, chosen.entry.target, chosen.entry.draft
     text = read_prompt(prompt, file)
-    setting = profiles.chosen(target, draft, how.k, not sampling.greedy)
+    setting = profiles.chosen(target, draft, how.k, not sampling.greedy, where)
     drafted = opt.k_of(setting.k)
+    if setting.said:
+        output.note(setting.said)
     _keys_from_the_terminal()
     quieten(where.offline, where.debug)
 

@@ -13,7 +13,8 @@ from specdec_engine.drafters.base import Foreseeing, LoadedDraft
 from specdec_engine.randomness import KeyedRandomness
 from specdec_engine.runtime.generic import GenericRuntime
 from specdec_engine.target import ModelTarget
-from specdec_engine.tune.passes import Answer, chances_along
+from specdec_engine.tune.answers import Answer
+from specdec_engine.tune.passes import chances_along
 from specdec_engine.tune.whatif import expected_cycles
 from specdec_engine.types import Sampling, Verdict
 from tests.fakes import VOCAB, byte_tokenizer, cycles, emitted, graph, host, lean, run, save_head_draft, tiny_llama
@@ -275,12 +276,16 @@ def test_what_a_drafter_foresees_is_what_it_would_draw_from(spec, sampling):
     p = [2 * value for value in q]  # as if the target said each token twice as often
     context = [*prompt, *said]
     inner = drafter.drafter
+    assert isinstance(inner, Foreseeing)
     drafter._follow(context)
     rows = inner.foresee(context, p, 4, sampling)
-    assert isinstance(inner, Foreseeing)
-    assert len(rows) == 4
     assert rows[0] == pytest.approx([0.5] * 4, rel=1e-3)
-    assert all(0 <= chance <= 1 for row in rows for chance in row)
+    for i in range(1, 4):
+        fresh = build(spec)
+        fresh.begin(context[: -4 + i])
+        one = fresh.propose(context[: -4 + i], 1, sampling, KeyedRandomness(5))
+        q = float(one.tokens[0] == said[i]) if one.probs is None else float(one.probs[0, said[i]])
+        assert rows[i][0] == pytest.approx(min(1.0, q / p[i]), rel=1e-3), f"a draft begun {i} tokens later"
 
 
 @pytest.mark.parametrize("spec", [*FORESEEING, "ngram", "suffix"])

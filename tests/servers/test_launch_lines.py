@@ -12,7 +12,7 @@ import subprocess
 
 import pytest
 
-from specdec_engine.tune.servers import launches
+from specdec_engine.tune.servers import Wanted, launches, served
 
 pytestmark = pytest.mark.servers
 
@@ -42,8 +42,10 @@ print("parsed")
 
 
 def line(server, case):
-    found = next(launch.line for launch in launches(*case[:3], sampled=case[3]) if launch.server == server)
-    return shlex.split(found)
+    target, draft, k, sampled = case
+    member, left_out = served(draft)
+    lines = launches(Wanted(target, member, k, sampled, left_out=left_out))
+    return shlex.split(next(launch.line for launch in lines if launch.server == server))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case[1])

@@ -60,7 +60,12 @@ def events(cycles: int, seed: int = 7, k: int = 4):
         "temperature": 0.8, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "draft_temperature": 0.8, "adaptive": True,
         "max_tokens": 1000, "stop": [],
     }  # fmt: skip
-    found = [Started((0, 1, 2, 3, 4, 101), settings, seed, {"plain_tokens_per_second": 72.0})]
+    environment = {
+        "plain_tokens_per_second": 72.0,
+        "target": {"weight_bytes": 118_000_000, "token_bytes": 23_040},
+        "drafts": {"draft-model": {"weight_bytes": 9_000_000, "token_bytes": 1_536}},
+    }
+    found = [Started((0, 1, 2, 3, 4, 101), settings, seed, environment)]
     for index in range(cycles):
         if index == 2:
             found.append(SettingChanged(2, "k", k, 0, "a plain pass is measured, which all else is held against"))
@@ -69,7 +74,7 @@ def events(cycles: int, seed: int = 7, k: int = 4):
         made = cycle(index, source, 0 if index == 2 else k, context)
         context += len(made.emitted)
         found.append(made)
-    return [*found, Finished("length", context - 6, cycles, 0.2)]
+    return [*found, Finished("length", context - 6, cycles, 0.2, 612_000_000)]
 
 
 def frame(cycles: int, seed: int = 7, k: int = 4) -> Frame:

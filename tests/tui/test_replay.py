@@ -174,12 +174,16 @@ def test_the_narration_says_every_cycle_and_nothing_else(trace):
     lines = result.stdout.splitlines()
     assert [line.split(":")[0] for line in lines if line.startswith("Cycle")] == [f"Cycle {i + 1}" for i in range(12)]
     assert "tokens in 12 target passes" in lines[-1]
+    assert lines[1] == "Prompt: the quick brown fox jumps⏎".replace("⏎", "")
+    said = [token for e in events(12) if e.kind == "cycle" for token in e.emitted]
+    assert lines[-2].startswith("Text: ")
+    assert PIECES[said[0]].strip() in lines[-2]
     assert result.stderr == ""
 
 
 def test_numbers_in_sentences_are_the_traces(trace):
     found = next(e for e in events(12) if e.kind == "cycle" and e.accepted < len(e.drafted))
-    line = replay(trace(events(12)), "--plain").stdout.splitlines()[1 + found.index]
+    line = replay(trace(events(12)), "--plain").stdout.splitlines()[2 + found.index]
     at = found.accepted
     assert f"u {found.u[at]:.3f} ≥ min(1, p/q) {min(1, found.p[at] / found.q[at]):.3f}" in line
     assert PIECES[found.drafted[at]].strip() in line

@@ -313,3 +313,24 @@ def test_the_help_closes_again(key):
     before, _ = pressed(Told(events(20)), size=(200, 60))
     after, _ = pressed(Told(events(20)), "question_mark", key, size=(200, 60))
     assert after == before
+
+
+def test_keys_of_the_engine_say_that_the_run_is_recorded():
+    async def act(app, pilot):
+        said = []
+        for key in ("b", "K", "a", "T", "r"):
+            app.clear_notifications()
+            await pilot.press(key)
+            await pilot.pause()
+            said.append([note.message for note in app._notifications])
+        return said
+
+    for said in on_screen(Told(events(20)), act):
+        assert ["this run is recorded" in message for message in said] == [True]
+
+
+def test_memory_is_weights_caches_and_the_most_in_all():
+    shown, _ = pressed(Told(events(20)), "end", size=(200, 60))
+    tokens = 6 + frame(20).summary().emitted
+    assert f"draft 9.0 MB  target 118.0 MB  {tokens * 24_576 / 1e6:.1f} MB for {tokens} tokens" in shown
+    assert "memory · at most 612.0 MB in all" in shown

@@ -9,23 +9,33 @@ import shlex
 import pytest
 
 from specdec_engine.errors import UsageError
-from specdec_engine.events import Cycle
+from specdec_engine.events import Cycle, SettingChanged
 from specdec_engine.trace import TraceWriter
-from specdec_engine.tune.passes import cut, recorded
-from specdec_engine.tune.servers import launches
+from specdec_engine.tune.answers import Answer, cut, evenly, recorded
+from specdec_engine.tune.servers import Wanted, launches, served
 from specdec_engine.tune.whatif import (
     Chances,
     Kind,
     Member,
     UnitCosts,
     best_of,
-    cascades,
     curves,
     expected_cycles,
     predicted,
 )  # fmt: skip
 from specdec_engine.types import Sampling
-from tests.fakes import ScriptedDrafter, TableDrafter, TableTarget, cycles, emitted, run, table_probs
+from tests.fakes import (
+    ScriptedDrafter,
+    TableDrafter,
+    TableTarget,
+    byte_tokenizer,
+    cycles,
+    emitted,
+    run,
+    save_head_draft,
+    table_probs,
+    tiny_llama,
+)  # fmt: skip
 
 # -- against simulation ------------------------------------------------------------------------------------------------
 
@@ -132,12 +142,13 @@ def cycle(drafted, draft_s, verify_s, other_s=0.0):
     )
 
 
-def costs(c=0.1, step=0.05, plain=0.010, slows=0.0):
+def costs(c=0.1, step=0.05, plain=0.010, slows=0.0, catching_up=1.0):
     """A plain cycle of 10 ms; a drafted token costs c of it and widens the pass by `step`."""
     cycles, speed = [], 1.0
     for k in [*range(1, 17), *range(1, 17)]:
         cycles.append(cycle((), 0.0, plain * speed))
-        cycles.append(cycle(range(k), plain * c * k * speed, plain * (1 + step * k) * speed))
+        for factor in (catching_up, 1.0):
+            cycles.append(cycle(range(k), factor * plain * c * k * speed, plain * (1 + step * k) * speed))
         speed += slows
     return UnitCosts.of(cycles)
 
@@ -147,18 +158,24 @@ def test_cycles_cost_what_was_measured_in_plain_cycles():
     assert found(0) == 1.0
     assert found(4) == pytest.approx(1 + 4 * 0.15)
     assert costs(plain=0.5)(4) == pytest.approx(found(4)), "a slower machine is no other ratio"
+    assert costs(catching_up=3.0)(4) == pytest.approx(found(4)), "nor a draft that first reads what a plain cycle said"
     assert costs(slows=0.05)(4) == pytest.approx(found(4), rel=0.03), "nor is one that becomes slower"
 
 
-def test_a_lookups_drafts_are_timed_apart():
-    found = costs(c=0.5, step=0.0).drafting([(2, 0.001), (2, 0.003), (2, 0.002), (0, 9.0)])
+def test_a_lookups_drafts_are_timed_apart_and_its_silence_counts():
+    found = costs(c=0.5, step=0.0).drafting([(2, 0.001), (2, 0.003), (2, 0.002), (0, 0.001)])
     assert found(2) == pytest.approx(1.2)
     assert found(1) == pytest.approx(1.2), "what was not measured costs what more tokens cost"
+    assert found(0) == pytest.approx(1.1)
+    silent = Chances((0, 0), ((), ()), ended=True)
+    model = member("m", 0.0, n=2, texts=1)
+    alone, behind = predicted([model], 1), predicted([Member("ngram", (silent,), found), model], 1)
+    assert 1 / behind.speedup.mean == pytest.approx(1 / alone.speedup.mean + 0.1)
 
 
-def member(name, alpha, *, lookup=False, n=60, texts=3, **unit):
+def member(name, alpha, *, n=60, texts=3, **unit):
     rows = tuple((alpha,) * 16 for _ in range(n))
-    return Member(name, lookup, tuple(Chances((16,) * n, rows, ended=True) for _ in range(texts)), costs(**unit))
+    return Member(name, tuple(Chances((16,) * n, rows, ended=True) for _ in range(texts)), costs(**unit))
 
 
 def test_the_best_k_is_the_one_that_the_formula_has():
@@ -170,14 +187,12 @@ def test_the_best_k_is_the_one_that_the_formula_has():
     assert best_of(curve).k in (3, 4), "the smallest within a hundredth"
 
 
-def test_lookups_are_tried_alone_and_before_each_model():
-    members = [member("ngram", 0.3, lookup=True, c=0.0), member("a", 0.6), member("b", 0.7, c=0.6)]
-    assert {tuple(m.name for m in c) for c in cascades(members)} == {
-        ("ngram",), ("a",), ("b",), ("ngram", "a"), ("ngram", "b"),
-    }  # fmt: skip
-    found = curves(members, 8)
+def test_the_draft_with_the_best_setting_comes_first():
+    members = [member("ngram", 0.3, c=0.0), member("a", 0.6), member("b", 0.7, c=0.6)]
+    found = curves([[m] for m in members] + [members[:2]], 8)
     assert next(iter(found)) == "a"
-    assert all(len(curve) == 8 for curve in found.values())
+    assert set(found) == {"ngram", "a", "b", "ngram,a"}
+    assert all([s.k for s in curve] == list(range(1, 9)) for curve in found.values())
 
 
 # -- where answers come from -------------------------------------------------------------------------------------------
@@ -194,6 +209,13 @@ def test_answers_are_taken_from_traces_of_the_same_target_and_distribution(tmp_p
     assert all(a.prompt == (1, 2) and not a.ended for a in found)
     with pytest.raises(UsageError, match="temperature 1"):
         recorded(file, "table", Sampling())
+    turned = tmp_path / "turned.jsonl"
+    first, *rest = run(TableTarget(), TableDrafter(), [1, 2], sampling=Sampling(1.0))
+    with TraceWriter(turned) as writer:
+        for event in (first, SettingChanged(0, "temperature", 1.0, 0.5, ""), *rest):
+            writer.write(event)
+    with pytest.raises(UsageError, match="temperature was turned"):
+        recorded(turned, "table", Sampling(1.0))
     with pytest.raises(UsageError, match="of the target table"):
         recorded(file, "another", Sampling(1.0))
 
@@ -204,11 +226,31 @@ def test_a_text_is_cut_into_prompts_and_answers():
     assert all(a.begin == 4 for a in found)
 
 
+def test_answers_are_spread_and_cut():
+    answers = [Answer(tuple(range(i, i + 10)), 4, True) for i in range(9)]
+    assert [a.context[0] for a in evenly(answers, 3)] == [0, 3, 6]
+    assert evenly(answers, 20) == answers
+    assert answers[0].first(2) == Answer((0, 1, 2, 3, 4, 5), 4, False)
+    assert answers[0].first(6) is answers[0]
+
+
 # -- servers -----------------------------------------------------------------------------------------------------------
 
 
-def test_launch_lines_say_the_same_k_and_what_is_left_out():
-    vllm, sglang, llama = launches("org/big", "ngram,org/small", 4, sampled=True)
+def test_of_a_cascade_servers_get_the_checkpoint_before_the_lookup():
+    assert served("ngram,org/small") == ("org/small", ("ngram",))
+    assert served("ngram:5,builtin") == ("ngram:5", ("builtin",))
+    assert served("builtin")[0] is served("self:4,head:x")[0] is served("none")[0] is None
+
+
+def test_what_distill_made_is_no_checkpoint_to_others(tmp_path):
+    tiny = tiny_llama()
+    folder = save_head_draft(tmp_path / "head", tiny, byte_tokenizer())
+    assert served(f"ngram,{folder}") == ("ngram", (str(folder),))
+
+
+def test_launch_lines_say_the_same_k_and_what_is_not_the_same():
+    vllm, sglang, llama = launches(Wanted("org/big", "org/small", 4, sampled=True, left_out=("ngram",)))
     words = shlex.split(vllm.line)
     config = json.loads(words[words.index("--speculative-config") + 1])
     assert config == {
@@ -217,14 +259,13 @@ def test_launch_lines_say_the_same_k_and_what_is_left_out():
     assert "--speculative-num-steps 4" in sglang.line
     assert "--speculative-num-draft-tokens 5" in sglang.line
     assert "--spec-draft-n-max 4" in llama.line
-    assert any("ngram" in need for need in vllm.needs)
+    assert "without ngram" in vllm.needs
     assert any("org/big as a GGUF" in need for need in llama.needs)
-
-
-def test_a_draft_that_no_server_loads_is_replaced_by_the_lookup_or_refused_in_words():
-    assert '"ngram"' in launches("builtin", "ngram,builtin", 3, sampled=False)[0].line
-    assert all(launch.line is None and launch.needs for launch in launches("builtin", "builtin", 3, sampled=False))
-    assert launches("builtin", "none", 0, sampled=False) == []
+    vllm, sglang, llama = launches(Wanted("big.gguf", "ngram:5", 3, sampled=False, gguf="big.gguf"))
+    assert '"prompt_lookup_max": 5' in vllm.line
+    assert "--spec-ngram-simple-size-n 5" in llama.line
+    assert all(any("its own n-gram lookup" in need for need in launch.needs) for launch in (vllm, sglang, llama))
+    assert any("not as a GGUF" in need for need in vllm.needs)
 
 
 # -- negative control --------------------------------------------------------------------------------------------------

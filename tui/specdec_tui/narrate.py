@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from specdec_engine.events import Cycle, SettingChanged
 from specdec_tui.frame import Frame, View
-from specdec_tui.pieces import Name, alone, one_line, plain
+from specdec_tui.pieces import Committed, Name, alone, one_line, plain
 
 
 def narrate(cycle: Cycle, name: Name, rule: str = "token") -> str:
@@ -93,12 +95,21 @@ def script(frame: Frame, name: Name) -> list[str]:
         f"Target {plain(settings.get('target'))}, draft {plain(settings.get('draft'))}, k {plain(settings.get('k'))}, "
         f"temperature {plain(settings.get('temperature'))}, seed {frame.seed}; {len(frame.prompt)} tokens of prompt."
     ]
+    lines += [f"Prompt: {_said(frame.prompt, name)}"] if frame.prompt else []
     changes = list(frame.changes)
     for cycle in frame.cycles:
         while changes and changes[0].cycle <= cycle.index:
             lines.append(changed(changes.pop(0)))
         lines.append(narrate(cycle, name, frame.rule))
+    text = [token for cycle in frame.cycles for token in cycle.emitted]
+    lines += [f"Text: {_said(text, name)}"] if text else []
     return [*lines, ending(frame)]
+
+
+def _said(tokens: Sequence[int], name: Name) -> str:
+    """On one line."""
+    shown = Committed(name)
+    return one_line("".join(map(shown, tokens)).strip())
 
 
 def ending(frame: Frame) -> str:

@@ -164,6 +164,8 @@ class Recommendation:
     """None for plain decoding."""
     speedup: float
     reason: str
+    decided: bool = True
+    """Not with too few prompts: then plain decoding is no advice."""
 
 
 def recommend(ratios: Sequence[Mapping[int, float]], ks: Sequence[object], labels: Sequence[str]) -> Recommendation:
@@ -173,7 +175,7 @@ def recommend(ratios: Sequence[Mapping[int, float]], ks: Sequence[object], label
     best = max(range(len(ratios)), key=lambda i: intervals[i].mean)
     if len(ratios[best]) < _FEW:
         said = f"too few prompts to say: {labels[best]} had {len(ratios[best])}, and {_FEW} are the least"
-        return Recommendation(None, 1.0, said)
+        return Recommendation(None, 1.0, said, decided=False)
     if intervals[best].low <= 1:
         said = (
             f"turn it off: even the best, {labels[best]}, is not surely faster than plain decoding, {intervals[best]}"

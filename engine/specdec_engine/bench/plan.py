@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from specdec_engine.errors import UsageError
 
@@ -79,11 +79,17 @@ class Plan:
     @property
     def digest(self) -> str:
         """Alike for plans whose samples may be put together."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        plan = {**asdict(self), "questions": [_named(q) for q in self.questions]}
+        return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def prompts_digest(self) -> str:
-        return hashlib.sha256(json.dumps([asdict(q) for q in self.questions]).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps([_named(q) for q in self.questions]).encode()).hexdigest()[:16]
+
+
+def _named(question: Question) -> dict[str, Any]:
+    """Without ids where there are none, as in records from before there were any."""
+    return {key: value for key, value in asdict(question).items() if key != "ids" or value}
 
 
 def ks_of(text: str) -> tuple[int | Literal["auto"], ...]:

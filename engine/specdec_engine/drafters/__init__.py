@@ -68,6 +68,16 @@ def _build_one(spec: str, host: DraftHost) -> Drafter:
     return _build_one(f"{_kind(spec)}:{spec}", host)
 
 
+def is_checkpoint(spec: str) -> bool:
+    """Whether it names an ordinary causal LM, which other programs could load too: not a lookup, nothing that `distill` made,
+    nothing of a third party."""
+    from specdec_engine.draft_files import read_draft
+
+    name = spec.partition(":")[0]
+    ours = name in DRAFTERS or name == "builtin" or bool(entry_points(group=ENTRY_POINTS, name=name))
+    return not ours and read_draft(Path(spec)) is None
+
+
 def _kind(name: str) -> str:
     """Which drafter runs the model of this name."""
     from specdec_engine.draft_files import builtin_draft, read_draft

@@ -104,6 +104,8 @@ class Part:
     weights: str
     weight_bytes: int = 0
     """Of its own, as kept in memory."""
+    token_bytes: int | None = None
+    """Of its own cache, a token; None where that is not known."""
     revision: str | None = None
 
 

@@ -75,9 +75,10 @@ class RuntimeDrafter:
     def foresee(self, context: Sequence[int], p: Sequence[float], k: int, sampling: Sampling) -> list[list[float]]:
         """One pass: what it says of a token does not depend on where the draft began. Nothing beyond its own context."""
         begin = len(context) - len(p)
+        end = len(context) if self.runtime.limit is None else min(len(context), self.runtime.limit + 1)
         self.runtime.rollback(0)
-        self._catch_up(context[:begin], keep=1)
-        end = min(len(context), self.runtime.limit or len(context))
+        if begin < end:
+            self._catch_up(context[:begin], keep=1)
         chances = list[float]()
         for at in range(begin, end, _PENDING_IN_ONE_PASS):
             said = context[at : min(at + _PENDING_IN_ONE_PASS, end)]

@@ -126,10 +126,10 @@ class LeanRuntime:
         """
         least, ample = self._rounded(end), self._rounded(max(end, 2 * self.capacity))
         free = free_bytes(self.device) or math.inf
-        if self._token_bytes * ample < free:
+        if self.token_bytes * ample < free:
             return ample
         if (
-            self._token_bytes * least > free and self.device.type == "cpu"
+            self.token_bytes * least > free and self.device.type == "cpu"
         ):  # a GPU's allocator has some of its own, and says so
             raise self._too_much(least)
         return least
@@ -147,11 +147,12 @@ class LeanRuntime:
             raise self._too_much(capacity) from error
 
     @property
-    def _token_bytes(self) -> int:
+    def token_bytes(self) -> int:
+        """Of the cache, a token."""
         return self.decoder.kv_values * self.decoder.cache_dtype.itemsize
 
     def _too_much(self, capacity: int) -> OutOfMemory:
         return OutOfMemory(
-            f"out of memory: the cache of {self._label} for {capacity} tokens needs {gib(capacity * self._token_bytes)}",
+            f"out of memory: the cache of {self._label} for {capacity} tokens needs {gib(capacity * self.token_bytes)}",
             f"{self._cached} tokens fit; lower --max-tokens, or shorten the prompt",
         )

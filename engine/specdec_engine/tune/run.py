@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
-from specdec_engine.auto import AutoK
-from specdec_engine.bench.figures import Interval, Recommendation, Sample, recommend
-from specdec_engine.bench.measure import run
+from specdec_engine.bench.figures import Interval, Recommendation, recommend
 from specdec_engine.bench.plan import Arm, Plan, Question
 from specdec_engine.bench.report import ArmFigures, figures_of
+from specdec_engine.bench.session import Session
 from specdec_engine.errors import UsageError
 from specdec_engine.pair import Pair
-from specdec_engine.tune.passes import MOST_K, Answer, looked_at
-from specdec_engine.tune.whatif import Member, Setting, best_of, cascades, curves
+from specdec_engine.tune.answers import Answer
+from specdec_engine.tune.passes import MOST_K, looked_at, unit_costs
+from specdec_engine.tune.whatif import Member, Setting, UnitCosts, best_of, curves
 from specdec_engine.types import Sampling
 
 Say = Callable[[str], None]
@@ -50,11 +50,10 @@ class Tuned:
 
     @property
     def setting(self) -> tuple[str, int | Literal["auto"]]:
-        """Draft and k to use; `none` and 0 for plain decoding."""
-        if self.advice.arm is None:
-            return "none", 0
-        arm = self.confirmed[self.advice.arm].arm
-        return self.best.draft, arm.k
+        """Draft and k to use, as confirmed, else as predicted; `none` and 0 for plain decoding."""
+        if self.advice.arm is not None:
+            return self.best.draft, self.confirmed[self.advice.arm].arm.k
+        return ("none", 0) if self.advice.decided else (self.best.draft, self.best.k)
 
 
 LOOKUPS = ("ngram", "suffix")
@@ -80,31 +79,35 @@ def with_cascades(names: Sequence[str]) -> list[str]:
 def tuned(
     target: str,
     pairs: Mapping[str, Pair],
-    joined: Callable[[str], Pair],
     answers: Sequence[Answer],
     temperature: float,
     max_tokens: int,
     seed: int,
     say: Say,
 ) -> Tuned:
-    """pairs: by draft, for each of `candidates`; joined: the pair of a cascade. Raises UsageError without answers."""
+    """pairs: by draft, for each of `with_cascades`. Raises UsageError without answers."""
     if not answers:
         raise UsageError("the target answered no prompt", "give shorter prompts, or more of them")
-    members = list[Member]()
+    members, sampling, lookups = dict[str, Member](), Sampling(temperature), list[UnitCosts]()
     for name, pair in pairs.items():
+        if "," in name:
+            continue
         say(f"looking at {name}")
-        chances, costs = looked_at(pair, answers, Sampling(temperature), seed)
-        members.append(Member(name, is_lookup(name), chances, costs))
-    say(f"solving for {len(cascades(members))} drafts and {MOST_K} k")
-    found = curves(members, MOST_K)
+        chances, times = looked_at(pair, answers, sampling)
+        costs = lookups[0] if times and lookups else unit_costs(pair, answers, sampling, seed)
+        if times:  # the passes over a lookup's drafts are any lookup's
+            lookups.append(costs)
+            costs = costs.drafting(times)
+        members[name] = Member(name, chances, costs)
+    say(f"solving for {len(pairs)} drafts and {MOST_K} k")
+    found = curves(([members[name] for name in draft.split(",")] for draft in pairs), MOST_K)
     best = best_of(next(iter(found.values())))
-    confirmed = _confirmed(target, joined(best.draft), best, answers, temperature, max_tokens, seed, say)
+    confirmed = _confirmed(target, pairs[best.draft], best, answers, temperature, max_tokens, seed, say)
+    advice = Recommendation(None, 1.0, "nothing could be confirmed", decided=False)
     if confirmed:
         labels = [f"{best.draft} with k {arm.arm.k}" for arm in confirmed]
         advice = recommend([a.ratios for a in confirmed], [a.arm.k for a in confirmed], labels)
-    else:
-        advice = Recommendation(None, 1.0, "nothing could be confirmed")
-    return Tuned(tuple(answers), tuple(members), found, best, tuple(confirmed), advice)
+    return Tuned(tuple(answers), tuple(members.values()), found, best, tuple(confirmed), advice)
 
 
 def _confirmed(
@@ -120,12 +123,10 @@ def _confirmed(
     """Plain decoding, the setting and `-k auto` on the answers' prompts, in shuffled order."""
     arms = (Arm(best.draft, best.k, temperature), Arm(best.draft, "auto", temperature))
     questions = tuple(Question("tune", ("",), answer.prompt) for answer in answers)
-    plan, samples = Plan(target, arms, questions, 1, max_tokens, seed), list[Sample]()
-    own = [replace(pair, auto=AutoK()) for _ in arms]
-    cells = list(plan.cells())
-    for number, cell in enumerate(cells, 1):
+    plan = Plan(target, arms, questions, 1, max_tokens, seed)
+    session = Session(plan, pair, {best.draft: pair}, {})
+    session.warm_up()
+    for number, cell in enumerate(cells := session.cells(), 1):
         say(f"confirming, run {number} of {len(cells)}")
-        arm = None if cell.arm is None else arms[cell.arm]
-        used = pair if cell.arm is None else own[cell.arm]
-        samples += run(used, arm, cell, questions[cell.question], max_tokens, seed + cell.question)
-    return figures_of(plan, samples)
+        session.measure(cell)
+    return figures_of(plan, session.samples)

@@ -11,6 +11,8 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from specdec_engine.drafters import is_checkpoint
+
 BUILTIN_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
@@ -19,56 +21,64 @@ class Launch:
     """How one server is told the same."""
 
     server: str
-    command: tuple[str, ...] | None
-    """None where it cannot do that at all."""
+    command: tuple[str, ...]
     needs: tuple[str, ...]
-    """What must hold first, or why it cannot."""
+    """What must hold first."""
 
     @property
-    def line(self) -> str | None:
-        return None if self.command is None else shlex.join(self.command)
+    def line(self) -> str:
+        return shlex.join(self.command)
 
 
 @dataclass(frozen=True, slots=True)
-class _Served:
-    """What servers know how to do, of a setting of ours."""
+class Wanted:
+    """What servers know how to do, of a setting of ours: one draft."""
 
     target: str
-    model: str | None
-    """A draft model that they can load."""
+    draft: str
+    """A checkpoint, or a lookup."""
     k: int
     sampled: bool
-    left_out: tuple[str, ...]
+    """Whether requests are drawn at a temperature."""
+    gguf: str | None = None
+    """The target's file, where it is one."""
+    left_out: tuple[str, ...] = ()
+    """Members of a cascade that it does not have."""
+
+    @property
+    def model(self) -> str | None:
+        """None for a lookup."""
+        return self.draft if is_checkpoint(self.draft) else None
+
+    @property
+    def longest(self) -> str:
+        """Tokens that are looked up at most."""
+        name, _, argument = self.draft.partition(":")
+        return argument if name == "ngram" and argument else "3"
+
+    @property
+    def notes(self) -> list[str]:
+        """What is not the same."""
+        own = ["with its own n-gram lookup, which is not quite ours"] if self.model is None else []
+        return own + ([f"without {', '.join(self.left_out)}"] if self.left_out else [])
 
 
-def launches(target: str, draft: str, k: int, sampled: bool, gguf: str | None = None) -> list[Launch]:
-    """For a draft as after --draft. Of a cascade servers take one member: its model where they can load it, else the lookup.
-    gguf: the target's file, where it is one; sampled: whether requests are drawn at a temperature."""
-    members = [member.strip() for member in draft.split(",") if member.strip() != "none"]
-    if not members or not k:
-        return []
-    models = [m for m in members if _is_model(m)]
-    known = [*models, *(m for m in members if m.partition(":")[0] in ("ngram", "suffix"))]
-    if not known:
-        reason = (f"{draft} runs in specdec only; no server loads it",)
-        return [Launch(server, None, reason) for server in ("vLLM", "SGLang", "llama.cpp")]
-    left_out = tuple(member for member in members if member != known[0])
-    served = _Served(target, models[0] if models else None, k, sampled, left_out)
-    return [_vllm(served), _sglang(served), _llama_cpp(served, gguf)]
+def served(draft: str) -> tuple[str | None, tuple[str, ...]]:
+    """Of a draft as after --draft the member that servers can run, a checkpoint before a lookup, and the others."""
+    members = tuple(member.strip() for member in draft.split(",") if member.strip() != "none")
+    lookups = [m for m in members if m.partition(":")[0] in ("ngram", "suffix")]
+    known = next(iter([*filter(is_checkpoint, members), *lookups]), None)
+    return known, tuple(member for member in members if member != known)
 
 
-def _own(member: str) -> bool:
-    """Drafts of ours that no server knows: the built-in head, the target's own layers."""
-    return member == "builtin" or member.partition(":")[0] in ("self", "head")
+def launches(wanted: Wanted) -> list[Launch]:
+    """A line for each server."""
+    return [_vllm(wanted), _sglang(wanted), _llama_cpp(wanted)]
 
 
-def _is_model(member: str) -> bool:
-    return not _own(member) and member.partition(":")[0] not in ("ngram", "suffix")
-
-
-def _vllm(s: _Served) -> Launch:
-    config: dict[str, object] = {"method": "ngram", "prompt_lookup_max": 3, "prompt_lookup_min": 1}
-    needs = ["vLLM 0.32"]
+def _vllm(s: Wanted) -> Launch:
+    config: dict[str, object] = {"method": "ngram", "prompt_lookup_max": int(s.longest), "prompt_lookup_min": 1}
+    needs = ["vLLM 0.32", *_folder(s)]
     if s.model is not None:
         config = {"method": "draft_model", "model": s.model}
         if s.sampled:  # its default draft is greedy, whose acceptance at a temperature is another
@@ -76,10 +86,10 @@ def _vllm(s: _Served) -> Launch:
         needs.append("equal vocabulary sizes of target and draft")
     config |= {"num_speculative_tokens": s.k}
     command = ("vllm", "serve", _hub(s.target), "--speculative-config", json.dumps(config))
-    return Launch("vLLM", command, (*needs, *_said(s)))
+    return Launch("vLLM", command, (*needs, *s.notes))
 
 
-def _sglang(s: _Served) -> Launch:
+def _sglang(s: Wanted) -> Launch:
     command = ["python", "-m", "sglang.launch_server", "--model-path", _hub(s.target)]
     if s.model is None:
         command += ["--speculative-algorithm", "NGRAM", "--speculative-num-draft-tokens", str(s.k)]
@@ -87,17 +97,17 @@ def _sglang(s: _Served) -> Launch:
         command += ["--speculative-algorithm", "STANDALONE", "--speculative-draft-model-path", s.model]
         command += ["--speculative-num-steps", str(s.k), "--speculative-eagle-topk", "1"]
         command += ["--speculative-num-draft-tokens", str(s.k + 1)]
-    needs = ("SGLang 0.5.23, and a GPU", "this line was not tried against its parser")
-    return Launch("SGLang", tuple(command), (*needs, *_said(s)))
+    needs = ("SGLang 0.5.23, and a GPU", "this line was not tried against its parser", *_folder(s))
+    return Launch("SGLang", tuple(command), (*needs, *s.notes))
 
 
-def _llama_cpp(s: _Served, gguf: str | None) -> Launch:
-    command = ["llama-server", "-m", gguf or "TARGET.gguf"]
+def _llama_cpp(s: Wanted) -> Launch:
+    command = ["llama-server", "-m", s.gguf or "TARGET.gguf"]
     needs = ["llama.cpp of 2026"]
-    if gguf is None:
+    if s.gguf is None:
         needs.append(f"{_hub(s.target)} as a GGUF")
     if s.model is None:
-        command += ["--spec-type", "ngram-simple", "--spec-ngram-simple-size-n", "3"]
+        command += ["--spec-type", "ngram-simple", "--spec-ngram-simple-size-n", s.longest]
         command += ["--spec-ngram-simple-size-m", str(s.k)]
     else:
         command += ["-md", s.model if s.model.endswith(".gguf") else "DRAFT.gguf", "--spec-type", "draft-simple"]
@@ -105,11 +115,11 @@ def _llama_cpp(s: _Served, gguf: str | None) -> Launch:
         needs.append("vocabularies within 128 tokens, with the same text for each")
         if not s.model.endswith(".gguf"):
             needs.append(f"{s.model} as a GGUF")
-    return Launch("llama.cpp", tuple(command), (*needs, *_said(s)))
+    return Launch("llama.cpp", tuple(command), (*needs, *s.notes))
 
 
-def _said(s: _Served) -> Sequence[str]:
-    return [f"without {', '.join(s.left_out)}, which it does not know or cannot combine"] if s.left_out else []
+def _folder(s: Wanted) -> Sequence[str]:
+    return ["the target as a folder or hub id, not as a GGUF"] if s.target.endswith(".gguf") else []
 
 
 def _hub(target: str) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from statistics import fmean, median
 
 from specdec_engine.bench.figures import Interval
@@ -65,7 +64,7 @@ class UnitCosts:
     plain_s: float
     """Seconds of a plain cycle."""
     draft: Mapping[int, float]
-    """By drafted tokens."""
+    """By drafted tokens; at 0 what a drafter takes to say that it proposes nothing."""
     passes: Mapping[int, float]
     """The target's, by tokens read."""
     other: float
@@ -83,8 +82,11 @@ class UnitCosts:
             near = fmean(s for _, s in sorted(plain, key=lambda p: abs(p[0] - i))[:2])
             n = len(cycle.drafted)
             passes.setdefault(n + 1, []).append(cycle.verify_s / near)
-            if n:
+            if (
+                n and i and cycles[i - 1].drafted
+            ):  # after a plain cycle a drafter has more to catch up with than in a run
                 draft.setdefault(n, []).append(cycle.draft_s / near)
+            if n:
                 other.append(cycle.other_s / near)
         return cls(median(s for _, s in plain), _medians(draft), _medians(passes), median(other or [0.0]))
 
@@ -92,14 +94,18 @@ class UnitCosts:
         """With tokens and seconds of drafts that were timed apart in place of those in the cycles."""
         apart = dict[int, list[float]]()
         for tokens, took in times:
-            if tokens:
-                apart.setdefault(tokens, []).append(took / self.plain_s)
+            apart.setdefault(tokens, []).append(took / self.plain_s)
         return replace(self, draft=_medians(apart))
+
+    @property
+    def silence(self) -> float:
+        """Of asking it in vain."""
+        return self.draft.get(0, 0.0)
 
     def __call__(self, drafted: int) -> float:
         """A cycle that drafts so many."""
         if not drafted:
-            return 1.0
+            return 1.0 + self.silence
         return _known(self.draft, drafted) + _known(self.passes, drafted + 1) + self.other
 
 
@@ -108,8 +114,8 @@ def _medians(table: Mapping[int, Sequence[float]]) -> dict[int, float]:
 
 
 def _known(table: Mapping[int, float], n: int) -> float:
-    """At n, or at the next larger that was measured, else at the largest; 0 where nothing was."""
-    return table.get(n) or next((cost for m, cost in table.items() if m >= n), max(table.values(), default=0.0))
+    """At n, or at the next larger that was measured, else the dearest; 0 where nothing was."""
+    return next((cost for m, cost in table.items() if m >= n), max(table.values(), default=0.0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +123,6 @@ class Member:
     """A drafter by itself, looked at along every answer."""
 
     name: str
-    lookup: bool
-    """Whether it copies, and costs next to nothing: then it may go before a model."""
     chances: tuple[Chances, ...]
     costs: UnitCosts
 
@@ -143,25 +147,22 @@ def predicted(cascade: Sequence[Member], k: int) -> Setting:
     for chances in zip(*(member.chances for member in cascade), strict=True):
         kinds = expected_cycles(chances, k)
         n = len(chances[0].drafted)
-        ratios.append(n / sum(times * cascade[kind.member].costs(kind.drafted) for kind, times in kinds.items()))
+        ratios.append(n / sum(times * _cost(cascade, kind) for kind, times in kinds.items()))
         tokens, cycles = tokens + n, cycles + sum(kinds.values())
     return Setting(",".join(m.name for m in cascade), k, tokens / cycles, Interval.of(ratios), tuple(ratios))
 
 
-def cascades(members: Sequence[Member]) -> list[tuple[Member, ...]]:
-    """Each by itself, and each lookup before each model."""
-    pairs = ((a, b) for a, b in product(members, members) if a.lookup and not b.lookup)
-    return [*((member,) for member in members), *pairs]
+def _cost(cascade: Sequence[Member], kind: Kind) -> float:
+    """Of a cycle in plain ones; whoever stands before the one that drafted was asked in vain."""
+    silent = cascade if not kind.drafted else cascade[: kind.member]
+    own = cascade[kind.member].costs(kind.drafted) if kind.drafted else 1.0
+    return own + sum(member.costs.silence for member in silent)
 
 
-def curves(members: Sequence[Member], most: int) -> Mapping[str, list[Setting]]:
+def curves(cascades: Iterable[Sequence[Member]], most: int) -> Mapping[str, list[Setting]]:
     """By draft, for every k from 1 to `most`; the draft with the best setting first."""
-    found = {
-        curve[0].draft: curve
-        for cascade in cascades(members)
-        if (curve := [predicted(cascade, k) for k in range(1, most + 1)])
-    }
-    return dict(sorted(found.items(), key=lambda item: -best_of(item[1]).speedup.mean))
+    found = [[predicted(cascade, k) for k in range(1, most + 1)] for cascade in cascades]
+    return {curve[0].draft: curve for curve in sorted(found, key=lambda curve: -best_of(curve).speedup.mean)}
 
 
 WITHIN = 0.01

@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
+from textual.events import Key
 from textual.screen import Screen
 
 from specdec_engine.errors import TraceError
@@ -203,7 +204,12 @@ class WatchScreen(Screen[None]):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Keys that turn the engine's settings are for live runs."""
-        return self._live is not None or action not in ("k", "adapt", "temperature", "prompt", "again", "race")
+        return self._live is not None or action not in _ENGINE_ACTIONS
+
+    def on_key(self, event: Key) -> None:
+        """Of a recorded run nothing would tell that they are."""
+        if self._live is None and event.key in _ENGINE_KEYS:
+            self.notify("this run is recorded; the engine's keys are for live ones: specdec watch", timeout=3)
 
     def action_k(self, by: int) -> None:
         self._changed("k", None if self._live is None else self._live.change_k(by))
@@ -260,3 +266,12 @@ class WatchScreen(Screen[None]):
 
     def on_scrubber_moved(self, event: Scrubber.Moved) -> None:
         self._do(lambda: self._player.to(event.shown))
+
+
+_ENGINE_ACTIONS = ("k", "adapt", "temperature", "prompt", "again", "race")
+_ENGINE_KEYS = {
+    key
+    for binding in WatchScreen.BINDINGS
+    if isinstance(binding, Binding) and binding.action.partition("(")[0] in _ENGINE_ACTIONS
+    for key in binding.key.split(",")
+}

@@ -28,6 +28,7 @@ ASIDE = {
     "time-split": timing.time_split,
     "made-of": timing.made_of,
     "k": control.k_over_time,
+    "memory": control.memory,
 }
 
 

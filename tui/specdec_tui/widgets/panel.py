@@ -15,7 +15,7 @@ class PanelBox(Static):
     """Draws one `Panel`."""
 
     def __init__(self, panel: Panel, name: Name, *, id: str) -> None:
-        super().__init__(id=id, classes="panel", markup=False)
+        super().__init__(id=id, classes="panel -silent", markup=False)
         self._panel, self._token_name = panel, name
         self._drawn: Drawn | None = None
 
