@@ -225,11 +225,14 @@ class Numbers:
         return torch.tensor([[*self.accept, 0.0], self.final], dtype=wide(device))
 
 
-def report(rule: AcceptanceRule, p: Tensor, tokens: Tensor, probs: Tensor | None, u: Tensor) -> Tensor:
+def report(
+    rule: AcceptanceRule, p: Tensor, tokens: Tensor, probs: Tensor | None, u: Tensor, logits: Tensor | None = None
+) -> Tensor:
     """All that the host needs to know, as one row of numbers on the device; `read` turns it into a Verdict.
 
-    Accepted, final token and the final row's mass; per drafted token itself, p, q and overlap; the residual's largest
-    entries and where they are. Pure tensor work on fixed shapes, so that it can be recorded.
+    Accepted, final token and the final row's mass; per drafted token itself, p, q and overlap; with the target's logits
+    [k + 1, V] its p before they were warped; the residual's largest entries and where they are. Pure tensor work on fixed
+    shapes, so that it can be recorded.
     """
     k = tokens.shape[0]
     if k == 0:
@@ -248,20 +251,30 @@ def report(rule: AcceptanceRule, p: Tensor, tokens: Tensor, probs: Tensor | None
         case.p_drafted,
         case.q_drafted,
         overlap,
+        *([] if logits is None else [_raw(logits[:k], tokens)]),
         *likeliest,
     ]
     return torch.cat([part.to(u.dtype) for part in parts])
 
 
-def read(values: list[float], source: str, numbers: Numbers) -> Verdict:
-    """The verdict in a report. Raises GenerationFailed where a distribution that mattered is not made of numbers."""
+def _raw(logits: Tensor, tokens: Tensor) -> Tensor:
+    """[k, V], [k] -> [k]: probabilities at temperature 1, unfiltered."""
+    rows = logits.float()
+    return (rows.gather(1, tokens[:, None])[:, 0] - rows.logsumexp(-1)).exp()
+
+
+def read(values: list[float], source: str, numbers: Numbers, raw: bool = False) -> Verdict:
+    """The verdict in a report; raw: whether logits were given to it.
+
+    Raises GenerationFailed where a distribution that mattered is not made of numbers.
+    """
     k = len(numbers.accept)
     head, rest = values[:3], values[3:]
     drafted, p_host, q_host, overlap_host = (tuple(rest[i * k : (i + 1) * k]) for i in range(4))
     n, token_id, mass = int(head[0]), int(head[1]), head[2]
     _check_numbers(mass, (*p_host[: n + 1], *overlap_host[: n + 1]), q_host, source, numbers.position + n)
-    shown = (len(rest) - 4 * k) // 2
-    largest, ids = rest[4 * k : 4 * k + shown], rest[4 * k + shown :]
+    unwarped, tail = (rest[4 * k : 5 * k], rest[5 * k :]) if raw else ([], rest[4 * k :])
+    largest, ids = tail[: len(tail) // 2], tail[len(tail) // 2 :]
     rejected = n < k
     return Verdict(
         drafted=tuple(int(t) for t in drafted),
@@ -273,6 +286,7 @@ def read(values: list[float], source: str, numbers: Numbers) -> Verdict:
         u=tuple(value if i <= n else None for i, value in enumerate(numbers.accept)),
         overlap=_known(overlap_host),
         residual=tuple((int(i), v) for i, v in zip(ids, largest, strict=True) if v > 0) if rejected else (),
+        raw=_known(tuple(unwarped)),
     )
 
 

@@ -74,6 +74,8 @@ class Cycle:
     context: int
     """Tokens in the context when the cycle began."""
     source: Source = Source()
+    raw: tuple[float | None, ...] = ()
+    """Target's probability of each drafted token before temperature and filters; empty where the run was not asked for it."""
     kind: Literal["cycle"] = "cycle"
 
     @property

@@ -29,11 +29,12 @@ class Awaited:
     arrived: Callable[[], None]
     source: str
     numbers: Numbers
+    raw: bool
 
     def verdict(self) -> Verdict:
         """Waits for it. Raises GenerationFailed where a distribution that mattered is not made of numbers."""
         self.arrived()
-        return read(self.values.tolist(), self.source, self.numbers)
+        return read(self.values.tolist(), self.source, self.numbers, self.raw)
 
 
 class Judge:
@@ -46,30 +47,48 @@ class Judge:
         self._recordings: dict[Hashable, _Recorded] = {}
 
     @torch.inference_mode()
-    def start(self, logits: Tensor, draft: Draft, sampling: Sampling, random: Randomness, position: int) -> Awaited:
-        """logits [k + 1, V] of the target, the draft they follow, and the length of the context before it."""
+    def start(
+        self,
+        logits: Tensor,
+        draft: Draft,
+        sampling: Sampling,
+        random: Randomness,
+        position: int,
+        raw: bool = False,
+    ) -> Awaited:
+        """logits [k + 1, V] of the target, the draft they follow, and the length of the context before it; raw: whether the
+        verdict is to tell p before warping too, which costs a softmax over the vocabulary."""
         numbers = Numbers.drawn(random, position, len(draft))
+        raw = raw and len(draft) > 0
+        shown = logits if raw else None
         u = numbers.tensor(self._device)
         if sampling.coupled:  # its noise is made on the host, a row a position: not recorded
             noise = gumbel_noise(random.seed, position, len(draft) + 1, logits.shape[-1], self._device)
             p = coupled(warp(logits, sampling), noise)
-            values = report(self.rule, p, draft.tokens, draft.probs, u.to(self._device, non_blocking=True))
+            values = report(self.rule, p, draft.tokens, draft.probs, u.to(self._device, non_blocking=True), shown)
         elif self._recorder is None:
             values = report(
-                self.rule, warp(logits, sampling), draft.tokens, draft.probs, u.to(self._device, non_blocking=True)
+                self.rule,
+                warp(logits, sampling),
+                draft.tokens,
+                draft.probs,
+                u.to(self._device, non_blocking=True),
+                shown,
             )
         else:
-            values = self._replayed(self._recorder, logits, draft, sampling, u)
-        return Awaited(*_brought_home(values), draft.source, numbers)
+            values = self._replayed(self._recorder, logits, draft, sampling, u, raw)
+        return Awaited(*_brought_home(values), draft.source, numbers, raw)
 
-    def _replayed(self, recorder: Recorder, logits: Tensor, draft: Draft, sampling: Sampling, u: Tensor) -> Tensor:
+    def _replayed(
+        self, recorder: Recorder, logits: Tensor, draft: Draft, sampling: Sampling, u: Tensor, raw: bool
+    ) -> Tensor:
         """A new temperature records nothing anew; a new k, a filter, or a drafter of the other kind does, once."""
         given = [logits, draft.tokens, u] if draft.probs is None else [logits, draft.tokens, u, draft.probs]
-        key = (sampling.greedy, sampling.filters, *((t.shape, t.dtype) for t in given))
+        key = (sampling.greedy, sampling.filters, raw, *((t.shape, t.dtype) for t in given))
         if key not in self._recordings:
             fixed = [torch.zeros(t.shape, dtype=t.dtype, device=self._device) for t in given]
             temperature = torch.ones((), dtype=wide(self._device), device=self._device)
-            replay = recorder.record(lambda: (self._work(sampling, temperature, *fixed),))
+            replay = recorder.record(lambda: (self._work(sampling, temperature, raw, *fixed),))
             self._recordings[key] = _Recorded(fixed, temperature, replay)
         recorded = self._recordings[key]
         for kept, fresh in zip(recorded.inputs, given, strict=True):
@@ -81,12 +100,14 @@ class Judge:
         self,
         sampling: Sampling,
         temperature: Tensor,
+        raw: bool,
         logits: Tensor,
         tokens: Tensor,
         u: Tensor,
         probs: Tensor | None = None,
     ) -> Tensor:
-        return report(self.rule, warp(logits, sampling, temperature), tokens, probs, u)
+        p = warp(logits, sampling, temperature)
+        return report(self.rule, p, tokens, probs, u, logits if raw else None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,7 +48,8 @@ def from_json(record: dict[str, Any]) -> Event:
 def _check(cycle: Cycle) -> None:
     """Raises ValueError for one that contradicts itself, so that its readers need not look."""
     k = len(cycle.drafted)
-    if any(len(values) != k for values in (cycle.p, cycle.q, cycle.u, cycle.overlap)) or not 0 <= cycle.accepted <= k:
+    told = (cycle.p, cycle.q, cycle.u, cycle.overlap, *([cycle.raw] if cycle.raw else []))
+    if any(len(values) != k for values in told) or not 0 <= cycle.accepted <= k:
         raise ValueError(f"cycle {cycle.index} has {k} drafted tokens and other numbers of verdicts")
 
 

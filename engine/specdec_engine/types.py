@@ -85,6 +85,8 @@ class Verdict:
     u: tuple[float | None, ...]
     overlap: tuple[float | None, ...]
     residual: tuple[tuple[int, float], ...]
+    raw: tuple[float | None, ...] = ()
+    """The target's probabilities of the drafted tokens before temperature and filters; empty unless asked for."""
 
     @property
     def tokens(self) -> tuple[int, ...]:

@@ -77,7 +77,10 @@ def generate(
     sink = output.choose(json, jsonl, stream, text_of, color, marks)
     recorder.describe(text_of)
     controls = pair.controls(drafted, sampling, how.draft_temperature)
-    events = pair.decode(ids, controls=controls, rule=how.rule, max_tokens=how.max_tokens, stop=stops, seed=how.seed)
+    recorded = trace is not None or jsonl
+    events = pair.decode(
+        ids, controls=controls, rule=how.rule, max_tokens=how.max_tokens, stop=stops, seed=how.seed, raw=recorded
+    )
     try:
         summary = _consume(events, sink, recorder)
     except BrokenPipeError:

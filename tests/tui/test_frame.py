@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specdec_engine.events import Finished, Started
 from specdec_engine.stats import Summary
 from specdec_tui.frame import Frame, View, step_of, steps
+from specdec_tui.panels import Room
+from specdec_tui.panels.inspector import inspector
 from specdec_tui.player import Player
 from specdec_tui.race import Lane, Race
-from tests.tui.scenes import events, frame
+from tests.tui.scenes import events, frame, name
 
 
 def test_a_frame_gives_its_events_back():
@@ -215,3 +219,23 @@ def test_a_new_run_is_shown_from_its_beginning():
     player.tick(0.1)
     player.feed([Started((9, 9), {}, 1), Finished("cancelled", 0, 0, None)])
     assert (player.view.shown, player.view.frame.prompt) == (0, (9, 9))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"temperature": 0.0}, "p was 0.200 before greedy"),
+        ({"temperature": 0.7}, "p was 0.200 before T 0.7"),
+        ({"temperature": 0.7, "top_p": 0.9, "top_k": 20}, "p was 0.200 before T 0.7, top-k 20, top-p 0.9"),
+        ({"temperature": 1.0, "coupling": "gumbel"}, "p was 0.200 before the coupling"),
+    ],
+)
+def test_the_inspector_says_what_warping_made_of_p(settings, said):
+    known = frame(30)
+    at = next(c for c in known.cycles if c.drafted)
+    told = tuple(replace(c, raw=(0.2,) * len(c.drafted)) for c in known.cycles)
+    view = View(replace(known, cycles=told, settings=known.settings | settings)).to(at.index + 1)
+    lines = inspector(view, Room(60, name)).lines
+    assert said in ["".join(text for text, _ in line) for line in lines]
+    plain = inspector(View(known).to(at.index + 1), Room(60, name)).lines
+    assert not any("p was" in text for line in plain for text, _ in line)

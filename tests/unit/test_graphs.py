@@ -133,22 +133,30 @@ def test_the_recorded_output_is_the_targets_own():
         assert emitted(run(target, drafter, PROMPT, k=k, max_tokens=60)) == plain[0, len(PROMPT) :].tolist()
 
 
+@pytest.mark.parametrize("raw", [False, True], ids=["", "raw"])
 @pytest.mark.parametrize("rule", RULES.values(), ids=lambda rule: rule.name)
 @pytest.mark.parametrize(
     "sampling",
     [Sampling(), Sampling(0.9), Sampling(0.7, top_k=30, top_p=0.9, min_p=0.02), Sampling(0.9, coupling="gumbel")],
 )
-def test_recorded_verdicts_are_the_unrecorded_ones(rule, sampling):
+def test_recorded_verdicts_are_the_unrecorded_ones(rule, sampling, raw):
     """Sampled drafts, greedy ones and none, k by k."""
     recorder = Repeater()
     judge, plain = Judge(rule, CPU, recorder), Judge(rule, CPU)
     for k in (3, 0, 5, 3, 0):
         target, drafter = ModelTarget(lean(TARGET), "tiny"), RuntimeDrafter(lean(SMALL), host(VOCAB), "small")
-        options = {"k": k, "sampling": sampling, "max_tokens": 30, "seed": k, "timer": HostTimer(FakeClock())}
+        options = {
+            "k": k,
+            "sampling": sampling,
+            "max_tokens": 30,
+            "seed": k,
+            "timer": HostTimer(FakeClock()),
+            "raw": raw,
+        }
         assert cycles(run(target, drafter, PROMPT, judge=judge, **options)) == cycles(
             run(target, drafter, PROMPT, judge=plain, **options)
         )
     before = recorder.recordings
     warmer = replace(sampling, temperature=sampling.temperature and 1.3)
-    run(target, drafter, PROMPT, k=3, sampling=warmer, max_tokens=30, judge=judge)
+    run(target, drafter, PROMPT, k=3, sampling=warmer, max_tokens=30, judge=judge, raw=raw)
     assert recorder.recordings == before

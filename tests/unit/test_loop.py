@@ -26,6 +26,7 @@ from tests.fakes import (
     events,
     greedy,
     run,
+    table_probs,
 )
 
 PROMPT = [1, 2]
@@ -327,3 +328,19 @@ def test_the_consumers_time_is_not_the_runs_own():
             if event.kind == "cycle":
                 assert event.other_s == 1.0
                 clock.now += 1000.0
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(0.5), Sampling(0.8, top_k=2), Sampling(0.9, coupling="gumbel")]
+)
+def test_cycles_tell_p_before_it_was_warped_where_they_are_asked(sampling):
+    told = cycles(run(TableTarget(), TableDrafter(), sampling=sampling, raw=True))
+    context = [1, 2]
+    for cycle in told:
+        for i, token in enumerate(cycle.drafted):
+            wanted = float(table_probs([*context, *cycle.drafted[:i]], 5, 0)[token])
+            assert cycle.raw[i] == pytest.approx(wanted, rel=1e-4)
+        context += cycle.emitted
+    silent = cycles(run(TableTarget(), TableDrafter(), sampling=sampling))
+    assert all(cycle.raw == () for cycle in silent)
+    assert [c.emitted for c in silent] == [c.emitted for c in told]

@@ -59,6 +59,7 @@ def test_a_cycle_line_has_the_contracts_keys():
         "other_s",
         "context",
         "source",
+        "raw",
     }
     assert record["source"] == {"engine": "specdec", "exactness": "exact"}
     assert to_json(EVENTS[0])["schema"] == "specdec.trace/1"

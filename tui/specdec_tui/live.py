@@ -168,7 +168,7 @@ class LiveSource(Threaded):
         controls = self._controls = pair.controls(request.k, request.sampling, request.draft_temperature)
         how: dict[str, Any] = {"rule": request.rule, "max_tokens": request.max_tokens, "stop": request.stop}
         done = emitted = 0
-        for event in pair.decode(ids, controls=controls, seed=request.seed, **how):
+        for event in pair.decode(ids, controls=controls, seed=request.seed, raw=True, **how):
             if isinstance(event, Started):
                 event = replace(event, environment={**event.environment, "plain_tokens_per_second": plain})
                 self.stage = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from specdec_engine.events import Cycle
 from specdec_tui.bars import bar, dart
-from specdec_tui.frame import View
+from specdec_tui.frame import Frame, View
 from specdec_tui.narrate import held
 from specdec_tui.panels import Drawn, Line, Room, fitted, number, padded
 from specdec_tui.pieces import alone
@@ -30,6 +30,7 @@ def inspector(view: View, room: Room) -> Drawn | None:
     if seen is not None and not seen.verified:
         return Drawn("inspector", [*lines, *_draft(cycle, at, room.width)])
     lines += _scales(cycle, at, room.width, view.frame.rule)
+    lines += _warped(cycle, at, view.frame)
     if seen is not None and seen.tested <= at and not seen.final:
         return Drawn("inspector", [*lines, [("not tested yet", "muted")]])
     lines += [[], *_verdict(cycle, at, view.frame.rule)]
@@ -57,6 +58,20 @@ def _scales(cycle: Cycle, at: int, width: int, rule: str) -> list[Line]:
             [("u the draw".ljust(_LABEL + 1), "muted"), (dart(u, cells).ljust(cells), "strong"), (_right(u), "")]
         )
     return lines
+
+
+def _warped(cycle: Cycle, at: int, frame: Frame) -> list[Line]:
+    """What temperature and filters made of the target's p; nothing where they left it, or the run did not say."""
+    raw, p = (cycle.raw[at] if cycle.raw else None), cycle.p[at]
+    if raw is None or p is None or abs(raw - p) < 0.0005:
+        return []
+    t = frame.setting("temperature", 1.0)
+    filters = (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0))
+    used = [
+        f"{name.replace('_', '-')} {frame.setting(name):g}" for name, off in filters if frame.setting(name, off) != off
+    ]
+    by = "greedy" if t == 0 else ", ".join(([f"T {t:g}"] if t != 1 else []) + used) or "the coupling"
+    return [[(f"p was {raw:.3f} before {by}", "muted")]]
 
 
 def _scale(label: str, value: float | None, style: str, width: int) -> Line:
