@@ -79,9 +79,17 @@ def narrated() -> Iterator[Report]:
 
 @contextmanager
 def working() -> Iterator[Callable[[str], None]]:
-    """What is being done, as a live line on a terminal; elsewhere nothing."""
+    """What is being done, as a live line on a terminal; elsewhere each thing once, without how far it is."""
     if not sys.stderr.isatty():
-        yield lambda text: None
+        told = set[str]()
+
+        def tell_once(text: str) -> None:
+            what = text.partition(",")[0]
+            if what not in told:
+                told.add(what)
+                note(what)
+
+        yield tell_once
         return
     with Console(stderr=True).status("") as status:
         yield lambda text: status.update(Text(printable(text)))

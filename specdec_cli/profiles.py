@@ -35,6 +35,13 @@ class Profile:
     placement: Mapping[str, str] = field(default_factory=dict)
     """Options of where and how the models ran that were typed: elsewhere it holds for nothing."""
 
+    @property
+    def said(self) -> str:
+        """What it sets, and for which runs."""
+        typed = "".join(f", --{name.replace('_', '-')} {value}" for name, value in self.placement.items())
+        when = "above 0" if self.sampled else "0"
+        return f"draft {self.draft}, k {self.k} for {self.target}, temperature {when}{typed}"
+
     def lines(self) -> list[str]:
         """As TOML."""
         import tomlkit
@@ -64,19 +71,24 @@ def profiles() -> list[Profile]:
     return [_profile(block, number) for number, block in enumerate(blocks, 1)]
 
 
+def of_block(block: Mapping[str, Any]) -> Profile:
+    """From one that is right."""
+    return _profile(block, 1)
+
+
 def _profile(block: Any, number: int) -> Profile:
     where = f"{path()}, profile {number}"
     if not isinstance(block, Mapping) or not {"target", "draft", "k"} <= block.keys():
         raise UsageError(f"{where} lacks target, draft or k", "specdec tune prints how one looks")
     target, draft, k, sampled = block["target"], block["draft"], block["k"], block.get("sampled", False)
     placement = {name: block[name] for name in PLACEMENT if name in block}
-    texts = all(isinstance(value, str) for value in (target, draft, *placement.values()))
     whole = isinstance(k, int) and not isinstance(k, bool) and k >= 0
-    if not (texts and isinstance(sampled, bool) and (whole or k == "auto")):
-        raise UsageError(
-            f"{where} has a value of another kind than it should",
-            "k is a number or auto, sampled a boolean, others text",
-        )
+    kinds = [(name, block[name], isinstance(block[name], str), "text") for name in ("target", "draft", *placement)]
+    kinds += [("k", k, whole or k == "auto", "a number or auto")]
+    kinds += [("sampled", sampled, isinstance(sampled, bool), "true or false")]
+    for name, value, right, wanted in kinds:
+        if not right:
+            raise UsageError(f"{where} has {name} = {value!r}", f"write {wanted}")
     return Profile(target, draft, k, sampled, placement)
 
 
@@ -123,6 +135,8 @@ def save(profile: Profile) -> Path:
     file = path()
     try:
         document = tomlkit.parse(file.read_text("utf-8")) if file.exists() else tomlkit.document()
+        if document and "profiles" not in document:
+            document.add(tomlkit.nl())
         blocks = document.setdefault("profiles", tomlkit.aot())
         if not isinstance(blocks, tomlkit.items.AoT):
             raise UsageError(f"{file} has its profiles in one line", "write each as a table of its own: [[profiles]]")

@@ -62,6 +62,8 @@ def generate(
     text = read_prompt(prompt, file)
     recorder = Recorder(trace)
 
+    if setting.said:  # before its draft is looked for: who has not typed it must know where the name is from
+        output.note(setting.said)
     quieten(where.offline, where.debug)
     with interruptible(), output.narrated() as report:
         # Deferred: torch and transformers take 3 s, and `--help` and usage errors must not pay them.
@@ -69,7 +71,7 @@ def generate(
 
         pair = load_pair(target, setting.draft, where.loading(len(text) // 3 + how.max_tokens, report))
     ids = pair.encode(text, chat=how.chat, system=how.system)
-    for sentence in filter(None, (setting.said, *pair.notes, *(pair.remarks if verbose else ()))):
+    for sentence in (*pair.notes, *(pair.remarks if verbose else ())):
         output.note(sentence)
 
     stream = TextStream(pair.tokenizer, stops)

@@ -14,6 +14,7 @@ from specdec_cli import options as opt
 from specdec_cli import output, profiles
 from specdec_cli.tables import one_line
 from specdec_engine import __version__
+from specdec_engine.errors import UsageError
 
 _PACKAGES = (
     "torch",
@@ -52,12 +53,11 @@ def info(json: opt.Json = False) -> None:
     if not found["models"]:
         typer.echo("no other models are in the hub's cache")
     config = found["config"]
-    for p in config["profiles"]:
-        when = "above 0" if p["sampled"] else "0"
-        with_ = "".join(f", --{name.replace('_', '-')} {p[name]}" for name in profiles.PLACEMENT if name in p)
-        said = f"{p['target']}: draft {p['draft']}, k {p['k']}, for temperature {when}{with_} · {config['file']}"
-        typer.echo(one_line(said))
-    if not config["profiles"]:
+    if config["error"]:
+        typer.echo(one_line(f"× config: {config['error']}"))
+    for block in config["profiles"]:
+        typer.echo(one_line(f"profile: {profiles.of_block(block).said} · {config['file']}"))
+    if not config["profiles"] and not config["error"]:
         typer.echo(f"no profiles in {config['file']}: drafts and k are the defaults; specdec tune --save writes one")
 
 
@@ -83,8 +83,18 @@ def _found() -> dict[str, Any]:
             }
             for m in models
         ],
-        "config": {"file": str(profiles.path()), "profiles": [p.block() for p in profiles.profiles()]},
+        "config": _config(),
     }
+
+
+def _config() -> dict[str, Any]:
+    """What is wrong with it is a finding, and no reason to say nothing else."""
+    found: dict[str, Any] = {"file": str(profiles.path()), "profiles": [], "error": None}
+    try:
+        found["profiles"] = [p.block() for p in profiles.profiles()]
+    except UsageError as error:
+        found["error"] = error.message
+    return found
 
 
 def _devices() -> dict[str, Any]:

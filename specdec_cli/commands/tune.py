@@ -15,8 +15,8 @@ import typer
 from specdec_cli import options as opt
 from specdec_cli import output, profiles
 from specdec_cli.commands.generate import interruptible, quieten
-from specdec_cli.prompts import read_prompt
 from specdec_cli.tables import one_line
+from specdec_engine.bench.figures import FEWEST
 from specdec_engine.bench.plan import Question, builtin_questions, chosen, read_questions
 from specdec_engine.errors import SpecdecError, UsageError
 from specdec_engine.tune.answers import ROOM, Answer, cut, evenly, recorded
@@ -57,16 +57,24 @@ Prompts = Annotated[
 ]
 Traces = Annotated[
     list[Path] | None,
-    typer.Option("--trace", rich_help_panel=_What, help="Take the answers of recorded runs instead; repeatable."),
+    typer.Option(
+        "--trace",
+        rich_help_panel=_What,
+        help="Take the answers of recorded runs instead; repeatable, three runs or more.",
+    ),
 ]
 Text = Annotated[
     Path | None,
-    typer.Option("--text", rich_help_panel=_What, help="Take a text file instead, as if the target had written it."),
+    typer.Option(
+        "--text",
+        rich_help_panel=_What,
+        help="Take pieces of a text file instead, as if the target had written them; predicted only.",
+    ),
 ]
 Limit = Annotated[
     int | None, typer.Option(rich_help_panel=_What, help="At most so many prompts, evenly spread.", min=1)
 ]
-Temperature = Annotated[float, typer.Option(rich_help_panel=_What, help="That you decode at; 0 is greedy.")]
+Temperature = Annotated[float, typer.Option(rich_help_panel=_What, help="Of your runs; 0 is greedy.")]
 Tokens = Annotated[int, typer.Option("--max-tokens", "-n", rich_help_panel=_What, help="Tokens an answer.", min=2)]
 Seed = Annotated[int, typer.Option(rich_help_panel=_What, help="Of sampled text, and of the order.")]
 Save = Annotated[
@@ -91,7 +99,9 @@ def tune(
     save: Save = False,
     json: opt.Json = False,
 ) -> None:
-    """Find draft and k for your prompts: predicted from one plain answer to each, then confirmed.
+    """Find draft and k for your prompts: predicted from one plain answer to each, then confirmed by a short paired run.
+
+    About a minute for the built-in pair. A profile is a few lines in your config file.
 
     specdec tune
 
@@ -107,7 +117,7 @@ def tune(
     sources = _Sources(
         questions=chosen(builtin_questions() if prompts is None else read_questions(prompts), (), limit),
         recorded=[answer for path in trace or () for answer in recorded(path, target, sampling)],
-        text=None if text is None else read_prompt(None, text),
+        text=None if text is None else _text(text),
         limit=limit,
     )
     quieten(where.offline, where.debug)
@@ -115,21 +125,38 @@ def tune(
         from specdec_engine.tune.run import tuned
 
         loaded = _loaded(target, draft, where.loading(sources.longest(max_tokens), report))
-    with output.working() as say:
-        plain = loaded["ngram"]
-        answers = sources.answers(plain, sampling, max_tokens, seed, say)
-        found = tuned(target, loaded, answers, temperature, max_tokens, seed, say)
+    try:
+        with output.working() as say:
+            answers = sources.answers(loaded["ngram"], sampling, max_tokens, seed, say)
+            if save and (text is not None or len(answers) < FEWEST):
+                raise UsageError(
+                    f"--save with {'a text' if text is not None else f'{len(answers)} answers'} has nothing to confirm",
+                    f"give at least {FEWEST} prompts, or leave out --save",
+                )
+            found = tuned(target, loaded, answers, temperature, max_tokens, seed, say, confirm=text is None)
+    except KeyboardInterrupt:
+        output.note("interrupted; nothing is recommended, and nothing is saved")
+        raise
     profile = _profile(target, found, sampling, where)
     record = _record(target, found, loaded, sampling, profile)
-    if json:
-        typer.echo(jsonlib.dumps(record, indent=1))
-    else:
-        for line in _lines(found, record, profile, given=bool(text or trace)):
-            typer.echo(one_line(line))
-    if save and profile is None:
-        raise UsageError(f"nothing is saved: {found.advice.reason}", "give more prompts")
+    try:
+        for line in [jsonlib.dumps(record, indent=1)] if json else _lines(found, record, profile, bool(trace)):
+            typer.echo(line if json else one_line(line))
+    except BrokenPipeError:  # the reader has had enough, and that is no failure
+        output.silence_stdout()
     if save and profile is not None:
-        output.note(f"written to {profiles.save(profile)}")
+        output.note(f"written to {profiles.save(profile)}: {profile.said}")
+
+
+def _text(path: Path) -> str:
+    """Raises UsageError for what is no text."""
+    try:
+        found = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--text {path} cannot be read: {error}", "give a text file in UTF-8") from error
+    if not found.strip():
+        raise UsageError(f"--text {path} is empty", "give a text of some hundred words")
+    return found
 
 
 def _loaded(target: str, drafts: Sequence[str] | None, options: LoadOptions) -> dict[str, Pair]:
@@ -137,6 +164,8 @@ def _loaded(target: str, drafts: Sequence[str] | None, options: LoadOptions) -> 
     from specdec_engine.pair import Loader
     from specdec_engine.tune.run import candidates, with_cascades
 
+    if drafts is not None and set(",".join(drafts).split(",")) <= {"none", ""}:
+        raise UsageError(f"--draft {','.join(drafts)} is nothing to tune", "leave it out, or name a draft")
     loader = Loader(target, options)
     found: dict[str, Pair] = {}
     for name in with_cascades(candidates(_fitting(target) if drafts is None else drafts)):
@@ -196,6 +225,8 @@ class _Sources:
                 if not found:
                     raise UsageError(f"the text has {len(ids)} tokens", f"give more than {_TEXT_PROMPT + 1}")
             spread = evenly(found, self.limit or _MOST_ANSWERS)
+            if len(spread) < len(found):
+                output.note(f"{len(spread)} of {len(found)} pieces of {max_tokens} tokens are looked at (--limit)")
             return [answer for answer in spread if len(answer.context) <= room]
         if any(len(q.turns) > 1 for q in self.questions):
             output.note("of conversations the first turn is asked")
@@ -249,7 +280,7 @@ def _record(
         ],
         "gap": found.gap,
         "recommendation": {"draft": draft, "k": k, "speedup": found.advice.speedup, "reason": found.advice.reason},
-        "command": shlex.join(["specdec", "generate", "-t", target, "-d", draft, "-k", str(k)]),
+        "command": shlex.join(_command(target, draft, k, sampling)),
         "profile": None if profile is None else profile.block(),
         "launches": [
             {"server": launch.server, "line": launch.line, "needs": list(launch.needs)}
@@ -265,6 +296,11 @@ def _launches(target: str, draft: str, found: Tuned, sampling: Sampling) -> list
         return []
     k = best_of(found.curves[member]).k
     return launches(Wanted(target, member, k, not sampling.greedy, _gguf(target), left_out))
+
+
+def _command(target: str, draft: str, k: object, sampling: Sampling) -> list[str]:
+    sampled = [] if sampling.greedy else ["--temperature", f"{sampling.temperature:g}"]
+    return ["specdec", "generate", "-t", target, "-d", draft, "-k", str(k), *sampled, "PROMPT"]
 
 
 def _gguf(target: str) -> str | None:
@@ -298,50 +334,51 @@ def _lines(found: Tuned, record: dict[str, Any], profile: profiles.Profile | Non
         f"{record['target']}, {made['weights']} on {made['device']}, {made['threads']} threads · "
         f"{len(found.answers)} answers, {found.tokens} tokens, temperature {record['temperature']:g}"
     )
-    steps = " · ".join(f"{n} {1e3 * cost * costs.plain_s:.1f}" for n, cost in costs.passes.items())
-    yield f"a pass over n tokens takes, in ms: {steps}"
+    steps = " · ".join(f"{n} {1e3 * cost * costs.plain_s:.1f}" for n, cost in costs.passes.items() if n <= _SHOWN)
+    yield f"a pass over n tokens, in ms: {steps}"
     yield ""
     width = max(len(name) for name in found.curves)
-    yield f"{'draft':<{width}}   k  tok/cycle  predicted"
+    yield f"{'draft':<{width}}   k  tok/cycle  predicted speedup"
     for curve in found.curves.values():
         best = best_of(curve)
         yield f"{best.draft:<{width}}  {best.k:>2}  {best.emitted:>9.2f}  {best.speedup}"
     yield ""
-    yield f"{found.best.draft} by k, predicted:"
+    yield f"{found.best.draft} by k:"
+    yield f"  k  tok/cycle  {'predicted speedup':>{_BAR + 6}}"
     curve = found.curves[found.best.draft]
     top = max(setting.speedup.mean for setting in curve)
-    for setting in curve[: max(8, found.best.k + 2)]:
+    for setting in curve[: max(_SHOWN, found.best.k + 2)]:
         bar = "█" * round(_BAR * setting.speedup.mean / top)
-        mark = " ←" if setting is found.best else ""
-        yield f"{setting.k:>3}  {setting.emitted:.2f}  {bar:<{_BAR}}  {setting.speedup.mean:.2f}×{mark}"
+        mark = " ←" if setting is found.best else " slower" if setting.speedup.mean < 1 else ""
+        yield f"{setting.k:>3}  {setting.emitted:>9.2f}  {bar:<{_BAR}} {setting.speedup.mean:.2f}×{mark}"
+    for launch in record["launches"]:
+        yield ""
+        yield f"# {'; '.join(launch['needs'])}"
+        yield launch["line"]
+    if not record["launches"] and found.setting[1]:
+        yield ""
+        yield f"# no server loads {found.setting[0]}"
+    if profile is not None:
+        yield ""
+        yield f"# a profile for {profiles.path()}: --save writes it, and generate and watch take it up"
+        yield from profile.lines()
     yield ""
     yield from (f"confirmed with k {arm.arm.k}: {arm.speedup}" for arm in found.confirmed)
     if found.gap is not None:
         yield _agreement(found.gap, given)
     yield f"→ {record['recommendation']['reason']}"
-    yield ""
-    yield f"{record['command']} PROMPT"
-    if profile is not None:
-        yield ""
-        yield f"# {profiles.path()} (--save writes it; generate and watch take it up)"
-        yield from profile.lines()
-    for launch in record["launches"]:
-        yield ""
-        yield f"# {launch['server']}: {'; '.join(launch['needs'])}"
-        yield launch["line"]
-    if not record["launches"] and found.setting[1]:
-        yield ""
-        yield f"# no server loads {found.setting[0]}"
+    yield record["command"]
 
 
 _BAR = 40
+_SHOWN = 8
 
 
 def _agreement(gap: float, given: bool) -> str:
     said = f"measured and predicted are {abs(gap):.0%} apart"
     if given:
-        return f"{said}; predicted for the text that was given, measured on what the target says now"
-    return said if abs(gap) <= _AGREES else f"{said}: the machine was not quiet; trust the measured"
+        return f"{said}; predicted for the recorded texts, measured on what the target says to their prompts now"
+    return said if abs(gap) <= _AGREES else f"{said}: the machine was not quiet; trust the measured, or run again"
 
 
 _AGREES = 0.10

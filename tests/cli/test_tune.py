@@ -64,7 +64,7 @@ def test_tokens_a_cycle_are_foretold_exactly_at_temperature_0(tune, draft_checkp
 
 def test_for_people_it_ends_with_what_to_type(tune):
     out = tune("-d", "self:1").out
-    assert "by k, predicted" in out
+    assert " by k:" in out
     assert "confirmed with k auto" in out
     assert "→ " in out
     assert "specdec generate -t" in out
@@ -112,13 +112,14 @@ def test_a_profile_that_says_off_does_not_silence_a_k_that_was_typed(specdec, co
 
 
 def test_too_few_prompts_decide_nothing_and_nothing_is_saved(tune, config):
-    result = tune("--limit", "2", "--save", "--json", "-d", "self:1")
+    result = tune("--limit", "2", "--save", "-d", "self:1")
     assert result.code == 2
-    assert "nothing is saved: too few prompts" in result.err
-    found = json.loads(result.out)
-    assert found["profile"] is None
-    assert found["recommendation"]["draft"] == found["predicted"]["draft"], "not plain decoding"
+    assert "--save with 2 answers has nothing to confirm" in result.err
     assert not config.exists()
+    found = record(tune("--limit", "2", "--json", "-d", "self:1"))
+    assert found["profile"] is None
+    assert found["confirmed"] == []
+    assert "predicted and not confirmed: 2 of at least 3 answers" in found["recommendation"]["reason"]
 
 
 @pytest.mark.parametrize(
@@ -127,7 +128,7 @@ def test_too_few_prompts_decide_nothing_and_nothing_is_saved(tune, config):
         ("[[profiles", "cannot be read"),
         ("profiles = 3", "no list of tables"),
         ("[[profiles]]\ntarget = 'x'", "profile 1 lacks"),
-        ("[[profiles]]\ntarget = 'x'\ndraft = 'y'\nk = 1.5", "of another kind"),
+        ("[[profiles]]\ntarget = 'x'\ndraft = 'y'\nk = 1.5", "has k = 1.5"),
     ],
 )
 def test_a_config_that_is_wrong_is_one_line_and_is_never_overwritten(specdec, config, checkpoint, text, said):
@@ -151,11 +152,12 @@ def test_profiles_in_one_line_are_refused_rather_than_broken(config):
 def test_info_says_which_profiles_are_in_force(specdec, config):
     assert "no profiles" in specdec("info").out
     profiles.save(profiles.Profile("builtin", "ngram", 3, False))
-    assert f"builtin: draft ngram, k 3, for temperature 0 · {config}" in specdec("info").out
+    assert f"profile: draft ngram, k 3 for builtin, temperature 0 · {config}" in specdec("info").out
     found = record(specdec("info", "--json"))["config"]
     assert found == {
         "file": str(config),
         "profiles": [{"target": "builtin", "draft": "ngram", "k": 3, "sampled": False}],
+        "error": None,
     }
 
 
@@ -191,14 +193,17 @@ def test_answers_from_a_text(tune, tmp_path):
     file.write_text("The lighthouse stood on the rock, and the light went round. " * 20)
     result = tune("--text", file)
     assert result.code == 0, result.err
-    assert "on what the target says now" in result.out
+    assert "predicted and not confirmed: the text is not what the target says" in result.out
     file.write_text("short")
     assert "the text has" in tune("--text", file).err
+    file.write_text(" ")
+    assert "is empty" in tune("--text", file).err
 
 
 def test_sampled_drafts(tune, draft_checkpoint):
     found = record(tune("-d", draft_checkpoint, "--temperature", "0.8", "--json"))
     assert found["profile"]["sampled"] is True
+    assert found["command"].endswith(" --temperature 0.8 PROMPT")
     small = next(curve for curve in found["drafts"] if curve["draft"] == str(draft_checkpoint))["curve"]
     emitted = [p["mean_emitted_per_cycle"] for p in small]
     assert emitted[0] > 1
@@ -214,6 +219,7 @@ def test_sampled_drafts(tune, draft_checkpoint):
         (("--prompts", "a", "--text", "b"), 2, "exclude"),
         (("--temperature", "-1"), 2, "temperature"),
         (("-d", "self:99"), 2, "self:99"),
+        (("-d", "none"), 2, "nothing to tune"),
     ],
 )
 def test_bad_input_is_one_line(tune, options, code, said):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 
 RESAMPLES = 2000
-_FEW = 3
+FEWEST = 3
 """Prompts without which nothing is recommended."""
 
 
@@ -173,8 +173,8 @@ def recommend(ratios: Sequence[Mapping[int, float]], ks: Sequence[object], label
     prompt; ks: a number, or anything else for an arm that chooses it itself, which comes last."""
     intervals = [Interval.of(list(found.values())) for found in ratios]
     best = max(range(len(ratios)), key=lambda i: intervals[i].mean)
-    if len(ratios[best]) < _FEW:
-        said = f"too few prompts to say: {labels[best]} had {len(ratios[best])}, and {_FEW} are the least"
+    if len(ratios[best]) < FEWEST:
+        said = f"too few prompts to say: {labels[best]} had {len(ratios[best])}, and {FEWEST} are the least"
         return Recommendation(None, 1.0, said, decided=False)
     if intervals[best].low <= 1:
         said = (
@@ -189,7 +189,7 @@ def recommend(ratios: Sequence[Mapping[int, float]], ks: Sequence[object], label
     fixed = sorted((i for i, k in enumerate(ks) if isinstance(k, int) and near(i)), key=lambda i: int(str(ks[i])))
     pick = fixed[0] if fixed else best
     if pick == best:
-        return Recommendation(pick, intervals[pick].mean, f"{labels[pick]} is fastest: {intervals[pick]}")
+        return Recommendation(pick, intervals[pick].mean, f"{labels[pick]} was fastest: {intervals[pick]}")
     return Recommendation(
         pick,
         intervals[pick].mean,

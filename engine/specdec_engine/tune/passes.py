@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import cycle as endlessly
 
@@ -47,10 +47,14 @@ def written(
 
 
 def looked_at(
-    pair: Pair, answers: Sequence[Answer], sampling: Sampling
+    pair: Pair, answers: Sequence[Answer], sampling: Sampling, at: Callable[[int, int], None]
 ) -> tuple[tuple[Chances, ...], list[tuple[int, float]]]:
-    """The pair's drafter along these answers; and of one that had to be asked, the tokens and seconds of each draft."""
-    found = [chances_along(pair.drafter, pair.target, answer, sampling) for answer in answers]
+    """The pair's drafter along these answers; and of one that had to be asked, the tokens and seconds of each draft. at: told
+    the number of each answer, and of how many."""
+    found = list[tuple[Chances, list[tuple[int, float]]]]()
+    for number, answer in enumerate(answers, 1):
+        at(number, len(answers))
+        found.append(chances_along(pair.drafter, pair.target, answer, sampling))
     return tuple(chances for chances, _ in found), [took for _, times in found for took in times]
 
 

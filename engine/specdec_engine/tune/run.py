@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
-from specdec_engine.bench.figures import Interval, Recommendation, recommend
+from specdec_engine.bench.figures import FEWEST, Interval, Recommendation, recommend
 from specdec_engine.bench.plan import Arm, Plan, Question
 from specdec_engine.bench.report import ArmFigures, figures_of
 from specdec_engine.bench.session import Session
@@ -53,7 +54,8 @@ class Tuned:
         """Draft and k to use, as confirmed, else as predicted; `none` and 0 for plain decoding."""
         if self.advice.arm is not None:
             return self.best.draft, self.confirmed[self.advice.arm].arm.k
-        return ("none", 0) if self.advice.decided else (self.best.draft, self.best.k)
+        pays = not self.advice.decided and self.best.speedup.mean > 1
+        return (self.best.draft, self.best.k) if pays else ("none", 0)
 
 
 LOOKUPS = ("ngram", "suffix")
@@ -84,16 +86,18 @@ def tuned(
     max_tokens: int,
     seed: int,
     say: Say,
+    confirm: bool = True,
 ) -> Tuned:
-    """pairs: by draft, for each of `with_cascades`. Raises UsageError without answers."""
+    """pairs: by draft, for each of `with_cascades`; confirm: not for a text that the target has not said. Raises UsageError
+    without answers."""
     if not answers:
         raise UsageError("the target answered no prompt", "give shorter prompts, or more of them")
     members, sampling, lookups = dict[str, Member](), Sampling(temperature), list[UnitCosts]()
     for name, pair in pairs.items():
         if "," in name:
             continue
-        say(f"looking at {name}")
-        chances, times = looked_at(pair, answers, sampling)
+        chances, times = looked_at(pair, answers, sampling, partial(_counted, say, f"looking at {name}"))
+        say(f"timing {name}")
         costs = lookups[0] if times and lookups else unit_costs(pair, answers, sampling, seed)
         if times:  # the passes over a lookup's drafts are any lookup's
             lookups.append(costs)
@@ -102,12 +106,23 @@ def tuned(
     say(f"solving for {len(pairs)} drafts and {MOST_K} k")
     found = curves(([members[name] for name in draft.split(",")] for draft in pairs), MOST_K)
     best = best_of(next(iter(found.values())))
-    confirmed = _confirmed(target, pairs[best.draft], best, answers, temperature, max_tokens, seed, say)
-    advice = Recommendation(None, 1.0, "nothing could be confirmed", decided=False)
+    confirmed = list[ArmFigures]()
+    if confirm and len(answers) >= FEWEST:
+        confirmed = _confirmed(target, pairs[best.draft], best, answers, temperature, max_tokens, seed, say)
+    advice = Recommendation(None, best.speedup.mean, _only_predicted(best, len(answers)), decided=False)
     if confirmed:
         labels = [f"{best.draft} with k {arm.arm.k}" for arm in confirmed]
         advice = recommend([a.ratios for a in confirmed], [a.arm.k for a in confirmed], labels)
     return Tuned(tuple(answers), tuple(members.values()), found, best, tuple(confirmed), advice)
+
+
+def _counted(say: Say, what: str, number: int, total: int) -> None:
+    say(f"{what}, answer {number} of {total}")
+
+
+def _only_predicted(best: Setting, answers: int) -> str:
+    why = f"{answers} of at least {FEWEST} answers" if answers < FEWEST else "the text is not what the target says"
+    return f"{best.draft} with k {best.k}: {best.speedup}, predicted and not confirmed: {why}"
 
 
 def _confirmed(
