@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
 import typer
 
@@ -70,6 +70,7 @@ Runtime = Annotated[
     ),
 ]
 _Quantize = Literal["auto", "none", "int8", "int4"]
+QUANTIZED = get_args(_Quantize)
 Quantize = Annotated[
     _Quantize,
     typer.Option(

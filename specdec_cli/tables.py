@@ -56,7 +56,8 @@ def _row(arm: Mapping[str, Any]) -> list[str]:
     shares = "/".join(f"{100 * arm[f'{part}_share']:.0f}" for part in ("draft", "verify", "other"))
     same = "–" if arm["compared"] is None else f"{arm['identical']}/{arm['compared']}"
     low = arm["speedup_low"]  # None of one prompt, which says nothing about others
-    rule = "" if arm["rule"] == "token" else f" ({arm['rule']})"
+    said = [*([] if arm["rule"] == "token" else [arm["rule"]]), *filter(None, [arm.get("quantize")])]
+    rule = f" ({', '.join(said)})" if said else ""
     return [
         f"{arm['draft']}{rule}",
         str(arm["k"]),
@@ -83,6 +84,9 @@ def notes(found: Mapping[str, Any]) -> Iterator[str]:
         f"plain decoding {rate} · {plan['target']}, {made['weights']} on {made['device']}, {made['threads']} threads · "
         f"{found['prompts']['count']} prompts ({', '.join(kinds)}), {plan['max_tokens']} tokens, {plan['repeats']} rounds"
     )
+    if base.get("by_weights"):
+        rates = (f"{form} {rate:.1f}" for form, rate in base["by_weights"].items() if rate is not None)
+        yield f"plain decoding by weights, tok/s: {', '.join(rates)}"
     if (roof := base["roofline"]) is not None:
         yield (
             f"a plain pass takes {1e3 * roof['pass_s']:.1f} ms and reads {1e-9 * roof['bytes_per_second']:.1f} GB/s: "
@@ -157,7 +161,7 @@ def compared(older: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str
 
 
 def _key(arm: Mapping[str, Any]) -> tuple[Any, ...]:
-    return arm["draft"], arm["k"], arm["temperature"], arm["rule"]
+    return arm["draft"], arm["k"], arm["temperature"], arm["rule"], arm.get("quantize")
 
 
 def check_plot(path: Path) -> None:
@@ -178,10 +182,10 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
     axes = figure.subplots()
     series = dict[tuple[Any, ...], list[Mapping[str, Any]]]()
     for arm in found["arms"]:
-        series.setdefault((arm["draft"], arm["temperature"], arm["rule"]), []).append(arm)
-    for (draft, temperature, _), arms in series.items():
+        series.setdefault((arm["draft"], arm["temperature"], arm["rule"], arm.get("quantize")), []).append(arm)
+    for (draft, temperature, _, form), arms in series.items():
         fixed = [arm for arm in arms if isinstance(arm["k"], int)]
-        ks, label = [arm["k"] for arm in fixed], f"{draft}, T {temperature:g}"
+        ks, label = [arm["k"] for arm in fixed], ", ".join(filter(None, [draft, f"T {temperature:g}", form]))
         speeds = [arm["speedup"] for arm in fixed]
         below = [speed - (arm["speedup_low"] or speed) for speed, arm in zip(speeds, fixed, strict=True)]
         above = [(arm["speedup_high"] or speed) - speed for speed, arm in zip(speeds, fixed, strict=True)]

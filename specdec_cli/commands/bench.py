@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
@@ -16,6 +17,7 @@ from specdec_cli import options as opt
 from specdec_cli import output, tables
 from specdec_cli.commands.generate import interruptible, quieten
 from specdec_cli.exits import ExitCode
+from specdec_cli.options import QUANTIZED
 from specdec_engine.bench import report
 from specdec_engine.bench.plan import Arm, Cell, Plan, builtin_questions, chosen, ks_of, read_questions
 from specdec_engine.errors import OutOfMemory, UsageError
@@ -25,6 +27,7 @@ from specdec_engine.types import Sampling
 if TYPE_CHECKING:
     from specdec_engine.bench.session import Session
     from specdec_engine.pair import Pair
+    from specdec_engine.runtime.linear import Quantize
 
 _WHAT, _HOW, _OUT = "What is run", "How", "Output"
 
@@ -71,6 +74,20 @@ Compare = Annotated[Path | None, _option(_OUT, "An older record to hold this one
 Plot = Annotated[Path | None, _option(_OUT, "Draw the speedup over k, with intervals and prediction (.svg, .png).")]
 
 
+@dataclass(frozen=True, slots=True)
+class _Placement(opt.Placement):
+    """With several forms of the target's weights."""
+
+    quantize: Annotated[
+        str,
+        _option(
+            "Models",
+            "The target's weights on a CPU: auto, none, int8, int4; several, by commas, are arms, each against its own plain "
+            "decoding.",
+        ),
+    ] = "auto"  # type: ignore[assignment]
+
+
 @opt.records
 def bench(
     *,
@@ -86,7 +103,7 @@ def bench(
     repeats: Repeats = 2,
     max_tokens: Tokens = 64,
     seed: Seed = 0,
-    where: opt.Placement,
+    where: _Placement,
     format: Format = "table",
     out: Out = None,
     resume: Resume = False,
@@ -103,7 +120,7 @@ def bench(
     questions = builtin_questions() if prompts is None else read_questions(prompts)
     plan = Plan(
         target=target,
-        arms=_arms(draft, k, temperature, rule, synthetic_acceptance),
+        arms=_arms(draft, k, temperature, rule, _forms(where.quantize), synthetic_acceptance),
         questions=chosen(questions, (categories or "").split(",") if categories else (), limit),
         repeats=repeats,
         max_tokens=max_tokens,
@@ -133,13 +150,23 @@ def bench(
     _judge(found, fail_below)
 
 
+def _forms(quantize: str) -> tuple[str, ...]:
+    """One empty name for a single form, as which all is loaded. Raises UsageError."""
+    found = tuple(dict.fromkeys(form.strip() for form in quantize.split(",")))
+    if unknown := [form for form in found if form not in QUANTIZED]:
+        raise UsageError(
+            f"--quantize {unknown[0]} is not known", f"one or several of {', '.join(QUANTIZED)}, by commas"
+        )
+    return found if len(found) > 1 else ("",)
+
+
 def _conditions(where: opt.Placement, synthetic: float | None) -> tuple[str, ...]:
     names = ("device", "device_map", "dtype", "runtime", "quantize", "draft_quantize", "threads")
     return (f"synthetic={synthetic}", *(f"{name}={getattr(where, name)}" for name in names))
 
 
 def _arms(
-    drafts: Sequence[str] | None, k: str, temperature: str, rule: str, synthetic: float | None
+    drafts: Sequence[str] | None, k: str, temperature: str, rule: str, forms: Sequence[str], synthetic: float | None
 ) -> tuple[Arm, ...]:
     """Every combination. Raises UsageError."""
     rules = ["synthetic"] if synthetic is not None else [r.strip() for r in rule.split(",")]
@@ -153,7 +180,8 @@ def _arms(
     for t in temperatures:
         Sampling(t)
     named: Sequence[str | None] = drafts or [None]
-    every = (Arm(d, n, t, r) for t in temperatures for d in named for r in rules for n in ks_of(k) if n != 0)
+    combined = product(forms, temperatures, named, rules, ks_of(k))
+    every = (Arm(d, n, t, r, form) for form, t, d, r, n in combined if n != 0)
     if not (found := tuple(dict.fromkeys(every))):
         raise UsageError("-k 0 is plain decoding, which every arm is held against anyway", "for example -k 1-8,auto")
     return found
@@ -189,34 +217,40 @@ def _measured(
 
 def _session(plan: Plan, begun: dict[str, Any] | None, where: opt.Placement, synthetic: float | None) -> Session:
     """All pairs loaded; an arm whose draft does not fit into memory beside the others is left out."""
+    plain: dict[str, Pair] = {}
+    pairs: dict[tuple[str | None, str], Pair] = {}
+    too_large = dict[tuple[str | None, str], OutOfMemory]()
     with interruptible(), output.narrated() as narrated:
         from specdec_engine.bench.measure import bandwidth
         from specdec_engine.bench.session import Session
         from specdec_engine.pair import Loader
 
         longest = max(sum(map(len, q.turns)) // 3 + plan.max_tokens * len(q.turns) for q in plan.questions)
-        loader = Loader(plan.target, where.loading(longest, narrated))
-        plain = loader.pair("none")
-        pairs: dict[str | None, Pair] = {}
-        too_large = dict[str | None, OutOfMemory]()
-        for draft in dict.fromkeys(arm.draft for arm in plan.arms):
-            try:
-                pairs[draft] = loader.pair(draft)
-            except OutOfMemory as error:
-                too_large[draft] = error
+        options = where.loading(longest, narrated)
+        for form in dict.fromkeys(arm.quantize for arm in plan.arms):
+            loader = Loader(plan.target, replace(options, quantize=cast("Quantize", form)) if form else options)
+            plain[form] = loader.pair("none")
+            for draft in dict.fromkeys(arm.draft for arm in plan.arms if arm.quantize == form):
+                try:
+                    pairs[draft, form] = loader.pair(draft)
+                except OutOfMemory as error:
+                    too_large[draft, form] = error
     if not pairs:
         raise next(iter(too_large.values()))
-    for draft, reason in too_large.items():
+    for (draft, _), reason in too_large.items():
         output.note(f"the draft {draft} is left out: {reason.message}")
     if synthetic is not None:
-        pairs = {draft: pair.synthetic(synthetic) for draft, pair in pairs.items()}
-    named = {draft: draft or pair.drafter.name for draft, pair in pairs.items()}
-    arms = tuple(replace(arm, draft=named[arm.draft]) for arm in plan.arms if arm.draft in named)
-    plan = replace(plan, arms=arms)
-    environment = {**next(reversed(pairs.values())).environment, **_machine(bandwidth(plain.target.device))}
+        pairs = {key: pair.synthetic(synthetic) for key, pair in pairs.items()}
+    named = {key: key[0] or pair.drafter.name for key, pair in pairs.items()}
+    left = (arm for arm in plan.arms if (arm.draft, arm.quantize) in named)
+    plan = replace(plan, arms=tuple(replace(arm, draft=named[arm.draft, arm.quantize]) for arm in left))
+    first = plain[plan.arms[0].quantize]
+    environment = {**first.environment, **_machine(bandwidth(first.target.device))}
     environment["drafts"] = {name: part for pair in pairs.values() for name, part in pair.environment["drafts"].items()}
+    environment["by_weights"] = {form: pair.environment["target"] for form, pair in plain.items() if form}
     before = [] if begun is None else report.samples_of(begun, plan)
-    return Session(plan, plain, {named[d]: pair for d, pair in pairs.items()}, environment, synthetic, before)
+    by_name: dict[tuple[str | None, str], Pair] = {(named[key], key[1]): pair for key, pair in pairs.items()}
+    return Session(plan, plain, by_name, environment, synthetic, before)
 
 
 class _Kept:

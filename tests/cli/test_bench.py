@@ -54,6 +54,37 @@ def test_json_has_the_contracts_keys_and_greedy_text_is_the_targets(bench, draft
     assert found["baseline"]["roofline"]["share_of_bandwidth"] > 0
 
 
+def test_forms_of_the_weights_are_arms_each_against_its_own_plain_decoding(bench, tmp_path):
+    out = tmp_path / "r.json"
+    found = record(
+        bench("--dtype", "bfloat16", "--quantize", "none,int8", "-d", "ngram", "--out", out, "--format", "json")
+    )
+    assert [arm["quantize"] for arm in found["arms"]] == ["none", "int8"]
+    assert {s["quantize"] for s in found["baseline"]["samples"]} == {"none", "int8"}
+    assert len(found["baseline"]["samples"]) == 4
+    assert found["baseline"]["by_weights"].keys() == {"none", "int8"}
+    assert found["environment"]["by_weights"]["int8"]["weights"] == "int8"
+    for arm in found["arms"]:
+        assert {s["quantize"] for s in arm["samples"]} == {arm["quantize"]}
+        assert arm["compared"] == 2
+    again = bench(
+        "--dtype",
+        "bfloat16",
+        "--quantize",
+        "none,int8",
+        "-d",
+        "ngram",
+        "--out",
+        out,
+        "--resume",
+        "--plot",
+        tmp_path / "p.svg",
+    )
+    assert "nothing is left to run" in again.err
+    assert "ngram (int8)" in again.out
+    assert "plain decoding by weights" in again.out
+
+
 def test_one_prompt_has_no_interval_and_the_record_is_json_all_the_same(bench, tmp_path):
     result = bench("--limit", "1", "--format", "json")
     found = json.loads(result.out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
@@ -199,6 +230,7 @@ def test_conversations_have_all_their_turns(bench, tmp_path):
         (("--rule", "coin"), "coin"),
         (("--rule", "synthetic"), "synthetic"),
         (("--plot", "p.docx"), "p.docx"),
+        (("--quantize", "auto,int3"), "int3"),
         (("--resume",), "--out"),
         (("--categories", "nothing"), "nothing"),
         (("--prompts", "nowhere.jsonl"), "nowhere.jsonl"),

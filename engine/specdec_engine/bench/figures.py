@@ -41,6 +41,7 @@ class Sample:
     token_ids: tuple[int, ...]
     turns: tuple[int, ...] = ()
     """Tokens of each turn's answer."""
+    quantize: str = ""
 
     @property
     def decode_s(self) -> float:

@@ -65,6 +65,7 @@ def run(pair: Pair, arm: Arm | None, cell: Cell, question: Question, max_tokens:
             passes=passes,
             token_ids=tuple(ids),
             turns=tuple(turns),
+            quantize=cell.quantize,
         )
     ]
 

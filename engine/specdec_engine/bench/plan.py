@@ -37,21 +37,25 @@ class Arm:
     k: int | Literal["auto"]
     temperature: float
     rule: str = "token"
+    quantize: str = ""
+    """The target's weights, where arms differ in them; then plain decoding is run in each form, and each arm held against
+    its own."""
 
     @property
     def label(self) -> str:
         parts = [self.draft or "default", f"k {self.k}", f"T {self.temperature:g}"]
-        return " · ".join(parts if self.rule == "token" else [*parts, self.rule])
+        return " · ".join([*parts, *([] if self.rule == "token" else [self.rule]), *filter(None, [self.quantize])])
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One run: a prompt, a repeat, and an arm; None for plain decoding at this temperature."""
+    """One run: a prompt, a repeat, and an arm; None for plain decoding at this temperature, with these weights."""
 
     question: int
     repeat: int
     temperature: float
     arm: int | None
+    quantize: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +74,16 @@ class Plan:
     def cells(self) -> Iterator[Cell]:
         """Prompt by prompt, plain decoding and all arms in shuffled order: a machine that slows down slows all alike."""
         order = random.Random(self.seed)
-        temperatures = sorted({arm.temperature for arm in self.arms})
+        against = sorted({(arm.temperature, arm.quantize) for arm in self.arms})
         for repeat, question in product(range(self.repeats), range(len(self.questions))):
-            plain = [Cell(question, repeat, t, None) for t in temperatures]
-            arms = [Cell(question, repeat, arm.temperature, i) for i, arm in enumerate(self.arms)]
+            plain = [Cell(question, repeat, t, None, form) for t, form in against]
+            arms = [Cell(question, repeat, a.temperature, i, a.quantize) for i, a in enumerate(self.arms)]
             yield from order.sample(plain + arms, len(plain + arms))
 
     @property
     def digest(self) -> str:
         """Alike for plans whose samples may be put together."""
-        plan = {**asdict(self), "questions": [_named(q) for q in self.questions]}
+        plan = {**asdict(self), "questions": list(map(_named, self.questions)), "arms": list(map(_named, self.arms))}
         return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
@@ -87,9 +91,9 @@ class Plan:
         return hashlib.sha256(json.dumps([_named(q) for q in self.questions]).encode()).hexdigest()[:16]
 
 
-def _named(question: Question) -> dict[str, Any]:
-    """Without ids where there are none, as in records from before there were any."""
-    return {key: value for key, value in asdict(question).items() if key != "ids" or value}
+def _named(part: Question | Arm) -> dict[str, Any]:
+    """Without what is empty, as in records from before there was such a field."""
+    return {key: value for key, value in asdict(part).items() if key not in ("ids", "quantize") or value}
 
 
 def ks_of(text: str) -> tuple[int | Literal["auto"], ...]:

@@ -47,12 +47,14 @@ def figures_of(plan: Plan, samples: Sequence[Sample]) -> list[ArmFigures]:
     return [
         found
         for number, arm in enumerate(plan.arms)
-        if (found := _figures(plan, arm, _of(samples, number, arm.temperature), _of(samples, None, arm.temperature)))
+        if (found := _figures(plan, arm, _of(samples, number, arm), _of(samples, None, arm)))
     ]
 
 
-def _of(samples: Sequence[Sample], arm: int | None, temperature: float) -> tuple[Sample, ...]:
-    return tuple(s for s in samples if s.arm == arm and s.temperature == temperature)
+def _of(samples: Sequence[Sample], number: int | None, arm: Arm) -> tuple[Sample, ...]:
+    """The arm's own, or those of the plain decoding that it is held against."""
+    form = (arm.temperature, arm.quantize)
+    return tuple(s for s in samples if s.arm == number and (s.temperature, s.quantize) == form)
 
 
 def _figures(plan: Plan, arm: Arm, runs: tuple[Sample, ...], plain: tuple[Sample, ...]) -> ArmFigures | None:
@@ -107,6 +109,8 @@ def record(
     with a chosen acceptance nothing is lossless, and the record says so."""
     arms = figures_of(plan, samples)
     plain = [s for s in samples if s.arm is None]
+    forms = list(dict.fromkeys(arm.quantize for arm in plan.arms))
+    first = [s for s in plain if s.quantize == forms[0]]
     advised = advice(alike(arms))
     found = {
         "schema": SCHEMA,
@@ -116,8 +120,9 @@ def record(
         "lossless": synthetic is None,
         "prompts": {"count": len(plan.questions), "digest": plan.prompts_digest},
         "baseline": {
-            "tokens_per_second": sum(s.emitted for s in plain) / sum(s.decode_s for s in plain) if plain else None,
-            "roofline": roofline(plain, environment),
+            "tokens_per_second": _rate(first),
+            "by_weights": {form: _rate([s for s in plain if s.quantize == form]) for form in forms if form},
+            "roofline": roofline(first, environment),
             "samples": [asdict(s) for s in plain],
         },
         "unpaired": [asdict(s) for s in samples if s.arm is not None and plan.arms[s.arm] not in {a.arm for a in arms}],
@@ -125,6 +130,11 @@ def record(
         "recommendation": None if advised is None else _advised(advised, alike(arms)),
     }
     return {key: _finite(value) for key, value in found.items()}
+
+
+def _rate(samples: Sequence[Sample]) -> float | None:
+    """Tokens a second."""
+    return sum(s.emitted for s in samples) / sum(s.decode_s for s in samples) if samples else None
 
 
 def _arm(
@@ -136,6 +146,7 @@ def _arm(
         "k": a.arm.k,
         "temperature": a.arm.temperature,
         "rule": a.arm.rule,
+        "quantize": a.arm.quantize or None,
         "tokens_per_second": a.tokens_per_second,
         "speedup": a.speedup.mean,
         "speedup_low": a.speedup.low,
@@ -167,6 +178,7 @@ def _advised(advised: Recommendation, arms: Sequence[ArmFigures]) -> dict[str, A
         "k": 0 if arm is None else arm.k,
         "temperature": None if arm is None else arm.temperature,
         "rule": None if arm is None else arm.rule,
+        "quantize": None if arm is None else arm.quantize or None,
         "speedup": advised.speedup,
         "reason": advised.reason,
     }

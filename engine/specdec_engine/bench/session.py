@@ -23,31 +23,33 @@ class Session:
     def __init__(
         self,
         plan: Plan,
-        plain: Pair,
-        pairs: Mapping[str | None, Pair],
+        plain: Mapping[str, Pair],
+        pairs: Mapping[tuple[str | None, str], Pair],
         environment: Mapping[str, Any],
         synthetic: float | None = None,
         before: Iterable[Sample] = (),
     ) -> None:
-        """pairs: by the arms' drafts; before: samples of an earlier part of the same plan."""
+        """plain: by the arms' weights; pairs: by their drafts and weights; before: samples of an earlier part of the same
+        plan."""
         self.plan, self.environment, self.samples = plan, environment, list(before)
         self.left_out = dict[str, str]()
         """What was given up, and why."""
         self._plain, self._synthetic = plain, synthetic
         # What `-k auto` has learnt belongs to its arm: others with the same draft and seeds would make it begin anew.
-        self._own = [replace(pairs[arm.draft], auto=AutoK()) for arm in plan.arms]
+        self._own = [replace(pairs[arm.draft, arm.quantize], auto=AutoK()) for arm in plan.arms]
         self._failed = set[int]()
 
     def cells(self) -> list[Cell]:
         """Those that are not measured yet."""
-        done = {(s.question, s.repeat, s.temperature, s.arm) for s in self.samples}
-        return [c for c in self.plan.cells() if (c.question, c.repeat, c.temperature, c.arm) not in done]
+        done = {Cell(s.question, s.repeat, s.temperature, s.arm, s.quantize) for s in self.samples}
+        return [cell for cell in self.plan.cells() if cell not in done]
 
     def warm_up(self) -> None:
         """A short run of every arm, dropped: kernels set themselves up, pages come in."""
-        for number in (None, *range(len(self.plan.arms))):
-            temperature = 0.0 if number is None else self.plan.arms[number].temperature
-            self._run(Cell(0, -1, temperature, number), min(_WARM_TOKENS, self.plan.max_tokens), self.plan.seed - 1)
+        plain = [Cell(0, -1, 0.0, None, form) for form in self._plain]
+        arms = [Cell(0, -1, arm.temperature, number, arm.quantize) for number, arm in enumerate(self.plan.arms)]
+        for cell in (*plain, *arms):
+            self._run(cell, min(_WARM_TOKENS, self.plan.max_tokens), self.plan.seed - 1)
 
     def measure(self, cell: Cell) -> None:
         """Run it, if its arm still runs. A prompt that fills the context is left out, and so is an arm that needs too much
@@ -57,7 +59,8 @@ class Session:
     def _run(self, cell: Cell, max_tokens: int, seed: int) -> list[Sample]:
         if cell.arm in self._failed:
             return []
-        pair, arm = (self._plain, None) if cell.arm is None else (self._own[cell.arm], self.plan.arms[cell.arm])
+        arm = None if cell.arm is None else self.plan.arms[cell.arm]
+        pair = self._plain[cell.quantize] if cell.arm is None else self._own[cell.arm]
         try:
             return run(pair, arm, cell, self.plan.questions[cell.question], max_tokens, seed)
         except UsageError as error:
@@ -81,14 +84,18 @@ class Session:
         return report.record(self.plan, self.samples, self.environment, looked, None)
 
 
-def _compared(plan: Plan, samples: Sequence[Sample], pair: Pair) -> dict[int, tuple[int, list[dict[str, Any]]]]:
+def _compared(
+    plan: Plan, samples: Sequence[Sample], pairs: Mapping[str, Pair]
+) -> dict[int, tuple[int, list[dict[str, Any]]]]:
     """By greedy arm: how many of its texts were compared, and where they differ."""
-    plain = {s.question: s for s in samples if s.arm is None and s.temperature == 0 and s.repeat == 0}
+    plain = {(s.question, s.quantize): s for s in samples if s.arm is None and s.temperature == 0 and s.repeat == 0}
     found = dict[int, tuple[int, list[dict[str, Any]]]]()
     for number, arm in enumerate(plan.arms):
         if arm.temperature:
             continue
-        texts = [s for s in samples if s.arm == number and s.repeat == 0 and s.question in plain]
-        looked = (explained(pair, plan.questions[s.question], plain[s.question], s) for s in texts)
+        texts = [s for s in samples if s.arm == number and s.repeat == 0 and (s.question, s.quantize) in plain]
+        looked = (
+            explained(pairs[s.quantize], plan.questions[s.question], plain[s.question, s.quantize], s) for s in texts
+        )
         found[number] = len(texts), [asdict(d) for d in looked if d is not None]
     return found

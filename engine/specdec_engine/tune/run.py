@@ -139,7 +139,7 @@ def _confirmed(
     arms = (Arm(best.draft, best.k, temperature), Arm(best.draft, "auto", temperature))
     questions = tuple(Question("tune", ("",), answer.prompt) for answer in answers)
     plan = Plan(target, arms, questions, 1, max_tokens, seed)
-    session = Session(plan, pair, {best.draft: pair}, {})
+    session = Session(plan, {"": pair}, {(best.draft, ""): pair}, {})
     session.warm_up()
     for number, cell in enumerate(cells := session.cells(), 1):
         say(f"confirming, run {number} of {len(cells)}")
