@@ -33,3 +33,11 @@ def cpu_name() -> str | None:
     except OSError:
         return platform.processor() or None
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
+
+
+def gpu_driver() -> str | None:
+    """NVIDIA's kernel driver, in its own words; None where there is none, or not on Linux."""
+    try:
+        return Path("/proc/driver/nvidia/version").read_text("utf-8").splitlines()[0]
+    except (OSError, IndexError):
+        return None

@@ -21,7 +21,7 @@ from specdec_cli.options import QUANTIZED
 from specdec_engine.bench import report
 from specdec_engine.bench.plan import Arm, Cell, Plan, builtin_questions, chosen, ks_of, read_questions
 from specdec_engine.errors import OutOfMemory, UsageError
-from specdec_engine.machine import cpu_name
+from specdec_engine.machine import cpu_name, gpu_driver
 from specdec_engine.types import Sampling
 
 if TYPE_CHECKING:
@@ -299,6 +299,7 @@ def _machine(bandwidth: float | None) -> dict[str, Any]:
         "bandwidth_bytes_per_second": bandwidth,
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
         "cpu": cpu_name(),
+        "gpu_driver": gpu_driver(),
         "utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "argv": sys.argv[1:],
     }
