@@ -289,10 +289,15 @@ def byte_tokenizer(chat: bool = True, merges: Sequence[str] = _MERGES) -> Any:
     return tokenizer
 
 
-def save_checkpoint(folder: Path, seed: int = 0, tokenizer: Any = None, **llama: Any) -> Path:
-    """A checkpoint folder as save_pretrained writes it: safetensors, config, tokenizer."""
+def save_checkpoint(folder: Path, seed: int = 0, tokenizer: Any = None, endless: bool = False, **llama: Any) -> Path:
+    """A checkpoint folder as save_pretrained writes it: safetensors, config, tokenizer.
+
+    endless: greedy text never ends by itself, because the logits of the stop ids are 0 and some other one is above.
+    """
     model = tiny_llama(seed=seed, **llama)
     model.generation_config.eos_token_id = [1, 3]
+    if endless:
+        model.lm_head.weight.data[[1, 3]] = 0.0
     model.save_pretrained(folder)
     (tokenizer or byte_tokenizer()).save_pretrained(folder)
     return folder

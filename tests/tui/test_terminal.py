@@ -92,7 +92,8 @@ def test_a_replay_is_stepped_inspected_and_left(terminal, trace):
 
 
 def test_a_live_run_is_paused_stepped_turned_and_left(terminal, tmp_path):
-    save_checkpoint(tmp_path / "model", layers=2, vocab=len(byte_tokenizer()))
+    room = {"hidden": 256, "max_position_embeddings": 8192}  # 10 seconds and more of decoding, not a few tenths of one
+    save_checkpoint(tmp_path / "model", layers=8, vocab=len(byte_tokenizer()), endless=True, **room)
     terminal.type(
         f"{COMMAND} watch -t ./model -d ngram -k 3 -n 4000 --dtype float32 'la la la la la la'; echo code $?", "Enter"
     )

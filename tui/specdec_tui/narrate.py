@@ -52,7 +52,7 @@ def _clipped(cycle: Cycle) -> bool:
 
 
 def _ended(cycle: Cycle) -> str:
-    return {"stop": " Here the text ends.", "length": " Here the token budget ends."}.get(cycle.end, "")
+    return {"stop": " Here the text ends.", "length": " Here the room for tokens ends."}.get(cycle.end, "")
 
 
 def repr_of(token: int, name: Name) -> str:
@@ -121,6 +121,11 @@ def ending(frame: Frame) -> str:
         return "Nothing was decoded."
     rate = "" if s.tokens_per_second is None else f", {s.tokens_per_second:.1f} tokens a second"
     accepted = f"{s.accepted} of {s.drafted} drafted tokens were kept" if s.drafted else "nothing was drafted"
-    how = {"stop": "The text is complete", "length": "The token budget is spent", "cancelled": "The run was stopped"}
+    spent = s.emitted == frame.settings.get("max_tokens", s.emitted)
+    how = {
+        "stop": "The text is complete",
+        "length": "The token budget is spent" if spent else "The model's context is full",
+        "cancelled": "The run was stopped",
+    }
     state = how.get(s.finish_reason or "", "The trace ends here")
     return f"{state}: {s.emitted} tokens in {s.cycles} target passes; {accepted}{rate}."
