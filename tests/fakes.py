@@ -90,7 +90,9 @@ class TableDrafter:
             row = warp(table_logits(grown, self.vocab, self.seed)[None], sampling)[0]
             grown.append(int(draw(row, torch.tensor(u, dtype=torch.float64))))
             rows.append(row)
-        return Draft(torch.tensor(grown[len(context) :]), torch.stack(rows), self.name)
+        tables = [table_logits(grown[: len(context) + i], self.vocab, self.seed).softmax(-1) for i in range(k)]
+        raw = torch.stack(tables).float() if sampling.raw else None
+        return Draft(torch.tensor(grown[len(context) :]), torch.stack(rows), self.name, raw)
 
     def observe(self, draft: Draft, verdict: Verdict) -> None:
         pass

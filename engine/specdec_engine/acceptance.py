@@ -8,6 +8,7 @@ holds them against uniform numbers. Losslessness is a property of the three, and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import ClassVar, Protocol
@@ -17,12 +18,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from specdec_engine.errors import GenerationFailed
+from specdec_engine.events import Raw
 from specdec_engine.randomness import Randomness
 from specdec_engine.sampling import draw, top, wide
 from specdec_engine.types import Draft, Verdict
 
-RESIDUAL_TOP = 8
-"""Entries of the residual that a verdict carries: what a screen can show."""
+RESIDUAL_TOP, RAW_TOP = 8, 4
+"""Entries of the residual, and of the distributions before warping, that a verdict carries: what a screen can show."""
 
 
 def accept_prob(p: Tensor, q: Tensor) -> Tensor:  # [k], [k] -> [k]
@@ -203,7 +205,7 @@ def decide(rule: AcceptanceRule, draft: Draft, p: Tensor, random: Randomness, po
     """
     numbers = Numbers.drawn(random, position, len(draft))
     u = numbers.tensor(p.device).to(p.device, non_blocking=True)
-    return read(report(rule, p, draft.tokens, draft.probs, u).tolist(), draft.source, numbers)
+    return read(report(rule, p, draft.tokens, draft.probs, u).tolist(), draft.source, numbers, p.shape[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,13 +228,19 @@ class Numbers:
 
 
 def report(
-    rule: AcceptanceRule, p: Tensor, tokens: Tensor, probs: Tensor | None, u: Tensor, logits: Tensor | None = None
+    rule: AcceptanceRule,
+    p: Tensor,
+    tokens: Tensor,
+    probs: Tensor | None,
+    u: Tensor,
+    logits: Tensor | None = None,
+    raw: Tensor | None = None,
 ) -> Tensor:
     """All that the host needs to know, as one row of numbers on the device; `read` turns it into a Verdict.
 
-    Accepted, final token and the final row's mass; per drafted token itself, p, q and overlap; with the target's logits
-    [k + 1, V] its p before they were warped; the residual's largest entries and where they are. Pure tensor work on fixed
-    shapes, so that it can be recorded.
+    Accepted, final token and the final row's mass; per drafted token itself, p, q and overlap; the residual's largest entries
+    and where they are; with the target's logits [k + 1, V] what p was before they were warped, and so for the draft with
+    raw [k, V]. Pure tensor work on fixed shapes, so that it can be recorded.
     """
     k = tokens.shape[0]
     if k == 0:
@@ -242,7 +250,7 @@ def report(
     accepted = rule.count(u[0, :k] < rule.thresholds(case))
     final = rule.final(case, accepted)
     token = draw(final, u[1].index_select(0, accepted[None])[0])
-    likeliest = top(final, min(RESIDUAL_TOP, final.shape[0]))
+    likeliest = top(final[None], min(RESIDUAL_TOP, final.shape[0]))
     parts = [
         accepted[None],
         token[None],
@@ -251,20 +259,26 @@ def report(
         case.p_drafted,
         case.q_drafted,
         overlap,
-        *([] if logits is None else [_raw(logits[:k], tokens)]),
         *likeliest,
+        *([] if logits is None else _before(logits[:k].float().softmax(-1), p[:k], tokens)),
+        *([] if raw is None else _before(raw, _one_hot(tokens, raw) if probs is None else probs, tokens)),
     ]
-    return torch.cat([part.to(u.dtype) for part in parts])
+    return torch.cat([part.flatten().to(u.dtype) for part in parts])
 
 
-def _raw(logits: Tensor, tokens: Tensor) -> Tensor:
-    """[k, V], [k] -> [k]: probabilities at temperature 1, unfiltered."""
-    rows = logits.float()
-    return (rows.gather(1, tokens[:, None])[:, 0] - rows.logsumexp(-1)).exp()
+def _before(raw: Tensor, warped: Tensor, tokens: Tensor) -> list[Tensor]:
+    """[k, V], [k, V], [k] -> [k], [k, n], [k, n], [k, n]: the drafted tokens' probabilities, the largest ones, where they
+    are, and what became of these."""
+    values, at = top(raw, min(RAW_TOP, raw.shape[1]))
+    return [raw.gather(1, tokens[:, None]), values, at, warped.gather(1, at)]
 
 
-def read(values: list[float], source: str, numbers: Numbers, raw: bool = False) -> Verdict:
-    """The verdict in a report; raw: whether logits were given to it.
+def _one_hot(tokens: Tensor, like: Tensor) -> Tensor:
+    return torch.zeros_like(like).scatter_(1, tokens[:, None], 1.0)
+
+
+def read(values: list[float], source: str, numbers: Numbers, vocab: int, sides: int = 0) -> Verdict:
+    """The verdict in a report; sides: 1 if the target's logits were given to it, 2 with the draft's distributions too.
 
     Raises GenerationFailed where a distribution that mattered is not made of numbers.
     """
@@ -273,8 +287,9 @@ def read(values: list[float], source: str, numbers: Numbers, raw: bool = False) 
     drafted, p_host, q_host, overlap_host = (tuple(rest[i * k : (i + 1) * k]) for i in range(4))
     n, token_id, mass = int(head[0]), int(head[1]), head[2]
     _check_numbers(mass, (*p_host[: n + 1], *overlap_host[: n + 1]), q_host, source, numbers.position + n)
-    unwarped, tail = (rest[4 * k : 5 * k], rest[5 * k :]) if raw else ([], rest[4 * k :])
-    largest, ids = tail[: len(tail) // 2], tail[len(tail) // 2 :]
+    shown, rest = min(RESIDUAL_TOP, vocab) * bool(k), rest[4 * k :]
+    largest, ids, rest = rest[:shown], rest[shown : 2 * shown], rest[2 * shown :]
+    told = [_raw(rest[i * len(rest) // sides :][: len(rest) // sides], k) for i in range(sides)]
     rejected = n < k
     return Verdict(
         drafted=tuple(int(t) for t in drafted),
@@ -286,7 +301,17 @@ def read(values: list[float], source: str, numbers: Numbers, raw: bool = False) 
         u=tuple(value if i <= n else None for i, value in enumerate(numbers.accept)),
         overlap=_known(overlap_host),
         residual=tuple((int(i), v) for i, v in zip(ids, largest, strict=True) if v > 0) if rejected else (),
-        raw=_known(tuple(unwarped)),
+        raw_p=told[0] if sides > 0 else None,
+        raw_q=told[1] if sides > 1 else None,
+    )
+
+
+def _raw(values: Sequence[float], k: int) -> Raw:
+    n = (len(values) // k - 1) // 3
+    before, ids, after = ([values[k * (1 + n * part) + n * i :][:n] for i in range(k)] for part in range(3))
+    entries = (zip(map(int, ids[i]), before[i], after[i], strict=True) for i in range(k))
+    return Raw(
+        _known(tuple(values[:k])), tuple(tuple(e for e in row if isfinite(e[1]) and isfinite(e[2])) for row in entries)
     )
 
 

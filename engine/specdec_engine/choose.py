@@ -28,17 +28,20 @@ class DraftChoice:
 
     @property
     def key(self) -> Hashable:
-        return (self.sampling.greedy, self.sampling.coupled, *self.sampling.filters, self.vocab)
+        sampling = self.sampling
+        return (sampling.greedy, sampling.coupled, *sampling.filters, sampling.raw, self.vocab)
 
     def __call__(self, logits: Tensor, u: Tensor, temperature: Tensor) -> Chosen:
         logits = logits[:, : self.vocab]
-        if self.sampling.greedy:
-            sure, at = logits.float().softmax(-1).max(-1)
-            return Chosen(at, None, sure)
+        raw = logits.float().softmax(-1) if self.sampling.raw or self.sampling.greedy else None
+        told = raw if self.sampling.raw else None
+        if raw is not None and self.sampling.greedy:
+            sure, at = raw.max(-1)
+            return Chosen(at, None, sure, told)
         row = warp(logits, self.sampling, temperature)
         if self.sampling.coupled:
-            return Chosen(choice(row, u[None, : self.vocab]), None, row.amax())
-        return Chosen(draw(row[0], u)[None], row, row.amax())
+            return Chosen(choice(row, u[None, : self.vocab]), None, row.amax(), told)
+        return Chosen(draw(row[0], u)[None], row, row.amax(), told)
 
 
 def along(logits: Tensor, said: Sequence[int], sampling: Sampling) -> list[float]:  # [n, V], [n] -> [n]

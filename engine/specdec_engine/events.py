@@ -43,6 +43,16 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
+class Raw:
+    """Distributions as they were before temperature and filters, one a drafted token."""
+
+    drafted: tuple[float | None, ...]
+    """Probability of the drafted token."""
+    likeliest: tuple[tuple[tuple[int, float, float], ...], ...]
+    """The largest entries: id, its probability before, and after."""
+
+
+@dataclass(frozen=True, slots=True)
 class Cycle:
     """One draft, one target pass, one verdict. Lists by position have one entry a drafted token."""
 
@@ -74,8 +84,10 @@ class Cycle:
     context: int
     """Tokens in the context when the cycle began."""
     source: Source = Source()
-    raw: tuple[float | None, ...] = ()
-    """Target's probability of each drafted token before temperature and filters; empty where the run was not asked for it."""
+    raw_p: Raw | None = None
+    """The target's distributions before temperature and filters; None where the run was not asked for them."""
+    raw_q: Raw | None = None
+    """The draft's; None also for one that has none."""
     kind: Literal["cycle"] = "cycle"
 
     @property

@@ -29,12 +29,14 @@ class Awaited:
     arrived: Callable[[], None]
     source: str
     numbers: Numbers
-    raw: bool
+    vocab: int
+    sides: int
+    """Of whose distributions it tells what they were before warping: 0, 1 (the target's) or 2 (the draft's as well)."""
 
     def verdict(self) -> Verdict:
         """Waits for it. Raises GenerationFailed where a distribution that mattered is not made of numbers."""
         self.arrived()
-        return read(self.values.tolist(), self.source, self.numbers, self.raw)
+        return read(self.values.tolist(), self.source, self.numbers, self.vocab, self.sides)
 
 
 class Judge:
@@ -54,18 +56,16 @@ class Judge:
         sampling: Sampling,
         random: Randomness,
         position: int,
-        raw: bool = False,
     ) -> Awaited:
-        """logits [k + 1, V] of the target, the draft they follow, and the length of the context before it; raw: whether the
-        verdict is to tell p before warping too, which costs a softmax over the vocabulary."""
+        """logits [k + 1, V] of the target, the draft they follow, and the length of the context before it."""
         numbers = Numbers.drawn(random, position, len(draft))
-        raw = raw and len(draft) > 0
-        shown = logits if raw else None
+        told = sampling.raw and len(draft) > 0
+        before = (logits if told else None, draft.raw if told else None)
         u = numbers.tensor(self._device)
         if sampling.coupled:  # its noise is made on the host, a row a position: not recorded
             noise = gumbel_noise(random.seed, position, len(draft) + 1, logits.shape[-1], self._device)
             p = coupled(warp(logits, sampling), noise)
-            values = report(self.rule, p, draft.tokens, draft.probs, u.to(self._device, non_blocking=True), shown)
+            values = report(self.rule, p, draft.tokens, draft.probs, u.to(self._device, non_blocking=True), *before)
         elif self._recorder is None:
             values = report(
                 self.rule,
@@ -73,22 +73,23 @@ class Judge:
                 draft.tokens,
                 draft.probs,
                 u.to(self._device, non_blocking=True),
-                shown,
+                *before,
             )
         else:
-            values = self._replayed(self._recorder, logits, draft, sampling, u, raw)
-        return Awaited(*_brought_home(values), draft.source, numbers, raw)
+            values = self._replayed(self._recorder, logits, draft, sampling, u)
+        sides = sum(side is not None for side in before)
+        return Awaited(*_brought_home(values), draft.source, numbers, logits.shape[1], sides)
 
-    def _replayed(
-        self, recorder: Recorder, logits: Tensor, draft: Draft, sampling: Sampling, u: Tensor, raw: bool
-    ) -> Tensor:
+    def _replayed(self, recorder: Recorder, logits: Tensor, draft: Draft, sampling: Sampling, u: Tensor) -> Tensor:
         """A new temperature records nothing anew; a new k, a filter, or a drafter of the other kind does, once."""
-        given = [logits, draft.tokens, u] if draft.probs is None else [logits, draft.tokens, u, draft.probs]
-        key = (sampling.greedy, sampling.filters, raw, *((t.shape, t.dtype) for t in given))
+        none = logits.new_empty(0)
+        raw = draft.raw if sampling.raw else None
+        given = [logits, draft.tokens, u, *(none if t is None else t for t in (draft.probs, raw))]
+        key = (sampling.greedy, sampling.filters, sampling.raw, *((t.shape, t.dtype) for t in given))
         if key not in self._recordings:
             fixed = [torch.zeros(t.shape, dtype=t.dtype, device=self._device) for t in given]
             temperature = torch.ones((), dtype=wide(self._device), device=self._device)
-            replay = recorder.record(lambda: (self._work(sampling, temperature, raw, *fixed),))
+            replay = recorder.record(lambda: (self._work(sampling, temperature, *fixed),))
             self._recordings[key] = _Recorded(fixed, temperature, replay)
         recorded = self._recordings[key]
         for kept, fresh in zip(recorded.inputs, given, strict=True):
@@ -100,14 +101,17 @@ class Judge:
         self,
         sampling: Sampling,
         temperature: Tensor,
-        raw: bool,
         logits: Tensor,
         tokens: Tensor,
         u: Tensor,
-        probs: Tensor | None = None,
+        probs: Tensor,
+        raw: Tensor,
     ) -> Tensor:
+        """probs, raw: empty where the draft has none."""
         p = warp(logits, sampling, temperature)
-        return report(self.rule, p, tokens, probs, u, logits if raw else None)
+        told = sampling.raw and len(tokens) > 0
+        before = (logits if told else None, raw if told and raw.numel() else None)
+        return report(self.rule, p, tokens, probs if probs.numel() else None, u, *before)
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,6 @@ def decode(
     timer: Timer | None = None,
     environment: Mapping[str, Any] | None = None,
     ahead: bool | None = None,
-    raw: bool = False,
 ) -> Iterator[Event]:
     """Emit up to `stop.max_tokens` tokens after `prompt`, yielding Started, a Cycle a draft, then Finished.
 
@@ -48,7 +47,7 @@ def decode(
     et al. 2023); at temperature 0 they are the target's greedy tokens. `judge` holds the rule (the token rule unless
     given). `tokenizer` is needed for stop strings only. With `ahead`, the default on a GPU, the next cycle is launched
     before this one's event is yielded, so that the consumer works while the device does; settings that it changes then
-    reach the cycle after that one. With `raw` cycles tell the target's p before warping as well.
+    reach the cycle after that one.
 
     Raises UsageError for a prompt that is empty or fills the target's context, before any event; any error after that is
     yielded as Failed, for traces, and then raised.
@@ -56,7 +55,7 @@ def decode(
     judge, timer = judge or Judge(TokenRule(), target.device), timer or timer_for(target.device)
     ahead = target.device.type == "cuda" if ahead is None else ahead
     clipper = Clipper(stop, _room(prompt, stop, target.limit), tokenizer)
-    run = _Run(target, drafter, list(prompt), controls, clipper, random, judge, timer, raw)
+    run = _Run(target, drafter, list(prompt), controls, clipper, random, judge, timer)
     coupling = controls.settings.sampling.coupling
     names = {"target": target.name, "draft": drafter.name, "rule": judge.rule.name, "coupling": coupling}
     limits = {"max_tokens": stop.max_tokens, "stop": list(stop.strings)}
@@ -93,12 +92,11 @@ class _Run:
         random: Randomness,
         judge: Judge,
         timer: Timer,
-        raw: bool,
     ) -> None:
         self.settings = controls.settings
         self._target, self._drafter, self._context = target, drafter, context
         self._controls, self._clipper, self._random = controls, clipper, random
-        self._judge, self._timer, self._raw = judge, timer, raw
+        self._judge, self._timer = judge, timer
         self._prompt_tokens, self._launched, self._landed = len(context), 0, 0
 
     def in_turn(self) -> Iterator[Event]:
@@ -148,7 +146,7 @@ class _Run:
         draft = _propose(self._drafter, context, k, self.settings, self._random) if k else nothing(target.device)
         marks.append(self._timer.mark())
         logits = target.score(context[-1], draft)
-        awaited = self._judge.start(logits, draft, sampling, self._random, len(context), self._raw)
+        awaited = self._judge.start(logits, draft, sampling, self._random, len(context))
         marks.append(self._timer.mark())
         return _Flight(changed, k, draft, awaited, marks)
 
@@ -201,7 +199,8 @@ def _cycle(
         u=verdict.u,
         overlap=verdict.overlap,
         residual=verdict.residual,
-        raw=verdict.raw,
+        raw_p=verdict.raw_p,
+        raw_q=verdict.raw_q,
         draft_s=draft_s,
         verify_s=verify_s,
         other_s=other_s,

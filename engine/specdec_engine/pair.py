@@ -109,7 +109,6 @@ class Pair:
         stop: Sequence[str] = (),
         seed: int | None = None,
         controls: Controls | None = None,
-        raw: bool = False,
     ) -> Iterator[Event]:
         """The events of one run (`specdec_engine.loop.decode`). Without a seed a fresh one is drawn; Started has it.
 
@@ -132,7 +131,6 @@ class Pair:
             judge=self.judges[rule],
             tokenizer=self.tokenizer,
             environment=self.environment,
-            raw=raw,
         )
 
 

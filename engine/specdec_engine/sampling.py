@@ -74,12 +74,12 @@ def best_of(rows: Tensor) -> tuple[Tensor, Tensor]:  # [n, V] -> [n], [n]
     return best, block * _BLOCK + inside
 
 
-def top(row: Tensor, n: int) -> tuple[Tensor, Tensor]:  # [V] -> [n], [n]
-    """The n largest entries and where they are: all in the n blocks whose largest entries are largest."""
-    blocks = _blocks(row[None], -torch.inf)[0]
-    where = blocks.amax(-1).topk(min(n, blocks.shape[0])).indices
-    values, at = blocks[where].flatten().topk(n)
-    return values, where[at // _BLOCK] * _BLOCK + at % _BLOCK
+def top(rows: Tensor, n: int) -> tuple[Tensor, Tensor]:  # [m, V] -> [m, n], [m, n]
+    """Each row's n largest entries and where they are: all in the n blocks whose largest entries are largest."""
+    blocks = _blocks(rows, -torch.inf)
+    where = blocks.amax(-1).topk(min(n, blocks.shape[1])).indices
+    values, at = blocks.gather(1, where[:, :, None].expand(-1, -1, _BLOCK)).flatten(1).topk(n)
+    return values, where.gather(1, at // _BLOCK) * _BLOCK + at % _BLOCK
 
 
 def draw(probs: Tensor, u: Tensor) -> Tensor:  # [V], [] -> []

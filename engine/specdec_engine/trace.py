@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from specdec_engine.errors import TraceError
-from specdec_engine.events import TRACE_SCHEMA, Cycle, Event, Failed, Finished, SettingChanged, Source, Started
+from specdec_engine.events import TRACE_SCHEMA, Cycle, Event, Failed, Finished, Raw, SettingChanged, Source, Started
 
 _KINDS: dict[str, type[Event]] = {
     "started": Started,
@@ -39,6 +39,8 @@ def from_json(record: dict[str, Any]) -> Event:
     known = {f.name: _frozen(record[f.name]) for f in fields(cls) if f.name in record}
     if cls is Cycle and "source" in known:
         known["source"] = Source(**record["source"])
+    for side in {"raw_p", "raw_q"} & known.keys():
+        known[side] = record[side] and Raw(_frozen(record[side]["drafted"]), _frozen(record[side]["likeliest"]))
     event = cls(**known)
     if isinstance(event, Cycle):
         _check(event)
@@ -48,7 +50,10 @@ def from_json(record: dict[str, Any]) -> Event:
 def _check(cycle: Cycle) -> None:
     """Raises ValueError for one that contradicts itself, so that its readers need not look."""
     k = len(cycle.drafted)
-    told = (cycle.p, cycle.q, cycle.u, cycle.overlap, *([cycle.raw] if cycle.raw else []))
+    raw = [
+        values for side in (cycle.raw_p, cycle.raw_q) if side is not None for values in (side.drafted, side.likeliest)
+    ]
+    told = (cycle.p, cycle.q, cycle.u, cycle.overlap, *raw)
     if any(len(values) != k for values in told) or not 0 <= cycle.accepted <= k:
         raise ValueError(f"cycle {cycle.index} has {k} drafted tokens and other numbers of verdicts")
 
@@ -76,7 +81,9 @@ class Records:
             case Started():
                 tokens = set(event.prompt)
             case Cycle():
+                told = [row for side in (event.raw_p, event.raw_q) if side is not None for row in side.likeliest]
                 tokens = {*event.drafted, *event.emitted, *(token for token, _ in event.residual)}
+                tokens |= {token for row in told for token, _, _ in row}
             case _:
                 tokens = set()
         new = tokens - self._named

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from specdec_engine.errors import UsageError
+from specdec_engine.events import Raw
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +32,9 @@ class Sampling:
     min_p: float = 0.0
     coupling: Coupling = "independent"
     """How random numbers are shared between target and draft; `gumbel`: see `coupling.py`. Without effect when greedy."""
+    raw: bool = False
+    """Whether cycles tell too what p and q were before all this: a softmax over the vocabulary a row, and a search for its
+    largest entries."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
@@ -66,6 +70,8 @@ class Draft:
     """[k, V], the distribution each token was *actually drawn from*; None for a deterministic draft (q is 1)."""
     source: str
     """Which drafter; a cascade forwards the member's name."""
+    raw: Tensor | None = None
+    """[k, V], the distributions before temperature and filters; None where they were not asked for, or there are none."""
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -85,8 +91,9 @@ class Verdict:
     u: tuple[float | None, ...]
     overlap: tuple[float | None, ...]
     residual: tuple[tuple[int, float], ...]
-    raw: tuple[float | None, ...] = ()
-    """The target's probabilities of the drafted tokens before temperature and filters; empty unless asked for."""
+    raw_p: Raw | None = None
+    raw_q: Raw | None = None
+    """Before temperature and filters; None unless asked for, or where a draft has no distribution."""
 
     @property
     def tokens(self) -> tuple[int, ...]:

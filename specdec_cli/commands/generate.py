@@ -8,6 +8,7 @@ import signal
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import typer
@@ -78,11 +79,9 @@ def generate(
     text_of = TokenText(pair.tokenizer)
     sink = output.choose(json, jsonl, stream, text_of, color, marks)
     recorder.describe(text_of)
-    controls = pair.controls(drafted, sampling, how.draft_temperature)
-    recorded = trace is not None or jsonl
-    events = pair.decode(
-        ids, controls=controls, rule=how.rule, max_tokens=how.max_tokens, stop=stops, seed=how.seed, raw=recorded
-    )
+    told = replace(sampling, raw=trace is not None or jsonl)
+    controls = pair.controls(drafted, told, how.draft_temperature)
+    events = pair.decode(ids, controls=controls, rule=how.rule, max_tokens=how.max_tokens, stop=stops, seed=how.seed)
     try:
         summary = _consume(events, sink, recorder)
     except BrokenPipeError:

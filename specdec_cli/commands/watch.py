@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -87,7 +88,7 @@ def watch(
     request = Request(
         text,
         drafted,
-        sampling,
+        replace(sampling, raw=True),
         how.draft_temperature,
         how.rule,
         how.max_tokens,

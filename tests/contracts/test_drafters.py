@@ -128,6 +128,30 @@ def test_proposals_keep_the_contract(spec, sampling):
 
 
 @pytest.mark.parametrize("spec", CASES)
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7), Sampling(0.9, coupling="gumbel")])
+def test_a_draft_tells_its_distributions_before_warping_where_it_is_asked(spec, sampling):
+    """Of them the temperature makes those it drew from; asking changes no draft."""
+    context = [7, 8, 9, 10, 7, 8, 9, 10, 7, 8]
+    asked, silent = build(spec), build(spec)
+    asked.begin(context)
+    silent.begin(context)
+    draft = asked.propose(context, 4, replace(sampling, raw=True), KeyedRandomness(3))
+    same = silent.propose(context, 4, sampling, KeyedRandomness(3))
+    assert same.raw is None
+    assert same.tokens.tolist() == draft.tokens.tolist()
+    if draft.raw is None:
+        assert draft.probs is None  # a lookup
+        return
+    assert draft.raw.shape == (len(draft), VOCAB)
+    assert torch.allclose(draft.raw.sum(-1), torch.ones(len(draft)), atol=1e-5)
+    if draft.probs is not None:
+        sharper = draft.raw.pow(1 / sampling.temperature)
+        assert torch.allclose(sharper / sharper.sum(-1, keepdim=True), draft.probs, atol=1e-5)
+    elif sampling.greedy:
+        assert draft.tokens.tolist() == draft.raw.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("spec", CASES)
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "raw", "warped"])
 def test_a_proposal_depends_on_context_and_seed_alone(spec, sampling):
     """After any history a drafter proposes what a fresh one would: own state is rolled back and caught up."""

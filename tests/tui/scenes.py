@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from specdec_engine.events import Cycle, Finished, SettingChanged, Started
+from specdec_engine.events import Cycle, Finished, Raw, SettingChanged, Started
 from specdec_tui.frame import Frame
 
 TEXT = (
@@ -46,11 +46,21 @@ def cycle(index: int, source: random.Random, k: int, context: int) -> Cycle:
         u=tuple(x if i <= accepted else None for i, x in enumerate(u)),
         overlap=tuple(round(min(a, b), 3) for a, b in zip(p, q, strict=True)),
         residual=((final, 0.41), (1, 0.22), (2, 0.13)) if rejected else (),
+        raw_p=before(drafted, p),
+        raw_q=before(drafted, q),
         draft_s=0.001 * k,
         verify_s=0.0125 + 0.0005 * k,
         other_s=0.0005,
         context=context,
     )
+
+
+def before(drafted, warped):
+    """What T 0.8 made `warped` of: every mass a little flatter. No chance in it."""
+    flatter = [round(0.8 * mass, 3) for mass in warped]
+    others = [(14, 0.11, 0.08), (21, 0.05, 0.0)]
+    rows = zip(drafted, flatter, warped, strict=True)
+    return Raw(tuple(flatter), tuple(((token, was, now), *others) for token, was, now in rows))
 
 
 def events(cycles: int, seed: int = 7, k: int = 4):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specdec_engine.events import Finished, Started
+from specdec_engine.events import Finished, Raw, Started
 from specdec_engine.stats import Summary
 from specdec_tui.frame import Frame, View, step_of, steps
 from specdec_tui.panels import Room
@@ -221,21 +221,49 @@ def test_a_new_run_is_shown_from_its_beginning():
     assert (player.view.shown, player.view.frame.prompt) == (0, (9, 9))
 
 
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"temperature": 0.0}, "p was 0.200 before greedy"),
-        ({"temperature": 0.7}, "p was 0.200 before T 0.7"),
-        ({"temperature": 0.7, "top_p": 0.9, "top_k": 20}, "p was 0.200 before T 0.7, top-k 20, top-p 0.9"),
-        ({"temperature": 1.0, "coupling": "gumbel"}, "p was 0.200 before the coupling"),
-    ],
-)
-def test_the_inspector_says_what_warping_made_of_p(settings, said):
-    known = frame(30)
+SAYS = [
+    ({"temperature": 0.0}, "before greedy: q 0.250, p 0.200"),
+    ({"temperature": 0.7, "draft_temperature": 0.7}, "before T 0.7: q 0.250, p 0.200"),
+    ({"temperature": 0.7, "top_p": 0.9, "top_k": 20}, "before T 0.7, top-k 20, top-p 0.9: q 0.250, p 0.200"),
+    ({"temperature": 1.0, "coupling": "gumbel"}, "before the shared noise: q 0.250, p 0.200"),
+]
+
+
+def inspected(known, *, warping=False):
     at = next(c for c in known.cycles if c.drafted)
-    told = tuple(replace(c, raw=(0.2,) * len(c.drafted)) for c in known.cycles)
-    view = View(replace(known, cycles=told, settings=known.settings | settings)).to(at.index + 1)
-    lines = inspector(view, Room(60, name)).lines
-    assert said in ["".join(text for text, _ in line) for line in lines]
-    plain = inspector(View(known).to(at.index + 1), Room(60, name)).lines
-    assert not any("p was" in text for line in plain for text, _ in line)
+    view = replace(View(known).to(at.index + 1), warping=warping)
+    return ["".join(text for text, _ in line) for line in inspector(view, Room(60, name)).lines]
+
+
+@pytest.mark.parametrize(("settings", "said"), SAYS)
+def test_the_inspector_says_what_p_and_q_were_before_warping(settings, said):
+    known = frame(30)
+
+    def told(cycle, mass):
+        return Raw((mass,) * len(cycle.drafted), ((),) * len(cycle.drafted))
+
+    cycles = tuple(replace(c, raw_p=told(c, 0.2), raw_q=told(c, 0.25)) for c in known.cycles)
+    assert said in inspected(replace(known, cycles=cycles, settings=known.settings | settings))
+    silent = tuple(replace(c, raw_p=None, raw_q=None) for c in known.cycles)
+    assert not any("before" in line for line in inspected(replace(known, cycles=silent)))
+
+
+def test_the_inspectors_other_side_has_both_distributions_before_and_after():
+    known = frame(30)
+    cycle = next(c for c in known.cycles if c.drafted)
+    at, lines = cycle.accepted, inspected(known, warping=True)
+    assert "p target, before → after T 0.8" in lines
+    assert "q draft, before → after T 0.8" in lines
+    said = [
+        f"{side.drafted[at]:.3f}→{after[at]:.3f}" for side, after in ((cycle.raw_p, cycle.p), (cycle.raw_q, cycle.q))
+    ]
+    assert all(any(line.startswith("› ") and line.endswith(pair) for line in lines) for pair in said)
+
+
+def test_the_inspectors_other_side_says_what_it_cannot_tell():
+    known = frame(30)
+    looked_up = tuple(replace(c, raw_q=None) for c in known.cycles)
+    assert any("it looked this up" in line for line in inspected(replace(known, cycles=looked_up), warping=True))
+    silent = tuple(replace(c, raw_p=None, raw_q=None) for c in known.cycles)
+    lines = inspected(replace(known, cycles=silent), warping=True)
+    assert sum("was not recorded" in line for line in lines) == 2

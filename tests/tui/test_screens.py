@@ -30,7 +30,12 @@ def pressed(source, *keys, size=(120, 40), speed=float("inf")):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(
     ("what", "keys"),
-    [("end", ()), ("rejection", ("home", "exclamation_mark")), ("step", ("home", "n", *["full_stop"] * 7))],
+    [
+        ("end", ()),
+        ("rejection", ("home", "exclamation_mark")),
+        ("step", ("home", "n", *["full_stop"] * 7)),
+        ("warping", ("home", "exclamation_mark", "w")),
+    ],
 )
 def test_screens_look_as_they_did(golden, size, what, keys):
     shown, _ = pressed(Told(events(60)), *keys, size=size)

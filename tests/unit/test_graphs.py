@@ -147,16 +147,15 @@ def test_recorded_verdicts_are_the_unrecorded_ones(rule, sampling, raw):
         target, drafter = ModelTarget(lean(TARGET), "tiny"), RuntimeDrafter(lean(SMALL), host(VOCAB), "small")
         options = {
             "k": k,
-            "sampling": sampling,
+            "sampling": replace(sampling, raw=raw),
             "max_tokens": 30,
             "seed": k,
             "timer": HostTimer(FakeClock()),
-            "raw": raw,
         }
         assert cycles(run(target, drafter, PROMPT, judge=judge, **options)) == cycles(
             run(target, drafter, PROMPT, judge=plain, **options)
         )
     before = recorder.recordings
-    warmer = replace(sampling, temperature=sampling.temperature and 1.3)
-    run(target, drafter, PROMPT, k=3, sampling=warmer, max_tokens=30, judge=judge, raw=raw)
+    warmer = replace(sampling, temperature=sampling.temperature and 1.3, raw=raw)
+    run(target, drafter, PROMPT, k=3, sampling=warmer, max_tokens=30, judge=judge)
     assert recorder.recordings == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -333,14 +334,20 @@ def test_the_consumers_time_is_not_the_runs_own():
 @pytest.mark.parametrize(
     "sampling", [Sampling(), Sampling(0.5), Sampling(0.8, top_k=2), Sampling(0.9, coupling="gumbel")]
 )
-def test_cycles_tell_p_before_it_was_warped_where_they_are_asked(sampling):
-    told = cycles(run(TableTarget(), TableDrafter(), sampling=sampling, raw=True))
+def test_cycles_tell_p_and_q_before_they_were_warped_where_they_are_asked(sampling):
+    told = cycles(run(TableTarget(), TableDrafter(), sampling=replace(sampling, raw=True)))
     context = [1, 2]
     for cycle in told:
         for i, token in enumerate(cycle.drafted):
-            wanted = float(table_probs([*context, *cycle.drafted[:i]], 5, 0)[token])
-            assert cycle.raw[i] == pytest.approx(wanted, rel=1e-4)
+            for raw, seed in ((cycle.raw_p, 0), (cycle.raw_q, 1)):
+                table = table_probs([*context, *cycle.drafted[:i]], 5, seed)
+                assert raw.drafted[i] == pytest.approx(float(table[token]), rel=1e-4)
+                assert [mass for _, mass, _ in raw.likeliest[i]] == pytest.approx(
+                    table.sort(descending=True)[0][:4].tolist()
+                )
+            assert all(after == pytest.approx(cycle.q[i]) for at, _, after in cycle.raw_q.likeliest[i] if at == token)
+            assert all(after == pytest.approx(cycle.p[i]) for at, _, after in cycle.raw_p.likeliest[i] if at == token)
         context += cycle.emitted
     silent = cycles(run(TableTarget(), TableDrafter(), sampling=sampling))
-    assert all(cycle.raw == () for cycle in silent)
+    assert all(cycle.raw_p is None and cycle.raw_q is None for cycle in silent)
     assert [c.emitted for c in silent] == [c.emitted for c in told]

@@ -14,7 +14,7 @@ from specdec_engine.trace import TraceWriter, read_pieces, read_trace, to_json
 from specdec_engine.types import Sampling
 from tests.fakes import TableDrafter, TableTarget, byte_tokenizer, cycles, run
 
-EVENTS = run(TableTarget(), TableDrafter(), k=3, sampling=Sampling(1.0), max_tokens=9)
+EVENTS = run(TableTarget(), TableDrafter(), k=3, sampling=Sampling(0.8, raw=True), max_tokens=9)
 
 
 @pytest.fixture
@@ -59,7 +59,8 @@ def test_a_cycle_line_has_the_contracts_keys():
         "other_s",
         "context",
         "source",
-        "raw",
+        "raw_p",
+        "raw_q",
     }
     assert record["source"] == {"engine": "specdec", "exactness": "exact"}
     assert to_json(EVENTS[0])["schema"] == "specdec.trace/1"

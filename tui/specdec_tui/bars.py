@@ -15,6 +15,13 @@ def bar(share: float, width: int) -> str:
     return ("█" * full + (_EIGHTHS[rest] if rest else "")).ljust(width)
 
 
+def changed(before: float, after: float, width: int) -> str:
+    """One bar for two shares: what both hold, then what was gained (▒) or lost (░) on the way."""
+    first, second = (round(max(0.0, min(1.0, share)) * width) for share in (before, after))
+    beyond = "▒" * (second - first) if second > first else "░" * (first - second)
+    return ("█" * min(first, second) + beyond).ljust(width)
+
+
 def columns(values: Sequence[float | None], top: float, width: int, height: int = 1) -> list[str]:
     """The last `width` values as columns from zero to `top`, `height` rows, newest at the right; None is a gap."""
     shown = [None] * max(0, width - len(values)) + list(values[-width:])

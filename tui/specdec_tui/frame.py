@@ -138,6 +138,8 @@ class View:
     """Of the last cycle shown; None for all of it."""
     position: int | None = None
     """Drafted token inspected, in the last cycle shown; None for the one that decided the cycle."""
+    warping: bool = False
+    """Whether the inspector tells what temperature and filters did, instead of the decision."""
 
     @property
     def past(self) -> Frame:

@@ -33,7 +33,8 @@ class Request:
 
     prompt: str
     k: int | Literal["auto"] = "auto"
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: Sampling = field(default_factory=lambda: Sampling(raw=True))
+    """The inspector shows what `raw` tells."""
     draft_temperature: float | None = None
     rule: str = "token"
     max_tokens: int = 256
@@ -168,7 +169,7 @@ class LiveSource(Threaded):
         controls = self._controls = pair.controls(request.k, request.sampling, request.draft_temperature)
         how: dict[str, Any] = {"rule": request.rule, "max_tokens": request.max_tokens, "stop": request.stop}
         done = emitted = 0
-        for event in pair.decode(ids, controls=controls, seed=request.seed, raw=True, **how):
+        for event in pair.decode(ids, controls=controls, seed=request.seed, **how):
             if isinstance(event, Started):
                 event = replace(event, environment={**event.environment, "plain_tokens_per_second": plain})
                 self.stage = None

@@ -119,6 +119,10 @@ class Player:
         if (at := self.view.inspected) is not None:
             self.view = replace(self.view, position=max(0, at + by))
 
+    def warp(self) -> None:
+        """The inspector's other side."""
+        self.view = replace(self.view, warping=not self.view.warping)
+
     def find(self, wanted: Literal["rejection", "acceptance"]) -> bool:
         """Whether there was one."""
         found = self.view.find(wanted)

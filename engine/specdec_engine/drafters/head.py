@@ -46,7 +46,7 @@ class HeadDrafter:
         self._catch_up(context, keep=_IN_ONE_PASS)
         begin = self._head.cached
         u, temperature = draft_numbers(random, sampling, len(context), k, self._host.vocab, self._head.device)
-        chosen, rows = self._head.unroll(
+        drawn = self._head.unroll(
             self._target.features(begin, read),
             self._tokens(context[begin + 1 :]),
             u[:, self._ids] if sampling.coupled else u,
@@ -56,7 +56,7 @@ class HeadDrafter:
             self._host.pace.watch(self.name),
         )
         self._head.rollback(read)
-        return Draft(chosen, self._widened(rows), self.name)
+        return Draft(drawn.tokens, self._widened(drawn.rows), self.name, self._widened(drawn.raw))
 
     def observe(self, draft: Draft, verdict: Verdict) -> None:
         """Slots of drafted tokens were forgotten at once: all of them stood on own states."""

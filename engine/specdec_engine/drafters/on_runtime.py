@@ -58,14 +58,15 @@ class RuntimeDrafter:
         unroll = (
             partial(step_by_step, self.runtime) if sampling.coupled else self.runtime.unroll
         )  # no room for the noise
-        tokens, rows = unroll(
+        drawn = unroll(
             self._ids(context[self.runtime.cached :]),
             u,
             temperature,
             DraftChoice(sampling, self._vocab),
             self._pace.watch(self.name),
         )
-        return Draft(self._translated(tokens).to(self._device), self._widened(rows), self.name)
+        tokens = self._translated(drawn.tokens).to(self._device)
+        return Draft(tokens, self._widened(drawn.rows), self.name, self._widened(drawn.raw))
 
     def observe(self, draft: Draft, verdict: Verdict) -> None:
         """Forget what was fed for the rejected tokens; k - 1 of the drafted were fed."""

@@ -5,7 +5,7 @@ A runtime scores tokens that follow what it has cached, and forgets back to a le
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -21,6 +21,26 @@ class Chosen(NamedTuple):
     """[1, V], what it was drawn from; None if it was not drawn."""
     confidence: Tensor
     """[]: the largest probability of the draft's distribution."""
+    raw: Tensor | None = None
+    """[1, V], the distribution before temperature and filters, where it was asked for."""
+
+
+class Unrolled(NamedTuple):
+    """A draft's tokens."""
+
+    tokens: Tensor
+    """[k]"""
+    rows: Tensor | None
+    """[k, V], what they were drawn from; None if they were not drawn."""
+    raw: Tensor | None
+    """[k, V], the distributions before temperature and filters, where they were asked for."""
+
+    @classmethod
+    def of(cls, chosen: Sequence[Chosen], tokens: Sequence[Tensor]) -> Unrolled:
+        """tokens: [1] each; those chosen, or what they are called elsewhere."""
+        rows = [one.row for one in chosen if one.row is not None]
+        raw = [one.raw for one in chosen if one.raw is not None]
+        return cls(torch.cat(list(tokens)), torch.cat(rows) if rows else None, torch.cat(raw) if raw else None)
 
 
 Enough = Callable[[float], bool]
@@ -67,8 +87,8 @@ class Runtime(Protocol):
 
     def unroll(
         self, pending: Tensor, u: Tensor, temperature: Tensor, choose: Choose, enough: Enough | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """[m] pending tokens and [k] uniform numbers -> [k] tokens, each chosen after the one before; [k, V] their rows.
+    ) -> Unrolled:
+        """[m] pending tokens and [k] uniform numbers -> [k] tokens, each chosen after the one before.
 
         Fewer than k where `enough` says so; it is not asked where looking would wait for a device. Caches the pending
         tokens and all chosen ones but the last.
@@ -94,14 +114,12 @@ def step_by_step(
     temperature: Tensor,
     choose: Choose,
     enough: Enough | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> Unrolled:
     """`Runtime.unroll` by one forward a token."""
-    tokens, rows = [], []
+    chosen = list[Chosen]()
     for number in u:
-        chosen = choose(runtime.forward(pending, 1), number, temperature)
-        pending = chosen.token
-        tokens.append(pending)
-        rows += [] if chosen.row is None else [chosen.row]
-        if enough is not None and runtime.device.type == "cpu" and enough(float(chosen.confidence)):
+        chosen.append(choose(runtime.forward(pending, 1), number, temperature))
+        pending = chosen[-1].token
+        if enough is not None and runtime.device.type == "cpu" and enough(float(chosen[-1].confidence)):
             break
-    return torch.cat(tokens), torch.cat(rows) if rows else None
+    return Unrolled.of(chosen, [one.token for one in chosen])

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from specdec_engine.runtime import Choose, Enough
+from specdec_engine.runtime import Choose, Chosen, Enough, Unrolled
 from specdec_engine.runtime.decoder import Decoder
 from specdec_engine.runtime.lean import Forward, LeanRuntime
 
@@ -111,7 +111,7 @@ class GraphRuntime(LeanRuntime):
     @torch.inference_mode()
     def unroll(
         self, pending: Tensor, u: Tensor, temperature: Tensor, choose: Choose, enough: Enough | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Unrolled:
         """One replay, always of k tokens. More than two pending tokens, which is rare, are fed in a pass before."""
         if pending.shape[0] > 2:
             self.forward(pending[:-1], 1)
@@ -126,9 +126,9 @@ class GraphRuntime(LeanRuntime):
         recorded.start.fill_(self._cached)
         recorded.numbers[:k].copy_(u)
         recorded.numbers[k:].copy_(temperature)
-        results = [result.clone() for result in recorded.replay()]
+        tokens, rows, raw = (result.clone() for result in recorded.replay())
         self._cached += m + k - 1
-        return results[0], results[1] if len(results) > 1 else None
+        return Unrolled(tokens, rows if rows.numel() else None, raw if raw.numel() else None)
 
     def _pass(self, span: int, tokens: Tensor, start: Tensor, numbers: Tensor) -> Results:
         positions = start + torch.arange(tokens.shape[0], device=self.device)
@@ -137,13 +137,12 @@ class GraphRuntime(LeanRuntime):
     def _loop(self, span: int, choose: Choose, tokens: Tensor, start: Tensor, numbers: Tensor) -> Results:
         """k forwards, each feeding the token that the one before chose."""
         positions = start + torch.arange(tokens.shape[0], device=self.device)
-        chosen, rows = [], []
+        chosen = list[Chosen]()
         for number in numbers[:-1]:
-            token, row, _ = choose(self.decoder(tokens, positions, self._cache, span, 1), number, numbers[-1])
-            chosen.append(token)
-            rows += [] if row is None else [row]
-            tokens, positions = token, positions[-1:] + 1
-        return (torch.cat(chosen), torch.cat(rows)) if rows else (torch.cat(chosen),)
+            chosen.append(choose(self.decoder(tokens, positions, self._cache, span, 1), number, numbers[-1]))
+            tokens, positions = chosen[-1].token, positions[-1:] + 1
+        found, nothing = Unrolled.of(chosen, [one.token for one in chosen]), numbers.new_empty(0)
+        return (found.tokens, *(nothing if t is None else t for t in (found.rows, found.raw)))
 
     def _recorded(self, key: Hashable, width: int, numbers: int, work: Callable[..., Results]) -> Recorded:
         """The recording for this key, made if it is not there.

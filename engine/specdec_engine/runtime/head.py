@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-from specdec_engine.runtime import Choose, Enough
+from specdec_engine.runtime import Choose, Chosen, Enough, Unrolled
 from specdec_engine.runtime.blocks import SPAN, Blocks, Layer
 from specdec_engine.runtime.decoder import Embedding
 from specdec_engine.runtime.linear import Quantize, project
@@ -153,18 +153,17 @@ class HeadRuntime:
         choose: Choose,
         ids: Tensor,
         enough: Enough | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Pending slots and [k] uniform numbers -> at most [k] tokens (target ids), and [k, V'] what they were drawn from."""
-        states, chosen, rows = self._forward.fused(features), [], []
+    ) -> Unrolled:
+        """Pending slots and [k] uniform numbers -> at most [k] tokens, the target's ids, and their distributions [k, V']."""
+        states, chosen, said = self._forward.fused(features), list[Chosen](), list[Tensor]()
         for number in u:
             logits, states = self._step(states, tokens)
-            choice = choose(logits, number, temperature)
-            tokens = ids[choice.token]
-            chosen.append(tokens)
-            rows += [] if choice.row is None else [choice.row]
-            if enough is not None and self.device.type == "cpu" and enough(float(choice.confidence)):
+            chosen.append(choose(logits, number, temperature))
+            tokens = ids[chosen[-1].token]
+            said.append(tokens)
+            if enough is not None and self.device.type == "cpu" and enough(float(chosen[-1].confidence)):
                 break
-        return torch.cat(chosen), torch.cat(rows) if rows else None
+        return Unrolled.of(chosen, said)
 
     @torch.inference_mode()
     def _step(self, states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:

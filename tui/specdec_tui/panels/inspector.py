@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from specdec_engine.events import Cycle
 from specdec_tui.bars import bar, dart
-from specdec_tui.frame import Frame, View
+from specdec_tui.frame import View
 from specdec_tui.narrate import held
 from specdec_tui.panels import Drawn, Line, Room, fitted, number, padded
+from specdec_tui.panels.warping import in_full, in_short
 from specdec_tui.pieces import alone
 
 _LABEL, _NUMBER = 11, 7
@@ -26,11 +27,13 @@ def inspector(view: View, room: Room) -> Drawn | None:
         return Drawn("inspector", lines)
     token = fitted(f"“{alone(cycle.drafted[at], room.name)}”", room.width - 22)
     lines = [[(f"cycle {cycle.index + 1} · token {at + 1} of {len(cycle.drafted)} · ", "muted"), (token, "strong")]]
+    if view.warping:
+        return Drawn("before and after warping", [*lines, *in_full(view, cycle, at, room)])
     seen = view.partial
     if seen is not None and not seen.verified:
         return Drawn("inspector", [*lines, *_draft(cycle, at, room.width)])
     lines += _scales(cycle, at, room.width, view.frame.rule)
-    lines += _warped(cycle, at, view.frame)
+    lines += in_short(cycle, at, view.frame.upto(view.shown))
     if seen is not None and seen.tested <= at and not seen.final:
         return Drawn("inspector", [*lines, [("not tested yet", "muted")]])
     lines += [[], *_verdict(cycle, at, view.frame.rule)]
@@ -38,7 +41,7 @@ def inspector(view: View, room: Room) -> Drawn | None:
         lines += _residual(cycle, room, view.frame.rule)
     overlap = cycle.overlap[at] if at < len(cycle.overlap) else None
     if overlap is not None and at <= cycle.accepted:
-        lines += [[], [("overlap Σ min(p, q) ", "muted"), (number(overlap), "")]]
+        lines += [[("overlap Σ min(p, q) ", "muted"), (number(overlap), "")]]
     return Drawn("inspector", lines)
 
 
@@ -58,20 +61,6 @@ def _scales(cycle: Cycle, at: int, width: int, rule: str) -> list[Line]:
             [("u the draw".ljust(_LABEL + 1), "muted"), (dart(u, cells).ljust(cells), "strong"), (_right(u), "")]
         )
     return lines
-
-
-def _warped(cycle: Cycle, at: int, frame: Frame) -> list[Line]:
-    """What temperature and filters made of the target's p; nothing where they left it, or the run did not say."""
-    raw, p = (cycle.raw[at] if cycle.raw else None), cycle.p[at]
-    if raw is None or p is None or abs(raw - p) < 0.0005:
-        return []
-    t = frame.setting("temperature", 1.0)
-    filters = (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0))
-    used = [
-        f"{name.replace('_', '-')} {frame.setting(name):g}" for name, off in filters if frame.setting(name, off) != off
-    ]
-    by = "greedy" if t == 0 else ", ".join(([f"T {t:g}"] if t != 1 else []) + used) or "the coupling"
-    return [[(f"p was {raw:.3f} before {by}", "muted")]]
 
 
 def _scale(label: str, value: float | None, style: str, width: int) -> Line:
@@ -98,7 +87,6 @@ def _residual(cycle: Cycle, room: Room, rule: str) -> list[Line]:
         return []
     drawn = cycle.emitted[-1] if len(cycle.emitted) > cycle.accepted else None
     lines: list[Line] = [
-        [],
         [("what is left: max(0, p − q), normalised" if rule == "token" else "what is left of p", "muted")],
     ]
     rest = 1.0 - sum(mass for _, mass in cycle.residual)

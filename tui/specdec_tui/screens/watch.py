@@ -55,6 +55,7 @@ class WatchScreen(Screen[None]):
         Binding("plus,equals_sign", "faster(1)", "Faster", id="faster"),
         Binding("minus", "faster(-1)", "Slower", id="slower"),
         Binding("i", "inspect", "Inspect", id="inspect"),
+        Binding("w", "warp", "Before and after warping", id="warp"),
         Binding("tab", "app.focus_next", "Next panel", id="focus", show=False),
         Binding("slash", "search", "Find text", id="search"),
         Binding("N", "search_again(1)", "Next match", id="search-next"),
@@ -166,6 +167,13 @@ class WatchScreen(Screen[None]):
 
     def action_aim(self, by: int) -> None:
         self._do(lambda: self._player.aim(by))
+
+    def action_warp(self) -> None:
+        """Where the inspector is not on screen, it comes with it."""
+        self._player.warp()
+        if self._player.view.warping:
+            self.add_class("-inspecting")
+        self.call_after_refresh(self.draw)
 
     # -- questions -----------------------------------------------------------------------------------------------------
 
