@@ -83,6 +83,20 @@ def test_pages_turn_back_and_stay_ticked(demo):
     taught(demo, act)
 
 
+def test_a_page_that_is_not_done_is_skipped_only_on_purpose(demo):
+    async def act(app, pilot, lesson):
+        await pilot.press("enter")
+        await pilot.pause(0.1)
+        assert lesson.at == 0
+        assert "enter again skips this" in screen_of(app)
+        await pilot.press("enter")
+        await pilot.pause(0.1)
+        assert lesson.at == 1
+        assert "enter again" not in screen_of(app)
+
+    taught(demo, act)
+
+
 def test_pages_are_short(demo):
     found = pages(demo[0])
     assert len(found) == 10

@@ -308,7 +308,15 @@ def test_leaving_closes_the_source():
 def test_help_names_every_key():
     shown, _ = pressed(Told(events(20)), "question_mark", size=(200, 60))
     words = " ".join(shown.split())
-    for label in ("Next rejection", "Step within the cycle", "Faster", "Save", "Find text"):
+    for label in (
+        "Next rejection",
+        "Step within the cycle",
+        "Faster",
+        "Save",
+        "Find text",
+        "↳ recovered",
+        "kept of drafted",
+    ):
         assert label in words
     assert "Temperature" not in words  # there is no engine to turn
 

@@ -13,6 +13,7 @@ from textual.binding import Binding, BindingType
 
 from specdec_tui.lesson import Lesson
 from specdec_tui.player import Player
+from specdec_tui.screens.help import HelpScreen
 from specdec_tui.screens.lesson import LessonScreen
 from specdec_tui.screens.watch import WatchScreen
 from specdec_tui.source import Source
@@ -27,11 +28,11 @@ class SpecdecApp(App[None]):
 
     TITLE = "specdec"
     ENABLE_COMMAND_PALETTE = True
+    CSS = "ToastRack { dock: top; align: right top; margin-top: 2; }"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("q,ctrl+q", "quit", "Quit", id="quit", priority=True),
         Binding("ctrl+c", "stop", "Pause; twice: quit", id="stop", priority=True),
         Binding("question_mark,f1", "help", "Help", id="help"),
-        Binding("escape", "close_help", "Close the help", id="close-help", show=False),
     ]
 
     def __init__(self, source: Source, *, speed: float, lesson: Lesson | None = None) -> None:
@@ -68,10 +69,4 @@ class SpecdecApp(App[None]):
         self.notify("paused; once more quits", timeout=_TWICE_S)
 
     def action_help(self) -> None:
-        if self.screen.query("HelpPanel"):
-            self.action_hide_help_panel()
-        else:
-            self.action_show_help_panel()
-
-    def action_close_help(self) -> None:
-        self.action_hide_help_panel()
+        self.push_screen(HelpScreen(self.screen))

@@ -28,7 +28,7 @@ def inspector(view: View, room: Room) -> Drawn | None:
     token = fitted(f"“{alone(cycle.drafted[at], room.name)}”", room.width - 22)
     lines = [[(f"cycle {cycle.index + 1} · token {at + 1} of {len(cycle.drafted)} · ", "muted"), (token, "strong")]]
     if view.warping:
-        return Drawn("before and after warping", [*lines, *in_full(view, cycle, at, room)])
+        return Drawn("before and after · ▒ gained ░ lost", [*lines, *in_full(view, cycle, at, room)])
     seen = view.partial
     if seen is not None and not seen.verified:
         return Drawn("inspector", [*lines, *_draft(cycle, at, room.width)])

@@ -32,8 +32,7 @@ def in_full(view: View, cycle: Cycle, at: int, room: Room) -> list[Line]:
         lines += [*_side("target", cycle.raw_p, cycle.p[at], cycle, at, warper(frame), room), []]
     if cycle.raw_q is None and cycle.raw_p is not None:
         return [*lines, [("q draft", "strong"), (" has no distribution: it looked this up", "muted")]]
-    lines += _side("draft", cycle.raw_q, cycle.q[at], cycle, at, warper(frame, "draft_temperature"), room)
-    return [*lines, [], [("█ kept  ▒ gained  ░ lost", "muted")]]
+    return lines + _side("draft", cycle.raw_q, cycle.q[at], cycle, at, warper(frame, "draft_temperature"), room)
 
 
 def _side(who: str, raw: Raw | None, now: float | None, cycle: Cycle, at: int, by: str, room: Room) -> list[Line]:

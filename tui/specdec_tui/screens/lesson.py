@@ -28,7 +28,8 @@ class LessonScreen(WatchScreen):
     """Pages; each is ticked when its thing is done."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("enter,pagedown", "turn(1)", "Next page", id="lesson.next", priority=True),
+        Binding("enter", "done", "Next page, when this one is done", id="lesson.done", priority=True),
+        Binding("pagedown", "turn(1)", "Next page", id="lesson.next", priority=True),
         Binding("backspace,pageup", "turn(-1)", "Previous page", id="lesson.previous", priority=True),
     ]
     DEFAULT_CSS = """
@@ -43,7 +44,7 @@ class LessonScreen(WatchScreen):
     def __init__(self, source: Source, player: Player, lesson: Lesson) -> None:
         super().__init__(source, player)
         self._lesson, self._seen = lesson, State(player.view)
-        self._drawing = False
+        self._drawing = self._unsure = False
 
     def compose(self) -> ComposeResult:
         yield Static(id="page", markup=False)
@@ -84,7 +85,8 @@ class LessonScreen(WatchScreen):
         ticked = lesson.at in lesson.ticked
         last = lesson.at == len(lesson.pages) - 1
         onward = "q leaves; specdec watch shows a run of your own" if last else "enter for the next page"
-        task: Line = [("✓ ", "accepted"), (onward, "key")] if ticked else [("□ ", "muted"), (page.task, "key")]
+        skip = [("; enter again skips this", "muted")] if self._unsure else []
+        task: Line = [("✓ ", "accepted"), (onward, "key")] if ticked else [("□ ", "muted"), (page.task, "key"), *skip]
         where = f"{lesson.at + 1} of {len(lesson.pages)}  "
         gap = width - len(where) - len(page.title) - len(_KEYS)
         keys = " " * gap + _KEYS if gap > 1 else ""
@@ -93,9 +95,18 @@ class LessonScreen(WatchScreen):
 
     # -- keys --------------------------------------------------------------------------------------------------------
 
+    def action_done(self) -> None:
+        """The next page; before this one is done only if it is said twice."""
+        if self._lesson.at in self._lesson.ticked or self._unsure:
+            self.action_turn(1)
+        else:
+            self._unsure, self._drawn = True, None
+            self.draw()
+
     def action_turn(self, by: int) -> None:
         """Another page, at its beginning."""
         self._lesson.turn(by)
+        self._unsure = False
         page = self._lesson.page
         self._player.playing, self._drawing = False, False
         self._player.view = page.view(self._player.view.frame)

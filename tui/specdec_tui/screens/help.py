@@ -1,0 +1,116 @@
+"""Help: what the marks, the keys and the figures mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import VerticalScroll
+from textual.screen import ModalScreen, Screen
+from textual.widgets import Static
+
+from specdec_tui.panels import Line, flowed, padded
+from specdec_tui.theme import content
+
+MARKS: tuple[tuple[str, str, str], ...] = (
+    ("✓ kept", "accepted", "a guess of the draft that the target accepts"),
+    ("× rejected", "rejected", "a guess that fails the test; all after it are dropped"),
+    ("· never tested", "untested", "dropped after a rejection"),
+    ("↳ recovered", "recovered", "the target's own token instead, drawn from max(0, p − q)"),
+    ("+ bonus", "bonus", "the target's own token after a draft that was kept whole"),
+)
+FIGURES: tuple[tuple[str, str], ...] = (
+    ("α", "kept of those tested. Tokens after a rejection were never tested and do not count; where servers speak of an "
+     "acceptance rate they mean kept of drafted, which is lower."),
+    ("a cycle", "tokens of one pass of the target, its own included: the mean acceptance length."),
+    ("× plain", "tokens a second against plain decoding of the same target, measured before the run, on the same machine."),
+    ("predicted", "tokens a cycle over what a cycle costs in plain passes: drafting, and the wider pass."),
+    ("p, q", "the target's and the draft's probability of a token, after temperature and filters; u: the number drawn."),
+)  # fmt: skip
+GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("Moving", ("play", "next", "previous", "step", "step-back", "first", "last", "next-rejection", "next-acceptance",
+                "faster", "slower")),
+    ("Looking", ("inspect", "warp", "aim", "aim-back", "search", "search-next", "search-previous", "focus")),
+    ("The engine, live", ("k-up", "k-down", "adapt", "temperature-up", "temperature-down", "prompt", "again", "race")),
+)  # fmt: skip
+_KEY, _COLUMN = 15, 44
+
+
+class HelpScreen(ModalScreen[None]):
+    """Over the screen whose keys it tells."""
+
+    DEFAULT_CSS = """
+    HelpScreen { align: center middle; }
+    HelpScreen > VerticalScroll { width: 98; max-width: 100%; height: auto; max-height: 100%; }
+    HelpScreen > VerticalScroll { border: round $accent; padding: 0 1; background: $panel; scrollbar-size-vertical: 1; }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape,question_mark,f1", "dismiss", "Close the help", id="help.close", priority=True)
+    ]
+
+    def __init__(self, of: Screen[object]) -> None:
+        super().__init__()
+        self._keys = _keys(of)
+
+    def compose(self) -> ComposeResult:
+        with VerticalScroll() as box:
+            box.border_title, box.border_subtitle = "help", "↑ ↓ scroll · escape closes"
+            yield Static(id="help", markup=False)
+
+    def on_resize(self) -> None:
+        self.query_one("#help", Static).update(content(lines(self._keys, min(98, self.size.width) - 5)))
+
+
+def _keys(screen: Screen[object]) -> dict[str, tuple[str, str]]:
+    """By binding's id: the keys as shown, and what they do; those that work on this screen."""
+    found = dict[str, tuple[str, str]]()
+    for _, binding, enabled, _ in screen.active_bindings.values():
+        if enabled and binding.id and binding.description:
+            keys = f"{found[binding.id][0]} " if binding.id in found else ""
+            found[binding.id] = f"{keys}{screen.app.get_key_display(binding)}", binding.description
+    return found
+
+
+def lines(keys: dict[str, tuple[str, str]], width: int) -> list[Line]:
+    """The whole text at this width."""
+    found = list[Line]()
+    grouped = {name for _, names in GROUPS for name in names}
+    rest = tuple(name for name in keys if name not in grouped)
+    for title, names in (*GROUPS, ("Everything else", rest)):
+        if shown := [keys[name] for name in names if name in keys]:
+            found += [[(title, "strong")], *_in_columns(shown, max(1, width // _COLUMN), width), []]
+    found.append([("Marks", "strong")])
+    for mark, style, text in MARKS:
+        found += _beside((mark, style), text, width)
+    found += [[], [("Figures", "strong")]]
+    for name, text in FIGURES:
+        found += _beside((name, "key"), text, width)
+    return found
+
+
+def _in_columns(keys: Iterable[tuple[str, str]], columns: int, width: int) -> list[Line]:
+    """Read downwards."""
+    shown = list(keys)
+    rows = -(-len(shown) // columns)
+    by_column = [shown[i : i + rows] for i in range(0, len(shown), rows)]
+    found = list[Line]()
+    for row in range(rows):
+        line = Line()
+        for column in by_column:
+            if row < len(column):
+                key, text = column[row]
+                line += [(f"  {padded(key, _KEY)}", "key"), (padded(text, width // columns - _KEY - 2), "")]
+        found.append(line)
+    return found
+
+
+def _beside(label: tuple[str, str], text: str, width: int) -> list[Line]:
+    """A label, and a text that flows at its right."""
+    name, style = label
+    flow = flowed(text, width - _KEY - 2)
+    return [
+        [("  ", ""), (name, style), (" " * (_KEY - len(name)), ""), *flow[0]],
+        *([(" " * (_KEY + 2), ""), *line] for line in flow[1:]),
+    ]
