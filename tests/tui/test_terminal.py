@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import shutil
 import signal
 import subprocess
@@ -118,6 +119,22 @@ def test_signals_restore_the_terminal(terminal, trace, number):
     os.kill(int(pid), number)
     terminal.shows("code", "ready>")
     restored(terminal)
+
+
+def test_a_terminal_that_goes_without_a_signal_ends_it(trace, tmp_path):
+    """As a shell that is not its session's leader leaves it: nothing but the other side's end tells."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "specdec_cli", "replay", str(tmp_path / trace)]
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        shown = b""
+        while b"cycles" not in shown:
+            shown += os.read(ours, 1 << 16)
+        os.close(ours)
+        try:
+            assert process.wait(30) == 128 + signal.SIGHUP
+        finally:
+            process.kill()
 
 
 def test_an_engine_that_breaks_leaves_the_terminal_whole(terminal, tmp_path):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import select
 import signal
+import sys
 from contextlib import suppress
+from threading import Event, Thread
 from time import monotonic
-from typing import ClassVar
+from typing import ClassVar, TextIO
 
 from textual.app import App
 from textual.binding import Binding, BindingType
@@ -39,7 +43,7 @@ class SpecdecApp(App[None]):
         super().__init__()
         self._lesson = lesson
         self.source = source
-        self._stopped = -_TWICE_S
+        self._stopped, self._left = -_TWICE_S, Event()
         self.player = Player(speed, live=source.live)
         for theme in (DARK, LIGHT):
             self.register_theme(theme)
@@ -50,6 +54,7 @@ class SpecdecApp(App[None]):
         for number in (signal.SIGTERM, signal.SIGHUP):
             with suppress(NotImplementedError, RuntimeError, ValueError):  # not the main thread, or not this platform
                 asyncio.get_running_loop().add_signal_handler(number, self.exit)
+        Thread(target=leave_with_terminal, args=(sys.__stdin__, self._left), daemon=True).start()
         lesson = self._lesson
         if lesson is None:
             self.push_screen(WatchScreen(self.source, self.player))
@@ -58,6 +63,7 @@ class SpecdecApp(App[None]):
         self.source.start()
 
     def on_unmount(self) -> None:
+        self._left.set()
         self.source.close()
 
     def action_stop(self) -> None:
@@ -70,3 +76,19 @@ class SpecdecApp(App[None]):
 
     def action_help(self) -> None:
         self.push_screen(HelpScreen(self.screen))
+
+
+def leave_with_terminal(stream: TextIO | None, left: Event) -> None:
+    """End the process when the terminal it began on is gone, until `left` is set.
+
+    It may go without SIGHUP, where the shell is not its session's leader. Textual then reads its end for ever, at a whole
+    core, and waits for a writer that has died: only a thread of our own still runs, and there is no screen to restore.
+    """
+    with suppress(AttributeError, OSError, ValueError):  # a platform without poll, or a stream that was closed
+        if stream is None or not stream.isatty():
+            return
+        poll = select.poll()
+        poll.register(stream, 0)
+        while not left.wait(1.0):
+            if any(event & (select.POLLHUP | select.POLLERR) for _, event in poll.poll(0)):
+                os._exit(128 + signal.SIGHUP)
