@@ -15,7 +15,7 @@ def replay(
     trace: Annotated[Path, typer.Argument(help="A file that --trace wrote.", show_default=False)],
     plain: Annotated[bool, typer.Option("--plain", help="The run in sentences, on stdout.")] = False,
     export: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write it as .gif, .svg, .html or .md instead.")
+        Path | None, typer.Option(metavar="FILE", help="Write it as .gif, .png, .svg, .html or .md instead.")
     ] = None,
 ) -> None:
     """Show a recorded run again: stepped, rewound, inspected. No model is loaded.

@@ -142,7 +142,7 @@ def test_a_large_trace_shows_its_beginning_at_once(trace):
 # -- as files and sentences --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ending", ["svg", "html", "md", "gif"])
+@pytest.mark.parametrize("ending", ["svg", "html", "md", "gif", "png"])
 def test_a_run_is_exported(tmp_path, monkeypatch, ending):
     monkeypatch.setattr(export, "MOST_CYCLES", 6)
     path = tmp_path / f"run.{ending}"
@@ -154,6 +154,8 @@ def test_a_run_is_exported(tmp_path, monkeypatch, ending):
         with Image.open(path) as image:
             assert image.n_frames > 6
             assert len(image.convert("RGB").getcolors(100_000)) > 10
+    elif ending == "png":
+        assert content.startswith(b"\x89PNG")
     else:
         assert b"lantern" in content or b"20 target passes" in content
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from specdec_engine.events import Failed, SettingChanged
+from specdec_tui.saving import KINDS
 from specdec_tui.source import Stage
 from tests.tui.conftest import Told, lines_of, on_screen, screen_of
 from tests.tui.scenes import events, frame
@@ -218,12 +219,24 @@ def test_the_scrubber_moves_the_view():
     assert 20 < on_screen(Told(events(60)), act) < 45
 
 
-@pytest.mark.parametrize("kind", ["trace", "text", "narration", "picture"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_runs_are_saved(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
-    down = ["trace", "text", "narration", "picture"].index(kind)
-    pressed(Told(events(20)), "s", *["down"] * down, "enter")
+
+    async def act(app, pilot):
+        await pilot.press("s", *["down"] * list(KINDS).index(kind), "enter")
+        for _ in range(600):
+            await pilot.pause(0.1)
+            said = [note.message for note in app._notifications]
+            if any("saved" in message for message in said):
+                return said
+        return said
+
+    said = on_screen(Told(events(20)), act)
     (file,) = tmp_path.iterdir()
+    assert f"saved {file.name}" in said
+    assert file.suffix == f".{KINDS[kind]}"
+    assert file.read_bytes()[:4] == {"bitmap": b"\x89PNG", "animation": b"GIF8"}.get(kind, file.read_bytes()[:4])
     if kind == "trace":
         from specdec_tui.source import read_frame
 

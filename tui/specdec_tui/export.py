@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
 from rich.console import Console
-from textual.strip import Strip
 
-from specdec_engine.errors import UsageError
+from specdec_engine.errors import SpecdecError, UsageError
 from specdec_tui.app import SpecdecApp
 from specdec_tui.frame import Frame, View, steps
 from specdec_tui.pieces import Name
 from specdec_tui.saving import markdown
 from specdec_tui.screens.watch import WatchScreen
-from specdec_tui.source import FrameSource
+from specdec_tui.source import FrameSource, read_frame
 
 SIZE = (112, 40)
 """Cells of an exported screen."""
@@ -28,7 +28,9 @@ MOST_CYCLES = 48
 
 def export(frame: Frame, name: Name, path: Path) -> None:
     """Written as the ending says. Raises UsageError for another ending, OSError where it cannot be written."""
-    writers: dict[str, Callable[[Frame, Name], bytes]] = {".gif": _gif, ".svg": _svg, ".html": _html, ".md": _markdown}
+    writers: dict[str, Callable[[Frame, Name], bytes]] = {
+        ".gif": _gif, ".svg": _svg, ".png": _png, ".html": _html, ".md": _markdown,
+    }  # fmt: skip
     if path.suffix not in writers:
         raise UsageError(f"{path} has no ending that can be exported", f"one of {', '.join(writers)}")
     path.write_bytes(writers[path.suffix](frame, name))
@@ -76,10 +78,6 @@ def drawn(frame: Frame, name: Name, views: Iterable[View], take: Callable[[Specd
     asyncio.run(run())
 
 
-def _strips(app: SpecdecApp) -> list[Strip]:
-    return app.screen._compositor.render_strips()
-
-
 def _gif(frame: Frame, name: Name) -> bytes:
     from specdec_tui import raster
 
@@ -87,9 +85,20 @@ def _gif(frame: Frame, name: Name) -> bytes:
     frames, times = list[raster.Shot](), shots(frame)
     durations = iter([ms for _, ms in times])
     drawn(
-        frame, name, [view for view, _ in times], lambda app: frames.append(raster.Shot(_strips(app), next(durations)))
+        frame,
+        name,
+        [view for view, _ in times],
+        lambda app: frames.append(raster.Shot(raster.drawn(app.screen), next(durations))),
     )
-    return raster.gif(frames, "#101214", "#D8D8D8")
+    return raster.gif(frames)
+
+
+def _png(frame: Frame, name: Name) -> bytes:
+    from specdec_tui import raster
+
+    found = list[bytes]()
+    drawn(frame, name, [View(frame).end()], lambda app: found.append(raster.png(app.screen)))
+    return found[0]
 
 
 def _svg(frame: Frame, name: Name) -> bytes:
@@ -99,10 +108,12 @@ def _svg(frame: Frame, name: Name) -> bytes:
 
 
 def _html(frame: Frame, name: Name) -> bytes:
+    from specdec_tui import raster
+
     console = Console(record=True, file=StringIO(), width=SIZE[0], color_system="truecolor", force_terminal=True)
 
     def take(app: SpecdecApp) -> None:
-        for strip in _strips(app):
+        for strip in raster.drawn(app.screen):
             console.print(*[], end="")
             for segment in strip:
                 console.out(segment.text, style=segment.style, end="", highlight=False)
@@ -114,3 +125,15 @@ def _html(frame: Frame, name: Name) -> bytes:
 
 def _markdown(frame: Frame, name: Name) -> bytes:
     return markdown(frame, name).encode()
+
+
+def main() -> None:
+    """TRACE FILE; of what goes wrong one line."""
+    try:
+        export(*read_frame(Path(sys.argv[1])), Path(sys.argv[2]))
+    except (OSError, SpecdecError) as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

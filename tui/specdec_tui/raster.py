@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.cells import cell_len
 from rich.color import Color
 from rich.segment import Segment
+from textual.screen import Screen
 from textual.strip import Strip
 
 from specdec_engine.errors import UsageError
@@ -26,7 +27,8 @@ CELL = (8, 17)
 _SIZE = 13
 _EIGHTHS = "▁▂▃▄▅▆▇█"
 _LEFTS = "▏▎▍▌▋▊▉█"
-_SHADES = {"░": 0.3, "▓": 0.75}
+_SHADES = {"░": 0.3, "▒": 0.5, "▓": 0.75}
+_BACKGROUND, _FOREGROUND = "#101214", "#D8D8D8"
 _LINES = {  # which of left, right, up, down a box character reaches
     "─": "lr", "━": "lr", "│": "ud", "╭": "rd", "╮": "ld", "╰": "ru", "╯": "lu",
 }  # fmt: skip
@@ -40,11 +42,25 @@ class Shot:
     milliseconds: int
 
 
-def gif(frames: Sequence[Shot], background: str, foreground: str) -> bytes:
+def drawn(screen: Screen[Any]) -> list[Strip]:
+    """A screen's lines as Textual draws them: the one use of what it keeps to itself."""
+    return screen._compositor.render_strips()
+
+
+def png(screen: Screen[Any]) -> bytes:
+    """The screen as it is. Raises UsageError without the extra."""
+    from io import BytesIO
+
+    out = BytesIO()
+    picture(drawn(screen)).save(out, "PNG")
+    return out.getvalue()
+
+
+def gif(frames: Sequence[Shot]) -> bytes:
     """An animation that repeats. Raises UsageError without the extra."""
     from io import BytesIO
 
-    images = [picture(frame.strips, background, foreground) for frame in frames]
+    images = [picture(frame.strips) for frame in frames]
     colours = _palette(images)
     small = [image.quantize(palette=colours, dither=_pillow()[0].Dither.NONE) for image in images]
     out = BytesIO()
@@ -60,26 +76,26 @@ def gif(frames: Sequence[Shot], background: str, foreground: str) -> bytes:
     return out.getvalue()
 
 
-def picture(strips: Sequence[Strip], background: str, foreground: str) -> Image:
+def picture(strips: Sequence[Strip]) -> Image:
     """One screen. Raises UsageError without the extra."""
     image_module, draw_module, _ = _pillow()
     width, height = CELL
     columns = max((strip.cell_length for strip in strips), default=1)
-    image: Image = image_module.new("RGB", (columns * width, len(strips) * height), background)
+    image: Image = image_module.new("RGB", (columns * width, len(strips) * height), _BACKGROUND)
     canvas = draw_module.Draw(image)
     for row, strip in enumerate(strips):
         column = 0
         for segment in strip:
-            column = _segment(canvas, segment, column, row, background, foreground)
+            column = _segment(canvas, segment, column, row)
     return image
 
 
-def _segment(canvas: Any, segment: Segment, column: int, row: int, background: str, foreground: str) -> int:
+def _segment(canvas: Any, segment: Segment, column: int, row: int) -> int:
     """Draw it; the column after it."""
     width, height = CELL
     style = segment.style
-    ink = _hex(None if style is None else style.color) or foreground
-    paper = _hex(None if style is None else style.bgcolor) or background
+    ink = _hex(None if style is None else style.color) or _FOREGROUND
+    paper = _hex(None if style is None else style.bgcolor) or _BACKGROUND
     if style is not None and style.reverse:
         ink, paper = paper, ink
     cells = cell_len(segment.text)

@@ -1,16 +1,21 @@
-"""A run as files: the trace that can be replayed, the text, the narration."""
+"""A run as files: the trace that can be replayed, the text, the narration, an animation."""
 
 from __future__ import annotations
 
+import asyncio
+import sys
+from asyncio.subprocess import DEVNULL, PIPE
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import strftime
 
+from specdec_engine.errors import UsageError
 from specdec_engine.trace import TraceWriter
 from specdec_tui.frame import Frame
 from specdec_tui.narrate import script
 from specdec_tui.pieces import Name, as_bytes
 
-KINDS = {"trace": "jsonl", "text": "txt", "narration": "md", "picture": "svg"}
+KINDS = {"trace": "jsonl", "text": "txt", "narration": "md", "picture": "svg", "bitmap": "png", "animation": "gif"}
 
 
 def fresh_path(folder: Path, kind: str) -> Path:
@@ -30,6 +35,20 @@ def save(frame: Frame, name: Name, kind: str, path: Path) -> None:
         path.write_bytes(b"".join(as_bytes(name(token)) for cycle in frame.cycles for token in cycle.emitted))
     else:
         path.write_text(markdown(frame, name), "utf-8")
+
+
+async def animate(frame: Frame, name: Name, path: Path) -> None:
+    """A GIF, drawn in a process of its own: it takes some seconds, in which the screen and the engine go on.
+
+    Raises OSError or TraceError where it cannot be written, UsageError without the extra."""
+    with TemporaryDirectory() as folder:
+        trace = Path(folder) / "run.jsonl"
+        save(frame, name, "trace", trace)
+        command = (sys.executable, "-m", "specdec_tui.export", str(trace), str(path))
+        process = await asyncio.create_subprocess_exec(*command, stdin=DEVNULL, stdout=DEVNULL, stderr=PIPE)
+        said = (await process.communicate())[1].decode("utf-8", "replace").strip()
+    if process.returncode:
+        raise UsageError(said.splitlines()[-1] if said else "the drawing process was killed", "")
 
 
 def markdown(frame: Frame, name: Name) -> str:

@@ -15,14 +15,15 @@ from textual.binding import Binding, BindingType
 from textual.events import Key
 from textual.screen import Screen
 
-from specdec_engine.errors import TraceError
+from specdec_engine.errors import SpecdecError
 from specdec_engine.text import printable
+from specdec_tui import raster
 from specdec_tui.display import Thrift
 from specdec_tui.frame import View
 from specdec_tui.live import LiveSource, Request
 from specdec_tui.narrate import ending, step_words
 from specdec_tui.player import Player
-from specdec_tui.saving import KINDS, fresh_path, save
+from specdec_tui.saving import KINDS, animate, fresh_path, save
 from specdec_tui.screens.ask import AskKind, AskPrompt, AskWord
 from specdec_tui.screens.race import RaceScreen
 from specdec_tui.source import Source, Stage
@@ -197,13 +198,19 @@ class WatchScreen(Screen[None]):
     async def action_save(self) -> None:
         if (kind := await self.app.push_screen_wait(AskKind(KINDS))) is None:
             return
+        frame, name = self._player.view.frame, self._source.name
         try:
             path = fresh_path(Path.cwd(), kind)
             if kind == "picture":
                 path.write_text(self.app.export_screenshot(simplify=True), "utf-8")
+            elif kind == "bitmap":
+                path.write_bytes(raster.png(self))
+            elif kind == "animation":
+                self.notify(f"drawing {path.name}, some seconds", markup=False)
+                await animate(frame, name, path)
             else:
-                save(self._player.view.frame, self._source.name, kind, path)
-        except (OSError, TraceError) as error:
+                save(frame, name, kind, path)
+        except (OSError, SpecdecError) as error:
             self.notify(f"not saved: {error}", severity="error", markup=False)
         else:
             self.notify(f"saved {path.name}", markup=False)
