@@ -84,12 +84,13 @@ class _Source:
     @property
     def alpha(self) -> float:
         """Chance of a tested token, wherever it stands."""
-        hits, trials = (sum(getattr(odds, name) for odds in self.by_position) for name in ("hits", "trials"))
-        return _Odds(hits, trials).value(0.5)
+        hits, trials = sum(odds.hits for odds in self.by_position), sum(odds.trials for odds in self.by_position)
+        return (hits + 1) / (trials + 2)
 
     def reach(self) -> list[float]:
         """By position: the chance that it and all before are accepted."""
-        return list(accumulate((odds.value(self.alpha) for odds in self.by_position), mul))
+        alpha = self.alpha
+        return list(accumulate((odds.value(alpha) for odds in self.by_position), mul))
 
     def chance(self, confidence: float, position: int) -> float:
         """Of a token that the drafter is this sure of, given that all before it are right; until there is evidence, the
@@ -281,22 +282,22 @@ class AutoK:
         chances of the next token and of those after it.
         """
         rate, gain, nets = self._rate, 0.0, list[float]()
-        for more in range(1, MOST - drafted + 1):
-            reach *= first if more == 1 else later
+        now = source.draft(drafted) + self._passes(drafted + 1)
+        for k in range(drafted + 1, MOST + 1):
+            reach *= first if k == drafted + 1 else later
             gain += reach
-            wider = self._passes(drafted + more + 1) - self._passes(drafted + 1)
-            nets.append(gain - rate * (source.draft(drafted + more) - source.draft(drafted) + wider))
+            nets.append(gain - rate * (source.draft(k) + self._passes(k + 1) - now))
         return max(nets, default=0.0)
 
     def _net_of(self, source: _Source) -> float:
         """The same for a whole draft of a drafter that is not free; 0 for one that is off, or not known yet."""
         if source.free or not source.k or not self._knows(source):
             return 0.0
-        nets = (
-            sum(source.reach()[:k]) - self._rate * (source.draft(k) + self._passes(k + 1) - self._passes(1))
-            for k in range(1, source.k + 1)
+        rate, plain = self._rate, self._passes(1)
+        gains = accumulate(source.reach()[: source.k])
+        return max(
+            gain - rate * (source.draft(k) + self._passes(k + 1) - plain) for k, gain in enumerate(gains, start=1)
         )
-        return max(nets)
 
     @property
     def _rate(self) -> float:

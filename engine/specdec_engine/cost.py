@@ -23,16 +23,21 @@ class Times:
 
     def __init__(self) -> None:
         self._last: deque[float] = deque(maxlen=_KEPT)
+        self._median: float | None = None
 
     def add(self, seconds: float) -> None:
         self._last.append(seconds)
+        self._median = None
 
     def __len__(self) -> int:
         return len(self._last)
 
     @property
     def seconds(self) -> float:
-        return median(self._last)
+        """Raises StatisticsError while nothing is measured."""
+        if self._median is None:
+            self._median = median(self._last)
+        return self._median
 
 
 _KEPT = 7
@@ -73,25 +78,30 @@ class Drafting:
 
     def __init__(self) -> None:
         self._by_length: dict[int, Times] = {}
+        self._points: list[tuple[int, float]] = []  # made once a cycle, since some 50 questions a cycle follow
 
     def add(self, tokens: int, seconds: float) -> None:
         self._by_length.setdefault(tokens, Times()).add(seconds)
+        lengths = sorted(self._by_length)
+        times = accumulate((self._by_length[n].seconds for n in lengths), max)  # more tokens never take less
+        self._points = list(zip(lengths, times, strict=True))
 
     @property
     def known(self) -> bool:
-        return bool(self._by_length)
+        return bool(self._points)
 
     def __call__(self, tokens: int) -> float:
         """Raises ValueError while nothing is measured."""
         if not tokens:
             return 0.0
-        lengths = sorted(self._by_length)
-        times = list(accumulate((self._by_length[n].seconds for n in lengths), max))  # more tokens never take less
-        if len(lengths) == 1 or tokens <= lengths[0]:
-            return times[0] * tokens / lengths[0]
-        i = next((i for i, n in enumerate(lengths) if n >= tokens), len(lengths) - 1)
-        each = max(0.0, times[i] - times[i - 1]) / (lengths[i] - lengths[i - 1])
-        return times[i - 1] + each * (tokens - lengths[i - 1])
+        if not self._points:
+            raise ValueError("no draft was measured")
+        first, least = self._points[0]
+        if len(self._points) == 1 or tokens <= first:
+            return least * tokens / first
+        i = next((i for i, (n, _) in enumerate(self._points) if n >= tokens), len(self._points) - 1)
+        (before, low), (after, high) = self._points[i - 1], self._points[i]
+        return low + max(0.0, high - low) / (after - before) * (tokens - before)
 
 
 class Staircase:
@@ -99,25 +109,24 @@ class Staircase:
 
     def __init__(self) -> None:
         self._by_width: dict[int, Times] = {}
+        self._heights: list[float] = []  # of 1, 2, … tokens; as above
 
     def add(self, tokens: int, seconds: float) -> None:
         self._by_width.setdefault(tokens, Times()).add(seconds)
-
-    def __call__(self, tokens: int) -> float:
-        """Never falls with more tokens. Raises ValueError while nothing is measured."""
-        if not self._by_width:
-            raise ValueError("no pass was measured")
         widths = sorted(self._by_width)
         heights = [self._by_width[width].seconds for width in widths]
         for i in range(len(heights) - 2, -1, -1):  # noise only adds: no pass takes longer than a wider one
             heights[i] = min(heights[i], heights[i + 1])
-        for i, width in enumerate(widths):
-            if tokens <= width:
-                if i == 0:
-                    return heights[0]
-                share = (tokens - widths[i - 1]) / (width - widths[i - 1])
-                return heights[i - 1] + share * (heights[i] - heights[i - 1])
-        return heights[-1]
+        self._heights = [heights[0]] * widths[0]
+        for i in range(1, len(widths)):
+            each = (heights[i] - heights[i - 1]) / (widths[i] - widths[i - 1])
+            self._heights += [heights[i - 1] + each * step for step in range(1, widths[i] - widths[i - 1] + 1)]
+
+    def __call__(self, tokens: int) -> float:
+        """Never falls with more tokens. Raises ValueError while nothing is measured."""
+        if not self._heights:
+            raise ValueError("no pass was measured")
+        return self._heights[min(tokens, len(self._heights)) - 1]
 
     def measured(self, tokens: int) -> int:
         """How often, of late."""
