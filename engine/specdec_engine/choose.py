@@ -11,7 +11,7 @@ from torch import Tensor
 from specdec_engine.coupling import choice, gumbel_noise
 from specdec_engine.randomness import Randomness
 from specdec_engine.runtime import Chosen
-from specdec_engine.sampling import draw, warp, wide
+from specdec_engine.sampling import draw, draw_on_host, warp, wide
 from specdec_engine.types import Sampling
 
 
@@ -25,6 +25,8 @@ class DraftChoice:
     sampling: Sampling
     vocab: int
     """Ids that may be chosen: the first so many."""
+    eager: bool = False
+    """On the host, and nothing records it."""
 
     @property
     def key(self) -> Hashable:
@@ -41,7 +43,8 @@ class DraftChoice:
         row = warp(logits, self.sampling, temperature)
         if self.sampling.coupled:
             return Chosen(choice(row, u[None, : self.vocab]), None, row.amax(), told)
-        return Chosen(draw(row[0], u)[None], row, row.amax(), told)
+        drawn = torch.tensor(draw_on_host(row[0], float(u))) if self.eager else draw(row[0], u)
+        return Chosen(drawn[None], row, row.amax(), told)
 
 
 def along(logits: Tensor, said: Sequence[int], sampling: Sampling) -> list[float]:  # [n, V], [n] -> [n]

@@ -8,35 +8,23 @@ is free for the cycle before.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from specdec_engine.acceptance import AcceptanceRule, Numbers, read, report
+from specdec_engine.acceptance import AcceptanceRule, Numbers, read, report, report_on_host
 from specdec_engine.coupling import coupled, gumbel_noise
 from specdec_engine.randomness import Randomness
 from specdec_engine.runtime.graphs import Recorder
-from specdec_engine.sampling import warp, wide
+from specdec_engine.sampling import Narrow, warp, wide
 from specdec_engine.types import Draft, Sampling, Verdict
 
-
-@dataclass(frozen=True, slots=True)
-class Awaited:
-    """A verdict on its way to the host."""
-
-    values: Tensor
-    arrived: Callable[[], None]
-    source: str
-    numbers: Numbers
-    vocab: int
-    sides: int
-    """Of whose distributions it tells what they were before warping: 0, 1 (the target's) or 2 (the draft's as well)."""
-
-    def verdict(self) -> Verdict:
-        """Waits for it. Raises GenerationFailed where a distribution that mattered is not made of numbers."""
-        self.arrived()
-        return read(self.values.tolist(), self.source, self.numbers, self.vocab, self.sides)
+Awaited = Callable[[], Verdict]
+"""A verdict on its way to the host: waits for it. Raises GenerationFailed where a distribution that mattered is not made of
+numbers."""
 
 
 class Judge:
@@ -49,36 +37,31 @@ class Judge:
         self._recordings: dict[Hashable, _Recorded] = {}
 
     @torch.inference_mode()
-    def start(
-        self,
-        logits: Tensor,
-        draft: Draft,
-        sampling: Sampling,
-        random: Randomness,
-        position: int,
-    ) -> Awaited:
+    def start(self, logits: Tensor, draft: Draft, sampling: Sampling, random: Randomness, position: int) -> Awaited:
         """logits [k + 1, V] of the target, the draft they follow, and the length of the context before it."""
         numbers = Numbers.drawn(random, position, len(draft))
         told = sampling.raw and len(draft) > 0
         before = (logits if told else None, draft.raw if told else None)
-        u = numbers.tensor(self._device)
+        sides = sum(side is not None for side in before)
+        here = self._device.type == "cpu" and self._recorder is None
+        if here and sampling.greedy and not told:
+            settled = _narrowly(self.rule, logits, draft, numbers)
+            return lambda: settled
         if sampling.coupled:  # its noise is made on the host, a row a position: not recorded
             noise = gumbel_noise(random.seed, position, len(draft) + 1, logits.shape[-1], self._device)
             p = coupled(warp(logits, sampling), noise)
-            values = report(self.rule, p, draft.tokens, draft.probs, u.to(self._device, non_blocking=True), *before)
         elif self._recorder is None:
-            values = report(
-                self.rule,
-                warp(logits, sampling),
-                draft.tokens,
-                draft.probs,
-                u.to(self._device, non_blocking=True),
-                *before,
-            )
+            p = warp(logits, sampling)
         else:
+            u = numbers.tensor(self._device)
             values = self._replayed(self._recorder, logits, draft, sampling, u)
-        sides = sum(side is not None for side in before)
-        return Awaited(*_brought_home(values), draft.source, numbers, logits.shape[1], sides)
+            return partial(_read, *_brought_home(values), draft.source, numbers, logits.shape[1], sides)
+        if here:
+            said = report_on_host(self.rule, p, draft.tokens, draft.probs, numbers, *before)
+            return partial(read, said, draft.source, numbers, logits.shape[1], sides)
+        u = numbers.tensor(self._device).to(self._device, non_blocking=True)
+        values = report(self.rule, p, draft.tokens, draft.probs, u, *before)
+        return partial(_read, *_brought_home(values), draft.source, numbers, logits.shape[1], sides)
 
     def _replayed(self, recorder: Recorder, logits: Tensor, draft: Draft, sampling: Sampling, u: Tensor) -> Tensor:
         """A new temperature records nothing anew; a new k, a filter, or a drafter of the other kind does, once."""
@@ -119,6 +102,23 @@ class _Recorded:
     inputs: list[Tensor]
     temperature: Tensor
     replay: Callable[[], tuple[Tensor, ...]]
+
+
+def _narrowly(rule: AcceptanceRule, logits: Tensor, draft: Draft, numbers: Numbers) -> Verdict:
+    """At temperature 0 and on the host, over the few ids that have mass or were drafted."""
+    drafted = draft.tokens.tolist()
+    narrow = Narrow.of(logits, drafted)
+    tokens = torch.tensor([narrow.ids.index(token) for token in drafted], dtype=torch.long)
+    probs = None if draft.probs is None else draft.probs[:, narrow.ids]
+    values = report_on_host(rule, narrow.p, tokens, probs, numbers)
+    found = read(values, draft.source, numbers, len(narrow.ids))
+    left = tuple((narrow.ids[at], mass) for at, mass in found.residual)
+    return replace(found, drafted=tuple(drafted), token=narrow.ids[found.token], residual=left)
+
+
+def _read(values: Tensor, arrived: Callable[[], None], *context: Any) -> Verdict:
+    arrived()
+    return read(values.tolist(), *context)
 
 
 def _brought_home(values: Tensor) -> tuple[Tensor, Callable[[], None]]:

@@ -153,7 +153,7 @@ class _Run:
     def _land(self, flight: _Flight) -> tuple[Cycle, FinishReason | None]:
         draft, marks, context, position = flight.draft, flight.marks, self._context, len(self._context)
         marks.append(self._timer.mark())  # what lies before it is the consumer's time
-        verdict = flight.awaited.verdict()
+        verdict = flight.awaited()
         clipped = self._clipper.clip(verdict.tokens)
         context += clipped.emitted
         self._target.rollback(to=len(context) - 1)

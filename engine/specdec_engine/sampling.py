@@ -6,7 +6,12 @@ made here, as a one-hot row, so that the acceptance rule needs no greedy branch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper
@@ -66,6 +71,26 @@ def _blocks(rows: Tensor, fill: float) -> Tensor:  # [n, V] -> [n, ceil(V / 256)
     return (pad(rows, (0, surplus), value=fill) if surplus else rows).view(rows.shape[0], -1, _BLOCK)
 
 
+@dataclass(frozen=True, slots=True)
+class Narrow:
+    """Greedy distributions over the few ids that matter to a cycle; everywhere else p is 0. The order of ids is kept, and so
+    is what a uniform number draws."""
+
+    ids: list[int]
+    """[m], rising."""
+    p: Tensor
+    """[n, m]"""
+
+    @classmethod
+    def of(cls, logits: Tensor, also: Sequence[int]) -> Narrow:
+        """logits [n, V] on the host; also: ids that have to be among them. NaN as from `warp`."""
+        best, at = best_of(logits)
+        sure, places = (best.float() * 0 + 1).tolist(), at.tolist()
+        ids = sorted({*places, *also})
+        p = torch.tensor([[one if id == place else 0.0 for id in ids] for one, place in zip(sure, places, strict=True)])
+        return cls(ids, p)
+
+
 def best_of(rows: Tensor) -> tuple[Tensor, Tensor]:  # [n, V] -> [n], [n]
     """The largest entry of each row and its first place; a NaN counts as the largest."""
     blocks = _blocks(rows, -torch.inf)
@@ -91,6 +116,26 @@ def draw(probs: Tensor, u: Tensor) -> Tensor:  # [V], [] -> []
     rest = blocks.index_select(0, block[None])[0].to(ends.dtype).cumsum(0)
     inside = _exceeds(rest, u.to(ends) * ends[-1] - (ends.index_select(0, block[None])[0] - rest[-1]))
     return (block * _BLOCK + inside).clamp(max=probs.shape[0] - 1)
+
+
+def draw_on_host(probs: Tensor, u: float) -> int:
+    """`draw` where looking costs nothing: its 35 small operations take 0.1 ms there, and numpy's a third of that."""
+    blocks = _blocks(probs[None], 0.0)[0]
+    ends = blocks.sum(-1, dtype=torch.float64).numpy().cumsum()
+    total = float(ends[-1])
+
+    def place(cumulative: NDArray[np.float64], level: float) -> int:
+        """As `_exceeds`."""
+        level = max(0.0, min(level, float(cumulative[-1]) * (1 - _EPS)))
+        return min(int(cumulative.searchsorted(level, side="right")), len(cumulative) - 1)
+
+    block = place(ends, u * total)
+    rest = blocks[block].double().numpy().cumsum()
+    inside = place(rest, u * total - float(ends[block] - rest[-1]))
+    return min(block * _BLOCK + inside, probs.shape[0] - 1)
+
+
+_EPS = float(np.finfo(np.float64).eps)
 
 
 def _exceeds(cumulative: Tensor, level: Tensor) -> Tensor:

@@ -13,10 +13,30 @@ from itertools import product
 import pytest
 import torch
 
-from specdec_engine.acceptance import RULES, TokenRule, decide
+from specdec_engine.acceptance import RULES, Numbers, TokenRule, read, report, report_on_host
 from specdec_engine.errors import GenerationFailed
 from specdec_engine.types import Draft
 from tests.fakes import ScriptedRandomness
+
+
+def on_host(rule, draft, p, numbers):
+    return report_on_host(rule, p, draft.tokens, draft.probs, numbers)
+
+
+def on_a_device(rule, draft, p, numbers):
+    return report(rule, p, draft.tokens, draft.probs, numbers.tensor(p.device)).tolist()
+
+
+@pytest.fixture(params=[on_host, on_a_device], ids=["host", "device"])
+def decide(request):
+    """Both ways to a verdict."""
+
+    def decided(rule, draft, p, random, position):
+        numbers = Numbers.drawn(random, position, len(draft))
+        return read(request.param(rule, draft, p, numbers), draft.source, numbers, p.shape[1])
+
+    return decided
+
 
 GRID = [(2 * i + 1) / 16 for i in range(8)]
 
@@ -35,7 +55,7 @@ def eighths(row):
 
 
 @pytest.mark.parametrize(("q", "p"), PAIRS)
-def test_one_sampled_token_over_the_whole_grid(q, p):
+def test_one_sampled_token_over_the_whole_grid(q, p, decide):
     """First emitted token of a cycle with k = 1: must be p, counted in 512 equal cells."""
     p_rows, q_row = torch.stack([eighths(p), eighths(p)]), eighths(q)
     counts: Counter[int] = Counter()
@@ -49,7 +69,7 @@ def test_one_sampled_token_over_the_whole_grid(q, p):
 
 @pytest.mark.parametrize("p", [(1, 2, 5), (4, 4, 0), (0, 8, 0)])
 @pytest.mark.parametrize("token", range(3))
-def test_one_deterministic_token_over_the_whole_grid(p, token):
+def test_one_deterministic_token_over_the_whole_grid(p, token, decide):
     """The residual of a one-hot draft is p without the token; its thirds and fifths need a finer grid for the draw."""
     p_rows = torch.stack([eighths(p), eighths(p)])
     left = 8 - p[token]
@@ -62,7 +82,7 @@ def test_one_deterministic_token_over_the_whole_grid(p, token):
     assert [total.get(i, Fraction(0)) for i in range(3)] == [Fraction(n, 8) for n in p]
 
 
-def test_the_verdict_carries_its_evidence():
+def test_the_verdict_carries_its_evidence(decide):
     p = torch.stack([eighths((1, 2, 5)), eighths((8, 0, 0)), eighths((0, 0, 8))])
     q = torch.stack([eighths((2, 4, 2)), eighths((2, 4, 2))])
     verdict = decide(
@@ -81,7 +101,7 @@ def test_the_verdict_carries_its_evidence():
     assert verdict.residual == ((0, 1.0),)
 
 
-def test_u_past_the_rejection_is_unknown_and_a_bonus_has_no_residual():
+def test_u_past_the_rejection_is_unknown_and_a_bonus_has_no_residual(decide):
     p = torch.stack([eighths((8, 0, 0))] * 3)
     rejected = decide(
         TokenRule(),
@@ -101,7 +121,7 @@ def test_u_past_the_rejection_is_unknown_and_a_bonus_has_no_residual():
     assert (full.origin, full.residual) == ("bonus", ())
 
 
-def test_a_token_the_target_forbids_is_never_accepted_and_never_drawn():
+def test_a_token_the_target_forbids_is_never_accepted_and_never_drawn(decide):
     """p = 0 must reject for every u (transformers accepts it when u comes out 0)."""
     p = torch.tensor([[0.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
     q = torch.tensor([[1.0, 0.0, 0.0]])
@@ -112,7 +132,7 @@ def test_a_token_the_target_forbids_is_never_accepted_and_never_drawn():
         assert verdict.tokens == (1,)
 
 
-def test_equal_distributions_accept_for_the_largest_u():
+def test_equal_distributions_accept_for_the_largest_u(decide):
     """p/q = 1 and u one step below 1: in float32 that u would be 1.0 and reject."""
     row = torch.full((3,), 1 / 3)
     verdict = decide(
@@ -125,7 +145,7 @@ def test_equal_distributions_accept_for_the_largest_u():
     assert verdict.accepted == 1
 
 
-def test_numbers_of_a_dead_prefix_may_be_none():
+def test_numbers_of_a_dead_prefix_may_be_none(decide):
     """NaN past the rejection is no failure, and no NaN in JSON."""
     p = torch.stack([eighths((8, 0, 0)), torch.full((3,), float("nan")), torch.full((3,), float("nan"))])
     randomness = ScriptedRandomness(accept=[0.5, 0.5], final=[0.5] * 3)
@@ -135,7 +155,7 @@ def test_numbers_of_a_dead_prefix_may_be_none():
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("at", [0, 1])
-def test_numbers_that_are_none_are_reported_with_their_position(bad, at):
+def test_numbers_that_are_none_are_reported_with_their_position(bad, at, decide):
     p = torch.full((2, 3), 1 / 3)
     p[at, 1] = bad
     with pytest.raises(GenerationFailed, match=f"target.*position {40 + at}"):
@@ -148,7 +168,7 @@ def test_numbers_that_are_none_are_reported_with_their_position(bad, at):
         )
 
 
-def test_a_broken_draft_is_named():
+def test_a_broken_draft_is_named(decide):
     q = torch.full((1, 3), float("nan"))
     with pytest.raises(GenerationFailed, match="draft tiny"):
         decide(
@@ -164,7 +184,7 @@ def test_a_broken_draft_is_named():
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("row", [0, 1, 2])
-def test_a_row_that_mattered_and_is_no_distribution_is_an_error(rule, deterministic, bad, row):
+def test_a_row_that_mattered_and_is_no_distribution_is_an_error(rule, deterministic, bad, row, decide):
     """With every drafted token sure to be accepted, each row matters."""
     p = torch.full((3, 4), 0.0, dtype=torch.float64)
     p[:, 1] = 1.0
@@ -175,7 +195,7 @@ def test_a_row_that_mattered_and_is_no_distribution_is_an_error(rule, determinis
         decide(rule, draft, p, ScriptedRandomness(accept=[0.1, 0.1], final=[0.5, 0.5, 0.5]), 0)
 
 
-def test_rows_after_a_token_that_the_target_never_says_do_not_matter():
+def test_rows_after_a_token_that_the_target_never_says_do_not_matter(decide):
     p = torch.tensor([[0.0, 1.0], [float("nan"), float("nan")], [0.5, 0.5]], dtype=torch.float64)
     for rule in RULES.values():
         verdict = decide(

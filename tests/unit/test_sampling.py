@@ -10,7 +10,7 @@ from transformers.generation.logits_process import TopPLogitsWarper
 
 from specdec_engine.errors import UsageError
 from specdec_engine.randomness import KeyedRandomness
-from specdec_engine.sampling import best_of, draw, top, warp
+from specdec_engine.sampling import best_of, draw, draw_on_host, top, warp
 from specdec_engine.types import Sampling
 from tests.fakes import tiny_llama
 
@@ -141,6 +141,7 @@ def test_searching_by_blocks_finds_what_searching_all_finds(vocab):
         cumulative = row.double().cumsum(0)
         for u in (1e-12, 0.1, 0.5, 0.9, 1 - 1e-12):
             token = int(draw(row, torch.tensor(u, dtype=torch.float64)))
+            assert draw_on_host(row, u) == token
             before = float(cumulative[token] - row[token].double())
             assert row[token] > 0
             assert before - 1e-9 <= u * float(cumulative[-1]) <= float(cumulative[token]) + 1e-9

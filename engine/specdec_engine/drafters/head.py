@@ -51,7 +51,7 @@ class HeadDrafter:
             self._tokens(context[begin + 1 :]),
             u[:, self._ids] if sampling.coupled else u,
             temperature,
-            DraftChoice(sampling, len(self._ids)),
+            DraftChoice(sampling, len(self._ids), eager=self._head.device.type == "cpu"),
             self._ids,
             self._host.pace.watch(self.name),
         )
