@@ -5,7 +5,8 @@
 Without: events are folded in a loop, as `generate` does. With: the app is on a terminal of its own (a pty whose output is
 read and dropped). Each run has a process of its own, as a user's has: a second thread that computes in one process gets a
 second team of OpenMP threads, and more threads than cores halve the speed of both. The two take turns. Wall time from the
-first cycle to the last, and the engine's own, of the second run of each process. Prints one JSON object.
+first cycle to the last, and the engine's own, of the second run of each process. k is fixed: what `-k auto` learns differs
+from run to run by more than a screen costs. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def main() -> None:
     parser.add_argument("--arm", choices=list(ARMS), help="one run of this kind, in this process")
     options = parser.parse_args()
     if options.arm is not None:
-        request = Request(PROMPT, max_tokens=options.tokens, seed=0)
+        request = Request(PROMPT, k=2, max_tokens=options.tokens)
         json.dump(ARMS[options.arm](request, options.size), sys.stdout)
         return
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in ARMS}
@@ -111,7 +112,7 @@ def without(request: Request, size: str) -> dict[str, Any]:
     pair = load()
     for _ in range(2):
         events, times = list[Any](), list[float]()
-        for event in pair.decode(pair.encode(request.prompt), max_tokens=request.max_tokens):
+        for event in pair.decode(pair.encode(request.prompt), k=request.k, max_tokens=request.max_tokens):
             events.append(event)
             times.append(time.perf_counter())
     return result(pair, events, times)

@@ -8,7 +8,7 @@ them (tests/exact); nothing here runs a model, keeps state, or knows about tempe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import ClassVar, Protocol
@@ -249,8 +249,7 @@ def report(
         case.q_drafted,
         overlap,
         *likeliest,
-        *([] if logits is None else _before(logits[:k].float().softmax(-1), p[:k], tokens)),
-        *([] if raw is None else _before(raw, _one_hot(tokens, raw) if probs is None else probs, tokens)),
+        *_before(logits, raw, tokens, lambda at: p[:k].gather(1, at), probs),
     ]
     return torch.cat([part.flatten().to(u.dtype) for part in parts])
 
@@ -281,22 +280,36 @@ def report_on_host(
     for part in top(final[None], shown) if n < k else ():
         values += part[0].tolist()
     values += [0.0] * (0 if n < k else 2 * shown)
-    sides = [] if logits is None else _before(logits[:k].float().softmax(-1), p[:k], tokens)
-    sides += [] if raw is None else _before(raw, _one_hot(tokens, raw) if probs is None else probs, tokens)
-    for side in sides:
-        values += side.flatten().tolist()
-    return values
+    return values + before_on_host(logits, raw, tokens, lambda at: p[:k].gather(1, at), probs)
 
 
-def _before(raw: Tensor, warped: Tensor, tokens: Tensor) -> list[Tensor]:
-    """[k, V], [k, V], [k] -> [k], [k, n], [k, n], [k, n]: the drafted tokens' probabilities, the largest ones, where they
-    are, and what became of these."""
-    values, at = top(raw, min(RAW_TOP, raw.shape[1]))
-    return [raw.gather(1, tokens[:, None]), values, at, warped.gather(1, at)]
+Warped = Callable[[Tensor], Tensor]
+"""[k, n] ids -> [k, n]: what the target gives them after warping."""
 
 
-def _one_hot(tokens: Tensor, like: Tensor) -> Tensor:
-    return torch.zeros_like(like).scatter_(1, tokens[:, None], 1.0)
+def before_on_host(
+    logits: Tensor | None, raw: Tensor | None, tokens: Tensor, p: Warped, probs: Tensor | None
+) -> list[float]:
+    """What a report ends with where it tells more."""
+    found = list[float]()
+    for part in _before(logits, raw, tokens, p, probs):
+        found += part.flatten().tolist()
+    return found
+
+
+def _before(logits: Tensor | None, raw: Tensor | None, tokens: Tensor, p: Warped, probs: Tensor | None) -> list[Tensor]:
+    """For each side that is given [k], [k, n], [k, n], [k, n]: the drafted tokens' probabilities before warping, the largest
+    ones, where they are, and what became of these."""
+
+    def told(before: Tensor, after: Warped) -> list[Tensor]:
+        values, at = top(before, min(RAW_TOP, before.shape[1]))
+        return [before.gather(1, tokens[:, None]), values, at, after(at)]
+
+    def q(at: Tensor) -> Tensor:
+        return (at == tokens[:, None]).float() if probs is None else probs.gather(1, at)
+
+    target = [] if logits is None else told(logits[: tokens.shape[0]].float().softmax(-1), p)
+    return target if raw is None else [*target, *told(raw, q)]
 
 
 def read(values: list[float], source: str, numbers: Numbers, vocab: int, sides: int = 0) -> Verdict:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec_engine.acceptance import AcceptanceRule, Numbers, read, report, report_on_host
+from specdec_engine.acceptance import AcceptanceRule, Numbers, before_on_host, read, report, report_on_host
 from specdec_engine.coupling import coupled, gumbel_noise
 from specdec_engine.randomness import Randomness
 from specdec_engine.runtime.graphs import Recorder
@@ -44,8 +44,8 @@ class Judge:
         before = (logits if told else None, draft.raw if told else None)
         sides = sum(side is not None for side in before)
         here = self._device.type == "cpu" and self._recorder is None
-        if here and sampling.greedy and not told:
-            settled = _narrowly(self.rule, logits, draft, numbers)
+        if here and sampling.greedy:
+            settled = _narrowly(self.rule, logits, draft, numbers, told)
             return lambda: settled
         if sampling.coupled:  # its noise is made on the host, a row a position: not recorded
             noise = gumbel_noise(random.seed, position, len(draft) + 1, logits.shape[-1], self._device)
@@ -104,14 +104,17 @@ class _Recorded:
     replay: Callable[[], tuple[Tensor, ...]]
 
 
-def _narrowly(rule: AcceptanceRule, logits: Tensor, draft: Draft, numbers: Numbers) -> Verdict:
+def _narrowly(rule: AcceptanceRule, logits: Tensor, draft: Draft, numbers: Numbers, told: bool) -> Verdict:
     """At temperature 0 and on the host, over the few ids that have mass or were drafted."""
     drafted = draft.tokens.tolist()
     narrow = Narrow.of(logits, drafted)
     tokens = torch.tensor([narrow.ids.index(token) for token in drafted], dtype=torch.long)
     probs = None if draft.probs is None else draft.probs[:, narrow.ids]
-    values = report_on_host(rule, narrow.p, tokens, probs, numbers)
-    found = read(values, draft.source, numbers, len(narrow.ids))
+    values, sides = report_on_host(rule, narrow.p, tokens, probs, numbers), 0
+    if told:
+        best, sides = torch.tensor(narrow.best[: len(drafted)])[:, None], 1 + (draft.raw is not None)
+        values += before_on_host(logits, draft.raw, draft.tokens, lambda at: (at == best).float(), draft.probs)
+    found = read(values, draft.source, numbers, len(narrow.ids), sides)
     left = tuple((narrow.ids[at], mass) for at, mass in found.residual)
     return replace(found, drafted=tuple(drafted), token=narrow.ids[found.token], residual=left)
 

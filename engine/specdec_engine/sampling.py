@@ -80,6 +80,8 @@ class Narrow:
     """[m], rising."""
     p: Tensor
     """[n, m]"""
+    best: list[int]
+    """[n], the id of each row's largest logit."""
 
     @classmethod
     def of(cls, logits: Tensor, also: Sequence[int]) -> Narrow:
@@ -88,7 +90,7 @@ class Narrow:
         sure, places = (best.float() * 0 + 1).tolist(), at.tolist()
         ids = sorted({*places, *also})
         p = torch.tensor([[one if id == place else 0.0 for id in ids] for one, place in zip(sure, places, strict=True)])
-        return cls(ids, p)
+        return cls(ids, p, places)
 
 
 def best_of(rows: Tensor) -> tuple[Tensor, Tensor]:  # [n, V] -> [n], [n]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import sys
@@ -81,7 +82,9 @@ def watch(
         # In the engine's thread, while the first frame is on screen: torch and transformers take 3 s.
         from specdec_engine.pair import load_pair
 
-        return load_pair(target, setting.draft, where.loading(len(text) // 3 + how.max_tokens, report))
+        pair = load_pair(target, setting.draft, where.loading(len(text) // 3 + how.max_tokens, report))
+        gc.freeze()  # as in generate: a collection of 0.1 s is seen
+        return pair
 
     from specdec_tui.app import SpecdecApp  # Textual takes 0.3 s
 

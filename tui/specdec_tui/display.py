@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-SHARE = 0.04
+SHARE = 0.025
 """Of one core, at most, while an engine runs at full speed."""
 _WINDOW_S = 5.0
 
