@@ -102,7 +102,7 @@ class AcceptanceRule(Protocol):
         ...
 
     def final(self, case: Case, accepted: Tensor) -> Tensor:
-        """[V]: the distribution of the token that ends the cycle, after `accepted` drafted tokens."""
+        """[V]: the distribution of the token that ends the cycle, after `accepted` drafted tokens; p's last row after all."""
         ...
 
 
@@ -361,7 +361,7 @@ def _check_numbers(mass: float, p: tuple[float, ...], q: tuple[float, ...], draf
             f"the draft {drafter} gave logits that are not numbers near position {position}",
             "try --dtype float32, or another draft",
         )
-    if mass != mass or any(value != value for value in p):
+    if not isfinite(mass) or any(value != value for value in p):
         raise GenerationFailed(
             f"the target gave logits that are not finite numbers at position {position}",
             "try --dtype float32; if it persists, the checkpoint is damaged",

@@ -1,8 +1,8 @@
 """From the target's logits to a verdict: launched first, read later.
 
 On a GPU the warping, the rule and the draw of a cycle are some hundred small kernels: recorded once they are one launch.
-Their result comes to the host in one asynchronous copy into pinned memory, so that between `start` and `verdict` the host
-is free for the cycle before.
+Their result comes to the host in one asynchronous copy into pinned memory, so that until it is asked for the host is free
+for the cycle before. On a CPU the verdict is made at once, and of all that a recording works out only what it needs.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,9 +118,11 @@ def _narrowly(rule: AcceptanceRule, logits: Tensor, draft: Draft, numbers: Numbe
     return replace(found, drafted=tuple(drafted), token=narrow.ids[found.token], residual=left)
 
 
-def _read(values: Tensor, arrived: Callable[[], None], *context: Any) -> Verdict:
+def _read(
+    values: Tensor, arrived: Callable[[], None], source: str, numbers: Numbers, vocab: int, sides: int
+) -> Verdict:
     arrived()
-    return read(values.tolist(), *context)
+    return read(values.tolist(), source, numbers, vocab, sides)
 
 
 def _brought_home(values: Tensor) -> tuple[Tensor, Callable[[], None]]:

@@ -40,7 +40,7 @@ def from_json(record: dict[str, Any]) -> Event:
     if cls is Cycle and "source" in known:
         known["source"] = Source(**record["source"])
     for side in {"raw_p", "raw_q"} & known.keys():
-        known[side] = record[side] and Raw(_frozen(record[side]["drafted"]), _frozen(record[side]["likeliest"]))
+        known[side] = None if record[side] is None else _raw(record[side])
     event = cls(**known)
     if isinstance(event, Cycle):
         _check(event)
@@ -56,6 +56,15 @@ def _check(cycle: Cycle) -> None:
     told = (cycle.p, cycle.q, cycle.u, cycle.overlap, *raw)
     if any(len(values) != k for values in told) or not 0 <= cycle.accepted <= k:
         raise ValueError(f"cycle {cycle.index} has {k} drafted tokens and other numbers of verdicts")
+
+
+def _raw(record: dict[str, Any]) -> Raw:
+    """Raises KeyError, TypeError or ValueError for what is none."""
+    drafted = tuple(None if value is None else float(value) for value in record["drafted"])
+    rows = [
+        tuple((int(token), float(before), float(after)) for token, before, after in row) for row in record["likeliest"]
+    ]
+    return Raw(drafted, tuple(rows))
 
 
 def _frozen(value: Any) -> Any:

@@ -72,6 +72,7 @@ def generate(
         from specdec_engine.pair import load_pair
 
         pair = load_pair(target, setting.draft, where.loading(len(text) // 3 + how.max_tokens, report))
+        gc.collect()
         gc.freeze()  # else a collection goes through all that the libraries have made: 0.1 s, every few hundred tokens
     ids = pair.encode(text, chat=how.chat, system=how.system)
     for sentence in (*pair.notes, *(pair.remarks if verbose else ())):

@@ -83,6 +83,7 @@ def watch(
         from specdec_engine.pair import load_pair
 
         pair = load_pair(target, setting.draft, where.loading(len(text) // 3 + how.max_tokens, report))
+        gc.collect()
         gc.freeze()  # as in generate: a collection of 0.1 s is seen
         return pair
 

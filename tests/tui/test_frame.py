@@ -224,8 +224,12 @@ def test_a_new_run_is_shown_from_its_beginning():
 SAYS = [
     ({"temperature": 0.0}, "before greedy: q 0.250, p 0.200"),
     ({"temperature": 0.7, "draft_temperature": 0.7}, "before T 0.7: q 0.250, p 0.200"),
-    ({"temperature": 0.7, "top_p": 0.9, "top_k": 20}, "before T 0.7, top-k 20, top-p 0.9: q 0.250, p 0.200"),
-    ({"temperature": 1.0, "coupling": "gumbel"}, "before the shared noise: q 0.250, p 0.200"),
+    ({"temperature": 1.0, "draft_temperature": 0.5}, "before warping: q 0.250, p 0.200"),
+    (
+        {"temperature": 0.7, "draft_temperature": 0.7, "top_p": 0.9, "top_k": 20},
+        "before T 0.7, top-k 20, top-p 0.9: q 0.250, p 0.200",
+    ),
+    ({"temperature": 1.0, "draft_temperature": 1.0, "coupling": "gumbel"}, "before the shared noise: q 0.250, p 0.200"),
 ]
 
 
@@ -262,8 +266,13 @@ def test_the_inspectors_other_side_has_both_distributions_before_and_after():
 
 def test_the_inspectors_other_side_says_what_it_cannot_tell():
     known = frame(30)
-    looked_up = tuple(replace(c, raw_q=None) for c in known.cycles)
-    assert any("it looked this up" in line for line in inspected(replace(known, cycles=looked_up), warping=True))
+    unsaid = tuple(replace(c, raw_q=None) for c in known.cycles)
+    lines = inspected(replace(known, cycles=unsaid), warping=True)
+    assert sum("was not recorded" in line for line in lines) == 1
+    looked_up = tuple(replace(c, q=(1.0,) * len(c.drafted)) for c in unsaid)
+    assert any("looked this up" in line for line in inspected(replace(known, cycles=looked_up), warping=True))
     silent = tuple(replace(c, raw_p=None, raw_q=None) for c in known.cycles)
+    sharp = known.settings | {"draft_temperature": 0}
+    assert "q draft, before → after greedy" in inspected(replace(known, settings=sharp), warping=True)
     lines = inspected(replace(known, cycles=silent), warping=True)
     assert sum("was not recorded" in line for line in lines) == 2

@@ -228,7 +228,7 @@ def test_runs_are_saved(tmp_path, monkeypatch, kind):
         for _ in range(600):
             await pilot.pause(0.1)
             said = [note.message for note in app._notifications]
-            if any("saved" in message for message in said):
+            if any(message.startswith("saved") for message in said):
                 return said
         return said
 

@@ -38,6 +38,16 @@ def test_every_event_is_read_back_as_it_was(tmp_path):
     assert list(read_trace(tmp_path / "t")) == [*EVENTS, *others]
 
 
+@pytest.mark.parametrize(
+    "raw", [0, [], "a", {}, {"drafted": ["x"], "likeliest": [[]]}, {"drafted": [0.5], "likeliest": [[[1, 2]]]}]
+)
+def test_distributions_before_warping_that_are_none_are_refused(tmp_path, raw):
+    record = to_json(next(c for c in cycles(EVENTS) if c.drafted))
+    (tmp_path / "t").write_text(json.dumps(to_json(EVENTS[0])) + "\n" + json.dumps(record | {"raw_p": raw}) + "\n")
+    with pytest.raises(TraceError, match="line 2"):
+        list(read_trace(tmp_path / "t"))
+
+
 def test_a_cycle_line_has_the_contracts_keys():
     record = to_json(cycles(EVENTS)[0])
     assert set(record) == {

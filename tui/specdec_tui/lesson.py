@@ -87,8 +87,8 @@ def pages(frame: Frame) -> tuple[Page, ...]:
         Page(
             "One pass, one token",
             "A language model reads the text so far and says how likely each next token is. One is drawn, and "
-            "everything begins again. Each pass reads all of the model's weights, so a pass for one token costs "
-            "nearly what a pass for four does. This cycle was such a pass: nothing was drafted, one token came.",
+            "everything begins again. Each pass reads all of the model's weights, so one pass for four tokens "
+            "costs far less than four passes. This cycle was a pass for one: nothing was drafted, one token came.",
             "press → for the next cycle",
             lambda state: state.view.shown > plain + 1,
             lambda f: View(f).to(plain + 1),
@@ -106,7 +106,7 @@ def pages(frame: Frame) -> tuple[Page, ...]:
             "One pass reads them all",
             "The target reads all guesses in a single pass. At each place it says what it would have said there "
             "itself: a whole distribution p, beside the draft's q. That is the only expensive step of the cycle, "
-            "and it costs little more than a pass for one token.",
+            "and it costs far less than a pass for each guess.",
             "press . for the pass",
             reached(shown, k + 1),
             within(shown, k),

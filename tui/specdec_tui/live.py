@@ -95,7 +95,10 @@ class LiveSource(Threaded):
         """From the next cycle on, and no longer by itself; the new k, or None where no run is under way."""
         if self._controls is None or self._pair is None:
             return None
-        k = max(0, self._controls.settings.k + by)
+        now, auto = self._controls.settings.k, self._controls.auto
+        if auto is not None and not auto.off:  # in a cycle that only measures a plain pass it is 0
+            now = max(now, 1)
+        k = max(0, now + by)
         self._adapt(self._pair, self._controls, None)
         self._controls.change(k=k, reason=_BY_HAND)
         return k
@@ -108,6 +111,15 @@ class LiveSource(Threaded):
         temperature = round(max(0.0, now.temperature + by), 1)
         self._controls.change(sampling=replace(now, temperature=temperature), reason=_BY_HAND)
         return temperature
+
+    @property
+    def turned(self) -> Request:
+        """The request, with what was turned since."""
+        if self._controls is None:
+            return self.request
+        now = self._controls.settings
+        sampling = replace(self.request.sampling, temperature=now.sampling.temperature)
+        return replace(self.request, k=now.k if self._controls.auto is None else "auto", sampling=sampling)
 
     def toggle_auto(self) -> bool | None:
         """Whether k follows what pays from the next cycle on; None where no run is under way."""

@@ -97,8 +97,11 @@ class Player:
         self.view = self.view.to(self.view.shown + by + (by < 0 and partial) - (by > 0 and partial))
 
     def step(self, by: int) -> None:
-        """Pause and move by a step within a cycle."""
+        """Pause and move by a step within a cycle; at the live end the engine runs one more."""
         self._pause()
+        if by > 0 and self.view.at_end:
+            self._awaiting = self.live and not self.view.frame.over
+            return
         self.view = self.view.forward() if by > 0 else self.view.back()
 
     def to(self, shown: int) -> None:

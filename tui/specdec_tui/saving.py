@@ -40,13 +40,20 @@ def save(frame: Frame, name: Name, kind: str, path: Path) -> None:
 async def animate(frame: Frame, name: Name, path: Path) -> None:
     """A GIF, drawn in a process of its own: it takes some seconds, in which the screen and the engine go on.
 
-    Raises OSError or TraceError where it cannot be written, UsageError without the extra."""
+    With -P no module is looked for in the folder that the user stands in. Raises OSError or TraceError where it cannot be
+    written, UsageError without the extra.
+    """
     with TemporaryDirectory() as folder:
         trace = Path(folder) / "run.jsonl"
         save(frame, name, "trace", trace)
-        command = (sys.executable, "-m", "specdec_tui.export", str(trace), str(path))
+        command = (sys.executable, "-P", "-m", "specdec_tui.export", str(trace), str(path))
         process = await asyncio.create_subprocess_exec(*command, stdin=DEVNULL, stdout=DEVNULL, stderr=PIPE)
-        said = (await process.communicate())[1].decode("utf-8", "replace").strip()
+        try:
+            said = (await process.communicate())[1].decode("utf-8", "replace").strip()
+        except asyncio.CancelledError:  # the screen is left
+            process.kill()
+            await process.wait()
+            raise
     if process.returncode:
         raise UsageError(said.splitlines()[-1] if said else "the drawing process was killed", "")
 

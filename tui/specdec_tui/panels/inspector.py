@@ -32,7 +32,8 @@ def inspector(view: View, room: Room) -> Drawn | None:
     seen = view.partial
     if seen is not None and not seen.verified:
         return Drawn("inspector", [*lines, *_draft(cycle, at, room.width)])
-    lines += _scales(cycle, at, room.width, view.frame.rule)
+    thrown = seen is None or seen.tested > at
+    lines += _scales(cycle, at, room.width, view.frame.rule, thrown)
     lines += in_short(cycle, at, view.frame.upto(view.shown))
     if seen is not None and seen.tested <= at and not seen.final:
         return Drawn("inspector", [*lines, [("not tested yet", "muted")]])
@@ -49,13 +50,14 @@ def _draft(cycle: Cycle, at: int, width: int) -> list[Line]:
     return [_scale("q draft", cycle.q[at], "draft", width), [], [("a guess; the target has not seen it yet", "muted")]]
 
 
-def _scales(cycle: Cycle, at: int, width: int, rule: str) -> list[Line]:
+def _scales(cycle: Cycle, at: int, width: int, rule: str, thrown: bool) -> list[Line]:
+    """thrown: whether the test was shown; the draw is, where it decided something."""
     p, q, u = cycle.p[at], cycle.q[at], cycle.u[at]
     lines = [_scale("q draft", q, "draft", width), _scale("p target", p, "target", width)]
     if rule != "token" or at > cycle.accepted:  # another test, or none: p then follows a token that was given up
         return lines
     lines.append(_scale("min(1, p/q)", None if p is None or not q else min(1.0, p / q), "ratio", width))
-    if u is not None:
+    if u is not None and thrown and p is not None and q and p < q and not (p == 0.0 and q == 1.0):
         cells = max(1, width - _LABEL - _NUMBER - 1)
         lines.append(
             [("u the draw".ljust(_LABEL + 1), "muted"), (dart(u, cells).ljust(cells), "strong"), (_right(u), "")]
@@ -89,14 +91,16 @@ def _residual(cycle: Cycle, room: Room, rule: str) -> list[Line]:
     lines: list[Line] = [
         [("what is left: max(0, p − q), normalised" if rule == "token" else "what is left of p", "muted")],
     ]
-    rest = 1.0 - sum(mass for _, mass in cycle.residual)
-    width = max(6, room.width - 32)
-    for token, mass in cycle.residual[:5]:
+    known = [entry for entry in cycle.residual if entry[0] == drawn]
+    others = [entry for entry in cycle.residual if entry[0] != drawn]
+    entries = sorted([*others[: 4 - len(known)], *known], key=lambda entry: -entry[1])
+    rest, width = 1.0 - sum(mass for _, mass in entries), max(6, room.width - 32)
+    if drawn is not None and not known:
+        lines.append([("  ↳ drawn: ", "muted"), (fitted(alone(drawn, room.name), 20), "recovered")])
+    for token, mass in entries:
         name = padded(alone(token, room.name), 13)
         mark = ("↳ drawn", "recovered") if token == drawn else ("", "")
         lines.append([(f"  {name}", ""), (bar(mass, width), "target"), (f"{mass:.2f} ".rjust(6), ""), mark])
     if rest > 0.005:
         lines.append([("  others".ljust(15), "muted"), (bar(rest, width), "muted"), (f"{rest:.2f} ".rjust(6), "")])
-    if drawn is not None and drawn not in {token for token, _ in cycle.residual[:5]}:
-        lines.append([("  ↳ drawn: ", "muted"), (fitted(alone(drawn, room.name), 20), "recovered")])
     return lines

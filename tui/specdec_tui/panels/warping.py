@@ -22,7 +22,8 @@ def in_short(cycle: Cycle, at: int, frame: Frame) -> list[Line]:
         and after is not None
         and abs(value - after) > 5e-4
     ]
-    return [[(f"before {warper(frame)}: {', '.join(told)}", "muted")]] if told else []
+    by, drafts = warper(frame), warper(frame, "draft_temperature")
+    return [[(f"before {by if by == drafts else 'warping'}: {', '.join(told)}", "muted")]] if told else []
 
 
 def in_full(view: View, cycle: Cycle, at: int, room: Room) -> list[Line]:
@@ -30,8 +31,8 @@ def in_full(view: View, cycle: Cycle, at: int, room: Room) -> list[Line]:
     lines, frame = list[Line]([[]]), view.frame.upto(view.shown)
     if view.partial is None or view.partial.verified:
         lines += [*_side("target", cycle.raw_p, cycle.p[at], cycle, at, warper(frame), room), []]
-    if cycle.raw_q is None and cycle.raw_p is not None:
-        return [*lines, [("q draft", "strong"), (" has no distribution: it looked this up", "muted")]]
+    if cycle.raw_q is None and cycle.raw_p is not None and cycle.q[at] == 1.0:
+        return [*lines, [("q draft", "strong"), (" looked this up: q is 1, whatever the temperature", "muted")]]
     return lines + _side("draft", cycle.raw_q, cycle.q[at], cycle, at, warper(frame, "draft_temperature"), room)
 
 
@@ -58,9 +59,11 @@ def _side(who: str, raw: Raw | None, now: float | None, cycle: Cycle, at: int, b
 
 def warper(frame: Frame, temperature: str = "temperature") -> str:
     """What comes between logits and distributions, in words, as set in the last cycle of the frame."""
-    if (t := frame.setting("temperature", 1.0)) == 0:
+    t = frame.setting("temperature", 1.0)
+    if t != 0 and (own := frame.setting(temperature)) is not None:
+        t = own
+    if t == 0:
         return "greedy"
-    t = frame.setting(temperature, t) or t
     used = [
         f"{name.replace('_', '-')} {plain(value)}"
         for name, off in _FILTERS

@@ -20,6 +20,7 @@ MARKS: tuple[tuple[str, str, str], ...] = (
     ("· never tested", "untested", "dropped after a rejection"),
     ("↳ recovered", "recovered", "the target's own token instead, drawn from max(0, p − q)"),
     ("+ bonus", "bonus", "the target's own token after a draft that was kept whole"),
+    ("? and none", "drafted", "a guess not tested yet; the target's own token from a pass without a draft"),
 )
 FIGURES: tuple[tuple[str, str], ...] = (
     ("α", "kept of those tested. Tokens after a rejection were never tested and do not count; where servers speak of an "
@@ -27,6 +28,9 @@ FIGURES: tuple[tuple[str, str], ...] = (
     ("a cycle", "tokens of one pass of the target, its own included: the mean acceptance length."),
     ("× plain", "tokens a second against plain decoding of the same target, measured before the run, on the same machine."),
     ("predicted", "tokens a cycle over what a cycle costs in plain passes: drafting, and the wider pass."),
+    ("overlap", "Σ min(p, q) over all tokens: how likely a guess is to be kept, before it is drawn."),
+    ("k, auto", "guesses asked for in a cycle; auto follows what pays. 2/3 in a cycle's row: kept of guessed."),
+    ("T", "temperature: 0 is greedy; below 1 sharper, above flatter. What it and the filters do to p and q is warping."),
     ("p, q", "the target's and the draft's probability of a token, after temperature and filters; u: the number drawn."),
 )  # fmt: skip
 GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (

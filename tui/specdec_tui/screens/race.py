@@ -51,10 +51,10 @@ class RaceScreen(Screen[Frame | None]):
     def __init__(self, source: LiveSource) -> None:
         super().__init__()
         self._source, self._frames = source, [Frame(), Frame()]
-        self._before = source.request
-        seed = source.request.seed if source.request.seed is not None else secrets.randbits(32)
-        alone = replace(source.request.sampling, raw=False)  # 1 to 4 % of a cycle, which plain ones do not pay
-        self._request = replace(source.request, seed=seed, sampling=alone)
+        self._before = before = source.turned
+        seed = before.seed if before.seed is not None else secrets.randbits(32)
+        alone = replace(before.sampling, raw=False)  # 1 to 4 % of a cycle, which plain ones do not pay
+        self._request = replace(before, seed=seed, sampling=alone)
         self._waiting: Iterator[Request] = iter([replace(self._request, k=0), self._request])
         self._recording, self._race = -1, None
         self._clock, self._playing, self._speed, self._ticked = 0.0, True, 1 / 4, monotonic()
@@ -147,10 +147,12 @@ class RaceScreen(Screen[Frame | None]):
             )
             return [(" race ", "brand"), (f" {what}", "strong")]
         state = f"▶ 1/{1 / self._speed:g}×" if self._playing else "‖ paused"
+        how = f"  k {self._request.k}  T {self._request.sampling.temperature:g}"
         return [
             (" race ", "brand"),
             (f" {self._clock:.2f} s of {self._race.total_s:.2f} s  ", "strong"),
             (state, "key"),
+            (how, "muted"),
         ]
 
     def action_play(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from asyncio import sleep
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -159,8 +160,9 @@ class WatchScreen(Screen[None]):
         self._do(self._player.end)
 
     def action_find(self, wanted: Literal["rejection", "acceptance"]) -> None:
+        self.app.clear_notifications()
         if not self._player.find(wanted):
-            self.notify(f"no {wanted} after this cycle", markup=False, timeout=2)
+            self._say(f"no {wanted} after this cycle")
         self.tick()
 
     def action_faster(self, by: int) -> None:
@@ -190,7 +192,7 @@ class WatchScreen(Screen[None]):
             return
         found = containing(view.frame, self._source.name, self._word, view.shown, direction)
         if found is None:
-            self.notify(f"“{printable(self._word)}” is not in the text", markup=False, timeout=2)
+            self._say(f"“{printable(self._word)}” is not in the text")
         else:
             self._do(lambda: self._player.to(found))
 
@@ -199,6 +201,8 @@ class WatchScreen(Screen[None]):
         if (kind := await self.app.push_screen_wait(AskKind(KINDS))) is None:
             return
         frame, name = self._player.view.frame, self._source.name
+        self.app.clear_notifications()  # a picture would show them
+        await sleep(0.1)
         try:
             path = fresh_path(Path.cwd(), kind)
             if kind == "picture":
@@ -206,14 +210,14 @@ class WatchScreen(Screen[None]):
             elif kind == "bitmap":
                 path.write_bytes(raster.png(self))
             elif kind == "animation":
-                self.notify(f"drawing {path.name}, some seconds", markup=False)
+                self.notify(f"drawing {path.name}; who quits before it is saved has none", timeout=60, markup=False)
                 await animate(frame, name, path)
             else:
                 save(frame, name, kind, path)
         except (OSError, SpecdecError) as error:
             self.notify(f"not saved: {error}", severity="error", markup=False)
         else:
-            self.notify(f"saved {path.name}", markup=False)
+            self._say(f"saved {path.name}")
 
     # -- the engine ------------------------------------------------------------------------------------------------------
 
@@ -224,7 +228,7 @@ class WatchScreen(Screen[None]):
     def on_key(self, event: Key) -> None:
         """Of a recorded run nothing would tell that they are."""
         if self._live is None and event.key in _ENGINE_KEYS:
-            self.notify("this run is recorded; the engine's keys are for live ones: specdec watch", timeout=3)
+            self._say("this run is recorded; the engine's keys are for live ones: specdec watch")
 
     def action_k(self, by: int) -> None:
         self._changed("k", None if self._live is None else self._live.change_k(by))
@@ -239,19 +243,25 @@ class WatchScreen(Screen[None]):
     def _changed(self, name: str, value: float | None) -> None:
         """Say what the next cycle will run with."""
         if value is None or self._player.view.frame.over:
-            self.notify("no run is under way: r begins another", timeout=2)
+            loading = self._source.stage is not None
+            self._say("nothing runs yet" if loading else "no run is under way: r begins another")
             return
         shown = ("on" if value else "off") if isinstance(value, bool) else f"{value:g}"
-        self.notify(f"{name} is {shown} from the next cycle", timeout=2)
+        self._say(f"{name} is {shown} from the next cycle")
+
+    def _say(self, text: str) -> None:
+        """In place of what was said before: toasts would cover the screen."""
+        self.app.clear_notifications()
+        self.notify(text, timeout=3, markup=False)
 
     @work
     async def action_prompt(self) -> None:
         if self._live is not None and (text := await self.app.push_screen_wait(AskPrompt(self._live.request.prompt))):
-            self._restart(replace(self._live.request, prompt=text))
+            self._restart(replace(self._live.turned, prompt=text))
 
     def action_again(self) -> None:
         if self._live is not None:
-            self._restart(replace(self._live.request, seed=None))
+            self._restart(replace(self._live.turned, seed=None))
 
     @work
     async def action_race(self) -> None:
@@ -263,14 +273,15 @@ class WatchScreen(Screen[None]):
         if run is not None:
             self._player.feed(run.events())
             self._player.end()
+            self._say("this is the race's run; r or R begins another")
         else:  # the engine has given the run up for the race
             self._live.again(self._live.request)
-            self.notify("the race was left: your run begins anew", timeout=3, markup=False)
+            self._say("the race was left: your run begins anew")
 
     def _restart(self, request: Request) -> None:
         if self._live is not None:
             self._live.again(request)
-            self.notify("another run begins", timeout=2)
+            self._say("another run begins")
 
     def action_inspect(self) -> None:
         self.toggle_class("-inspecting")

@@ -9,7 +9,7 @@ from textual.containers import Horizontal, Vertical
 from textual.widgets import Static
 
 from specdec_tui.frame import View
-from specdec_tui.panels import Room, acceptance, control, header, timing
+from specdec_tui.panels import Room, acceptance, control, fitted, flowed, header, timing
 from specdec_tui.panels.inspector import inspector
 from specdec_tui.panels.table import table
 from specdec_tui.pieces import Name, one_line
@@ -92,7 +92,11 @@ class Board(Vertical):
         troubled = said.stage is not None and said.stage.failed
         style = "refused" if troubled else ""
         said_now = f"{said.stage.text}. {said.stage.hint}" if said.stage is not None else said.narration
-        self._static("narration", [[(one_line(said_now), style)]])
+        told = flowed(one_line(said_now), max(1, self.size.width - 2), style)
+        if len(told) > 2:  # what is cut must be seen to be
+            rest = " ".join(text for line in told[1:] for text, _ in line)
+            told = [told[0], [(fitted(rest, self.size.width - 2), style)]]
+        self._static("narration", told)
         for lines in self.query(ViewLines):
             lines.show(view)
         for box in self.query(PanelBox):
