@@ -216,20 +216,30 @@ class Numbers:
         return torch.tensor([[*self.accept, 0.0], self.final], dtype=wide(device))
 
 
+@dataclass(frozen=True, slots=True)
+class Unwarped:
+    """What a report needs to tell what p and q were before temperature and filters."""
+
+    logits: Tensor
+    """[k + 1, V], the target's."""
+    q: Tensor | None
+    """[k, V'], a draft's distributions; None where there are none."""
+    ids: Tensor | None
+    """[V']: which id each column of q belongs to; None where it is the column's number."""
+
+    @property
+    def sides(self) -> int:
+        return 1 if self.q is None else 2
+
+
 def report(
-    rule: AcceptanceRule,
-    p: Tensor,
-    tokens: Tensor,
-    probs: Tensor | None,
-    u: Tensor,
-    logits: Tensor | None = None,
-    raw: Tensor | None = None,
+    rule: AcceptanceRule, p: Tensor, tokens: Tensor, probs: Tensor | None, u: Tensor, before: Unwarped | None = None
 ) -> Tensor:
     """All that the host needs to know, as one row of numbers on the device; `read` turns it into a Verdict.
 
     Accepted, final token and the final row's mass; per drafted token itself, p, q and overlap; the residual's largest entries
-    and where they are; with the target's logits [k + 1, V] what p was before they were warped, and so for the draft with
-    raw [k, V]. Pure tensor work on fixed shapes, so that it can be recorded.
+    and where they are; where asked, what p and q were before they were warped. Pure tensor work on fixed shapes, so that it
+    can be recorded.
     """
     k = tokens.shape[0]
     if k == 0:
@@ -249,23 +259,17 @@ def report(
         case.q_drafted,
         overlap,
         *likeliest,
-        *_before(logits, raw, tokens, lambda at: p[:k].gather(1, at), probs),
+        *(() if before is None else _told(before, tokens, lambda at: p[:k].gather(1, at), probs)),
     ]
     return torch.cat([part.flatten().to(u.dtype) for part in parts])
 
 
 @torch.inference_mode()
 def report_on_host(
-    rule: AcceptanceRule,
-    p: Tensor,
-    tokens: Tensor,
-    probs: Tensor | None,
-    numbers: Numbers,
-    logits: Tensor | None = None,
-    raw: Tensor | None = None,
+    rule: AcceptanceRule, p: Tensor, tokens: Tensor, probs: Tensor | None, numbers: Numbers
 ) -> list[float]:
     """`report` where looking costs nothing: only what the verdict needs is made. Of a cycle of 12 ms it takes 0.7,
-    and a report takes 1.0."""
+    and a report takes 1.0. What was before warping is told apart, by `told_on_host`."""
     k, shown = tokens.shape[0], min(RESIDUAL_TOP, p.shape[1])
     if k == 0:
         return [0.0, draw_on_host(p[0], numbers.final[0]), float(p[0].sum())]
@@ -280,40 +284,55 @@ def report_on_host(
     for part in top(final[None], shown) if n < k else ():
         values += part[0].tolist()
     values += [0.0] * (0 if n < k else 2 * shown)
-    return values + before_on_host(logits, raw, tokens, lambda at: p[:k].gather(1, at), probs)
+    return values
+
+
+def certain(best: Sequence[int], sure: Sequence[float], drafted: Sequence[int]) -> list[float]:
+    """A report, V being 1, where p is one-hot and the draft deterministic: every lossless rule then keeps what is equal.
+
+    best [k + 1]: where each row's mass is; sure: the mass, 1 or NaN. Without tensors: after a pass has filled the caches an
+    operation takes 5 to 10 µs however few numbers it is about, and a report has some 60.
+    """
+    p = [one if token == at else 0.0 for token, at, one in zip(drafted, best, sure, strict=False)]
+    k, n = len(drafted), next((i for i, value in enumerate(p) if value != 1.0), len(drafted))
+    residual = [sure[n], best[n]] if k else []
+    return [n, best[n], sure[n], *drafted, *p, *[1.0] * k, *p, *residual]
 
 
 Warped = Callable[[Tensor], Tensor]
-"""[k, n] ids -> [k, n]: what the target gives them after warping."""
+"""[m, n] ids -> [m, n]: what the target gives them after warping, at the first m places."""
 
 
-def before_on_host(
-    logits: Tensor | None, raw: Tensor | None, tokens: Tensor, p: Warped, probs: Tensor | None
-) -> list[float]:
-    """What a report ends with where it tells more."""
-    found = list[float]()
-    for part in _before(logits, raw, tokens, p, probs):
-        found += part.flatten().tolist()
+@torch.inference_mode()
+def told_on_host(tested: int, before: Unwarped, tokens: Tensor, p: Warped, probs: Tensor | None) -> list[float]:
+    """What a report ends with where it tells more; zeros for what was never tested."""
+    found, k = list[float](), tokens.shape[0]
+    first = Unwarped(before.logits, None if before.q is None else before.q[:tested], before.ids)
+    for part in _told(first, tokens[:tested], p, None if probs is None else probs[:tested]):
+        found += [*part.flatten().tolist(), *[0.0] * ((k - tested) * part[0].numel())]
     return found
 
 
-def _before(logits: Tensor | None, raw: Tensor | None, tokens: Tensor, p: Warped, probs: Tensor | None) -> list[Tensor]:
-    """For each side that is given [k], [k, n], [k, n], [k, n]: the drafted tokens' probabilities before warping, the largest
-    ones, where they are, and what became of these."""
-
-    def told(before: Tensor, after: Warped) -> list[Tensor]:
-        values, at = top(before, min(RAW_TOP, before.shape[1]))
-        return [before.gather(1, tokens[:, None]), values, at, after(at)]
-
-    def q(at: Tensor) -> Tensor:
-        return (at == tokens[:, None]).float() if probs is None else probs.gather(1, at)
-
-    target = [] if logits is None else told(logits[: tokens.shape[0]].float().softmax(-1), p)
-    return target if raw is None else [*target, *told(raw, q)]
+def _told(before: Unwarped, tokens: Tensor, p: Warped, probs: Tensor | None) -> list[Tensor]:
+    """By side for each of m drafted tokens: its probability before warping [m], the largest ones, where they are, and what
+    became of these, [m, n] each."""
+    drafted, m = tokens[:, None], tokens.shape[0]
+    n = min(RAW_TOP, before.logits.shape[1], RAW_TOP if before.q is None else before.q.shape[1])
+    rows = before.logits[:m].float().softmax(-1)
+    values, at = top(rows, n)
+    told = [rows.gather(1, drafted), values, at, p(at)]
+    if before.q is not None:
+        values, at = top(before.q, n)
+        if before.ids is None:
+            mass = before.q.gather(1, drafted)
+        else:
+            at, mass = before.ids[at], (before.q * (before.ids == drafted)).sum(-1)
+        told += [mass, values, at, (at == drafted).float() if probs is None else probs.gather(1, at)]
+    return told
 
 
 def read(values: list[float], source: str, numbers: Numbers, vocab: int, sides: int = 0) -> Verdict:
-    """The verdict in a report; sides: 1 if the target's logits were given to it, 2 with the draft's distributions too.
+    """The verdict in a report; sides: 1 if it tells what p was before warping, 2 with q, else 0.
 
     Raises GenerationFailed where a distribution that mattered is not made of numbers.
     """
@@ -324,7 +343,7 @@ def read(values: list[float], source: str, numbers: Numbers, vocab: int, sides: 
     _check_numbers(mass, (*p_host[: n + 1], *overlap_host[: n + 1]), q_host, source, numbers.position + n)
     shown, rest = min(RESIDUAL_TOP, vocab) * bool(k), rest[4 * k :]
     largest, ids, rest = rest[:shown], rest[shown : 2 * shown], rest[2 * shown :]
-    told = [_raw(rest[i * len(rest) // sides :][: len(rest) // sides], k) for i in range(sides)]
+    told = [_raw(rest[i * len(rest) // sides :][: len(rest) // sides], k, min(n + 1, k)) for i in range(sides)]
     rejected = n < k
     return Verdict(
         drafted=tuple(int(t) for t in drafted),
@@ -341,13 +360,17 @@ def read(values: list[float], source: str, numbers: Numbers, vocab: int, sides: 
     )
 
 
-def _raw(values: Sequence[float], k: int) -> Raw:
-    n = (len(values) // k - 1) // 3
-    before, ids, after = ([values[k * (1 + n * part) + n * i :][:n] for i in range(k)] for part in range(3))
-    entries = (zip(map(int, ids[i]), before[i], after[i], strict=True) for i in range(k))
-    return Raw(
-        _known(tuple(values[:k])), tuple(tuple(e for e in row if isfinite(e[1]) and isfinite(e[2])) for row in entries)
-    )
+def _raw(values: Sequence[float], k: int, tested: int) -> Raw:
+    """One side's. Of a token that was never tested nothing is told: on the host nothing was worked out."""
+    n, drafted, rest = (len(values) // k - 1) // 3, values[:tested], values[k:]
+    before, ids, after = (rest[k * n * part : k * n * (part + 1)] for part in range(3))
+
+    def row(i: int) -> tuple[tuple[int, float, float], ...]:
+        entries = zip(*(part[i * n : (i + 1) * n] for part in (ids, before, after)), strict=True)
+        return tuple((int(token), was, now) for token, was, now in entries if isfinite(was) and isfinite(now))
+
+    untested = k - tested
+    return Raw((*_known(tuple(drafted)), *[None] * untested), (*map(row, range(tested)), *[()] * untested))
 
 
 def _known(values: tuple[float, ...]) -> tuple[float | None, ...]:

@@ -11,8 +11,8 @@ Nothing here looks at the value of a drawn token before it is in the draft, so n
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import mul
 
@@ -29,8 +29,8 @@ a draft with α 0.4 was switched off for a sixth of the cycles."""
 _MEMORY = 0.975
 """What a cycle's evidence is worth one cycle later: some 40 cycles are remembered, two paragraphs. With 25 a draft with
 α 0.4 looked like one with 0.3 every few prompts, and was switched off."""
-_LONG_MEMORY = 0.99
-"""The same for what a drafter's confidence is worth."""
+_LONG, _LONG_MEMORY = 8, 0.92
+"""The same for what a drafter's confidence is worth, so many cycles later."""
 _AGED = 0.6
 _LOOKS = 8
 """Every so many drafts one goes further."""
@@ -117,9 +117,10 @@ class _Source:
         and one slow draft in a run's first cycles holds k down for good."""
         return not self.free and 0 < self.k < MOST and self.drafts % _LOOKS == _LOOKS - 1
 
-    def learn(self, cycle: Cycle) -> None:
+    def learn(self, cycle: Cycle, draft_s: float) -> None:
+        """draft_s: the cycle's own, evened out."""
         self.drafts += 1
-        self.draft.add(len(cycle.drafted), cycle.draft_s)
+        self.draft.add(len(cycle.drafted), draft_s)
         for odds in self.by_position:
             odds.fade()
         for odds, position in zip(self.by_position, range(cycle.tested), strict=False):
@@ -202,20 +203,16 @@ class AutoK:
         self._cycles += 1
         width = len(cycle.drafted) + 1
         self._drift.saw(width, cycle.verify_s)
-        cycle = replace(
-            cycle,
-            draft_s=self._drift.evened(cycle.draft_s),
-            verify_s=self._drift.evened(cycle.verify_s),
-            other_s=self._drift.evened(cycle.other_s),
-        )
-        self._passes.add(width, cycle.verify_s)
-        self._other.add(cycle.other_s)
+        draft_s, verify_s, other_s = map(self._drift.evened, (cycle.draft_s, cycle.verify_s, cycle.other_s))
+        self._passes.add(width, verify_s)
+        self._other.add(other_s)
         self._tokens = _MEMORY * self._tokens + len(cycle.emitted)
-        self._seconds = _MEMORY * self._seconds + cycle.draft_s + cycle.verify_s + cycle.other_s
-        for source in self._sources.values():
-            source.forget_a_little()
+        self._seconds = _MEMORY * self._seconds + draft_s + verify_s + other_s
+        if self._cycles % _LONG == 0:
+            for source in self._sources.values():
+                source.forget_a_little()
         if cycle.drafted:
-            self._source(cycle.drafter).learn(cycle)
+            self._source(cycle.drafter).learn(cycle, draft_s)
         if self._measuring:
             reasons = ["a plain pass is measured, which all else is held against"]
         elif self._passes.measured(1):
@@ -241,7 +238,9 @@ class AutoK:
             return f"{name} is tried once more"
         if not drafted:
             return ""
-        best, now = self._best(source), self._at(source, source.k)
+        reach = source.reach()
+        now = self._at(source, reach, source.k)
+        best = self._at(source, reach, MOST) if source.free else self._best(source, reach)
         enough = _BETTER if best.k else _BETTER_OFF
         if best.k == source.k or (best.rate < enough * now.rate and not source.free):
             return ""
@@ -254,13 +253,11 @@ class AutoK:
             return f"{name} drafts as far as it is sure"
         return f"{name}: {best.emitted:.2f} tokens expected for {best.seconds / self._plain:.2f} plain passes"
 
-    def _best(self, source: _Source) -> Choice:
-        if source.free:
-            return self._at(source, MOST)
-        return best_k(source.reach(), source.draft, self._passes, self._other.seconds)
+    def _best(self, source: _Source, reach: Sequence[float]) -> Choice:
+        return best_k(reach, source.draft, self._passes, self._other.seconds)
 
-    def _at(self, source: _Source, k: int) -> Choice:
-        return cycle_of(source.reach()[:k], source.draft, self._passes, self._other.seconds)
+    def _at(self, source: _Source, reach: Sequence[float], k: int) -> Choice:
+        return cycle_of(reach[:k], source.draft, self._passes, self._other.seconds)
 
     @property
     def _plain(self) -> float:

@@ -95,6 +95,9 @@ def draft_numbers(
     if sampling.coupled:
         temperature = torch.tensor(sampling.temperature, dtype=wide(device)).to(device, non_blocking=True)
         return gumbel_noise(random.seed, position, k, vocab, device), temperature
-    uniforms = [0.0] * k if sampling.greedy else random.uniforms(position, "draft", k)
+    if sampling.greedy:  # nothing is drawn
+        numbers = torch.zeros(k + 1, dtype=wide(device), device=device)
+        return numbers[:k], numbers[k]
+    uniforms = random.uniforms(position, "draft", k)
     numbers = torch.tensor([*uniforms, sampling.temperature], dtype=wide(device)).to(device, non_blocking=True)
     return numbers[:k], numbers[k]

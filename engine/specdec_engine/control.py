@@ -91,6 +91,8 @@ class Controls:
 
 def changes(cycle: int, old: Settings, new: Settings, reason: str) -> list[SettingChanged]:
     """One event for each setting that differs."""
+    if old is new:  # as between most cycles
+        return []
     before, after = old.named(), new.named()
     return [
         SettingChanged(cycle, name, before[name], after[name], reason) for name in after if before[name] != after[name]

@@ -79,12 +79,13 @@ class Drafting:
     def __init__(self) -> None:
         self._by_length: dict[int, Times] = {}
         self._points: list[tuple[int, float]] = []  # made once a cycle, since some 50 questions a cycle follow
+        self._seconds: list[float] = []  # of 0, 1, … tokens, as far as was asked
 
     def add(self, tokens: int, seconds: float) -> None:
         self._by_length.setdefault(tokens, Times()).add(seconds)
         lengths = sorted(self._by_length)
         times = accumulate((self._by_length[n].seconds for n in lengths), max)  # more tokens never take less
-        self._points = list(zip(lengths, times, strict=True))
+        self._points, self._seconds = list(zip(lengths, times, strict=True)), [0.0]
 
     @property
     def known(self) -> bool:
@@ -94,6 +95,11 @@ class Drafting:
         """Raises ValueError while nothing is measured."""
         if not tokens:
             return 0.0
+        while len(self._seconds) <= tokens:
+            self._seconds.append(self._on_the_line(len(self._seconds)))
+        return self._seconds[tokens]
+
+    def _on_the_line(self, tokens: int) -> float:
         if not self._points:
             raise ValueError("no draft was measured")
         first, least = self._points[0]
@@ -156,5 +162,7 @@ def cycle_of(reach: Sequence[float], draft: Callable[[int], float], passes: Stai
 
 def best_k(reach: Sequence[float], draft: Callable[[int], float], passes: Staircase, other_s: float) -> Choice:
     """Of 0 to len(reach), the k with the most expected tokens a second."""
-    choices = (cycle_of(reach[:k], draft, passes, other_s) for k in range(len(reach) + 1))
-    return max(choices, key=lambda choice: choice.rate)
+    emitted = accumulate(reach, initial=1.0)
+    seconds = (draft(k) + passes(k + 1) + other_s for k in range(len(reach) + 1))
+    k, (tokens, took) = max(enumerate(zip(emitted, seconds, strict=True)), key=lambda found: found[1][0] / found[1][1])
+    return Choice(k, tokens, took)

@@ -44,7 +44,8 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Raw:
-    """Distributions as they were before temperature and filters, one a drafted token."""
+    """Distributions as they were before temperature and filters, one a drafted token; of one that was never tested nothing is
+    told."""
 
     drafted: tuple[float | None, ...]
     """Probability of the drafted token."""

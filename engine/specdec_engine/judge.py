@@ -14,11 +14,20 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from specdec_engine.acceptance import AcceptanceRule, Numbers, before_on_host, read, report, report_on_host
+from specdec_engine.acceptance import (
+    AcceptanceRule,
+    Numbers,
+    Unwarped,
+    certain,
+    read,
+    report,
+    report_on_host,
+    told_on_host,
+)
 from specdec_engine.coupling import coupled, gumbel_noise
 from specdec_engine.randomness import Randomness
 from specdec_engine.runtime.graphs import Recorder
-from specdec_engine.sampling import Narrow, warp, wide
+from specdec_engine.sampling import Narrow, one_hot, warp, wide
 from specdec_engine.types import Draft, Sampling, Verdict
 
 Awaited = Callable[[], Verdict]
@@ -39,12 +48,11 @@ class Judge:
     def start(self, logits: Tensor, draft: Draft, sampling: Sampling, random: Randomness, position: int) -> Awaited:
         """logits [k + 1, V] of the target, the draft they follow, and the length of the context before it."""
         numbers = Numbers.drawn(random, position, len(draft))
-        told = sampling.raw and len(draft) > 0
-        before = (logits if told else None, draft.raw if told else None)
-        sides = sum(side is not None for side in before)
+        before = Unwarped(logits, draft.raw, draft.raw_ids) if sampling.raw and len(draft) else None
+        sides = 0 if before is None else before.sides
         here = self._device.type == "cpu" and self._recorder is None
         if here and sampling.greedy:
-            settled = _narrowly(self.rule, logits, draft, numbers, told)
+            settled = _greedily(self.rule, logits, draft, numbers, before)
             return lambda: settled
         if sampling.coupled:  # its noise is made on the host, a row a position: not recorded
             noise = gumbel_noise(random.seed, position, len(draft) + 1, logits.shape[-1], self._device)
@@ -56,17 +64,20 @@ class Judge:
             values = self._replayed(self._recorder, logits, draft, sampling, u)
             return partial(_read, *_brought_home(values), draft.source, numbers, logits.shape[1], sides)
         if here:
-            said = report_on_host(self.rule, p, draft.tokens, draft.probs, numbers, *before)
+            said = report_on_host(self.rule, p, draft.tokens, draft.probs, numbers)
+            if before is not None:
+                tested = min(int(said[0]) + 1, len(draft))
+                said += told_on_host(tested, before, draft.tokens, lambda at: p[:tested].gather(1, at), draft.probs)
             return partial(read, said, draft.source, numbers, logits.shape[1], sides)
         u = numbers.tensor(self._device).to(self._device, non_blocking=True)
-        values = report(self.rule, p, draft.tokens, draft.probs, u, *before)
+        values = report(self.rule, p, draft.tokens, draft.probs, u, before)
         return partial(_read, *_brought_home(values), draft.source, numbers, logits.shape[1], sides)
 
     def _replayed(self, recorder: Recorder, logits: Tensor, draft: Draft, sampling: Sampling, u: Tensor) -> Tensor:
         """A new temperature records nothing anew; a new k, a filter, or a drafter of the other kind does, once."""
         none = logits.new_empty(0)
-        raw = draft.raw if sampling.raw else None
-        given = [logits, draft.tokens, u, *(none if t is None else t for t in (draft.probs, raw))]
+        unwarped = (draft.raw, draft.raw_ids) if sampling.raw else (None, None)
+        given = [logits, draft.tokens, u, *(none if t is None else t for t in (draft.probs, *unwarped))]
         key = (sampling.greedy, sampling.filters, sampling.raw, *((t.shape, t.dtype) for t in given))
         if key not in self._recordings:
             fixed = [torch.zeros(t.shape, dtype=t.dtype, device=self._device) for t in given]
@@ -88,12 +99,12 @@ class Judge:
         u: Tensor,
         probs: Tensor,
         raw: Tensor,
+        ids: Tensor,
     ) -> Tensor:
-        """probs, raw: empty where the draft has none."""
-        p = warp(logits, sampling, temperature)
-        told = sampling.raw and len(tokens) > 0
-        before = (logits if told else None, raw if told and raw.numel() else None)
-        return report(self.rule, p, tokens, probs if probs.numel() else None, u, *before)
+        """probs, raw, ids: empty where the draft has none."""
+        given = [t if t.numel() else None for t in (probs, raw, ids)]
+        before = Unwarped(logits, *given[1:]) if sampling.raw and len(tokens) else None
+        return report(self.rule, warp(logits, sampling, temperature), tokens, given[0], u, before)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,19 +114,35 @@ class _Recorded:
     replay: Callable[[], tuple[Tensor, ...]]
 
 
-def _narrowly(rule: AcceptanceRule, logits: Tensor, draft: Draft, numbers: Numbers, told: bool) -> Verdict:
-    """At temperature 0 and on the host, over the few ids that have mass or were drafted."""
-    drafted = draft.tokens.tolist()
-    narrow = Narrow.of(logits, drafted)
-    tokens = torch.tensor([narrow.ids.index(token) for token in drafted], dtype=torch.long)
+def _greedily(rule: AcceptanceRule, logits: Tensor, draft: Draft, numbers: Numbers, before: Unwarped | None) -> Verdict:
+    """At temperature 0 and on the host."""
+    drafted, (best, sure) = draft.tokens.tolist(), one_hot(logits)
+    narrow = None if rule.lossless and draft.probs is None else Narrow.of(best, sure, drafted)
+    values = certain(best, sure, drafted) if narrow is None else _narrowly(rule, narrow, draft, numbers)
+    if before is not None:
+        tested = min(int(values[0]) + 1, len(drafted))
+        at_best = torch.tensor(best[:tested])[:, None]
+        values += told_on_host(tested, before, draft.tokens, lambda at: (at == at_best).float(), draft.probs)
+    sides = 0 if before is None else before.sides
+    found = read(values, draft.source, numbers, 1 if narrow is None else len(narrow.ids), sides)
+    return found if narrow is None else _named(narrow, found)
+
+
+def _narrowly(rule: AcceptanceRule, narrow: Narrow, draft: Draft, numbers: Numbers) -> list[float]:
+    """A report over the few ids that have mass or were drafted."""
+    tokens = torch.tensor([narrow.ids.index(token) for token in draft.tokens.tolist()], dtype=torch.long)
     probs = None if draft.probs is None else draft.probs[:, narrow.ids]
-    values, sides = report_on_host(rule, narrow.p, tokens, probs, numbers), 0
-    if told:
-        best, sides = torch.tensor(narrow.best[: len(drafted)])[:, None], 1 + (draft.raw is not None)
-        values += before_on_host(logits, draft.raw, draft.tokens, lambda at: (at == best).float(), draft.probs)
-    found = read(values, draft.source, numbers, len(narrow.ids), sides)
-    left = tuple((narrow.ids[at], mass) for at, mass in found.residual)
-    return replace(found, drafted=tuple(drafted), token=narrow.ids[found.token], residual=left)
+    return report_on_host(rule, narrow.p, tokens, probs, numbers)
+
+
+def _named(narrow: Narrow, found: Verdict) -> Verdict:
+    """A verdict about places among the ids, about these."""
+    return replace(
+        found,
+        drafted=tuple(narrow.ids[at] for at in found.drafted),
+        token=narrow.ids[found.token],
+        residual=tuple((narrow.ids[at], mass) for at, mass in found.residual),
+    )
 
 
 def _read(

@@ -71,7 +71,9 @@ class Draft:
     source: str
     """Which drafter; a cascade forwards the member's name."""
     raw: Tensor | None = None
-    """[k, V], the distributions before temperature and filters; None where they were not asked for, or there are none."""
+    """[k, V'], the distributions before temperature and filters; None where they were not asked for, or there are none."""
+    raw_ids: Tensor | None = None
+    """[V']: the target's id of each column of `raw`; None where it is the column's number."""
 
     def __len__(self) -> int:
         return self.tokens.shape[0]

@@ -32,7 +32,8 @@ class Grouped:
     """[N, K / 32] float32; None for 8 bits, which are symmetric."""
 
     def rows(self, order: Tensor) -> Grouped:
-        return Grouped(self.q[order], self.scale[order], None if self.offset is None else self.offset[order])
+        offset = None if self.offset is None else self.offset.index_select(0, order)
+        return Grouped(self.q.index_select(0, order), self.scale.index_select(0, order), offset)
 
     def dense(self) -> Tensor:
         """[N, K] float32."""

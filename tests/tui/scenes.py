@@ -46,8 +46,8 @@ def cycle(index: int, source: random.Random, k: int, context: int) -> Cycle:
         u=tuple(x if i <= accepted else None for i, x in enumerate(u)),
         overlap=tuple(round(min(a, b), 3) for a, b in zip(p, q, strict=True)),
         residual=((final, 0.41), (1, 0.22), (2, 0.13)) if rejected else (),
-        raw_p=before(drafted, p),
-        raw_q=before(drafted, q),
+        raw_p=before(drafted, p, accepted + 1),
+        raw_q=before(drafted, q, accepted + 1),
         draft_s=0.001 * k,
         verify_s=0.0125 + 0.0005 * k,
         other_s=0.0005,
@@ -55,12 +55,16 @@ def cycle(index: int, source: random.Random, k: int, context: int) -> Cycle:
     )
 
 
-def before(drafted, warped):
+def before(drafted, warped, tested):
     """What T 0.8 made `warped` of: every mass a little flatter. No chance in it."""
     flatter = [round(0.8 * mass, 3) for mass in warped]
     others = [(14, 0.11, 0.08), (21, 0.05, 0.0)]
-    rows = zip(drafted, flatter, warped, strict=True)
-    return Raw(tuple(flatter), tuple(((token, was, now), *others) for token, was, now in rows))
+    rows = [((token, was, now), *others) for token, was, now in zip(drafted, flatter, warped, strict=True)]
+    known = [i < tested for i in range(len(drafted))]
+    return Raw(
+        tuple(value if told else None for value, told in zip(flatter, known, strict=True)),
+        tuple(row if told else () for row, told in zip(rows, known, strict=True)),
+    )
 
 
 def events(cycles: int, seed: int = 7, k: int = 4):

@@ -338,7 +338,10 @@ def test_cycles_tell_p_and_q_before_they_were_warped_where_they_are_asked(sampli
     told = cycles(run(TableTarget(), TableDrafter(), sampling=replace(sampling, raw=True)))
     context = [1, 2]
     for cycle in told:
-        for i, token in enumerate(cycle.drafted):
+        for raw in filter(None, (cycle.raw_p, cycle.raw_q)):  # nothing of what was never tested
+            assert [value is None for value in raw.drafted] == [u is None for u in cycle.u]
+            assert [row == () for row in raw.likeliest] == [u is None for u in cycle.u]
+        for i, token in enumerate(cycle.drafted[: cycle.tested]):
             for raw, seed in ((cycle.raw_p, 0), (cycle.raw_q, 1)):
                 table = table_probs([*context, *cycle.drafted[:i]], 5, seed)
                 assert raw.drafted[i] == pytest.approx(float(table[token]), rel=1e-4)

@@ -56,7 +56,7 @@ class HeadDrafter:
             self._host.pace.watch(self.name),
         )
         self._head.rollback(read)
-        return Draft(drawn.tokens, self._widened(drawn.rows), self.name, self._widened(drawn.raw))
+        return Draft(drawn.tokens, self._widened(drawn.rows), self.name, drawn.raw, self._ids)
 
     def observe(self, draft: Draft, verdict: Verdict) -> None:
         """Slots of drafted tokens were forgotten at once: all of them stood on own states."""

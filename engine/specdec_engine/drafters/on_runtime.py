@@ -66,7 +66,9 @@ class RuntimeDrafter:
             self._pace.watch(self.name),
         )
         tokens = self._translated(drawn.tokens).to(self._device)
-        return Draft(tokens, self._widened(drawn.rows), self.name, self._widened(drawn.raw))
+        raw = None if drawn.raw is None else drawn.raw.to(self._device)
+        ids = None if self._ids_of is None else self._ids_of.to(self._device)
+        return Draft(tokens, self._widened(drawn.rows), self.name, raw, ids)
 
     def observe(self, draft: Draft, verdict: Verdict) -> None:
         """Forget what was fed for the rejected tokens; k - 1 of the drafted were fed."""

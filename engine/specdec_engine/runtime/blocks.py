@@ -8,7 +8,7 @@ decided once. Positions are a tensor, never a Python number, so that the same co
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from specdec_engine.runtime.shape import Shape
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One block; the norms' weights carry the factor √size, see `Blocks.normed`."""
+    """One block; the norms' weights carry the factor √size, see `Norm`."""
 
     attention_norm: Tensor
     qkv: Projection
@@ -34,23 +34,42 @@ class Layer:
     window: int | None
 
 
-@dataclass(frozen=True, slots=True)
+class Norm:
+    """RMSNorm of what lies in `x`, as x · w√d / √(Σx² + d·eps); weights hold w√d, and the sum's last term is a column of its
+    own.
+
+    Four operations into ready buffers take 5 µs, torch's rms_norm 23; a pass of 30 layers has 61 of them.
+    """
+
+    def __init__(self, size: Sequence[int], eps: float, dtype: torch.dtype, device: torch.device) -> None:
+        """size: of x, [..., d]."""
+        *rows, d = size
+        self._x_and_eps = torch.full((*rows, d + 1), (eps * d) ** 0.5, device=device)
+        self.x = self._x_and_eps[..., :-1]
+        self._length = torch.empty(*rows, 1, device=device)
+        self._scaled = torch.empty(*rows, d, device=device)
+        self._normed = torch.empty(*rows, d, dtype=dtype, device=device)
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """[..., d] in the activations' dtype, until the next call."""
+        torch.linalg.vector_norm(self._x_and_eps, dim=-1, keepdim=True, out=self._length)
+        torch.mul(self.x, weight, out=self._scaled)
+        self._normed.copy_(self._scaled.div_(self._length))
+        return self._normed
+
+
+@dataclass(slots=True)
 class Step:
     """What a pass computes once for all its layers: tensors that the layers fill one after another, and every view of them.
 
-    A view costs 1 to 2 µs, and a layer would make some twenty.
+    A view costs 1 to 2 µs, and a layer would make some twenty. Passes of as many rows share one, see `Blocks.begin`.
     """
 
     positions: Tensor
     """[n] int64"""
-    x_and_eps: Tensor
-    """[n, hidden + 1] float32: the residual stream, and √(d·eps) for the norms."""
+    normed: Norm
     x: Tensor
-    """[n, hidden] of it."""
-    size: Tensor
-    scaled: Tensor
-    normed: Tensor
-    """Where a norm works: [n, 1], [n, hidden], and [n, hidden] in the activations' dtype."""
+    """[n, hidden] float32: the residual stream, which `normed` reads."""
     heads: Tensor
     """[n, heads + 2 · kv_heads, head_size]: a layer's queries, keys and values."""
     pairs: Tensor
@@ -80,16 +99,20 @@ class Step:
     """The real rows of `seen`, as [n, groups, heads a group, head_size]."""
     mixed: Tensor
     """Shaped as `answers`, in the activations' dtype."""
+    table: _Table | None = None
+    """What `masks`, `kept`, `keys`, `values` and `scores` are from."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Table:
     """What passes share while they end in the same `SPAN` positions."""
 
-    key: tuple[int, int]
-    """The span, and where the cache lies."""
+    span: int
+    cache: int
+    """Where it lies."""
     first: int
-    """The position that the rows of `rotation` and `masks` begin with."""
+    """The position that the rows of `positions`, `rotation` and `masks` begin with."""
+    positions: Tensor
     rotation: Tensor
     masks: dict[int | None, Tensor]
     kept: Sequence[Tensor]
@@ -111,6 +134,7 @@ class Blocks:
         self._frequencies = shape.frequencies.to(device)
         self._table: _Table | None = None
         self._steps: dict[int, Step] = {}
+        self._made = (0, torch.empty(0))
         self._padding = 4 if device.type == "cpu" else 1
 
     @property
@@ -143,22 +167,22 @@ class Blocks:
         return torch.zeros(size, dtype=self.cache_dtype, device=self.device)
 
     def norm_weight(self, weight: Tensor) -> Tensor:
-        """As `normed` wants it."""
+        """As `Norm` wants it."""
         return weight.to(self.device).float() * float(self.shape.hidden**0.5)
 
     def block(self, i: int, inputs: Tensor, step: Step) -> None:
         """Layer i, whose attention reads `inputs` [n, ...], already normed: adds to the residual stream."""
         layer = self.layers[i]
         step.x.add_(layer.out(self._attention(i, layer, inputs, step)))
-        gate_up = layer.gate_up(self.normed(step, layer.mlp_norm))
+        gate_up = layer.gate_up(step.normed(layer.mlp_norm))
         half = gate_up.shape[1] // 2
         step.x.add_(layer.down(silu(gate_up[:, :half]).mul_(gate_up[:, half:])))
 
     def begin(self, positions: Tensor, cache: Tensor, span: int, start: int | None = None) -> Step:
         """A pass at [n] positions; the residual stream, `x`, is the caller's to fill.
 
-        start: where known, the first of consecutive positions, the last of which is in the last `SPAN` of `span`. Then what
-        only the span decides is made once: 250 µs become 30.
+        start: where known, the first of consecutive positions, the last of which is in the last `SPAN` of `span`. Then the
+        step of an earlier pass is taken again, and only what the positions decide is filled in: 250 µs become 10.
         """
         n = positions.shape[0]
         if start is None or n > _TABLED_ROWS:
@@ -166,32 +190,42 @@ class Blocks:
         table = self._table_of(cache, span)
         step = self._steps.get(n)
         if step is None:
-            step = self._begin(positions, cache, span)
-            # Without what belongs to a cache, which may be another by then.
-            step = self._steps[n] = replace(step, kept=(), keys=(), values=(), masks={})
-        rows = step.queries.shape[1]
+            step = self._steps[n] = self._begin(torch.zeros_like(positions), cache, span)
+        if step.table is not table:
+            self._fit(step, table, n)
         at = slice(start - table.first, start - table.first + n)
-        return replace(
-            step,
-            positions=positions,
-            rotation=table.rotation[at],
-            masks={window: _by_row(mask[at], rows) for window, mask in table.masks.items()},
-            kept=table.kept,
-            keys=table.keys,
-            values=table.values,
-            scores=step.queries.new_empty(*step.queries.shape[:2], span) if self._in_steps(grouped=True) else None,
-        )
+        step.positions.copy_(table.positions[at])
+        step.rotation.copy_(table.rotation[at])
+        for window, mask in step.masks.items():
+            real = mask[: mask.shape[0] // n * n]
+            real.view(-1, n, mask.shape[1]).copy_(table.masks[window][at])
+        return step
+
+    def _fit(self, step: Step, table: _Table, n: int) -> None:
+        """To a cache and a span."""
+        groups, rows, _ = step.queries.shape
+        span = table.span
+        step.table, step.kept, step.keys, step.values = table, table.kept, table.keys, table.values
+        step.masks = {window: mask.new_zeros(1 if n == 1 else rows, span) for window, mask in table.masks.items()}
+        step.scores = step.queries.new_empty(groups, rows, span) if self._in_steps(grouped=True) else None
 
     def _table_of(self, cache: Tensor, span: int) -> _Table:
         """For passes over few rows that end in the last `SPAN` positions of the span."""
-        key = (span, cache.data_ptr())
-        if self._table is None or self._table.key != key:
+        where = cache.data_ptr()
+        if self._table is None or self._table.span != span or self._table.cache != where:
             first = max(0, span - SPAN - _TABLED_ROWS + 1)
             positions = torch.arange(first, span, device=self.device)
             masks = {w: self._mask(positions, span, w, cache.dtype) for w in set(self.shape.windows)}
             views = self._views(cache, span, grouped=True)
-            self._table = _Table(key, first, self.rotation(positions), masks, *views)
+            self._table = _Table(span, where, first, positions, self._turned(first, span), masks, *views)
         return self._table
+
+    def _turned(self, first: int, end: int) -> Tensor:
+        """`rotation` of these positions, of which a block is made at once."""
+        begin, made = self._made
+        if first < begin or end > begin + made.shape[0]:
+            begin, made = self._made = first, self.rotation(torch.arange(first, end + _ROTATIONS, device=self.device))
+        return made[first - begin : end - begin]
 
     def _views(
         self, cache: Tensor, span: int, grouped: bool
@@ -219,14 +253,11 @@ class Blocks:
         queries = torch.zeros(groups, rows + surplus, s.head_size, dtype=kept, device=self.device)
         seen = torch.empty_like(queries)
         views = self._views(cache, span, grouped)
-        x_and_eps = torch.full((n, s.hidden + 1), (s.eps * s.hidden) ** 0.5, device=self.device)
+        normed = Norm((n, s.hidden), s.eps, self.dtype, self.device)
         return Step(
             positions=positions,
-            x_and_eps=x_and_eps,
-            x=x_and_eps[:, :-1],
-            size=torch.empty(n, 1, device=self.device),
-            scaled=torch.empty(n, s.hidden, device=self.device),
-            normed=torch.empty(n, s.hidden, dtype=self.dtype, device=self.device),
+            normed=normed,
+            x=normed.x,
             heads=heads.view(n, -1),
             pairs=torch.view_as_complex(heads.view(n, -1, s.head_size // 2, 2)),
             rotation=self.rotation(positions),
@@ -296,16 +327,6 @@ class Blocks:
         for part, weight in ((heads[:, : s.heads], q_norm), (heads[:, s.heads : s.heads + s.kv_heads], k_norm)):
             part.copy_(rms_norm(part, (s.head_size,), weight, s.eps))
 
-    def normed(self, step: Step, weight: Tensor) -> Tensor:
-        """RMSNorm of x, as x · w√d / √(Σx² + d·eps); `weight` holds w√d, and the sum's last term is a column of its own.
-
-        Four operations into ready buffers take 5 µs, torch's rms_norm 23; a pass of 30 layers has 61 of them.
-        """
-        torch.linalg.vector_norm(step.x_and_eps, dim=-1, keepdim=True, out=step.size)
-        torch.mul(step.x, weight, out=step.scaled)
-        step.normed.copy_(step.scaled.div_(step.size))
-        return step.normed
-
 
 def _by_row(mask: Tensor, rows: int) -> Tensor:
     """[n, span] -> [rows, span], the n rows again and again for heads that share keys, and what is filled up is not used; or
@@ -316,8 +337,15 @@ def _by_row(mask: Tensor, rows: int) -> Tensor:
     return pad(mask.repeat(rows // n, 1), (0, 0, 0, rows % n))
 
 
+def _real_rows(mask: Tensor, n: int) -> Tensor:
+    """Of what `_by_row` made: [heads that share keys, n, span], or [1, 1, span]."""
+    return mask[: mask.shape[0] // n * n].view(-1, n, mask.shape[1])
+
+
 SPAN = 16
 """Attention looks at a multiple of this many positions, so that a row's sums are cut alike in passes of any width."""
 _TABLED_ROWS = 16
+_ROTATIONS = 256
+"""Positions: 1 MB for a model of 135M, and 0.1 ms every so many tokens."""
 _GROUPED_ROWS = 32
 """Rows of a pass up to which query heads are grouped."""

@@ -78,10 +78,10 @@ class Decoder(Blocks):
         step.x.copy_(self.embedding(tokens))
         kept = []
         for i, layer in enumerate(self.layers):
-            self.block(i, self.normed(step, layer.attention_norm), step)
+            self.block(i, step.normed(layer.attention_norm), step)
             if taps is not None and i in taps.layers:
                 kept.append(step.x.to(self.dtype, copy=True))
-        last = self.normed(step, self.norm)
+        last = step.normed(self.norm)
         if taps is not None:
             taps.kept.index_copy_(0, positions, torch.stack([*kept, last], 1))
         logits: Tensor = self.head(last[-rows:])

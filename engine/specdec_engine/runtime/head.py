@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import rms_norm
 
 from specdec_engine.runtime import Choose, Chosen, Enough, Unrolled
-from specdec_engine.runtime.blocks import SPAN, Blocks, Layer
+from specdec_engine.runtime.blocks import SPAN, Blocks, Layer, Norm
 from specdec_engine.runtime.decoder import Embedding
 from specdec_engine.runtime.linear import Quantize, project
 from specdec_engine.runtime.shape import Shape
@@ -92,29 +91,38 @@ class HeadForward(Blocks):
                 window=shape.windows[0],
             )
         ]
-        self._embedding_norm = weights["embedding_norm"].to(device).float()
-        self._feature_norm = weights["feature_norm"].to(device).float()
+        self._embedding_norm = self.norm_weight(weights["embedding_norm"])
+        self._feature_norm = self.norm_weight(weights["feature_norm"])
         self._fuse = project([matrix("fuse")], None, dtype, device, quantize)
+        self._feature_norms = dict[int, Norm]()
         self._norm = self.norm_weight(weights["final_norm"])
         self._head = project([rows.to(dtype)], None, dtype, device, quantize)
 
-    @torch.inference_mode()
     def fused(self, features: Tensor) -> Tensor:
         """[n, F, hidden] -> [n, hidden]: the states that the target leaves to these slots."""
-        normed = rms_norm(features.float(), (self.shape.hidden,), None, self.shape.eps).mul_(self._feature_norm)
-        return self._fuse(normed.flatten(1).to(self.dtype)).float()
+        n = features.shape[0]
+        normed = self._feature_norms.get(n)
+        if normed is None:
+            normed = Norm(features.shape, self.shape.eps, self.dtype, self.device)
+            if n <= _KEPT_ROWS:
+                self._feature_norms[n] = normed
+        normed.x.copy_(features)
+        return self._fuse(normed(self._feature_norm).flatten(1))
 
-    @torch.inference_mode()
     def __call__(self, states: Tensor, tokens: Tensor, start: int, cache: Tensor, span: int) -> tuple[Tensor, Tensor]:
         """[n, hidden] states and [n] tokens (target ids) at the n slots from `start` -> [1, V'] logits after the last, and
         its state [1, hidden] for the slot that follows."""
         positions = torch.arange(start, start + tokens.shape[0], device=self.device)
         step = self.begin(positions, cache, span, start)
+        step.x.copy_(self.embedding(tokens))
+        embedded = step.normed(self._embedding_norm).clone()
         step.x.copy_(states)
-        embedded = rms_norm(self.embedding(tokens), (self.shape.hidden,), self._embedding_norm, self.shape.eps)
-        state = self.normed(step, self.layers[0].attention_norm)
-        self.block(0, torch.cat([embedded.to(self.dtype), state], 1), step)
-        return self._head(self.normed(step, self._norm)[-1:]), step.x[-1:].clone()
+        self.block(0, torch.cat([embedded, step.normed(self.layers[0].attention_norm)], 1), step)
+        return self._head(step.normed(self._norm)[-1:]), step.x[-1:].clone()
+
+
+_KEPT_ROWS = 16
+"""Up to so many slots a pass finds its buffers ready."""
 
 
 class HeadRuntime:
@@ -131,6 +139,7 @@ class HeadRuntime:
     def cached(self) -> int:
         return self._cached
 
+    @torch.inference_mode()
     def forward(self, features: Tensor, tokens: Tensor) -> None:
         """Cache slots: [n, F, hidden] features and the [n] tokens that follow them."""
         self._step(self._forward.fused(features), tokens)
@@ -159,13 +168,12 @@ class HeadRuntime:
         for number in u:
             logits, states = self._step(states, tokens)
             chosen.append(choose(logits, number, temperature))
-            tokens = ids[chosen[-1].token]
+            tokens = ids.index_select(0, chosen[-1].token)
             said.append(tokens)
             if enough is not None and self.device.type == "cpu" and enough(float(chosen[-1].confidence)):
                 break
         return Unrolled.of(chosen, said)
 
-    @torch.inference_mode()
     def _step(self, states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         end = self._cached + tokens.shape[0]
         if end > self._cache.shape[2]:

@@ -40,6 +40,8 @@ def _side(who: str, raw: Raw | None, now: float | None, cycle: Cycle, at: int, b
     label = ("q " if who == "draft" else "p ") + who
     if raw is None:
         return [[(label, "strong"), (" before temperature was not recorded", "muted")]]
+    if not raw.likeliest[at]:
+        return [[(label, "strong"), (" before temperature: not worked out, it was never tested", "muted")]]
     lines: list[Line] = [[(label, "strong"), (f", before → after {by}", "muted")]]
     width, drafted, was = max(4, room.width - _NAME - _NUMBERS - 3), cycle.drafted[at], raw.drafted[at]
     rows = list(raw.likeliest[at])
