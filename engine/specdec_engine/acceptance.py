@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite
 from typing import ClassVar, Protocol
 
@@ -268,23 +269,43 @@ def report(
 def report_on_host(
     rule: AcceptanceRule, p: Tensor, tokens: Tensor, probs: Tensor | None, numbers: Numbers
 ) -> list[float]:
-    """`report` where looking costs nothing: only what the verdict needs is made. Of a cycle of 12 ms it takes 0.7,
-    and a report takes 1.0. What was before warping is told apart, by `told_on_host`."""
-    k, shown = tokens.shape[0], min(RESIDUAL_TOP, p.shape[1])
+    """`report` where looking costs nothing: only what the verdict needs is made, and of a cycle of 12 ms it takes 0.5 to 0.7
+    where a report takes 1.0. What was before warping is told apart, by `told_on_host`."""
+    k, shown, drafted = tokens.shape[0], min(RESIDUAL_TOP, p.shape[1]), tokens.tolist()
     if k == 0:
         return [0.0, draw_on_host(p[0], numbers.final[0]), float(p[0].sum())]
     case = Case.of(p, tokens, probs)
     overlap = case.p_drafted if probs is None else torch.minimum(p[:k], probs).sum(-1)
-    u = torch.tensor(numbers.accept, dtype=wide(p.device))
-    accepted = rule.count(u < rule.thresholds(case))
-    n = int(accepted)
-    final = p[n] if n == k else rule.final(case, accepted)  # what every rule makes of a draft that was kept whole
-    values = [n, draw_on_host(final, numbers.final[n]), float(final.sum()), *tokens.tolist()]
+    n, final = (_by_token_rule if type(rule) is TokenRule else partial(_settled, rule))(case, numbers.accept)
+    mass = float(final.sum())
+    values = [n, draw_on_host(final, numbers.final[n]), mass, *drafted]
     values += [*case.p_drafted.tolist(), *case.q_drafted.tolist(), *overlap.tolist()]
-    for part in top(final[None], shown) if n < k else ():
-        values += part[0].tolist()
-    values += [0.0] * (0 if n < k else 2 * shown)
-    return values
+    if n == k:
+        return values + [0.0] * (2 * shown)
+    largest, at = top(final[None], shown)
+    return [*values, *(value / mass for value in largest[0].tolist()), *at[0].tolist()]
+
+
+def _settled(rule: AcceptanceRule, case: Case, accept: list[float]) -> tuple[int, Tensor]:
+    """How many are accepted, and [V] the weights of the token that ends the cycle."""
+    accepted = rule.count(torch.tensor(accept, dtype=wide(case.p.device)) < rule.thresholds(case))
+    n = int(accepted)
+    return n, case.p[n] if n == len(accept) else rule.final(
+        case, accepted
+    )  # what every rule makes of a draft kept whole
+
+
+def _by_token_rule(case: Case, accept: list[float]) -> tuple[int, Tensor]:
+    """The same by `TokenRule`, in a third of the time: the comparisons are about a few numbers, and a draw needs no
+    normalised residual."""
+    ratios = zip(accept, case.p_drafted.tolist(), case.q_drafted.tolist(), strict=True)
+    n = next((i for i, (u, p, q) in enumerate(ratios) if not (q > 0 and u < p / q)), len(accept))
+    row = case.p[n]
+    if n == len(accept):
+        return n, row
+    q = case.probs
+    left = row.index_fill(0, case.tokens[n], 0.0) if q is None else (row - q[n]).clamp_(min=0.0)
+    return n, left if bool(left.any()) else row
 
 
 def certain(best: Sequence[int], sure: Sequence[float], drafted: Sequence[int]) -> list[float]:

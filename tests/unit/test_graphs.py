@@ -153,9 +153,11 @@ def test_recorded_verdicts_are_the_unrecorded_ones(rule, sampling, raw):
             "seed": k,
             "timer": HostTimer(FakeClock()),
         }
-        assert cycles(run(target, drafter, PROMPT, judge=judge, **options)) == cycles(
-            run(target, drafter, PROMPT, judge=plain, **options)
-        )
+        recorded = cycles(run(target, drafter, PROMPT, judge=judge, **options))
+        unrecorded = cycles(run(target, drafter, PROMPT, judge=plain, **options))
+        assert [replace(c, residual=()) for c in recorded] == [replace(c, residual=()) for c in unrecorded]
+        for one, other in zip(recorded, unrecorded, strict=True):  # masses are not normalised in the same way
+            assert dict(one.residual) == pytest.approx(dict(other.residual))
     before = recorder.recordings
     warmer = replace(sampling, temperature=sampling.temperature and 1.3, raw=raw)
     run(target, drafter, PROMPT, k=3, sampling=warmer, max_tokens=30, judge=judge)
