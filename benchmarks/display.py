@@ -1,12 +1,12 @@
 """What does watching cost? Tokens a second of the same run with the screen attached and without.
 
-    python benchmarks/display.py [--tokens 256] [--rounds 5] [--size 120x40]
+    python benchmarks/display.py [--k 2] [--tokens 256] [--rounds 5] [--size 120x40]
 
 Without: events are folded in a loop, as `generate` does. With: the app is on a terminal of its own (a pty whose output is
 read and dropped). Each run has a process of its own, as a user's has: a second thread that computes in one process gets a
 second team of OpenMP threads, and more threads than cores halve the speed of both. The two take turns. Wall time from the
-first cycle to the last, and the engine's own, of the second run of each process. k is fixed: what `-k auto` learns differs
-from run to run by more than a screen costs. Prints one JSON object.
+first cycle to the last, and the engine's own, of the second run of each process. k is fixed unless `--k auto` is given: what
+that learns differs from run to run by more than a screen costs, so that it takes more rounds. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -55,13 +55,14 @@ class Clocked(deque[Any]):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--k", default="2", help="a number, or auto")
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--size", default="120x40")
     parser.add_argument("--arm", choices=list(ARMS), help="one run of this kind, in this process")
     options = parser.parse_args()
     if options.arm is not None:
-        request = Request(PROMPT, k=2, max_tokens=options.tokens)
+        request = Request(PROMPT, k="auto" if options.k == "auto" else int(options.k), max_tokens=options.tokens)
         json.dump(ARMS[options.arm](request, options.size), sys.stdout)
         return
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in ARMS}

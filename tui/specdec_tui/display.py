@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-SHARE = 0.025
-"""Of one core, at most, while an engine runs at full speed."""
+SHARE = 0.02
+"""Of one core, at most, while an engine runs at full speed. On 2 cores it costs the engine twice that: a thread that makes
+way for a screen is waited for by the other."""
 _WINDOW_S = 5.0
 
 
