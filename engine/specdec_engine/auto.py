@@ -134,12 +134,13 @@ class AutoK:
     """The controller; one a pair, so that what a run learns serves the next."""
 
     def __init__(self) -> None:
+        self._seed = 0
         self._forget()
 
     def _forget(self) -> None:
         self._passes, self._other, self._drift = Staircase(), Times(), Drift()
         self._sources: dict[str, _Source] = {}
-        self._seeds: set[int] = set()
+        self._seeds: set[int] = set()  # of the runs it has learnt from
         self._cycles = 0
         self._tokens = self._seconds = 0.0
 
@@ -148,7 +149,7 @@ class AutoK:
         that this one will be, and k must not depend on them."""
         if seed in self._seeds:
             self._forget()
-        self._seeds.add(seed)
+        self._seed = seed
 
     @property
     def k(self) -> int:
@@ -200,6 +201,7 @@ class AutoK:
     def observe(self, cycle: Cycle) -> str:
         """Learn from a cycle. Returns why `k` is another now; empty if it is not."""
         before, reasons = self.k, list[str]()
+        self._seeds.add(self._seed)
         self._cycles += 1
         width = len(cycle.drafted) + 1
         self._drift.saw(width, cycle.verify_s)

@@ -225,6 +225,17 @@ def test_a_seed_that_comes_again_finds_nothing_learnt():
     assert auto.k == 3
 
 
+def test_a_run_that_taught_it_nothing_may_be_repeated():
+    """As the plain runs are that a screen measures before each of its own."""
+    auto = AutoK()
+    auto.begin(0)
+    auto.begin(1)
+    World(0.02, 0.1).run(auto, 100)
+    auto.begin(0)
+    auto.begin(2)
+    assert auto.k == 0
+
+
 @pytest.mark.parametrize("spec", ["none,ngram", "ngram,none", "none,none"])
 def test_a_member_that_never_drafts_does_no_harm(spec):
     from specdec_engine.drafters import build_drafter

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -112,6 +113,7 @@ class ReplaySource(Threaded):
                     return
             if not begun:
                 raise TraceError(f"{self.path} holds no run", "give a file that --trace wrote")
+            gc.freeze()  # all of it is kept: a collection that looks through 5,000 cycles takes 0.1 s, and is felt
         except SpecdecError as error:
             self._failed(error)
 
