@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from math import isfinite
 from typing import ClassVar, Protocol
 
@@ -22,7 +21,7 @@ from specdec_engine.errors import GenerationFailed
 from specdec_engine.events import Raw
 from specdec_engine.randomness import Randomness
 from specdec_engine.sampling import draw, draw_on_host, top, wide
-from specdec_engine.types import Verdict
+from specdec_engine.types import Draft, Verdict
 
 RESIDUAL_TOP, RAW_TOP = 8, 4
 """Entries of the residual, and of the distributions before warping, that a verdict carries: what a screen can show."""
@@ -269,55 +268,22 @@ def report(
 def report_on_host(
     rule: AcceptanceRule, p: Tensor, tokens: Tensor, probs: Tensor | None, numbers: Numbers
 ) -> list[float]:
-    """`report` where looking costs nothing: only what the verdict needs is made, and of a cycle of 12 ms it takes 0.5 to 0.7
-    where a report takes 1.0. What was before warping is told apart, by `told_on_host`."""
-    k, shown, drafted = tokens.shape[0], min(RESIDUAL_TOP, p.shape[1]), tokens.tolist()
+    """`report` where looking costs nothing: only what the verdict needs is made, and of a cycle of 12 ms it takes 0.7 where
+    a report takes 1.0. What was before warping is told apart, by `told_on_host`."""
+    k, shown = tokens.shape[0], min(RESIDUAL_TOP, p.shape[1])
     if k == 0:
         return [0.0, draw_on_host(p[0], numbers.final[0]), float(p[0].sum())]
     case = Case.of(p, tokens, probs)
     overlap = case.p_drafted if probs is None else torch.minimum(p[:k], probs).sum(-1)
-    n, final = (_by_token_rule if type(rule) is TokenRule else partial(_settled, rule))(case, numbers.accept)
-    mass = float(final.sum())
-    values = [n, draw_on_host(final, numbers.final[n]), mass, *drafted]
-    values += [*case.p_drafted.tolist(), *case.q_drafted.tolist(), *overlap.tolist()]
-    if n == k:
-        return values + [0.0] * (2 * shown)
-    largest, at = top(final[None], shown)
-    return [*values, *(value / mass for value in largest[0].tolist()), *at[0].tolist()]
-
-
-def _settled(rule: AcceptanceRule, case: Case, accept: list[float]) -> tuple[int, Tensor]:
-    """How many are accepted, and [V] the weights of the token that ends the cycle."""
-    accepted = rule.count(torch.tensor(accept, dtype=wide(case.p.device)) < rule.thresholds(case))
+    u = torch.tensor(numbers.accept, dtype=wide(p.device))
+    accepted = rule.count(u < rule.thresholds(case))
     n = int(accepted)
-    return n, case.p[n] if n == len(accept) else rule.final(
-        case, accepted
-    )  # what every rule makes of a draft kept whole
-
-
-def _by_token_rule(case: Case, accept: list[float]) -> tuple[int, Tensor]:
-    """The same by `TokenRule`, in a third of the time: the comparisons are about a few numbers, and a draw needs no
-    normalised residual."""
-    ratios = zip(accept, case.p_drafted.tolist(), case.q_drafted.tolist(), strict=True)
-    n = next((i for i, (u, p, q) in enumerate(ratios) if not (q > 0 and u < p / q)), len(accept))
-    row = case.p[n]
-    if n == len(accept):
-        return n, row
-    q = case.probs
-    left = row.index_fill(0, case.tokens[n], 0.0) if q is None else (row - q[n]).clamp_(min=0.0)
-    return n, left if bool(left.any()) else row
-
-
-def certain(best: Sequence[int], sure: Sequence[float], drafted: Sequence[int]) -> list[float]:
-    """A report, V being 1, where p is one-hot and the draft deterministic: every lossless rule then keeps what is equal.
-
-    best [k + 1]: where each row's mass is; sure: the mass, 1 or NaN. Without tensors: after a pass has filled the caches an
-    operation takes 5 to 10 µs however few numbers it is about, and a report has some 60.
-    """
-    p = [one if token == at else 0.0 for token, at, one in zip(drafted, best, sure, strict=False)]
-    k, n = len(drafted), next((i for i, value in enumerate(p) if value != 1.0), len(drafted))
-    residual = [sure[n], best[n]] if k else []
-    return [n, best[n], sure[n], *drafted, *p, *[1.0] * k, *p, *residual]
+    final = p[n] if n == k else rule.final(case, accepted)  # what every rule makes of a draft that was kept whole
+    values = [n, draw_on_host(final, numbers.final[n]), float(final.sum()), *tokens.tolist()]
+    values += [*case.p_drafted.tolist(), *case.q_drafted.tolist(), *overlap.tolist()]
+    for part in top(final[None], shown) if n < k else ():
+        values += part[0].tolist()
+    return values + [0.0] * (0 if n < k else 2 * shown)
 
 
 Warped = Callable[[Tensor], Tensor]
@@ -325,11 +291,12 @@ Warped = Callable[[Tensor], Tensor]
 
 
 @torch.inference_mode()
-def told_on_host(tested: int, before: Unwarped, tokens: Tensor, p: Warped, probs: Tensor | None) -> list[float]:
+def told_on_host(accepted: int, before: Unwarped, draft: Draft, p: Warped) -> list[float]:
     """What a report ends with where it tells more; zeros for what was never tested."""
-    found, k = list[float](), tokens.shape[0]
-    first = Unwarped(before.logits, None if before.q is None else before.q[:tested], before.ids)
-    for part in _told(first, tokens[:tested], p, None if probs is None else probs[:tested]):
+    k, tested = len(draft), min(accepted + 1, len(draft))
+    q, probs = (None if rows is None else rows[:tested] for rows in (before.q, draft.probs))
+    found = list[float]()
+    for part in _told(Unwarped(before.logits, q, before.ids), draft.tokens[:tested], p, probs):
         found += [*part.flatten().tolist(), *[0.0] * ((k - tested) * part[0].numel())]
     return found
 

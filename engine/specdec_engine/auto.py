@@ -29,8 +29,9 @@ a draft with α 0.4 was switched off for a sixth of the cycles."""
 _MEMORY = 0.975
 """What a cycle's evidence is worth one cycle later: some 40 cycles are remembered, two paragraphs. With 25 a draft with
 α 0.4 looked like one with 0.3 every few prompts, and was switched off."""
-_LONG, _LONG_MEMORY = 8, 0.92
-"""The same for what a drafter's confidence is worth, so many cycles later."""
+_FADES_EVERY = 8
+_LONG_MEMORY = 0.92
+"""What is known of a drafter's confidences is worth, so many cycles later."""
 _AGED = 0.6
 _LOOKS = 8
 """Every so many drafts one goes further."""
@@ -210,7 +211,7 @@ class AutoK:
         self._other.add(other_s)
         self._tokens = _MEMORY * self._tokens + len(cycle.emitted)
         self._seconds = _MEMORY * self._seconds + draft_s + verify_s + other_s
-        if self._cycles % _LONG == 0:
+        if self._cycles % _FADES_EVERY == 0:
             for source in self._sources.values():
                 source.forget_a_little()
         if cycle.drafted:

@@ -162,7 +162,6 @@ def cycle_of(reach: Sequence[float], draft: Callable[[int], float], passes: Stai
 
 def best_k(reach: Sequence[float], draft: Callable[[int], float], passes: Staircase, other_s: float) -> Choice:
     """Of 0 to len(reach), the k with the most expected tokens a second."""
-    emitted = accumulate(reach, initial=1.0)
-    seconds = (draft(k) + passes(k + 1) + other_s for k in range(len(reach) + 1))
-    k, (tokens, took) = max(enumerate(zip(emitted, seconds, strict=True)), key=lambda found: found[1][0] / found[1][1])
-    return Choice(k, tokens, took)
+    emitted = enumerate(accumulate(reach, initial=1.0))
+    choices = (Choice(k, tokens, draft(k) + passes(k + 1) + other_s) for k, tokens in emitted)
+    return max(choices, key=lambda choice: choice.rate)

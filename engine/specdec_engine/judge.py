@@ -8,7 +8,7 @@ for the cycle before. On a CPU the verdict is made at once, and of all that a re
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -18,16 +18,16 @@ from specdec_engine.acceptance import (
     AcceptanceRule,
     Numbers,
     Unwarped,
-    certain,
     read,
     report,
     report_on_host,
     told_on_host,
 )
 from specdec_engine.coupling import coupled, gumbel_noise
+from specdec_engine.greedy import GreedyReports, ids_of
 from specdec_engine.randomness import Randomness
 from specdec_engine.runtime.graphs import Recorder
-from specdec_engine.sampling import Narrow, one_hot, warp, wide
+from specdec_engine.sampling import best_where_sure, warp, wide
 from specdec_engine.types import Draft, Sampling, Verdict
 
 Awaited = Callable[[], Verdict]
@@ -40,6 +40,7 @@ class Judge:
 
     def __init__(self, rule: AcceptanceRule, device: torch.device, recorder: Recorder | None = None) -> None:
         self.rule = rule
+        self._greedy = GreedyReports(rule)
         self._device = device
         self._recorder = recorder
         self._recordings: dict[Hashable, _Recorded] = {}
@@ -51,9 +52,11 @@ class Judge:
         before = Unwarped(logits, draft.raw, draft.raw_ids) if sampling.raw and len(draft) else None
         sides = 0 if before is None else before.sides
         here = self._device.type == "cpu" and self._recorder is None
-        if here and sampling.greedy:
-            settled = _greedily(self.rule, logits, draft, numbers, before)
-            return lambda: settled
+        if here and sampling.greedy and draft.probs is None:
+            best = best_where_sure(logits)
+            if best is not None:
+                settled = self._greedily(best, draft, numbers, before)
+                return lambda: settled
         if sampling.coupled:  # its noise is made on the host, a row a position: not recorded
             noise = gumbel_noise(random.seed, position, len(draft) + 1, logits.shape[-1], self._device)
             p = coupled(warp(logits, sampling), noise)
@@ -66,12 +69,21 @@ class Judge:
         if here:
             said = report_on_host(self.rule, p, draft.tokens, draft.probs, numbers)
             if before is not None:
-                tested = min(int(said[0]) + 1, len(draft))
-                said += told_on_host(tested, before, draft.tokens, lambda at: p[:tested].gather(1, at), draft.probs)
+                said += told_on_host(int(said[0]), before, draft, lambda at: p[: len(at)].gather(1, at))
             return partial(read, said, draft.source, numbers, logits.shape[1], sides)
         u = numbers.tensor(self._device).to(self._device, non_blocking=True)
         values = report(self.rule, p, draft.tokens, draft.probs, u, before)
         return partial(_read, *_brought_home(values), draft.source, numbers, logits.shape[1], sides)
+
+    def _greedily(self, best: list[int], draft: Draft, numbers: Numbers, before: Unwarped | None) -> Verdict:
+        """At temperature 0 and on the host."""
+        drafted = draft.tokens.tolist()
+        said, ids = self._greedy.report(best, drafted, numbers), len(ids_of(best, drafted))
+        if before is None:
+            return read(said, draft.source, numbers, ids)
+        at_best = torch.tensor(best)[:, None]
+        said += told_on_host(int(said[0]), before, draft, lambda at: (at == at_best[: len(at)]).float())
+        return read(said, draft.source, numbers, ids, before.sides)
 
     def _replayed(self, recorder: Recorder, logits: Tensor, draft: Draft, sampling: Sampling, u: Tensor) -> Tensor:
         """A new temperature records nothing anew; a new k, a filter, or a drafter of the other kind does, once."""
@@ -112,37 +124,6 @@ class _Recorded:
     inputs: list[Tensor]
     temperature: Tensor
     replay: Callable[[], tuple[Tensor, ...]]
-
-
-def _greedily(rule: AcceptanceRule, logits: Tensor, draft: Draft, numbers: Numbers, before: Unwarped | None) -> Verdict:
-    """At temperature 0 and on the host."""
-    drafted, (best, sure) = draft.tokens.tolist(), one_hot(logits)
-    narrow = None if rule.lossless and draft.probs is None else Narrow.of(best, sure, drafted)
-    values = certain(best, sure, drafted) if narrow is None else _narrowly(rule, narrow, draft, numbers)
-    if before is not None:
-        tested = min(int(values[0]) + 1, len(drafted))
-        at_best = torch.tensor(best[:tested])[:, None]
-        values += told_on_host(tested, before, draft.tokens, lambda at: (at == at_best).float(), draft.probs)
-    sides = 0 if before is None else before.sides
-    found = read(values, draft.source, numbers, 1 if narrow is None else len(narrow.ids), sides)
-    return found if narrow is None else _named(narrow, found)
-
-
-def _narrowly(rule: AcceptanceRule, narrow: Narrow, draft: Draft, numbers: Numbers) -> list[float]:
-    """A report over the few ids that have mass or were drafted."""
-    tokens = torch.tensor([narrow.ids.index(token) for token in draft.tokens.tolist()], dtype=torch.long)
-    probs = None if draft.probs is None else draft.probs[:, narrow.ids]
-    return report_on_host(rule, narrow.p, tokens, probs, numbers)
-
-
-def _named(narrow: Narrow, found: Verdict) -> Verdict:
-    """A verdict about places among the ids, about these."""
-    return replace(
-        found,
-        drafted=tuple(narrow.ids[at] for at in found.drafted),
-        token=narrow.ids[found.token],
-        residual=tuple((narrow.ids[at], mass) for at, mass in found.residual),
-    )
 
 
 def _read(

@@ -6,9 +6,7 @@ made here, as a one-hot row, so that the acceptance rule needs no greedy branch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from math import isfinite, nan
+from math import isfinite
 
 import numpy as np
 import torch
@@ -72,29 +70,12 @@ def _blocks(rows: Tensor, fill: float) -> Tensor:  # [n, V] -> [n, ceil(V / 256)
     return (pad(rows, (0, surplus), value=fill) if surplus else rows).view(rows.shape[0], -1, _BLOCK)
 
 
-@dataclass(frozen=True, slots=True)
-class Narrow:
-    """Greedy distributions over the few ids that matter to a cycle; everywhere else p is 0. The order of ids is kept, and so
-    is what a uniform number draws."""
-
-    ids: list[int]
-    """[m], rising."""
-    p: Tensor
-    """[n, m]"""
-
-    @classmethod
-    def of(cls, best: Sequence[int], sure: Sequence[float], also: Sequence[int]) -> Narrow:
-        """best, sure: as `one_hot` gives them; also: ids that have to be among them."""
-        ids = sorted({*best, *also})
-        return cls(
-            ids, torch.tensor([[one if id == at else 0.0 for id in ids] for one, at in zip(sure, best, strict=True)])
-        )
-
-
-def one_hot(logits: Tensor) -> tuple[list[int], list[float]]:  # [n, V] -> [n], [n]
-    """On the host, `warp` at temperature 0 without its zeros: where each row's mass is, and the mass, 1 or NaN."""
-    best, at = logits.max(-1)  # in one step: after a pass has filled the caches, five cost half as much again
-    return at.tolist(), [1.0 if isfinite(value) else nan for value in best.tolist()]
+def best_where_sure(logits: Tensor) -> list[int] | None:  # [n, V] -> [n]
+    """On the host, where `warp` puts each row's mass at temperature 0; None if a row's largest logit is not finite."""
+    best, at = logits.max(
+        -1
+    )  # in one step: after a pass has filled the caches, the five of `best_of` cost half as much again
+    return at.tolist() if all(map(isfinite, best.tolist())) else None
 
 
 def best_of(rows: Tensor) -> tuple[Tensor, Tensor]:  # [n, V] -> [n], [n]

@@ -110,10 +110,11 @@ def test_the_head_in_use_computes_what_the_head_in_training_computes():
         trained = head(features, target.decoder.embedding(tokens[1:])[None], 3)
     runtime = HeadRuntime(forward, 4)
     runtime.forward(features[0, :4], tokens[1:5])
-    state = forward.fused(features[0, 4:7])
-    for step, at in enumerate((slice(5, 8), slice(8, 9), slice(9, 10))):
-        logits, state = runtime._step(state, tokens[at])
-        assert torch.allclose(logits[0], trained[step][0, 6 + step] @ rows.T, atol=1e-3)
+    with torch.inference_mode():
+        state = forward.fused(features[0, 4:7])
+        for step, at in enumerate((slice(5, 8), slice(8, 9), slice(9, 10))):
+            logits, state = runtime._step(state, tokens[at])
+            assert torch.allclose(logits[0], trained[step][0, 6 + step] @ rows.T, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["head", "model"])

@@ -95,6 +95,7 @@ class ReplaySource(Threaded):
     def close(self) -> None:
         self._closed.set()
         self._join(2.0)
+        gc.unfreeze()
 
     def name(self, token: int) -> str:
         return self._pieces.get(token, f"⟨{token}⟩")
@@ -113,7 +114,8 @@ class ReplaySource(Threaded):
                     return
             if not begun:
                 raise TraceError(f"{self.path} holds no run", "give a file that --trace wrote")
-            gc.freeze()  # all of it is kept: a collection that looks through 5,000 cycles takes 0.1 s, and is felt
+            gc.collect()
+            gc.freeze()  # a collection that looks through 5,000 cycles takes 0.1 s, and is felt
         except SpecdecError as error:
             self._failed(error)
 

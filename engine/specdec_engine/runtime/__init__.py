@@ -22,7 +22,7 @@ class Chosen(NamedTuple):
     confidence: Tensor
     """[]: the largest probability of the draft's distribution."""
     raw: Tensor | None = None
-    """[1, V], the distribution before temperature and filters, where it was asked for."""
+    """[1, V'], the distribution before temperature and filters over the draft's own ids, where it was asked for."""
 
 
 class Unrolled(NamedTuple):
@@ -33,7 +33,7 @@ class Unrolled(NamedTuple):
     rows: Tensor | None
     """[k, V], what they were drawn from; None if they were not drawn."""
     raw: Tensor | None
-    """[k, V], the distributions before temperature and filters, where they were asked for."""
+    """[k, V'], the distributions before temperature and filters over the draft's own ids, where they were asked for."""
 
     @classmethod
     def of(cls, chosen: Sequence[Chosen], tokens: Sequence[Tensor]) -> Unrolled:

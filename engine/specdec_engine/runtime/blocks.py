@@ -85,7 +85,7 @@ class Step:
     places: Tensor
     """The real rows of `queries`, shaped as `asked`."""
     masks: dict[int | None, Tensor]
-    """By window: [rows, span], 0 or -inf."""
+    """By window: [rows, span], or [1, span] for one row; 0 or -inf."""
     kept: Sequence[Tensor]
     """Per layer: [2 · kv_heads, capacity, head_size], to write into."""
     keys: Sequence[Tensor]
@@ -134,7 +134,7 @@ class Blocks:
         self._frequencies = shape.frequencies.to(device)
         self._table: _Table | None = None
         self._steps: dict[int, Step] = {}
-        self._made = (0, torch.empty(0))
+        self._rotated = (0, torch.empty(0))
         self._padding = 4 if device.type == "cpu" else 1
 
     @property
@@ -212,19 +212,25 @@ class Blocks:
     def _table_of(self, cache: Tensor, span: int) -> _Table:
         """For passes over few rows that end in the last `SPAN` positions of the span."""
         where = cache.data_ptr()
+        if self._table is not None and self._table.cache != where:
+            for step in self._steps.values():  # else a step that is not asked for again would keep the old cache
+                step.table, step.kept, step.keys, step.values = None, (), (), ()
         if self._table is None or self._table.span != span or self._table.cache != where:
             first = max(0, span - SPAN - _TABLED_ROWS + 1)
             positions = torch.arange(first, span, device=self.device)
             masks = {w: self._mask(positions, span, w, cache.dtype) for w in set(self.shape.windows)}
             views = self._views(cache, span, grouped=True)
-            self._table = _Table(span, where, first, positions, self._turned(first, span), masks, *views)
+            self._table = _Table(span, where, first, positions, self._rotations(first, span), masks, *views)
         return self._table
 
-    def _turned(self, first: int, end: int) -> Tensor:
+    def _rotations(self, first: int, end: int) -> Tensor:
         """`rotation` of these positions, of which a block is made at once."""
-        begin, made = self._made
+        begin, made = self._rotated
         if first < begin or end > begin + made.shape[0]:
-            begin, made = self._made = first, self.rotation(torch.arange(first, end + _ROTATIONS, device=self.device))
+            begin, made = self._rotated = (
+                first,
+                self.rotation(torch.arange(first, end + _ROTATIONS, device=self.device)),
+            )
         return made[first - begin : end - begin]
 
     def _views(
@@ -335,11 +341,6 @@ def _by_row(mask: Tensor, rows: int) -> Tensor:
     if n == 1:
         return mask
     return pad(mask.repeat(rows // n, 1), (0, 0, 0, rows % n))
-
-
-def _real_rows(mask: Tensor, n: int) -> Tensor:
-    """Of what `_by_row` made: [heads that share keys, n, span], or [1, 1, span]."""
-    return mask[: mask.shape[0] // n * n].view(-1, n, mask.shape[1])
 
 
 SPAN = 16

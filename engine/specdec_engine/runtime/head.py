@@ -99,7 +99,8 @@ class HeadForward(Blocks):
         self._head = project([rows.to(dtype)], None, dtype, device, quantize)
 
     def fused(self, features: Tensor) -> Tensor:
-        """[n, F, hidden] -> [n, hidden]: the states that the target leaves to these slots."""
+        """[n, F, hidden] -> [n, hidden]: the states that the target leaves to these slots. Inside inference mode, as
+        `__call__`: their buffers are kept."""
         n = features.shape[0]
         normed = self._feature_norms.get(n)
         if normed is None:
@@ -115,7 +116,7 @@ class HeadForward(Blocks):
         positions = torch.arange(start, start + tokens.shape[0], device=self.device)
         step = self.begin(positions, cache, span, start)
         step.x.copy_(self.embedding(tokens))
-        embedded = step.normed(self._embedding_norm).clone()
+        embedded = step.normed(self._embedding_norm).clone()  # the next norm works in the same buffer
         step.x.copy_(states)
         self.block(0, torch.cat([embedded, step.normed(self.layers[0].attention_norm)], 1), step)
         return self._head(step.normed(self._norm)[-1:]), step.x[-1:].clone()

@@ -53,7 +53,7 @@ class RaceScreen(Screen[Frame | None]):
         self._source, self._frames = source, [Frame(), Frame()]
         self._before = before = source.turned
         seed = before.seed if before.seed is not None else secrets.randbits(32)
-        alone = replace(before.sampling, raw=False)  # 1 to 4 % of a cycle, which plain ones do not pay
+        alone = replace(before.sampling, raw=False)  # 1 to 3 % of a cycle, which plain ones do not pay
         self._request = replace(before, seed=seed, sampling=alone)
         self._waiting: Iterator[Request] = iter([replace(self._request, k=0), self._request])
         self._recording, self._race = -1, None

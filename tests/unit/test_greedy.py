@@ -1,0 +1,67 @@
+"""Verdicts at temperature 0 without tensors are those with tensors, for any rule, right or wrong."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from specdec_engine.acceptance import RULES, Numbers, SyntheticRule, TokenRule, read, report
+from specdec_engine.greedy import GreedyReports, ids_of
+from specdec_engine.randomness import KeyedRandomness
+from specdec_engine.sampling import best_where_sure, warp
+from specdec_engine.types import Sampling
+
+
+class TooKind(TokenRule):
+    """Accepts half of what it should reject, and draws from what is not one-hot."""
+
+    def thresholds(self, case):
+        return (super().thresholds(case) + 0.5).clamp(max=1.0)
+
+    def final(self, case, accepted):
+        return (case.p[0] + case.p[-1]) / 2
+
+
+@pytest.mark.parametrize("rule", [*RULES.values(), SyntheticRule(0.5), TooKind()], ids=lambda rule: type(rule).__name__)
+def test_a_pattern_that_is_remembered_gives_the_verdict_of_the_rule(rule):
+    """Few tokens, so that patterns come again."""
+    rng, reports = random.Random(3), GreedyReports(rule)
+    for position in range(400):
+        k, vocab = rng.randint(0, 4), 5
+        p = torch.eye(vocab)[torch.tensor([rng.randrange(vocab) for _ in range(k + 1)])]
+        drafted = [rng.randrange(vocab) for _ in range(k)]
+        numbers, best = Numbers.drawn(KeyedRandomness(1), position, k), p.argmax(-1).tolist()
+        found = read(reports.report(best, drafted, numbers), "x", numbers, len(ids_of(best, drafted)))
+        tokens = torch.tensor(drafted, dtype=torch.long)
+        asked = read(report(rule, p, tokens, None, numbers.tensor(p.device)).tolist(), "x", numbers, vocab)
+        assert replace(found, residual=()) == replace(asked, residual=())
+        assert dict(found.residual) == dict(asked.residual)  # equal masses in any order
+
+
+def test_the_rule_is_asked_once_a_pattern():
+    asked = []
+
+    class Counted(TokenRule):
+        def thresholds(self, case):
+            asked.append(case)
+            return super().thresholds(case)
+
+    reports, numbers = GreedyReports(Counted()), Numbers(0, [0.5, 0.5], [0.5] * 3)
+    for base in (0, 100, 7):
+        assert reports.report([base, base + 1, base + 2], [base, base + 3], numbers)[:2] == [1, base + 1]
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_where_the_mass_is(dtype):
+    """The first of several; nothing where a row is not made of numbers, which `warp` then shows."""
+    logits = torch.randint(0, 5, (200, 1000), generator=torch.Generator().manual_seed(1)).to(dtype)
+    assert best_where_sure(logits) == warp(logits, Sampling()).argmax(-1).tolist()
+    for broken in (float("nan"), float("inf")):
+        logits[7, 3] = broken
+        assert best_where_sure(logits) is None
+        assert warp(logits, Sampling())[7].isnan().any()
+    assert best_where_sure(torch.full((1, 4), -torch.inf)) is None
