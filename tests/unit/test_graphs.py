@@ -7,14 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from specdec_engine.acceptance import RULES
+from specdec_engine.acceptance import RULES, TokenRule
 from specdec_engine.control import Controls
 from specdec_engine.drafters.on_runtime import RuntimeDrafter
 from specdec_engine.judge import Judge
+from specdec_engine.randomness import KeyedRandomness
 from specdec_engine.runtime.graphs import span_for
 from specdec_engine.target import ModelTarget
 from specdec_engine.timing import HostTimer
-from specdec_engine.types import Sampling
+from specdec_engine.types import Draft, Sampling
 from tests.fakes import CPU, VOCAB, FakeClock, Repeater, cycles, emitted, events, graph, host, lean, run, tiny_llama
 
 TARGET = tiny_llama(seed=0, max_position_embeddings=1024)
@@ -132,6 +133,22 @@ def test_the_recorded_output_is_the_targets_own():
     for k in (1, 4, 7):
         target, drafter = pair()
         assert emitted(run(target, drafter, PROMPT, k=k, max_tokens=60)) == plain[0, len(PROMPT) :].tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_recorded_or_not_a_drafts_columns_are_named(temperature):
+    """A head's distributions before warping are over ids of its own."""
+    ids, vocab, sampling = torch.tensor([9, 2, 7, 4, 11, 5]), 13, Sampling(temperature, raw=True)
+    own = torch.tensor([[0.05, 0.5, 0.1, 0.05, 0.1, 0.2], [0.1, 0.1, 0.1, 0.1, 0.1, 0.5]])
+    drafted = ids[own.argmax(-1)]
+    logits = torch.randn(3, vocab, generator=torch.Generator().manual_seed(2))
+    logits[0, drafted[0]] += 9.0  # kept, so that the second is tested
+    draft = Draft(drafted, None, "x", own, ids)
+    for recorder in (None, Repeater()):
+        verdict = Judge(TokenRule(), CPU, recorder).start(logits, draft, sampling, KeyedRandomness(1), 5)()
+        assert verdict.raw_q.drafted == pytest.approx((0.5, 0.5))
+        assert verdict.raw_q.likeliest[0][:2] == ((2, pytest.approx(0.5), 1.0), (5, pytest.approx(0.2), 0.0))
+        assert verdict.raw_p.drafted == pytest.approx(logits.softmax(-1)[[0, 1], drafted].tolist())
 
 
 @pytest.mark.parametrize("raw", [False, True], ids=["", "raw"])
