@@ -15,6 +15,14 @@ def test_screens_take_no_more_than_their_share():
     assert abs(thrift.share - used / 100) < 0.2 * SHARE
 
 
+def test_a_screen_that_takes_long_is_not_waited_for_longer_than_a_second():
+    """The first one of a run lays out every panel."""
+    thrift = Thrift()
+    thrift.drawing(0.0, 0.0)
+    assert not thrift.may_draw(0.9, 0.2)
+    assert thrift.may_draw(1.0, 0.2)
+
+
 def test_a_screen_that_costs_nothing_is_drawn_every_time():
     thrift = Thrift()
     for tick in range(1, 10):

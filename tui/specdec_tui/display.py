@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 SHARE = 0.02
 """Of one core, at most, while an engine runs at full speed. On 2 cores it costs the engine twice that: a thread that makes
 way for a screen is waited for by the other."""
+LONGEST_S = 1.0
+"""But a screen is at most so old, however long one takes to draw."""
 _WINDOW_S = 5.0
 
 
@@ -22,7 +24,8 @@ class Thrift:
 
     def may_draw(self, now: float, used: float) -> bool:
         """Whether what the last screen took has been made up for by waiting."""
-        return used - self.used_before <= SHARE * (now - self.drawn_at)
+        waited = now - self.drawn_at
+        return waited >= LONGEST_S or used - self.used_before <= SHARE * waited
 
     def drawing(self, now: float, used: float) -> None:
         """A screen is begun."""

@@ -71,9 +71,12 @@ def step_words(view: View, name: Name) -> str:
         token = repr_of(cycle.drafted[partial.drafted - 1], name) if partial.drafted else "nothing"
         return f"Cycle {number}: the draft guesses {token}, {partial.drafted} of {k}."
     if not partial.tested:
-        return (
-            f"Cycle {number}: the target reads all {k} guesses in one pass, and says what it would have said at each."
+        guesses = (
+            "the guess in one pass, and says what it would have said there"
+            if k == 1
+            else (f"all {k} guesses in one pass, and says what it would have said at each")
         )
+        return f"Cycle {number}: the target reads {guesses}."
     at = partial.tested - 1
     verdict = "kept" if at < cycle.accepted else "rejected"
     why = held(cycle, at) if rule == "token" else f"{rule} verification weighs the whole draft"
