@@ -36,11 +36,11 @@ class GreedyReports:
         self._rule = rule
         self._asked: dict[Pattern, _Asked] = {}
 
-    def report(self, best: Sequence[int], drafted: Sequence[int], numbers: Numbers) -> list[float]:
-        """best [k + 1]: where each row's mass is. The residual has an entry for each of `ids`."""
+    def report(self, best: Sequence[int], drafted: Sequence[int], numbers: Numbers, vocab: int) -> list[float]:
+        """best [k + 1]: where each row's mass is."""
         if not drafted:
             return [0, best[0], 1.0]
-        ids = ids_of(best, drafted)
+        ids = sorted({*best, *drafted})  # as in a vocabulary, so that a uniform number draws the same
         pattern = tuple(map(ids.index, best)), tuple(map(ids.index, drafted))
         asked = self._asked.get(pattern) or self._ask(pattern, len(ids))
         passed = tuple(u < threshold for u, threshold in zip(numbers.accept, asked.thresholds, strict=True))
@@ -49,9 +49,19 @@ class GreedyReports:
         level = numbers.final[n] * mass
         token = next((id for id, end in zip(ids, accumulate(weights), strict=True) if end > level), ids[0])
         p = [1.0 if token == at else 0.0 for token, at in zip(drafted, best, strict=False)]
-        largest = sorted(zip(weights, ids, strict=True), key=lambda entry: -entry[0])[:RESIDUAL_TOP]
-        residual = [*(weight for weight, _ in largest), *(id for _, id in largest)]
-        return [n, token, mass, *drafted, *p, *[1.0] * len(drafted), *p, *residual]
+        largest = sorted(zip(weights, ids, strict=True), key=lambda entry: -entry[0])
+        largest = [*largest, *[(0.0, 0)] * RESIDUAL_TOP][: min(RESIDUAL_TOP, vocab)]
+        return [
+            n,
+            token,
+            mass,
+            *drafted,
+            *p,
+            *[1.0] * len(drafted),
+            *p,
+            *(w for w, _ in largest),
+            *(i for _, i in largest),
+        ]
 
     def _ask(self, pattern: Pattern, m: int) -> _Asked:
         best, drafted = pattern
@@ -68,8 +78,3 @@ class GreedyReports:
 
 
 _REMEMBERED = 4096
-
-
-def ids_of(best: Sequence[int], drafted: Sequence[int]) -> list[int]:
-    """All that occur, rising, as they do in a vocabulary: so a uniform number draws the same."""
-    return sorted({*best, *drafted})

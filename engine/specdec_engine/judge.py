@@ -24,7 +24,7 @@ from specdec_engine.acceptance import (
     told_on_host,
 )
 from specdec_engine.coupling import coupled, gumbel_noise
-from specdec_engine.greedy import GreedyReports, ids_of
+from specdec_engine.greedy import GreedyReports
 from specdec_engine.randomness import Randomness
 from specdec_engine.runtime.graphs import Recorder
 from specdec_engine.sampling import best_where_sure, warp, wide
@@ -55,7 +55,7 @@ class Judge:
         if here and sampling.greedy and draft.probs is None:
             best = best_where_sure(logits)
             if best is not None:
-                settled = self._greedily(best, draft, numbers, before)
+                settled = self._greedily(best, draft, numbers, before, logits.shape[1])
                 return lambda: settled
         if sampling.coupled:  # its noise is made on the host, a row a position: not recorded
             noise = gumbel_noise(random.seed, position, len(draft) + 1, logits.shape[-1], self._device)
@@ -75,15 +75,15 @@ class Judge:
         values = report(self.rule, p, draft.tokens, draft.probs, u, before)
         return partial(_read, *_brought_home(values), draft.source, numbers, logits.shape[1], sides)
 
-    def _greedily(self, best: list[int], draft: Draft, numbers: Numbers, before: Unwarped | None) -> Verdict:
+    def _greedily(
+        self, best: list[int], draft: Draft, numbers: Numbers, before: Unwarped | None, vocab: int
+    ) -> Verdict:
         """At temperature 0 and on the host."""
-        drafted = draft.tokens.tolist()
-        said, ids = self._greedy.report(best, drafted, numbers), len(ids_of(best, drafted))
-        if before is None:
-            return read(said, draft.source, numbers, ids)
-        at_best = torch.tensor(best)[:, None]
-        said += told_on_host(int(said[0]), before, draft, lambda at: (at == at_best[: len(at)]).float())
-        return read(said, draft.source, numbers, ids, before.sides)
+        said = self._greedy.report(best, draft.tokens.tolist(), numbers, vocab)
+        if before is not None:
+            at_best = torch.tensor(best)[:, None]
+            said += told_on_host(int(said[0]), before, draft, lambda at: (at == at_best[: len(at)]).float())
+        return read(said, draft.source, numbers, vocab, 0 if before is None else before.sides)
 
     def _replayed(self, recorder: Recorder, logits: Tensor, draft: Draft, sampling: Sampling, u: Tensor) -> Tensor:
         """A new temperature records nothing anew; a new k, a filter, or a drafter of the other kind does, once."""

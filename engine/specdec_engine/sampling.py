@@ -72,9 +72,8 @@ def _blocks(rows: Tensor, fill: float) -> Tensor:  # [n, V] -> [n, ceil(V / 256)
 
 def best_where_sure(logits: Tensor) -> list[int] | None:  # [n, V] -> [n]
     """On the host, where `warp` puts each row's mass at temperature 0; None if a row's largest logit is not finite."""
-    best, at = logits.max(
-        -1
-    )  # in one step: after a pass has filled the caches, the five of `best_of` cost half as much again
+    # In one step: after a pass has filled the caches, the five of `best_of` cost half as much again.
+    best, at = logits.max(-1)
     return at.tolist() if all(map(isfinite, best.tolist())) else None
 
 

@@ -9,9 +9,9 @@ def test_screens_take_no_more_than_their_share():
         now = tick / 15
         if thrift.may_draw(now, used):
             thrift.drawing(now, used)
-            used, drawn = used + 0.020, drawn + 1
-    assert 0.8 * SHARE < used / 100 <= SHARE + 0.020 / 100
-    assert drawn > 90
+            used, drawn = used + 0.008, drawn + 1
+    assert 0.8 * SHARE < used / 100 <= SHARE + 0.008 / 100
+    assert drawn > 200
     assert abs(thrift.share - used / 100) < 0.2 * SHARE
 
 

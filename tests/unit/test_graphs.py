@@ -172,9 +172,7 @@ def test_recorded_verdicts_are_the_unrecorded_ones(rule, sampling, raw):
         }
         recorded = cycles(run(target, drafter, PROMPT, judge=judge, **options))
         unrecorded = cycles(run(target, drafter, PROMPT, judge=plain, **options))
-        assert [replace(c, residual=()) for c in recorded] == [replace(c, residual=()) for c in unrecorded]
-        for one, other in zip(recorded, unrecorded, strict=True):  # masses are not normalised in the same way
-            assert dict(one.residual) == pytest.approx(dict(other.residual))
+        assert recorded == unrecorded
     before = recorder.recordings
     warmer = replace(sampling, temperature=sampling.temperature and 1.3, raw=raw)
     run(target, drafter, PROMPT, k=3, sampling=warmer, max_tokens=30, judge=judge)

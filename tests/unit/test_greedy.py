@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from specdec_engine.acceptance import RULES, Numbers, SyntheticRule, TokenRule, read, report
-from specdec_engine.greedy import GreedyReports, ids_of
+from specdec_engine.greedy import GreedyReports
 from specdec_engine.randomness import KeyedRandomness
 from specdec_engine.sampling import best_where_sure, warp
 from specdec_engine.types import Sampling
@@ -34,7 +34,7 @@ def test_a_pattern_that_is_remembered_gives_the_verdict_of_the_rule(rule):
         p = torch.eye(vocab)[torch.tensor([rng.randrange(vocab) for _ in range(k + 1)])]
         drafted = [rng.randrange(vocab) for _ in range(k)]
         numbers, best = Numbers.drawn(KeyedRandomness(1), position, k), p.argmax(-1).tolist()
-        found = read(reports.report(best, drafted, numbers), "x", numbers, len(ids_of(best, drafted)))
+        found = read(reports.report(best, drafted, numbers, vocab), "x", numbers, vocab)
         tokens = torch.tensor(drafted, dtype=torch.long)
         asked = read(report(rule, p, tokens, None, numbers.tensor(p.device)).tolist(), "x", numbers, vocab)
         assert replace(found, residual=()) == replace(asked, residual=())
@@ -51,7 +51,7 @@ def test_the_rule_is_asked_once_a_pattern():
 
     reports, numbers = GreedyReports(Counted()), Numbers(0, [0.5, 0.5], [0.5] * 3)
     for base in (0, 100, 7):
-        assert reports.report([base, base + 1, base + 2], [base, base + 3], numbers)[:2] == [1, base + 1]
+        assert reports.report([base, base + 1, base + 2], [base, base + 3], numbers, 1000)[:2] == [1, base + 1]
     assert len(asked) == 1
 
 
