@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specdec_engine.events import Finished, Raw, Started
+from specdec_engine.events import Cycle, Finished, Raw, Started
 from specdec_engine.stats import Summary
 from specdec_tui.frame import Frame, View, step_of, steps
 from specdec_tui.panels import Room
@@ -140,6 +140,21 @@ def test_a_live_engine_is_held_while_paused_and_runs_one_cycle_when_asked():
     assert (player.view.shown, player.allowed) == (4, 4)
     player.cycle(-1)
     assert player.view.shown == 3
+
+
+def test_a_step_at_the_live_end_runs_a_cycle_and_shows_its_first():
+    player, coming = Player(math.inf, live=True), events(20)[:-1]
+    drafting = [i for i, event in enumerate(coming) if isinstance(event, Cycle) and event.drafted][2]
+    player.feed(coming[:drafting])
+    player.tick(0.1)
+    player.toggle()
+    at = player.view.shown
+    player.step(1)
+    assert player.allowed == at + 1
+    player.feed(coming[drafting : drafting + 1])
+    assert (player.view.shown, player.view.step, player.allowed) == (at + 1, 1, at + 1)
+    player.step(-1)
+    assert (player.view.shown, player.view.step) == (at, None)
 
 
 def test_cycles_under_way_when_it_was_paused_are_shown_until_one_moves():

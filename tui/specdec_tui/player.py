@@ -30,7 +30,8 @@ class Player:
         self.speed = speed
         self.live = live
         self._due = 0.0  # recorded seconds that the head is behind its time
-        self._awaiting = False  # a cycle that a live engine is to run while paused
+        # A cycle that a live engine is to run while paused, to be shown whole or from its first step on.
+        self._awaiting: Literal["cycle", "step"] | None = None
         self._settling = False  # paused in full speed: cycles that were under way are still shown
 
     def feed(self, events: Iterable[Event]) -> None:
@@ -38,12 +39,13 @@ class Player:
         frame = self.view.frame.plus(events)
         if frame.run != self.view.frame.run:
             if self.view.frame.run:  # another run was asked for
-                self.playing, self._awaiting = True, False
+                self.playing, self._awaiting = True, None
             self.view, self._due = View(), 0.0
         more = len(frame.cycles) > len(self.view.frame.cycles)
         self.view = self.view.known(frame)
         if self._awaiting and more:
-            self._awaiting, self.view = False, self.view.to(self.view.shown + 1)
+            self.view = self.view.to(self.view.shown + 1) if self._awaiting == "cycle" else self.view.forward()
+            self._awaiting = None
         if self._settling and more:
             self.view = self.view.end()
 
@@ -51,7 +53,7 @@ class Player:
     def allowed(self) -> int | None:
         """Cycles that a live engine may have run by now; None for any number."""
         if not self.playing:
-            return self.view.shown + self._awaiting
+            return self.view.shown + (self._awaiting is not None)
         return None if math.isinf(self.speed) else self.view.shown + 1
 
     def tick(self, elapsed: float) -> bool:
@@ -91,7 +93,7 @@ class Player:
         """Pause and move by whole cycles; at the live end the engine runs one more."""
         self._pause()
         if by > 0 and self.view.at_end:
-            self._awaiting = self.live and not self.view.frame.over
+            self._await("cycle")
             return
         partial = self.view.step is not None  # its cycle is completed, or begun anew, first
         self.view = self.view.to(self.view.shown + by + (by < 0 and partial) - (by > 0 and partial))
@@ -100,7 +102,7 @@ class Player:
         """Pause and move by a step within a cycle; at the live end the engine runs one more."""
         self._pause()
         if by > 0 and self.view.at_end:
-            self._awaiting = self.live and not self.view.frame.over
+            self._await("step")
             return
         self.view = self.view.forward() if by > 0 else self.view.back()
 
@@ -134,8 +136,12 @@ class Player:
         self.view = found
         return moved
 
+    def _await(self, what: Literal["cycle", "step"]) -> None:
+        self._awaiting = what if self.live and not self.view.frame.over else None
+
     def _pause(self) -> None:
-        self.playing = self._settling = self._awaiting = False
+        self.playing = self._settling = False
+        self._awaiting = None
 
     def faster(self, by: int) -> None:
         at = min(range(len(SPEEDS)), key=lambda i: abs(math.log(min(SPEEDS[i], 64) / min(self.speed, 64))))
