@@ -1,6 +1,6 @@
 """How fast is decoding on our runtimes, side by side with transformers and, where it is installed, llama.cpp?
 
-    python benchmarks/runtimes.py PROMPTS.jsonl [--tokens 128] [--limit N] [--arms "NAME;NAME"] [--only
+    python benchmarks/runtimes.py PROMPTS.jsonl [--tokens 128] [--limit N] [--arms "NAME;NAME"] [--draft FOLDER] [--only
     speed,passes,start,memory]
 
 Greedy, end-of-sequence ignored so that every arm emits the same number of tokens, prefill included. The arms take turns
@@ -51,7 +51,11 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=60, help="this many prompts, evenly spread over the file")
     parser.add_argument("--target", default="builtin")
     parser.add_argument("--threads", type=int, default=usable_cores())
-    parser.add_argument("--draft", type=Path, help="folder of `specdec distill --kind model`: two more arms, assisted")
+    parser.add_argument(
+        "--draft",
+        type=Path,
+        help="folder of `specdec distill --kind model`: arms with two models, ours and transformers'",
+    )
     parser.add_argument("--arms", help="joined by ;")
     parser.add_argument("--only", default="speed,passes,outside,start,memory")
     return parser.parse_args()
@@ -154,6 +158,7 @@ ARMS: dict[str, Callable[[argparse.Namespace, dict[str, Any]], Arm]] = {
 }
 ASSISTED: dict[str, Callable[[argparse.Namespace, dict[str, Any]], Arm]] = {
     "specdec packed, two models": lambda o, m: ours(our_pair(o, m, str(o.draft), "auto"), "auto"),
+    "specdec packed, lookup and two models": lambda o, m: ours(our_pair(o, m, f"ngram,{o.draft}", "auto"), "auto"),
     "specdec bfloat16, two models": lambda o, m: ours(our_pair(o, m, str(o.draft), "none"), "auto"),
     "transformers bfloat16, two models": lambda o, m: with_transformers(
         their_model(o, m), assistant_model=widened(o.draft, their_model(o, m).config.vocab_size)
@@ -164,7 +169,7 @@ ASSISTED: dict[str, Callable[[argparse.Namespace, dict[str, Any]], Arm]] = {
 
 def widened(folder: Path, vocab: int) -> Any:
     """A draft with a reduced vocabulary as one that transformers can assist with: over the target's ids, of which those it
-    lacks go in as its last one and come out with logit 0, which is never its likeliest."""
+    lacks go in as its last one and come out with logit 0, which is hardly ever its likeliest."""
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 

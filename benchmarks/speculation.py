@@ -130,6 +130,7 @@ def figures(arm: Arm, plain: Arm, prompts: Sequence[dict[str, Any]]) -> dict[str
     draft = (c or 0.0) * total["drafted"] / total["cycles"]
     emitted = total["emitted"] / total["cycles"]
     return {
+        "drafts": arm.pair.environment.get("drafts", {}),
         "tokens_per_second": total["emitted"] / sum(r["summary"].decode_s for r in arm.runs),
         "speedup": geometric(each),
         "speedup_low": low,

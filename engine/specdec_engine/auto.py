@@ -55,7 +55,7 @@ class _Odds:
         self.hits *= kept
         self.trials *= kept
 
-    def add(self, hit: bool) -> None:
+    def add(self, hit: float) -> None:
         self.hits += hit
         self.trials += 1
 
@@ -118,16 +118,16 @@ class _Source:
         and one slow draft in a run's first cycles holds k down for good."""
         return not self.free and 0 < self.k < MOST and self.drafts % _LOOKS == _LOOKS - 1
 
-    def learn(self, cycle: Cycle, draft_s: float) -> None:
-        """draft_s: the cycle's own, evened out."""
+    def learn(self, cycle: Cycle, draft_s: float, kept: Sequence[float]) -> None:
+        """draft_s: the cycle's own, evened out; kept: of each tested token whether it was, or with what chance."""
         self.drafts += 1
         self.draft.add(len(cycle.drafted), draft_s)
         for odds in self.by_position:
             odds.fade()
-        for odds, position in zip(self.by_position, range(cycle.tested), strict=False):
-            odds.add(position < cycle.accepted)
-        for position, confidence in enumerate(self.confidences[: cycle.tested]):
-            self._odds(confidence, position).add(position < cycle.accepted)
+        for odds, hit in zip(self.by_position, kept, strict=False):
+            odds.add(hit)
+        for position, (confidence, hit) in enumerate(zip(self.confidences, kept, strict=False)):
+            self._odds(confidence, position).add(hit)
         self.confidences = []
 
 
@@ -135,7 +135,7 @@ class AutoK:
     """The controller; one a pair, so that what a run learns serves the next."""
 
     def __init__(self) -> None:
-        self._seed = 0
+        self._seed, self._tokenwise = 0, False
         self._forget()
 
     def _forget(self) -> None:
@@ -145,12 +145,15 @@ class AutoK:
         self._cycles = 0
         self._tokens = self._seconds = 0.0
 
-    def begin(self, seed: int) -> None:
+    def begin(self, seed: int, *, tokenwise: bool = False) -> None:
         """A run begins. What an earlier run with the same seed has taught is forgotten: it was tested with the very numbers
-        that this one will be, and k must not depend on them."""
+        that this one will be, and k must not depend on them.
+
+        tokenwise: the rule keeps each token that it tests with chance Σ min(p, q), the `overlap` of its cycle.
+        """
         if seed in self._seeds:
             self._forget()
-        self._seed = seed
+        self._seed, self._tokenwise = seed, tokenwise
 
     @property
     def k(self) -> int:
@@ -215,7 +218,7 @@ class AutoK:
             for source in self._sources.values():
                 source.forget_a_little()
         if cycle.drafted:
-            self._source(cycle.drafter).learn(cycle, draft_s)
+            self._source(cycle.drafter).learn(cycle, draft_s, self._kept(cycle))
         if self._measuring:
             reasons = ["a plain pass is measured, which all else is held against"]
         elif self._passes.measured(1):
@@ -228,6 +231,14 @@ class AutoK:
         if any(source.looks_further for source in self._sources.values()):
             reasons.append("one token further, to see what it brings and costs")
         return "; ".join(filter(None, reasons)) or "drafting goes on as before"
+
+    def _kept(self, cycle: Cycle) -> list[float]:
+        """Of each tested token the chance that it had, where that is told: it says more than whether it was kept, and brought
+        0.5 % in simulated runs with α 0.25 to 0.5."""
+        kept = [float(i < cycle.accepted) for i in range(cycle.tested)]
+        if self._tokenwise:
+            kept = [hit if told is None else told for hit, told in zip(kept, cycle.overlap, strict=False)]
+        return kept
 
     def _plan(self, name: str, source: _Source, drafted: bool) -> str:
         """Set the drafter's k for the next cycle; why, if it changed."""

@@ -120,7 +120,7 @@ class Pair:
         if controls is None:
             controls = self.controls(k, sampling)
         self.pace.controller = controls.auto
-        self.auto.begin(seed)  # always: it may be switched on in the middle of the run
+        self.auto.begin(seed, tokenwise=rule == "token")  # always: it may be switched on in the middle of the run
         return decode(
             self.target,
             self.drafter,

@@ -12,6 +12,7 @@ from specdec_engine.drafters import DRAFTERS, build_drafter
 from specdec_engine.drafters.base import Foreseeing, LoadedDraft
 from specdec_engine.randomness import KeyedRandomness
 from specdec_engine.runtime.generic import GenericRuntime
+from specdec_engine.sampling import draw_on_host
 from specdec_engine.target import ModelTarget
 from specdec_engine.tune.answers import Answer
 from specdec_engine.tune.passes import chances_along
@@ -28,7 +29,7 @@ SPECS = {
     "self": "self:1",
 }
 CASES = [*SPECS.values(), "ngram:1", "ngram,model:small", "none,ngram,model:small", "suffix,head:HEAD"]
-CASES += ["lean@model:small", "graph@model:small", "graph@ngram,model:small", "reduced@model:small"]
+CASES += ["lean@model:small", "int8@model:small", "graph@model:small", "graph@ngram,model:small", "reduced@model:small"]
 SAMPLINGS = [Sampling(), Sampling(1.0), Sampling(0.7, top_k=20, top_p=0.9, min_p=0.01)]
 TARGET = tiny_llama(seed=0)
 SMALL = tiny_llama(seed=1, layers=1, hidden=16, vocab=VOCAB - 10)  # padding differs within a family
@@ -37,6 +38,7 @@ SMALL = tiny_llama(seed=1, layers=1, hidden=16, vocab=VOCAB - 10)  # padding dif
 RUNTIMES = {
     "generic": lambda: LoadedDraft(GenericRuntime(SMALL, "small")),
     "lean": lambda: LoadedDraft(lean(SMALL)),
+    "int8": lambda: LoadedDraft(lean(SMALL, dtype=torch.bfloat16, quantize="int8")),
     "graph": lambda: LoadedDraft(graph(SMALL)),
     # Its id i is the target's 2 i + 1.
     "reduced": lambda: LoadedDraft(lean(tiny_llama(seed=1, layers=1, vocab=80)), torch.arange(1, 160, 2)),
@@ -107,7 +109,8 @@ def test_every_drafter_is_under_contract():
 @pytest.mark.parametrize("spec", CASES)
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "raw", "warped"])
 def test_proposals_keep_the_contract(spec, sampling):
-    """Length, ids, device, and a q that is a distribution and gave the token mass; over a run with every kind of verdict."""
+    """Length, ids, device, and a q that is a distribution and that the token was drawn from; over a run with every kind of
+    verdict."""
     rng = random.Random(0)
     drafter, context = build(spec), [rng.randrange(VOCAB) for _ in range(12)] * 2
     drafter.begin(context)
@@ -122,6 +125,9 @@ def test_proposals_keep_the_contract(spec, sampling):
             assert draft.probs.shape == (len(draft), VOCAB)
             assert torch.allclose(draft.probs.sum(-1), torch.ones(len(draft)), atol=1e-5)
             assert (draft.probs.gather(1, draft.tokens[:, None]) > 0).all()
+            numbers = KeyedRandomness(1).uniforms(len(context), "draft", len(draft))
+            drawn = [draw_on_host(row, u) for row, u in zip(draft.probs, numbers, strict=True)]
+            assert draft.tokens.tolist() == drawn
         accepted = rng.randint(0, len(draft))
         drafter.observe(draft, verdict(draft, accepted))
         context += [*draft.tokens.tolist()[:accepted], rng.randrange(VOCAB)]

@@ -18,7 +18,17 @@ from specdec_engine.distill.run import Training, Writing, distill
 from specdec_engine.distill.shards import read
 from specdec_engine.distill.synthesis import turns
 from specdec_engine.distill.trainer import Trainer
-from specdec_engine.distill.training import MOST_STEPS, Estimate, Teacher, batches, estimate, shared_prefix
+from specdec_engine.distill.training import (
+    MOST_STEPS,
+    REJECTED,
+    SHARPER,
+    Estimate,
+    Teacher,
+    batches,
+    estimate,
+    loss_of,
+    shared_prefix,
+)
 from specdec_engine.distill.training import Batch as TrainingBatch
 from specdec_engine.errors import ModelUnavailable, PairIncompatible, UsageError
 from specdec_engine.loading import LoadOptions, find_model
@@ -289,6 +299,43 @@ def test_the_estimate_counts_as_a_draft_would():
     assert found.agreement == (4 / 6, 3 / 4)
     assert found.emitted(2) == pytest.approx(1 + 4 / 6 + 4 / 6 * 3 / 4)
     assert Estimate((0.5, 0.5), ()).emitted(2) == 1.75
+
+
+class Learnt(Told):
+    """A student whose logits are its parameters."""
+
+    def __init__(self, logits):
+        self.parameters = logits  # [steps][B, T, V]
+
+    def states(self, batch, steps):
+        return list(self.parameters)
+
+    def logits(self, states):
+        return states
+
+
+@pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-4)])
+def test_the_gradient_of_the_loss_is_the_one_that_autograd_finds(dtype, within):
+    """Over more slots than one slice of them, some of which do not count."""
+    torch.manual_seed(0)
+    features = torch.randn(2, 101, 1, 6).to(dtype) * 2
+    batch = TrainingBatch(torch.zeros(2, 101, dtype=torch.long), features, torch.rand(2, 100) < 0.9)
+    logits = torch.randn(2, 2, 100, 6).to(dtype).requires_grad_()
+    loss = loss_of(Learnt(logits), Teacher(torch.eye(6, dtype=dtype), torch.arange(6)), batch, 2)
+    (found,) = torch.autograd.grad(loss, logits)
+    wanted, given = features[:, 1:, 0][batch.counts].float(), logits[:, batch.counts].float()
+    accepted = torch.minimum((given / SHARPER).softmax(-1), (wanted / SHARPER).softmax(-1)).sum(-1)
+    direct = (REJECTED * (1 - accepted) - (wanted.softmax(-1) * given.log_softmax(-1)).sum(-1)).mean()
+    assert loss.item() == pytest.approx(direct.item())
+    torch.testing.assert_close(found, torch.autograd.grad(direct, logits)[0], rtol=0.02, atol=within)
+
+
+def test_a_batch_in_which_nothing_counts_teaches_nothing():
+    logits = torch.randn(1, 1, 9, 6, requires_grad=True)
+    batch = TrainingBatch(torch.zeros(1, 10, dtype=torch.long), torch.randn(1, 10, 1, 6), torch.zeros(1, 9) > 0)
+    loss = loss_of(Learnt(logits), Teacher(torch.eye(6), torch.arange(6)), batch, 1)
+    assert loss.item() == 0
+    assert not torch.autograd.grad(loss, logits)[0].any()
 
 
 def test_a_draft_made_for_another_target_is_refused(made, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -70,6 +71,16 @@ def test_what_hurts_is_off_within_a_paragraph_says_so_and_is_tried_again():
     assert 1 in ks[40:]
     assert any("does not pay" in reason for reason in reasons)
     assert any("tried once more" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize(("tokenwise", "drafts"), [(True, True), (False, False)])
+def test_it_learns_from_the_chance_of_a_token_where_its_rule_tells_it(tokenwise, drafts):
+    """Of tokens that had good chances and bad luck, every time."""
+    auto = AutoK()
+    auto.begin(1, tokenwise=tokenwise)
+    for _ in range(60):
+        auto.observe(replace(cycle(auto.k, 0, 0.05 * auto.k, PACKED[auto.k + 1]), overlap=(0.8,) * auto.k))
+    assert bool(auto.k) == drafts
 
 
 def test_a_drafter_that_gets_better_is_found_again():

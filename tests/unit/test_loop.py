@@ -354,3 +354,16 @@ def test_cycles_tell_p_and_q_before_they_were_warped_where_they_are_asked(sampli
     silent = cycles(run(TableTarget(), TableDrafter(), sampling=sampling))
     assert all(cycle.raw_p is None and cycle.raw_q is None for cycle in silent)
     assert [c.emitted for c in silent] == [c.emitted for c in told]
+
+
+def test_a_draft_is_tested_with_the_distribution_it_was_drawn_from_also_at_a_temperature_of_its_own():
+    told = cycles(run(TableTarget(), TableDrafter(), controls=Controls(3, Sampling(1.0), draft_temperature=0.5)))
+    context = [1, 2]
+    for cycle in told:
+        for i, token in enumerate(cycle.drafted[: cycle.tested]):
+            p, q = (table_probs([*context, *cycle.drafted[:i]], 5, seed) for seed in (0, 1))
+            sharp = q.square() / q.square().sum()
+            assert (cycle.p[i], cycle.q[i]) == pytest.approx((float(p[token]), float(sharp[token])), rel=1e-4)
+            assert cycle.overlap[i] == pytest.approx(float(torch.minimum(p, sharp).sum()), rel=1e-4)
+        context += cycle.emitted
+    assert 0 < sum(cycle.accepted for cycle in told) < sum(len(cycle.drafted) for cycle in told)

@@ -22,14 +22,17 @@ from specdec_engine.loading import Loaded
 from specdec_engine.pretrained import chat_ids
 
 _MARK = "⟦prompt⟧"
-OPENING, REST = 1.0, 0.7
-"""Temperatures of a prompt's first tokens, which give it its subject, and of the others, which keep it readable."""
-_OPENING_TOKENS = 8
+SUBJECT, REST = 1.0, 0.7
+"""Temperatures of the first tokens written into a prompt, which give it its subject, and of the others, which keep it
+readable."""
+_SUBJECT_TOKENS = 8
 ANSWERS = (0.0, 0.8)
-"""Answers are written at these temperatures in turn: drafts are wanted at both."""
+"""Answers are written at one or the other of these temperatures: drafts are wanted at both."""
 OPENINGS: tuple[str, ...] = tuple(json.loads((Path(__file__).parent / "openings.json").read_text("utf-8")))
 """What most prompts begin with, for the target to go on from: left to itself it writes small talk. A head that had learnt
 from that alone, and agreed with its target 45 times in 100 on such text, agreed 30 times on other people's questions."""
+_UNOPENED, _LONG = 1 / 5, 1 / 4
+"""Of prompts: shares without an opening, and of texts to be read, which are longer."""
 _LIKELIEST = 64
 """Tokens drawn are among this many likeliest."""
 
@@ -52,8 +55,10 @@ class _Slot:
     features: list[Tensor]
     temperature: float
     """Of the answer."""
-    end: int
-    """Where the prompt must end."""
+    subject_end: int
+    """Where the prompt has its subject; from there on it is written at a lower temperature."""
+    prompt_end: int
+    """Where it must end."""
     fed: int = 0
     """Tokens the target has read."""
     answer: int | None = None
@@ -65,7 +70,6 @@ class Limits:
 
     prompt: int = 128
     long_prompt: int = 256
-    """Of every fourth: texts to be read."""
     answer: int = 192
 
 
@@ -110,7 +114,7 @@ def synthesise(
     running = [scribe.fresh() for _ in range(slots)]
     while any(running):
         # A slot whose prompts are at an end idles.
-        fed = [(0, 0, 0.0) if s is None else (s.tokens[s.fed], s.fed, _temperature(s, len(before))) for s in running]
+        fed = [(0, 0, 0.0) if s is None else (s.tokens[s.fed], s.fed, _temperature(s)) for s in running]
         tokens, positions, temperatures = (
             torch.tensor(column, device=decoder.device) for column in zip(*fed, strict=True)
         )
@@ -136,24 +140,23 @@ class _Scribe:
     before: list[int]
     after: list[int]
     prompts: Iterator[str] | None
-    openings: random.Random
-    begun: int = 0
+    random: random.Random
 
     def fresh(self) -> _Slot | None:
         """None where given prompts have come to their end."""
-        self.begun += 1
-        temperature = ANSWERS[self.begun % len(ANSWERS)]
+        temperature = self.random.choice(ANSWERS)
         if self.prompts is None:
-            opening = self.openings.choice(OPENINGS) if self.begun % 5 else ""
-            longest = self.limits.prompt if self.begun % 4 else self.limits.long_prompt
+            opening = "" if self.random.random() < _UNOPENED else self.random.choice(OPENINGS)
+            longest = self.limits.long_prompt if self.random.random() < _LONG else self.limits.prompt
             tokens = [*self.before, *_ids(self.target.tokenizer, opening)]
-            return _Slot(tokens, [], temperature, len(self.before) + longest)
+            subject_end = len(tokens) + _SUBJECT_TOKENS
+            return _Slot(tokens, [], temperature, subject_end, prompt_end=len(self.before) + longest)
         prompt = next(self.prompts, None)
         if prompt is None:
             return None
         words = _ids(self.target.tokenizer, prompt)[: self.limits.long_prompt]
         tokens = [*self.before, *words, *self.after]
-        return _Slot(tokens, [], temperature, len(tokens), answer=len(tokens))
+        return _Slot(tokens, [], temperature, len(tokens), len(tokens), answer=len(tokens))
 
     def ends(self, slot: _Slot, token: int) -> bool:
         """Take a token that the target chose; whether the conversation has ended."""
@@ -161,7 +164,7 @@ class _Scribe:
             slot.tokens.append(token)
             return token in self.target.stop_ids or len(slot.tokens) - slot.answer >= self.limits.answer
         closing = bool(self.after) and token == self.after[0]
-        if closing or token in self.target.stop_ids or len(slot.tokens) >= slot.end:
+        if closing or token in self.target.stop_ids or len(slot.tokens) >= slot.prompt_end:
             slot.tokens += self.after
             slot.answer = len(slot.tokens)
         else:
@@ -177,10 +180,10 @@ def _finished(slot: _Slot, shortest: int) -> Example | None:
     return Example(tokens, slot.answer, torch.stack(slot.features))
 
 
-def _temperature(slot: _Slot, before: int) -> float:
+def _temperature(slot: _Slot) -> float:
     if slot.answer is not None:
         return slot.temperature
-    return OPENING if len(slot.tokens) - before < _OPENING_TOKENS else REST
+    return SUBJECT if len(slot.tokens) < slot.subject_end else REST
 
 
 def _choose(logits: Tensor, temperatures: Tensor, generator: torch.Generator) -> Tensor:

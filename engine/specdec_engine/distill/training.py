@@ -1,8 +1,9 @@
 """Training a draft on what its target wrote, and how well it would draft, measured on text it has not seen.
 
 The loss is the cross-entropy with the target's whole distribution over the draft's ids, which the kept features give for
-one matrix product; a draft that knows how sure its target is knows when to stop. Prompts are the target's own writing, too,
-and learnt from like answers; the estimate counts answers only.
+one matrix product: a draft that knows how sure its target is knows when to stop. To it comes what drafts are made for, the
+chance that a token drawn from q is rejected, 1 - Σ min(p, q) (DistillSpec's total variation, Zhou et al. 2024,
+arXiv:2310.08461). Prompts are the target's own writing, too, and learnt from like answers; the estimate counts answers only.
 
 Shapes: B sequences of T slots, V' draft ids; slot t predicts token t + 2 from what is known when token t + 1 is the newest.
 """
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from specdec_engine.distill.shards import Shard
 
@@ -24,6 +26,12 @@ BATCH_TOKENS = 4096
 """Padded tokens of a step: enough for full matrix units, few enough for many steps."""
 MOST_STEPS = 8
 """How deep a draft is unrolled at most."""
+REJECTED, SHARPER = 8.0, 0.8
+"""Weight of rejections in the loss, and the temperature at which they are counted: between those that drafts are wanted at.
+After 100 steps more of one and the same trained head, with weight 0, 2 and 8: overlap with its target on held-out text
+0.630, 0.635 and 0.641; on prompts by hand, at 0.8, 0.524, 0.527 and 0.530, agreement there 0.449, 0.451 and 0.453."""
+_SLICE = 128
+"""Rows of logits at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +71,10 @@ class Teacher:
     ids: Tensor
     """[V]: target id -> draft id, -1 where it has none."""
 
-    def probs(self, batch: Batch) -> Tensor:
-        """[n, V'], what the target says at the slots that count, among the draft's ids."""
+    def logits(self, batch: Batch) -> Tensor:
+        """[n, V'], what the target says at the slots that count, of the draft's ids."""
         last = batch.features[:, 1:, -1][batch.counts].to(self.rows)
-        probs: Tensor = (last @ self.rows.T).float().softmax(-1)
-        return probs
+        return last @ self.rows.T
 
     def said(self, batch: Batch) -> Tensor:
         """[B, T], the draft's id of the token that the target chose; -1 where the draft lacks it, or none followed."""
@@ -76,13 +83,50 @@ class Teacher:
 
 
 def loss_of(student: Student, teacher: Teacher, batch: Batch, steps: int) -> Tensor:
-    """Mean cross-entropy over the slots that count, over the steps of a draft."""
-    probs, total = teacher.probs(batch), torch.zeros(())
+    """Mean over the slots that count and the steps of a draft: cross-entropy, and `REJECTED` times the chance of a
+    rejection at temperature `SHARPER`."""
+    wanted, total = teacher.logits(batch), torch.zeros((), device=batch.tokens.device)
     states = student.states(batch, steps)
     for state in states:
-        logits = student.logits(state[batch.counts]).float()
-        total = total + (logits.logsumexp(-1) - (probs * logits).sum(-1)).mean()
+        loss: Tensor = _Loss.apply(student.logits(state[batch.counts]), wanted)  # type: ignore[no-untyped-call]
+        total = total + loss
     return total / len(states)
+
+
+class _Loss(torch.autograd.Function):
+    """Logits [n, V'] of a draft and of its target -> their mean loss, whose gradient is worked out on the way.
+
+    A slice of rows at a time, and not by autograd, which writes and reads seven tables of n x V' numbers: so a step takes on
+    2 cores, rejections counted, what it took there with cross-entropy alone (1.0 s).
+    """
+
+    @staticmethod
+    def forward(context: Any, logits: Tensor, wanted: Tensor) -> Tensor:
+        gradient, total = torch.empty_like(logits), torch.zeros((), device=logits.device)
+        for at in range(0, len(logits), _SLICE):
+            rows = slice(at, at + _SLICE)
+            loss, gradient[rows] = _loss_and_gradient(logits[rows].float(), wanted[rows].float())
+            total += loss
+        context.save_for_backward(gradient)
+        return total / max(len(logits), 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, outer: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = context.saved_tensors
+        return gradient * (outer / max(len(gradient), 1)).to(gradient), None
+
+
+def _loss_and_gradient(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed over rows [n, V'], and by logit."""
+    p, log_q = wanted.softmax(-1), logits.log_softmax(-1)
+    sharp_p, sharp_q = (wanted / SHARPER).softmax(-1), (log_q / SHARPER).softmax(-1)
+    # Accepted is Σ min(p, q), to which q adds only where it is below p.
+    below = sharp_q * (sharp_q < sharp_p)
+    loss = -(p * log_q).sum() + REJECTED * (len(p) - torch.minimum(sharp_p, sharp_q).sum())
+    gradient = log_q.exp_() - p
+    gradient += (REJECTED / SHARPER) * (sharp_q * below.sum(-1, keepdim=True) - below)
+    return loss, gradient
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +148,11 @@ def estimate(student: Student, teacher: Teacher, batches: Sequence[Batch], steps
     """Of a student over held-out batches."""
     hits, tried, overlap, seen = [0] * steps, [0] * steps, [0.0] * steps, 0
     for batch in batches:
-        states, said, probs = student.states(batch, steps), teacher.said(batch), teacher.probs(batch)
+        states, said, probs = (
+            student.states(batch, steps),
+            teacher.said(batch),
+            teacher.logits(batch).float().softmax(-1),
+        )
         alive = batch.counts.clone()  # row t: the draft that begins at slot t
         seen += len(probs)
         for s in range(steps):

@@ -1,7 +1,8 @@
 """Suffix decoding: propose what most often followed the longest suffix seen before (Oliaro et al. 2024, arXiv:2411.04975).
 
 A tree of all runs of up to 16 tokens in the prompt and the output so far, with counts. Unlike a lookup of n-grams it knows
-how often each continuation came, so the draft ends where it becomes unlikely.
+how often each continuation came, so the draft ends where it becomes unlikely. Earlier outputs are not in it: a draft must
+depend on nothing that an earlier run drew (`base.py`), or repeating a seed would bias the output.
 """
 
 from __future__ import annotations
