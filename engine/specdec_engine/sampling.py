@@ -29,9 +29,9 @@ def warp(logits: Tensor, sampling: Sampling, temperature: Tensor | None = None) 
         best, at = best_of(logits)
         one = best.float() * 0 + 1  # NaN where the best is not finite
         return torch.zeros(logits.shape, device=logits.device).scatter_(-1, at[:, None], one[:, None])
-    scores = logits.to(torch.float32, copy=True)
+    scores = logits.float()
     # Shifted, which changes no distribution, so that a tiny temperature overflows to -inf and never to NaN.
-    scores.sub_(scores.amax(-1, keepdim=True)).div_(
+    scores = (scores - scores.amax(-1, keepdim=True)).div_(
         sampling.temperature if temperature is None else temperature.float()
     )
     if sampling.top_k:
