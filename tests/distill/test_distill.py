@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from specdec_engine.distill.head import Head, HeadShape
 from specdec_engine.distill.recipe import Recipe, taps
 from specdec_engine.distill.run import Training, Writing, distill
 from specdec_engine.distill.shards import read
-from specdec_engine.distill.synthesis import turns
+from specdec_engine.distill.synthesis import Limits, _Scribe, turns
 from specdec_engine.distill.trainer import Trainer
 from specdec_engine.distill.training import (
     MOST_STEPS,
@@ -186,6 +187,16 @@ def test_the_same_command_goes_on(made, target):
     again = list(distill(found, found.load(), Recipe(out, "head", "small", tokens=18_000)))
     assert {file: file.stat().st_mtime_ns for file in (out / "work" / "text").iterdir()} == before
     assert again[-1].step == steps[-1].step
+
+
+def test_prompts_of_every_kind_are_answered_at_every_temperature(target):
+    """Long or short, with an opening or without: eight kinds."""
+    loaded = find_model(str(target), OPTIONS).load()
+    before, after = turns(loaded.tokenizer)
+    scribe = _Scribe(loaded, Limits(), before, after, None, random.Random(0))
+    slots = [scribe.fresh() for _ in range(300)]
+    assert len({(slot.prompt_end, slot.temperature, len(slot.tokens) > len(before)) for slot in slots}) == 8
+    assert all(slot.subject_end > len(slot.tokens) for slot in slots)
 
 
 def test_text_is_conversations_with_their_features(made, target):
