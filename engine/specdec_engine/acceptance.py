@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import ClassVar, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -264,6 +265,45 @@ def report(
     return torch.cat([part.flatten().to(u.dtype) for part in parts])
 
 
+@dataclass(frozen=True, slots=True)
+class _Settled:
+    """What a rule has made of a cycle, on the host."""
+
+    accepted: int
+    final: Tensor
+    """[V]"""
+
+
+def _settled(rule: AcceptanceRule, case: Case, u: Sequence[float]) -> _Settled:
+    """The rule's three functions, held against [k] uniform numbers."""
+    if type(rule) is TokenRule:  # not a rule derived from it
+        return _settled_by_token(case, u)
+    accepted = rule.count(torch.tensor(u, dtype=wide(case.p.device)) < rule.thresholds(case))
+    n = int(accepted)
+    return _Settled(
+        n, case.p[n] if n == len(u) else rule.final(case, accepted)
+    )  # what every rule makes of a whole draft
+
+
+def _settled_by_token(case: Case, u: Sequence[float]) -> _Settled:
+    """TokenRule's in Python and numpy, which after a forward pass take 0.1 ms where tensor operations take 0.4."""
+    n = 0
+    for p, q, number in zip(case.p_drafted.tolist(), case.q_drafted.tolist(), u, strict=True):
+        if not (q > 0 and number < p / q):
+            break
+        n += 1
+    row = case.p[n]
+    if n == len(u):
+        return _Settled(n, row)
+    left = row.numpy().copy()
+    if case.probs is None:
+        left[int(case.tokens[n])] -= 1
+    else:
+        left -= case.probs[n].numpy()
+    mass = float(np.maximum(left, 0, out=left).sum())
+    return _Settled(n, torch.from_numpy(np.divide(left, mass, out=left)) if mass > 0 else row)
+
+
 @torch.inference_mode()
 def report_on_host(
     rule: AcceptanceRule, p: Tensor, tokens: Tensor, probs: Tensor | None, numbers: Numbers
@@ -275,10 +315,8 @@ def report_on_host(
         return [0.0, draw_on_host(p[0], numbers.final[0]), float(p[0].sum())]
     case = Case.of(p, tokens, probs)
     overlap = case.p_drafted if probs is None else torch.minimum(p[:k], probs).sum(-1)
-    u = torch.tensor(numbers.accept, dtype=wide(p.device))
-    accepted = rule.count(u < rule.thresholds(case))
-    n = int(accepted)
-    final = p[n] if n == k else rule.final(case, accepted)  # what every rule makes of a draft that was kept whole
+    settled = _settled(rule, case, numbers.accept)
+    n, final = settled.accepted, settled.final
     values = [n, draw_on_host(final, numbers.final[n]), float(final.sum()), *tokens.tolist()]
     values += [*case.p_drafted.tolist(), *case.q_drafted.tolist(), *overlap.tolist()]
     for part in top(final[None], shown) if n < k else ():

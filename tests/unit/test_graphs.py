@@ -172,7 +172,9 @@ def test_recorded_verdicts_are_the_unrecorded_ones(rule, sampling, raw):
         }
         recorded = cycles(run(target, drafter, PROMPT, judge=judge, **options))
         unrecorded = cycles(run(target, drafter, PROMPT, judge=plain, **options))
-        assert recorded == unrecorded
+        for one, other in zip(recorded, unrecorded, strict=True):
+            assert replace(one, residual=()) == replace(other, residual=())
+            assert dict(one.residual) == pytest.approx(dict(other.residual), abs=1e-6)  # summed in another order
     before = recorder.recordings
     warmer = replace(sampling, temperature=sampling.temperature and 1.3, raw=raw)
     run(target, drafter, PROMPT, k=3, sampling=warmer, max_tokens=30, judge=judge)

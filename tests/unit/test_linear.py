@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from specdec_engine.runtime.linear import Dense, Int4, Int8, project, quantized
+from specdec_engine.runtime.linear import Dense, Int4, Int8, packing_block, project, quantized
 from specdec_engine.weights import Entry, GgufWeights, Grouped
 from tests.fakes import CPU
 
@@ -97,6 +97,28 @@ def test_quantized_groups_keep_their_ends():
     assert torch.allclose(back.amax(1), groups.amax(1), atol=1e-5)
     step = (groups.amax(1) - groups.amin(1)) / 15
     assert ((back - groups).abs() <= step[:, None] / 2 + 1e-5).all()
+
+
+@pytest.mark.parametrize(
+    "rows", [320, 48]
+)  # whole blocks of the kernel's, which are unpacked for a wide pass; and less
+@pytest.mark.parametrize("kind", ["int4", "Q8_0"])
+def test_wide_passes_give_what_narrow_ones_give(tmp_path, kind, rows):
+    """To the rounding of weights and results to bfloat16."""
+    dense = torch.cat([weight(seed) for seed in range(7)])[:rows]
+    eight = torch.randint(-127, 128, dense.shape).to(torch.int8)
+    packed = Grouped(eight, torch.rand(rows, COLUMNS // 32) + 0.01, None) if kind == "Q8_0" else quantized(dense)
+    matrix = project([packed], torch.randn(rows), torch.bfloat16, CPU, "auto")
+    assert isinstance(matrix, Int4)
+    x = torch.randn(200, COLUMNS, generator=torch.Generator().manual_seed(9)).bfloat16()
+    narrow = torch.cat([matrix(part) for part in x.split(8)]).float()
+    assert (matrix(x).float() - narrow).abs().max() < 0.02 * narrow.abs().max()
+
+
+def test_the_packing_of_this_torch_is_known():
+    """Else wide passes would go through the narrow ones' kernel, correct and slow."""
+    if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512", "AMX"):
+        assert packing_block() in (32, 64)
 
 
 @pytest.mark.parametrize("form", ["int8", "int4", "none"])
