@@ -169,7 +169,7 @@ ASSISTED: dict[str, Callable[[argparse.Namespace, dict[str, Any]], Arm]] = {
 
 def widened(folder: Path, vocab: int) -> Any:
     """A draft with a reduced vocabulary as one that transformers can assist with: over the target's ids, of which those it
-    lacks go in as its last one and come out with logit 0, which is hardly ever its likeliest."""
+    lacks go in as its last one and come out with no probability. Its output matrix is then the wider one."""
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
@@ -179,8 +179,9 @@ def widened(folder: Path, vocab: int) -> Any:
     ids = load_file(folder / VOCABULARY)["target_ids"].long()
     own = model.get_input_embeddings().weight.data
     wide = torch.zeros(vocab, own.shape[1], dtype=own.dtype).index_copy_(0, ids, own)
-    embedding, head = torch.nn.Embedding(vocab, own.shape[1]), torch.nn.Linear(own.shape[1], vocab, bias=False)
+    embedding, head = torch.nn.Embedding(vocab, own.shape[1]), torch.nn.Linear(own.shape[1], vocab, dtype=own.dtype)
     embedding.weight.data, head.weight.data = own[inverse(ids, vocab, len(ids) - 1)], wide
+    head.bias.data.fill_(-1e4).index_fill_(0, ids, 0.0)
     model.set_input_embeddings(embedding)
     model.lm_head = head
     model.config.vocab_size, model.config.tie_word_embeddings = vocab, False

@@ -3,7 +3,7 @@
 Two questions with one answer: what does one more drafted token add, and what does it cost? It adds its chance of being
 accepted, reach · a, where reach is the chance that all before it are; it costs a draft step and the step of the verify
 staircase, in tokens at the rate of this run. Between cycles a cap is set for each drafter from how far its drafts got;
-within a draft the drafter's own confidence decides, calibrated by what became of such tokens before. k = 0 is a legal
+within a draft the drafter's own confidence decides, calibrated by how such tokens fared before. k = 0 is a legal
 answer: a draft that does not pay is switched off, and tried again now and then.
 
 Nothing here looks at the value of a drawn token before it is in the draft, so no rule is biased by it.

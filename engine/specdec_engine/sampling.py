@@ -42,7 +42,7 @@ def warp(logits: Tensor, sampling: Sampling, temperature: Tensor | None = None) 
 
 
 _LOWEST = 1e-30
-"""No temperature is taken for less: it gives what any such does, and divides no logit into an overflow."""
+"""No temperature is taken for less: it gives what any such does, and divides no logit below 3e8 into an overflow."""
 
 
 def _top_p(scores: Tensor, top_p: float) -> Tensor:  # [n, V] -> [n, V]

@@ -36,7 +36,7 @@ def distill(
     ] = "head",
     size: Annotated[
         Literal["small", "medium", "large"],
-        typer.Option(rich_help_panel=_PANEL, help="4096, 6144 or 8192 draft tokens, and layers as wide in proportion."),
+        typer.Option(rich_help_panel=_PANEL, help="4096, 6144 or 8192 draft tokens, and wider layers."),
     ] = "medium",
     minutes: Annotated[
         float | None, typer.Option(rich_help_panel=_PANEL, help="Time for all of it; 60 by default.")

@@ -13,7 +13,7 @@ from itertools import product
 import pytest
 import torch
 
-from specdec_engine.acceptance import RULES, Numbers, TokenRule, read, report, report_on_host
+from specdec_engine.acceptance import RULES, Case, Numbers, TokenRule, read, report, report_on_host, settled_by_token
 from specdec_engine.errors import GenerationFailed
 from specdec_engine.types import Draft
 from tests.fakes import ScriptedRandomness
@@ -202,3 +202,36 @@ def test_rows_after_a_token_that_the_target_never_says_do_not_matter(decide):
             rule, Draft(torch.tensor([0, 0]), None, "x"), p, ScriptedRandomness(accept=[0.5, 0.5], final=[0.5] * 3), 0
         )
         assert (verdict.accepted, verdict.token) == (0, 1)
+
+
+def rows_of(n, generator):
+    """Distributions over 6 tokens, some of whose entries are 0."""
+    rows = torch.rand(n, 6, generator=generator) * (torch.rand(n, 6, generator=generator) < 0.7)
+    rows[:, 0] += 1e-3
+    return rows / rows.sum(-1, keepdim=True)
+
+
+def near(threshold):
+    """Uniform numbers on either side of a threshold, and far from it."""
+    return [u for u in (threshold * (1 - 1e-12), threshold, threshold * (1 + 1e-12), 0.01, 0.99) if 0 < u < 1]
+
+
+@pytest.mark.parametrize("drawn", ["sampled", "one-hot", "equal", "broken q", "broken p"])
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_the_token_rule_on_the_host_is_the_token_rule(k, drawn):
+    """As many accepted, and the same row to draw from; numbers are held just above and just below each threshold."""
+    rule, generator = TokenRule(), torch.Generator().manual_seed(k)
+    for _ in range(20):
+        p, q = rows_of(k + 1, generator), rows_of(k, generator)
+        tokens = torch.randint(0, 6, (k,), generator=generator)
+        if drawn == "equal":
+            q = p[:k].clone()
+        if drawn.startswith("broken"):
+            (q if drawn == "broken q" else p)[k - 1] = torch.nan
+        case = Case.of(p, tokens, None if drawn == "one-hot" else q)
+        thresholds = rule.thresholds(case)
+        for u in product(*map(near, torch.nan_to_num(thresholds, 0.5).tolist())):
+            accepted = rule.count(torch.tensor(u, dtype=torch.float64) < thresholds)
+            settled = settled_by_token(case, u)
+            assert settled.accepted == int(accepted)
+            assert torch.allclose(settled.final, rule.final(case, accepted), atol=1e-6, equal_nan=True)

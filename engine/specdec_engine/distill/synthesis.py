@@ -140,14 +140,14 @@ class _Scribe:
     before: list[int]
     after: list[int]
     prompts: Iterator[str] | None
-    random: random.Random
+    dice: random.Random
 
     def fresh(self) -> _Slot | None:
         """None where given prompts have come to their end."""
-        temperature = self.random.choice(ANSWERS)
+        temperature = self.dice.choice(ANSWERS)
         if self.prompts is None:
-            opening = "" if self.random.random() < _UNOPENED else self.random.choice(OPENINGS)
-            longest = self.limits.long_prompt if self.random.random() < _LONG else self.limits.prompt
+            opening = "" if self.dice.random() < _UNOPENED else self.dice.choice(OPENINGS)
+            longest = self.limits.long_prompt if self.dice.random() < _LONG else self.limits.prompt
             tokens = [*self.before, *_ids(self.target.tokenizer, opening)]
             subject_end = len(tokens) + _SUBJECT_TOKENS
             return _Slot(tokens, [], temperature, subject_end, prompt_end=len(self.before) + longest)
@@ -156,7 +156,7 @@ class _Scribe:
             return None
         words = _ids(self.target.tokenizer, prompt)[: self.limits.long_prompt]
         tokens = [*self.before, *words, *self.after]
-        return _Slot(tokens, [], temperature, len(tokens), len(tokens), answer=len(tokens))
+        return _Slot(tokens, [], temperature, subject_end=len(tokens), prompt_end=len(tokens), answer=len(tokens))
 
     def ends(self, slot: _Slot, token: int) -> bool:
         """Take a token that the target chose; whether the conversation has ended."""

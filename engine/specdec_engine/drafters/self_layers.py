@@ -2,8 +2,8 @@
 
 Shares the target's weights, and keeps a cache of those layers for itself. In the target's own it would find its tokens
 already there, but a draft takes one pass a token either way: what was accepted rides in the first. It would save N layers'
-memory, and drafting could no longer run while a pass of the target is in flight. What the layers were not trained to do
-they do badly: with few layers hardly a token is accepted, with many a draft costs what it saves.
+memory, and a rollback would have two owners. What the layers were not trained to do they do badly: with few layers hardly a
+token is accepted, with many a draft costs what it saves.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """A weight matrix in the form in which this machine multiplies it fastest: dense, int8 or int4.
 
 All take x [n, K] and give [n, N]. On a CPU with AVX-512 every form gives a row the same bits whether it comes alone or among
-others (tested from 1 to 9 rows, torch 2.13), which keeps plain and speculative decoding together.
+others (tested from 1 to 9 rows, torch 2.13), which keeps plain and speculative decoding together. A prompt's wide passes
+are the same for both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Literal, Protocol
 
@@ -70,7 +71,7 @@ class Int8:
 
 
 class Int4:
-    """Packed weights in groups of 32, multiplied without unpacking; 8-bit ones as two 4-bit halves.
+    """Packed weights in groups of 32, multiplied as they are, or by wide passes unpacked; 8-bit ones as two 4-bit halves.
 
     An 8-bit q is 16 · high + low, so [x, x] · [high, low] needs no other scales than the file's own. Scales and offsets are
     rounded to bfloat16, as the kernel wants them, which moves a weight about as much as rounding it to bfloat16 itself.
@@ -93,24 +94,25 @@ class Int4:
 
     def __call__(self, x: Tensor) -> Tensor:
         x = torch.cat([x, x], -1) if self._halves else x
-        if x.shape[0] >= _WIDE and (weights := self._unpacked()) is not None:
-            return _biased(x @ weights, self._bias)
+        block = packing_block()
+        if x.shape[0] >= _WIDE and block is not None and self._q.shape[0] % block == 0:
+            return _biased(torch.cat([x @ part for part in self._unpacked(block)], 1), self._bias)
         return _biased(torch._weight_int4pack_mm_for_cpu(x, self._q, GROUP, self._scale_and_zero), self._bias)
 
-    def _unpacked(self) -> Tensor | None:
-        """[K, N] bfloat16, made for one pass; None where torch packs in a way that we do not know."""
-        rows, columns = self._q.shape[0], 2 * self._q.shape[1]
-        block = packing_block()
-        if block is None or rows % block:
-            return None
-        pairs = self._q.view(rows // block, columns, block // 2).transpose(0, 1)
-        weights = torch.empty(columns, rows // block, 2, block // 2)
-        weights[:, :, 0].copy_(pairs & 15)
-        weights[:, :, 1].copy_(pairs >> 4)
-        scale, zero = self._scale_and_zero.float().unbind(-1)
-        grouped = weights.view(columns // GROUP, GROUP, rows)
-        grouped.mul_(scale[:, None]).add_((zero - 8 * scale)[:, None])
-        return grouped.view(columns, rows).bfloat16()
+    def _unpacked(self, block: int) -> Iterator[Tensor]:
+        """[K, n] bfloat16 at a time, of all N columns."""
+        columns = 2 * self._q.shape[1]
+        rows = max(1, _AT_ONCE // (block * columns)) * block
+        for q, constants in zip(torch.split(self._q, rows), torch.split(self._scale_and_zero, rows, 1), strict=True):
+            n = q.shape[0]
+            pairs = q.view(n // block, columns, block // 2).transpose(0, 1)
+            weights = torch.empty(columns, n // block, 2, block // 2)
+            weights[:, :, 0].copy_(pairs & 15)
+            weights[:, :, 1].copy_(pairs >> 4)
+            scale, zero = constants.float().unbind(-1)
+            grouped = weights.view(columns // GROUP, GROUP, n)
+            grouped.mul_(scale[:, None]).add_((zero - 8 * scale)[:, None])
+            yield grouped.view(columns, n).bfloat16()
 
 
 def project(
@@ -196,7 +198,10 @@ def _stacked(parts: Sequence[Grouped]) -> Grouped:
 
 
 _WIDE = 96
-"""Rows from which unpacking for one pass pays: 135M weights take 60 ms, then a row 0.45 ms and not 1.7 (2 cores, AMX)."""
+"""Rows from which unpacking for one pass pays: with AMX, 135M weights take 60 ms, then a row 0.45 ms instead of 1.7 (2
+cores); without, rows gain less."""
+_AT_ONCE = 4 * 2**20
+"""Weights unpacked at once: 24 MB, however large the matrix."""
 
 
 def _biased(y: Tensor, bias: Tensor | None) -> Tensor:
