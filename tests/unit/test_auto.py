@@ -83,6 +83,20 @@ def test_it_learns_from_the_chance_of_a_token_where_its_rule_tells_it(tokenwise,
     assert bool(auto.k) == drafts
 
 
+def test_a_drafter_that_has_much_to_read_before_a_try_is_tried_less_often():
+    """Each of them costs 4 plain passes here: with 1 % of the time to spend, one in 400 cycles."""
+
+    def drafts(dear):
+        auto = AutoK()
+        for i in range(1500):
+            drafted = auto.k
+            auto.observe(cycle(drafted, 0, dear if drafted and i > 30 else 0.3 * drafted, 1.0 + 0.1 * drafted))
+        return auto._source("model").drafts
+
+    assert drafts(dear=0.3) >= 12
+    assert drafts(dear=4.0) <= drafts(dear=0.3) - 6
+
+
 def test_a_drafter_that_gets_better_is_found_again():
     world, auto = World(0.02, 0.1), AutoK()
     world.run(auto, 150)
