@@ -27,7 +27,7 @@ import torch
 
 from specdec_engine import Cycle, LoadOptions, Pair, load_pair
 from specdec_engine.builtin import builtin_gguf
-from specdec_engine.machine import usable_cores
+from specdec_engine.machine import cpu_name, usable_cores
 
 Arm = Callable[[list[int], int], list[int]]
 """Prompt and number of tokens -> ids emitted."""
@@ -63,11 +63,9 @@ def parsed() -> argparse.Namespace:
 
 def conditions(options: argparse.Namespace) -> dict[str, Any]:
     pair = load_pair(options.target, "none", LoadOptions(threads=options.threads))
-    lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines() if Path("/proc/cpuinfo").is_file() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {
         "environment": dict(pair.environment),
-        "processor": models[0] if models else "unknown",
+        "processor": cpu_name(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "tokens": options.tokens,
     }

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from specdec_engine import Cycle, LoadOptions, Pair, Sampling, Summary, load_pair
-from specdec_engine.machine import usable_cores
+from specdec_engine.machine import cpu_name, usable_cores
 
 
 @dataclass
@@ -64,7 +64,10 @@ def main() -> None:
     report = {
         "schema": "specdec.speculation/1",
         "environment": dict(arms[0].pair.environment),
-        "conditions": {key: str(value) for key, value in vars(options).items() if key != "prompts"},
+        "conditions": {
+            "processor": cpu_name(),
+            **{key: str(value) for key, value in vars(options).items() if key != "prompts"},
+        },
         "plain": figures(arms[0], arms[0], prompts),
         "arms": {arm.name: figures(arm, arms[0], prompts) for arm in arms[1:]},
     }
