@@ -13,7 +13,8 @@ from itertools import accumulate
 
 import torch
 
-from specdec_engine.acceptance import RESIDUAL_TOP, AcceptanceRule, Case, Numbers
+from specdec_engine.acceptance import AcceptanceRule, Case
+from specdec_engine.verdict import RESIDUAL_TOP, Numbers
 
 Pattern = tuple[tuple[int, ...], tuple[int, ...]]
 """The likeliest tokens [k + 1] and the drafted ones [k], as places among the ids that occur."""
@@ -30,7 +31,7 @@ class _Asked:
 
 
 class GreedyReports:
-    """`acceptance.report` for rows whose mass is all on one token, and drafts without probabilities; of one rule."""
+    """`verdict.report` for rows whose mass is all on one token, and drafts without probabilities; of one rule."""
 
     def __init__(self, rule: AcceptanceRule) -> None:
         self._rule = rule

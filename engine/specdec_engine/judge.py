@@ -14,21 +14,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from specdec_engine.acceptance import (
-    AcceptanceRule,
-    Numbers,
-    Unwarped,
-    read,
-    report,
-    report_on_host,
-    told_on_host,
-)
+from specdec_engine.acceptance import AcceptanceRule
 from specdec_engine.coupling import coupled, gumbel_noise
 from specdec_engine.greedy import GreedyReports
 from specdec_engine.randomness import Randomness
 from specdec_engine.runtime.graphs import Recorder
 from specdec_engine.sampling import best_where_sure, warp, wide
 from specdec_engine.types import Draft, Sampling, Verdict
+from specdec_engine.verdict import Numbers, Unwarped, read, report, report_on_host, told_on_host
 
 Awaited = Callable[[], Verdict]
 """A verdict on its way to the host: waits for it. Raises GenerationFailed where a distribution that mattered is not made of

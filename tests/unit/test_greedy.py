@@ -8,11 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from specdec_engine.acceptance import RULES, Numbers, SyntheticRule, TokenRule, read, report
+from specdec_engine.acceptance import RULES, SyntheticRule, TokenRule
 from specdec_engine.greedy import GreedyReports
 from specdec_engine.randomness import KeyedRandomness
 from specdec_engine.sampling import best_where_sure, warp
 from specdec_engine.types import Sampling
+from specdec_engine.verdict import Numbers, read, report
 
 
 class TooKind(TokenRule):
