@@ -80,7 +80,12 @@ Quantize = Annotated[
 ]
 DraftQuantize = Annotated[_Quantize, typer.Option(rich_help_panel=_MODELS, help="The same for the draft.")]
 Threads = Annotated[
-    int | None, typer.Option(min=1, rich_help_panel=_MODELS, help="CPU threads; by default the cores usable here.")
+    int | None,
+    typer.Option(
+        min=1,
+        rich_help_panel=_MODELS,
+        help="CPU threads; by default the cores usable here, fewer while others use them.",
+    ),
 ]
 Offline = Annotated[bool, typer.Option("--offline", rich_help_panel=_MODELS, help="No network at all.")]
 TrustRemoteCode = Annotated[
@@ -173,7 +178,6 @@ class Placement:
     def loading(self, tokens: int, report: Report = silent) -> LoadOptions:
         """tokens: of context to reckon with. Imports torch, which takes 3 s."""
         from specdec_engine.loading import LoadOptions
-        from specdec_engine.machine import usable_cores
 
         return LoadOptions(
             device=self.device,
@@ -182,7 +186,7 @@ class Placement:
             runtime=self.runtime,
             quantize=self.quantize,
             draft_quantize=self.draft_quantize,
-            threads=self.threads or usable_cores(),
+            threads=self.threads or "auto",
             offline=self.offline,
             trust_remote_code=self.trust_remote_code,
             tokens=tokens,

@@ -30,6 +30,7 @@ from specdec_engine.runtime.lean import LeanRuntime
 from specdec_engine.runtime.linear import Quantize
 from specdec_engine.runtime.shape import Shape, Unsupported, shape_of
 from specdec_engine.sources import first_line, resolve, weight_files
+from specdec_engine.threads import Threads
 from specdec_engine.weights import PACKED, Entry, GgufWeights, SafetensorsWeights, Weights
 
 RuntimeName = Literal["auto", "lean", "graph", "generic"]
@@ -51,8 +52,8 @@ class LoadOptions:
     """auto (Q4_0, Q4_1, Q4_K and Q8_0 of a GGUF stay packed), none (unpacked), int8 or int4 (pack the target's); on a CPU."""
     draft_quantize: Quantize = "auto"
     """The same for the draft."""
-    threads: int | None = None
-    """CPU threads for all of torch; None leaves them as they are (`machine.usable_cores` says how many make sense)."""
+    threads: Threads = None
+    """CPU threads for all of torch, see `threads.Threads`."""
     offline: bool = False
     trust_remote_code: bool = False
     tokens: int = 2048

@@ -1,4 +1,4 @@
-"""How many threads make sense here."""
+"""What this machine has: cores that can be used, its processor's name, its GPU's driver."""
 
 from __future__ import annotations
 

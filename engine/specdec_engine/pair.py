@@ -34,6 +34,7 @@ from specdec_engine.runtime.graphs import GraphRuntime
 from specdec_engine.runtime.shape import Shape
 from specdec_engine.stopping import Stop
 from specdec_engine.target import ModelTarget
+from specdec_engine.threads import set_threads
 from specdec_engine.types import Sampling
 
 
@@ -151,9 +152,8 @@ class Loader:
     def __init__(self, target: str, options: LoadOptions | None = None) -> None:
         """Raises the errors of `find_model`."""
         self.options = options or LoadOptions()
-        if self.options.threads is not None:
-            torch.set_num_threads(self.options.threads)
         self.found = find_model(target, self.options)
+        self.notes = set_threads(self.options.threads, self.found.device)
         if read_draft(self.found.path) is not None:
             raise UsageError(f"{target} is a draft, made for another target", "give it to --draft")
         for_drafts = replace(self.options, device_map=None, quantize=self.options.draft_quantize)
@@ -168,7 +168,7 @@ class Loader:
 
 def _paired(models: Loader, draft: str | None) -> Pair:
     found, target = models.found, models.found.name
-    drafts, notes = dict[str, Loaded](), list[str]()
+    drafts, notes = dict[str, Loaded](), [*models.notes]
 
     def load_draft(name: str) -> LoadedDraft:
         small = models.find_draft(name)

@@ -239,6 +239,8 @@ def _session(plan: Plan, begun: dict[str, Any] | None, where: opt.Placement, syn
         raise next(iter(too_large.values()))
     for (draft, _), reason in too_large.items():
         output.note(f"the draft {draft} is left out: {reason.message}")
+    for sentence in dict.fromkeys(note for pair in pairs.values() for note in pair.notes):
+        output.note(sentence)
     if synthetic is not None:
         pairs = {key: pair.synthetic(synthetic) for key, pair in pairs.items()}
     named = {key: key[0] or pair.drafter.name for key, pair in pairs.items()}
