@@ -200,7 +200,7 @@ def test_the_header_follows_the_settings():
     shown, _ = pressed(Told([*found[:4], changed, *found[4:]]))
     assert "k 4  T" in shown.splitlines()[0]
     shown, _ = pressed(Told(found))
-    assert "k 4 auto  T" in shown.splitlines()[0]
+    assert "k ≤ 4 auto  T" in shown.splitlines()[0]
 
 
 def test_what_cannot_run_is_said_below_a_run_that_did():

@@ -13,7 +13,8 @@ def header(view: View, room: Room, state: str) -> Line:
     frame = view.past
     if not frame.run:
         return [(" specdec ", "brand")]
-    k = f"k {plain(frame.setting('k'))}" + (" auto" if frame.setting("adaptive") else "")
+    most = plain(frame.setting("k"))
+    k = f"k ≤ {most} auto" if frame.setting("adaptive") else f"k {most}"
     facts = f"{k}  T {plain(frame.setting('temperature'))}  seed {frame.seed}"
     models = f"{plain(frame.settings.get('draft'))} → {plain(frame.settings.get('target'))}"
     models = fitted(models, max(8, room.width - len(facts) - len(state) - 14))
