@@ -147,6 +147,9 @@ def _csv(found: Mapping[str, Any]) -> str:
 
 def compared(older: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
     """Arms that both records have, old and new."""
+    then, now = older["environment"]["threads"], found["environment"]["threads"]
+    if then != now:
+        yield f"{then} threads before, {now} now: part of the change is theirs"
     before = {_key(arm): arm for arm in older["arms"]}
     for arm in found["arms"]:
         if (old := before.get(_key(arm))) is None:

@@ -197,7 +197,7 @@ class Settled:
 
     accepted: int
     final: Tensor
-    """[V]"""
+    """[V]: what the cycle's last token is drawn from."""
 
 
 def settle(rule: AcceptanceRule, case: Case, u: Sequence[float]) -> Settled:
@@ -206,9 +206,8 @@ def settle(rule: AcceptanceRule, case: Case, u: Sequence[float]) -> Settled:
         return settled_by_token(case, u)
     accepted = rule.count(torch.tensor(u, dtype=wide(case.p.device)) < rule.thresholds(case))
     n = int(accepted)
-    return Settled(
-        n, case.p[n] if n == len(u) else rule.final(case, accepted)
-    )  # what every rule makes of a whole draft
+    whole = n == len(u)  # of such a draft every rule makes the same
+    return Settled(n, case.p[n] if whole else rule.final(case, accepted))
 
 
 def settled_by_token(case: Case, u: Sequence[float]) -> Settled:

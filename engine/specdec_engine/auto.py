@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from math import inf
 from operator import mul
 
 from specdec_engine.cost import Choice, Drafting, Drift, Staircase, Times, best_k, cycle_of
@@ -39,7 +40,8 @@ _BINS = 10
 _FIRST_PROBE, _LAST_PROBE = 16, 128
 """Cycles after which a drafter that was switched off is tried once more; the pause doubles."""
 _TRIES = 0.01
-"""Share of the time that tries may take: `self:8` reads 100 tokens in 4 plain passes, and ran at 0.96 of plain decoding."""
+"""Share of the time that a drafter's tries may take, but for the first two: `self:8` reads 100 tokens in 4 plain passes, and
+ran at 0.96 of plain decoding."""
 _BETTER = 1.02
 """A new k must promise this much more than the one in force, or it would change with every breath of noise."""
 _BETTER_OFF = 1.03
@@ -83,8 +85,15 @@ class _Source:
     pause: int = _FIRST_PROBE
     asleep: int = 0
     """Cycles since it was switched off."""
-    newest_s: float = 0.0
-    """What its newest draft took; after a pause it has the text in between to read."""
+    unread: int = 0
+    """Those of the newest run: the text that a try has to read first."""
+    least_s: float = inf
+    """Of a draft."""
+    catch_up: float = inf
+    """Seconds that a try took beyond that, a cycle unread: the least, since one may have been slow for another reason."""
+    tries: int = 0
+    read: int = 0
+    """Cycles that were unread before all tries."""
 
     @property
     def alpha(self) -> float:
@@ -122,10 +131,18 @@ class _Source:
         and one slow draft in a run's first cycles holds k down for good."""
         return not self.free and 0 < self.k < MOST and self.drafts % _LOOKS == _LOOKS - 1
 
+    @property
+    def tries_s(self) -> float:
+        """Seconds of all tries and of one more now."""
+        return self.least_s * (self.tries + 1) + self.catch_up * (self.read + self.unread)
+
     def learn(self, cycle: Cycle, draft_s: float, kept: Sequence[float]) -> None:
         """draft_s: the cycle's own, evened out; kept: of each tested token whether it was, or with what chance."""
         self.drafts += 1
-        self.newest_s = draft_s
+        self.least_s = min(self.least_s, draft_s)
+        if self.unread:
+            self.catch_up = min(self.catch_up, (draft_s - self.least_s) / self.unread)
+            self.tries, self.read, self.unread = self.tries + 1, self.read + self.unread, 0
         self.draft.add(len(cycle.drafted), draft_s)
         for odds in self.by_position:
             odds.fade()
@@ -148,7 +165,7 @@ class AutoK:
         self._sources: dict[str, _Source] = {}
         self._seeds: set[int] = set()  # of the runs it has learnt from
         self._cycles = 0
-        self._tokens = self._seconds = 0.0
+        self._tokens = self._seconds = self._elapsed = 0.0
 
     def begin(self, seed: int, *, tokenwise: bool = False) -> None:
         """A run begins. What an earlier run with the same seed has taught is forgotten: it was tested with the very numbers
@@ -158,6 +175,8 @@ class AutoK:
         """
         if seed in self._seeds:
             self._forget()
+        for source in self._sources.values():  # drafters read a prompt before the run
+            source.unread = 0
         self._seed, self._tokenwise = seed, tokenwise
 
     @property
@@ -219,6 +238,7 @@ class AutoK:
         self._other.add(other_s)
         self._tokens = _MEMORY * self._tokens + len(cycle.emitted)
         self._seconds = _MEMORY * self._seconds + draft_s + verify_s + other_s
+        self._elapsed += draft_s + verify_s + other_s
         if self._cycles % _FADES_EVERY == 0:
             for source in self._sources.values():
                 source.forget_a_little()
@@ -249,7 +269,10 @@ class AutoK:
         """Set the drafter's k for the next cycle; why, if it changed."""
         if not source.k:
             source.asleep += 1
-            if source.asleep < max(source.pause, source.newest_s / (_TRIES * self._plain)):
+            source.unread += 1
+            # Two tell what it costs. Waiting makes one no cheaper: there is more to read.
+            dear = source.tries >= 2 and source.tries_s > _TRIES * self._elapsed
+            if source.asleep < source.pause or dear:
                 return ""
             source.k, source.asleep, source.pause = 1, 0, min(2 * source.pause, _LAST_PROBE)
             for odds in source.by_position:  # what was seen before the pause has aged

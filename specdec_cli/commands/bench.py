@@ -250,7 +250,7 @@ def _session(plan: Plan, begun: dict[str, Any] | None, where: opt.Placement, syn
     environment = {**first.environment, **_machine(bandwidth(first.target.device))}
     environment["drafts"] = {name: part for pair in pairs.values() for name, part in pair.environment["drafts"].items()}
     environment["by_weights"] = {form: pair.environment["target"] for form, pair in plain.items() if form}
-    before = [] if begun is None else report.samples_of(begun, plan)
+    before = [] if begun is None else report.samples_of(begun, plan, environment["threads"])
     by_name: dict[tuple[str | None, str], Pair] = {(named[key], key[1]): pair for key, pair in pairs.items()}
     return Session(plan, plain, by_name, environment, synthetic, before)
 

@@ -67,14 +67,11 @@ def distill(
     quieten(offline, debug)
     with interruptible(), output.narrated() as report:
         # Deferred, as for generate: torch takes seconds.
-        import torch
-
         from specdec_engine.distill.recipe import Recipe
         from specdec_engine.distill.run import distill
         from specdec_engine.loading import LoadOptions, find_model
-        from specdec_engine.machine import usable_cores
+        from specdec_engine.threads import set_threads
 
-        torch.set_num_threads(threads or usable_cores())
         recipe = Recipe(out, kind, size, minutes, tokens, data, seed)
         # Dense weights: many sequences at once are bound by arithmetic, and packed ones are slower there.
         options = LoadOptions(
@@ -86,6 +83,8 @@ def distill(
             report=report,
         )
         found = find_model(target, options)
+        for sentence in set_threads(threads or "auto", found.device):
+            output.note(sentence)
         loaded = found.load()
     try:
         last = _shown(distill(found, loaded, recipe))

@@ -106,7 +106,7 @@ def _devices() -> dict[str, Any]:
     from specdec_engine.memory import free_bytes
 
     cpu = torch.device("cpu")
-    about = f"{cpu_name() or 'CPU'}, {usable_cores()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    about = f"{cpu_name() or 'CPU'}, {usable_cores()} cores, {torch.backends.cpu.get_cpu_capability()}"
     devices = [{"name": "cpu", "about": about, "free_bytes": free_bytes(cpu)}]
     for i in range(torch.cuda.device_count()):
         device = torch.device("cuda", i)

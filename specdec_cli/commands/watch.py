@@ -156,6 +156,8 @@ def _teach() -> None:
 def _left(source: LiveSource) -> None:
     """The terminal is whole again: say what went wrong, and do not wait for a pass or a download that goes on."""
     stage = source.stage
+    for sentence in source.notes:  # on the screen they were seen for a moment
+        output.note(sentence)
     if source.error is None and stage is not None and stage.failed:
         output.error(stage.text, stage.hint)
         raise typer.Exit(ExitCode.FAILED)

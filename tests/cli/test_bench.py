@@ -108,6 +108,11 @@ def test_an_interrupted_benchmark_goes_on(bench, tmp_path):
     other = bench("--out", out, "--resume", "-n", "13")
     assert other.code == 2
     assert "other arms, prompts or settings" in other.err
+    busy = json.loads(out.read_text())
+    busy["environment"]["threads"] += 1
+    out.write_text(json.dumps(busy))
+    assert "threads, and it is" in bench("--out", out, "--resume").err
+    assert "part of the change is theirs" in bench("--compare", out).err
 
 
 def test_a_rule_that_accepts_too_much_is_found_out(bench, draft_checkpoint, monkeypatch):

@@ -83,18 +83,33 @@ def test_it_learns_from_the_chance_of_a_token_where_its_rule_tells_it(tokenwise,
     assert bool(auto.k) == drafts
 
 
-def test_a_drafter_that_has_much_to_read_before_a_try_is_tried_less_often():
-    """Each of them costs 4 plain passes here: with 1 % of the time to spend, one in 400 cycles."""
-
-    def drafts(dear):
-        auto = AutoK()
-        for i in range(1500):
+@pytest.mark.parametrize(
+    ("a_token", "runs", "share"), [(0.001, 1, 0.01), (0.04, 1, 0.01), (0.04, 40, 0.011), (0.5, 40, 0.02)]
+)
+def test_tries_of_a_drafter_that_has_much_to_read_take_a_hundredth_of_the_time(a_token, runs, share):
+    """All that was written since its last draft, or since a run began; plain passes take 1."""
+    auto, tried, total = AutoK(), 0.0, 0.0
+    for run_ in range(runs):
+        auto.begin(run_)
+        unread = 0
+        for i in range(4000 // runs):
             drafted = auto.k
-            auto.observe(cycle(drafted, 0, dear if drafted and i > 30 else 0.3 * drafted, 1.0 + 0.1 * drafted))
-        return auto._source("model").drafts
+            draft_s = (0.3 + a_token * unread) * bool(drafted)
+            unread = 0 if drafted else unread + 1
+            auto.observe(cycle(drafted, 0, draft_s, 1.0 + 0.1 * drafted))
+            total += draft_s + 1.01 + 0.1 * drafted
+            tried += draft_s * (run_ > 0 or i > 110)
+    assert tried < share * total
 
-    assert drafts(dear=0.3) >= 12
-    assert drafts(dear=4.0) <= drafts(dear=0.3) - 6
+
+def test_a_try_that_a_hiccup_made_slow_is_not_the_last():
+    auto, drafts = AutoK(), []
+    for i in range(3000):
+        drafted = auto.k
+        slow = 20.0 if drafted and i > 40 and not any(d > 40 for d in drafts) else 0.3 * drafted
+        drafts += [i] * bool(drafted)
+        auto.observe(cycle(drafted, 0, slow, 1.0 + 0.1 * drafted))
+    assert len([d for d in drafts if d > 100]) >= 3
 
 
 def test_a_drafter_that_gets_better_is_found_again():

@@ -155,7 +155,10 @@ def test_prompts_are_chosen_by_category_and_evenly():
 
 def made(samples):
     return report.record(
-        plan(), samples, {"target": {"weight_bytes": 100}, "bandwidth_bytes_per_second": 1e5}, {0: (2, [])}
+        plan(),
+        samples,
+        {"target": {"weight_bytes": 100}, "bandwidth_bytes_per_second": 1e5, "threads": 2},
+        {0: (2, [])},
     )
 
 
@@ -167,9 +170,11 @@ def test_a_record_is_read_back_whole_and_only_for_its_own_plan(tmp_path):
     assert found["recommendation"]["reason"].startswith("too few prompts")
     file = tmp_path / "r.json"
     report.write(file, found)
-    assert sorted(report.samples_of(report.read(file), plan()), key=repr) == sorted(samples, key=repr)
+    assert sorted(report.samples_of(report.read(file), plan(), threads=2), key=repr) == sorted(samples, key=repr)
     with pytest.raises(UsageError, match="other arms"):
-        report.samples_of(report.read(file), plan(max_tokens=9))
+        report.samples_of(report.read(file), plan(max_tokens=9), threads=2)
+    with pytest.raises(UsageError, match="begun on 2 threads"):
+        report.samples_of(report.read(file), plan(), threads=1)
     file.write_text(json.dumps({"schema": "other"}))
     with pytest.raises(UsageError, match=r"specdec\.bench/1"):
         report.read(file)

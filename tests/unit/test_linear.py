@@ -99,12 +99,10 @@ def test_quantized_groups_keep_their_ends():
     assert ((back - groups).abs() <= step[:, None] / 2 + 1e-5).all()
 
 
-@pytest.mark.parametrize(
-    "rows", [320, 48]
-)  # whole blocks of the kernel's, which are unpacked for a wide pass; and less
+@pytest.mark.parametrize("rows", [320, 48])
 @pytest.mark.parametrize("kind", ["int4", "Q8_0"])
 def test_wide_passes_give_what_narrow_ones_give(tmp_path, kind, rows):
-    """To the rounding of weights and results to bfloat16."""
+    """To the rounding of weights and results to bfloat16. Whole blocks of the kernel's are unpacked, and 48 rows are none."""
     dense = torch.cat([weight(seed) for seed in range(7)])[:rows]
     eight = torch.randint(-127, 128, dense.shape).to(torch.int8)
     packed = Grouped(eight, torch.rand(rows, COLUMNS // 32) + 0.01, None) if kind == "Q8_0" else quantized(dense)

@@ -1,4 +1,4 @@
-"""Threads: no more than this process can use."""
+"""Cores: no more than this process can use."""
 
 from __future__ import annotations
 

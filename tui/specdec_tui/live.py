@@ -76,6 +76,11 @@ class LiveSource(Threaded):
         """Whether the thread has ended."""
         return not self._thread.is_alive()
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What there is to say about the pair, once it is loaded."""
+        return () if self._pair is None else self._pair.notes
+
     def name(self, token: int) -> str:
         return self._text(token)
 
@@ -175,7 +180,7 @@ class LiveSource(Threaded):
             return None if self._closing else request
 
     def _run(self, pair: Pair, request: Request) -> None:
-        self.stage = Stage("measuring plain decoding", f"{PLAIN_TOKENS} tokens")
+        self.stage = Stage("measuring plain decoding", "; ".join([f"{PLAIN_TOKENS} tokens", *pair.notes]))
         ids = pair.encode(request.prompt, chat=request.chat, system=request.system)
         plain = self._plain(pair, ids)
         controls = self._controls = pair.controls(request.k, request.sampling, request.draft_temperature)

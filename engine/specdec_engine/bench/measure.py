@@ -127,15 +127,17 @@ def _divergence(
     plain_text, arm_text = (pair.tokenizer.decode([ids[at]]) if at < len(ids) else "the end" for ids in (plain, arm))
     if at >= min(len(plain), len(arm)):
         return Divergence(question, begin + at, plain_text, arm_text, None, "bug")
-    gap, rounding = _gap(pair, [*prompt, *plain[:at]], plain[at], arm[at])
+    gap, rounding = _gap(pair, prompt, plain[:at], plain[at], arm[at])
     return Divergence(question, begin + at, plain_text, arm_text, gap, "rounding" if gap <= rounding else "bug")
 
 
-def _gap(pair: Pair, context: Sequence[int], a: int, b: int) -> tuple[float, float]:
-    """Distance of two tokens' logits after this text, and how far rounding can move it: some units of the last place of the
-    largest logit, in the dtype that is computed with; 0.5 for the built-in target in bfloat16, where 0.25 was seen."""
-    pair.target.prefill(context[:-1])
-    logits = pair.target.score(context[-1], nothing(pair.target.device))[-1].float()
+def _gap(pair: Pair, prompt: Sequence[int], answer: Sequence[int], a: int, b: int) -> tuple[float, float]:
+    """Distance of two tokens' logits after this answer, read token by token as plain decoding does (a wide pass rounds
+    otherwise), and how far rounding can move it: some units of the last place of the largest logit, in the dtype that is
+    computed with; 0.5 for the built-in target in bfloat16, where 0.25 was seen."""
+    pair.target.prefill(prompt[:-1])
+    for newest in (prompt[-1], *answer):
+        logits = pair.target.score(newest, nothing(pair.target.device))[-1].float()
     precision = torch.finfo(getattr(torch, pair.environment["dtype"])).eps
     units = 4 if precision > 1e-4 else 256
     return abs(float(logits[a] - logits[b])), units * precision * max(float(logits.abs().max()), 1.0)

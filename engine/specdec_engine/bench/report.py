@@ -225,11 +225,16 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
-def samples_of(found: Mapping[str, Any], plan: Plan) -> list[Sample]:
-    """What was measured before. Raises UsageError if it was for another plan."""
+def samples_of(found: Mapping[str, Any], plan: Plan, threads: int) -> list[Sample]:
+    """What was measured before. Raises UsageError if it was for another plan, or on another number of threads."""
     if found["plan"]["digest"] != plan.digest:
         raise UsageError(
             "the file to resume is of other arms, prompts or settings", "give the same options, or another --out"
+        )
+    if (then := found["environment"]["threads"]) != threads:
+        raise UsageError(
+            f"the file to resume was begun on {then} threads, and it is {threads} now",
+            "resume when other programs leave as much of the machine as then, or give another --out",
         )
     runs = [s for part in (found["baseline"], *found["arms"]) for s in part["samples"]]
     runs += found.get("unpaired", [])

@@ -105,7 +105,7 @@ class Step:
     mixed: Tensor
     """Shaped as `answers`, in the activations' dtype."""
     table: _Table | None = None
-    """What `masks`, `kept`, `keys`, `values` and `scores` are from."""
+    """What `masks`, `kept`, `keys` and `values` are from, and `scores` and `weights` fit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +237,7 @@ class Blocks:
         where = cache.data_ptr()
         if self._table is not None and self._table.cache != where:
             for step in self._steps.values():  # else a step that is not asked for again would keep the old cache
-                step.table, step.kept, step.keys, step.values = None, (), (), ()
+                step.table, step.kept, step.keys, step.values, step.scores, step.weights = None, (), (), (), None, ()
         if self._table is None or self._table.span != span or self._table.cache != where:
             first = max(0, span - SPAN - _TABLED_ROWS + 1)
             positions = torch.arange(first, span, device=self.device)

@@ -29,7 +29,7 @@ FIGURES: tuple[tuple[str, str], ...] = (
     ("× plain", "tokens a second against plain decoding of the same target, measured before the run, on the same machine."),
     ("predicted", "tokens a cycle over what a cycle costs in plain passes: drafting, and the wider pass."),
     ("overlap", "Σ min(p, q) over all tokens: how likely a guess is to be kept, before it is drawn."),
-    ("k, auto", "most guesses asked for in a cycle; auto follows what pays. 2/3 in a cycle's row: kept of guessed."),
+    ("k, auto", "guesses asked for in a cycle; with auto the most, as it pays. 2/3 in a cycle's row: kept of guessed."),
     ("T", "temperature: 0 is greedy; below 1 sharper, above flatter. What it and the filters do to p and q is warping."),
     ("p, q", "the target's and the draft's probability of a token, after temperature and filters; u: the number drawn."),
 )  # fmt: skip
