@@ -94,7 +94,7 @@ class Step:
     """The same, in parts that are summed one after another; for fused attention one."""
     scores: Tensor | None
     """[groups, rows, span], where attention is done in three steps; None where torch's fused attention is used."""
-    weights: Sequence[Tensor]
+    shares: Sequence[Tensor]
     """`scores` in such parts."""
     parts: Sequence[_Part]
     """What fused attention does one after another."""
@@ -105,7 +105,7 @@ class Step:
     mixed: Tensor
     """Shaped as `answers`, in the activations' dtype."""
     table: _Table | None = None
-    """What `masks`, `kept`, `keys` and `values` are from, and `scores` and `weights` fit."""
+    """What `masks`, `kept`, `keys` and `values` are from, and `scores` and `shares` fit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,14 +230,14 @@ class Blocks:
         step.table, step.kept, step.keys, step.values = table, table.kept, table.keys, table.values
         step.masks = {window: mask.new_zeros(1 if n == 1 else rows, span) for window, mask in table.masks.items()}
         step.scores = step.queries.new_empty(groups, rows, span) if self._in_steps(grouped=True) else None
-        step.weights = _summed(step.scores)
+        step.shares = _summed(step.scores)
 
     def _table_of(self, cache: Tensor, span: int) -> _Table:
         """For passes over few rows that end in the last `SPAN` positions of the span."""
         where = cache.data_ptr()
         if self._table is not None and self._table.cache != where:
             for step in self._steps.values():  # else a step that is not asked for again would keep the old cache
-                step.table, step.kept, step.keys, step.values, step.scores, step.weights = None, (), (), (), None, ()
+                step.table, step.kept, step.keys, step.values, step.scores, step.shares = None, (), (), (), None, ()
         if self._table is None or self._table.span != span or self._table.cache != where:
             first = max(0, span - SPAN - _TABLED_ROWS + 1)
             positions = torch.arange(first, span, device=self.device)
@@ -302,7 +302,7 @@ class Blocks:
             keys=views[1],
             values=views[2],
             scores=scores,
-            weights=_summed(scores),
+            shares=_summed(scores),
             parts=_parts(rows + surplus, None if grouped else start),
             seen=seen,
             answers=seen[:, :rows].view(groups, together, n, -1).permute(2, 0, 1, 3),
@@ -338,9 +338,9 @@ class Blocks:
             torch.baddbmm(step.masks[layer.window], step.queries, step.keys[i], out=step.scores)
             torch.softmax(step.scores, -1, out=step.scores)
             values = step.values[i]
-            torch.bmm(step.weights[0], values[0], out=step.seen)
-            for weights, more in zip(step.weights[1:], values[1:], strict=True):
-                step.seen.baddbmm_(weights, more)
+            torch.bmm(step.shares[0], values[0], out=step.seen)
+            for share, more in zip(step.shares[1:], values[1:], strict=True):
+                step.seen.baddbmm_(share, more)
         else:
             for part in step.parts:
                 step.seen[:, part.rows] = self._fused_attention(i, layer, step, part)
