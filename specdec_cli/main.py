@@ -78,7 +78,10 @@ def _unforeseen(error: Exception) -> int:
         said = error.format_message().rstrip(".")
         if said:  # empty for a bare `specdec`, which has printed its help
             command = next((f" {word}" for word in sys.argv[1:2] if word in {c.__name__ for c in COMMANDS}), "")
-            output.error(said + _typed_value(error, said), f"specdec{command} --help lists what there is")
+            hint = f"specdec{command} --help lists what there is"
+            if "unexpected extra argument" in said:
+                hint = "put a prompt in quotes; " + hint
+            output.error(said + _typed_value(error, said), hint)
         return int(getattr(error, "exit_code", ExitCode.USAGE))
     _trace_if_wanted()
     output.error(f"{type(error).__name__}: {error}", "this is a bug in specdec; --debug shows where")

@@ -31,6 +31,16 @@ _COLUMNS = (
 )
 
 
+def threads(made: Mapping[str, Any]) -> str:
+    """Of an environment. Fewer than there are cores are left, where nobody asked for so few, by other programs."""
+    cores = made.get("cores", made["threads"])
+    return counted(cores, "thread") if made["threads"] >= cores else f"{made['threads']} of {counted(cores, 'thread')}"
+
+
+def counted(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
 def one_line(text: str) -> str:
     """Prompts, tokens and paths come from elsewhere, and must not steer the terminal."""
     return printable(text).replace("\n", " ")
@@ -81,8 +91,9 @@ def notes(found: Mapping[str, Any]) -> Iterator[str]:
     kinds = dict.fromkeys(q["category"] for q in plan["questions"])
     rate = f"{base['tokens_per_second']:.1f} tok/s" if base["tokens_per_second"] else "not run"
     yield (
-        f"plain decoding {rate} · {plan['target']}, {made['weights']} on {made['device']}, {made['threads']} threads · "
-        f"{found['prompts']['count']} prompts ({', '.join(kinds)}), {plan['max_tokens']} tokens, {plan['repeats']} rounds"
+        f"plain decoding {rate} · {plan['target']}, {made['weights']} on {made['device']}, {threads(made)} · "
+        f"{counted(found['prompts']['count'], 'prompt')} ({', '.join(kinds)}), {plan['max_tokens']} tokens, "
+        f"{counted(plan['repeats'], 'round')}"
     )
     if base.get("by_weights"):
         rates = (f"{form} {rate:.1f}" for form, rate in base["by_weights"].items() if rate is not None)

@@ -25,6 +25,7 @@ from specdec_engine.events import Event
 from specdec_engine.judge import Judge
 from specdec_engine.loading import Candidate, Loaded, LoadOptions, find_model
 from specdec_engine.loop import decode
+from specdec_engine.machine import usable_cores
 from specdec_engine.memory import kv_bytes
 from specdec_engine.pace import Pace
 from specdec_engine.pairing import check_pair
@@ -153,7 +154,7 @@ class Loader:
         """Raises the errors of `find_model`."""
         self.options = options or LoadOptions()
         self.found = find_model(target, self.options)
-        self.notes = set_threads(self.options.threads, self.found.device)
+        set_threads(self.options.threads, self.found.device)
         if read_draft(self.found.path) is not None:
             raise UsageError(f"{target} is a draft, made for another target", "give it to --draft")
         for_drafts = replace(self.options, device_map=None, quantize=self.options.draft_quantize)
@@ -168,7 +169,7 @@ class Loader:
 
 def _paired(models: Loader, draft: str | None) -> Pair:
     found, target = models.found, models.found.name
-    drafts, notes = dict[str, Loaded](), [*models.notes]
+    drafts, notes = dict[str, Loaded](), list[str]()
 
     def load_draft(name: str) -> LoadedDraft:
         small = models.find_draft(name)
@@ -246,6 +247,7 @@ def _environment(target: Loaded, drafts: Mapping[str, Part]) -> dict[str, Any]:
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "device_map": target.spread,
         "threads": torch.get_num_threads(),
+        "cores": usable_cores(),
         "dtype": target.dtype,
         "weights": target.weights,
         "runtime": target.runtime.name,

@@ -34,7 +34,7 @@ def resolve(name: str, *, offline: bool = False, trust_remote_code: bool = False
         raise ModelUnavailable(f"no model {name!r}", f"did you mean {meant[0]}? A hub id is org/name")
     if not _HUB_ID.fullmatch(name) or path.exists():
         raise ModelUnavailable(
-            f"no model at {name!r}: there is no such folder or .gguf file",
+            f"no model at {name!r}: it is no folder and no .gguf file",
             "give a folder with config.json and *.safetensors, a .gguf file, a hub id such as org/name, or builtin",
         )
     return _checked_folder(_fetch(name, offline, trust_remote_code, report))
@@ -114,7 +114,7 @@ def _fetch(name: str, offline: bool, trust_remote_code: bool, report: Report) ->
             ) from error
         raise ModelUnavailable(
             f"{name} is neither a local folder nor in the cache, and the hub cannot be reached",
-            "check the spelling and the network; `builtin` and local folders need no hub",
+            "check the spelling and the network; builtin, local folders and drafts such as ngram or self:8 need no hub",
         ) from error
     except hub.HfHubHTTPError as error:
         raise ModelUnavailable(f"{name} could not be fetched: {_status(error)}", "try again later") from error

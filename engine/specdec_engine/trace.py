@@ -193,7 +193,8 @@ def _records(path: Path) -> Iterator[tuple[int, Event, dict[int, str]]]:
 
 
 def _unreadable(path: Path, number: int, error: Exception) -> TraceError:
-    said = f"no {error}" if isinstance(error, KeyError) else str(error)
+    said = "it is not JSON" if isinstance(error, json.JSONDecodeError) else str(error)
+    said = f"no {error}" if isinstance(error, KeyError) else said
     return TraceError(f"{path}, line {number} is not an event of {TRACE_SCHEMA}: {said}", "was it written by --trace?")
 
 

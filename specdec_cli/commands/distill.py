@@ -67,9 +67,12 @@ def distill(
     quieten(offline, debug)
     with interruptible(), output.narrated() as report:
         # Deferred, as for generate: torch takes seconds.
+        import torch
+
         from specdec_engine.distill.recipe import Recipe
         from specdec_engine.distill.run import distill
         from specdec_engine.loading import LoadOptions, find_model
+        from specdec_engine.machine import usable_cores
         from specdec_engine.threads import set_threads
 
         recipe = Recipe(out, kind, size, minutes, tokens, data, seed)
@@ -83,16 +86,17 @@ def distill(
             report=report,
         )
         found = find_model(target, options)
-        for sentence in set_threads(threads or "auto", found.device):
-            output.note(sentence)
+        set_threads(threads or "auto", found.device)
+        if threads is None and torch.get_num_threads() < usable_cores():
+            output.note(f"other programs keep this machine busy: {torch.get_num_threads()} of {usable_cores()} threads")
         loaded = found.load()
     try:
         last = _shown(distill(found, loaded, recipe))
     except KeyboardInterrupt:
-        output.note(f"interrupted; the same command goes on from {recipe.work}")
+        output.note(f"interrupted; the same command goes on from {recipe.work.folder}")
         raise typer.Exit(ExitCode.INTERRUPTED) from None
     output.note(f"{out} holds the draft; {_estimated(last) if last else 'nothing was measured'}")
-    output.note(f"{recipe.work} holds the text and the training state, to go on from; it may be deleted")
+    output.note(f"{recipe.work.folder} holds the text and the training state, to go on from; it may be deleted")
     typer.echo(str(out))
 
 

@@ -18,6 +18,7 @@ from specdec_cli import options as opt
 from specdec_cli import output, profiles
 from specdec_cli.exits import ExitCode
 from specdec_cli.prompts import read_prompt
+from specdec_cli.tables import threads
 from specdec_engine.control import Controls
 from specdec_engine.errors import SpecdecError, TraceError, UsageError
 from specdec_engine.events import Event, Finished
@@ -178,7 +179,8 @@ def _ending(summary: Summary, max_tokens: int, stops: tuple[str, ...]) -> str:
 def _state(pair: Pair, summary: Summary, k: int | Literal["auto"], controls: Controls, named: bool) -> str:
     """Whether speculation ran, with what, and why not if it did not."""
     made = pair.environment
-    where = f"{pair.target.name}, {made['weights']} on {made['device']}, {made['runtime']} runtime"
+    crowded = f", {threads(made)}" if made["device"] == "cpu" and made["threads"] < made["cores"] else ""
+    where = f"{pair.target.name}, {made['weights']} on {made['device']}{crowded}, {made['runtime']} runtime"
     if k == 0:
         return f"speculation off because k is 0 · {where}"
     if set(pair.drafter.name.split(",")) == {"none"}:

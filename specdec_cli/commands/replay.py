@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from specdec_cli import output
 from specdec_engine.errors import UsageError
 
 
@@ -30,14 +31,18 @@ def replay(
         from specdec_tui.narrate import script
         from specdec_tui.source import read_frame
 
-        for line in script(*read_frame(trace)):
+        frame, name = read_frame(trace)
+        _several(trace, frame.run)
+        for line in script(frame, name):
             typer.echo(line)
         return
     if export is not None:
         from specdec_tui.export import export as write
         from specdec_tui.source import read_frame
 
-        write(*read_frame(trace), export)
+        frame, name = read_frame(trace)
+        _several(trace, frame.run)
+        write(frame, name, export)
         return
     if not sys.stdout.isatty() or not sys.stdin.isatty():
         raise UsageError("replay needs a terminal", "add --plain for the run in sentences")
@@ -49,3 +54,9 @@ def replay(
     SpecdecApp(source, speed=REPLAY_SPEED).run()
     if source.error is not None:
         raise source.error
+    _several(trace, source.runs)
+
+
+def _several(trace: Path, runs: int) -> None:
+    if runs > 1:
+        output.note(f"{trace} holds {runs} runs, and this is the last")

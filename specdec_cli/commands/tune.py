@@ -15,7 +15,7 @@ import typer
 from specdec_cli import options as opt
 from specdec_cli import output, profiles
 from specdec_cli.commands.generate import interruptible, quieten
-from specdec_cli.tables import one_line
+from specdec_cli.tables import one_line, threads
 from specdec_engine.bench.figures import FEWEST
 from specdec_engine.bench.plan import Question, builtin_questions, chosen, read_questions
 from specdec_engine.errors import SpecdecError, UsageError
@@ -331,7 +331,7 @@ def _lines(found: Tuned, record: dict[str, Any], profile: profiles.Profile | Non
     """For people: what was looked at, the best of each draft, the best one's curve, and what to type."""
     made, costs = record["environment"], found.members[0].costs
     yield (
-        f"{record['target']}, {made['weights']} on {made['device']}, {made['threads']} threads · "
+        f"{record['target']}, {made['weights']} on {made['device']}, {threads(made)} · "
         f"{len(found.answers)} answers, {found.tokens} tokens, temperature {record['temperature']:g}"
     )
     steps = " · ".join(f"{n} {1e3 * cost * costs.plain_s:.1f}" for n, cost in costs.passes.items() if n <= _SHOWN)

@@ -6,7 +6,9 @@ import json
 from itertools import pairwise
 
 import pytest
+import torch
 
+from specdec_engine.threads import free_threads
 from specdec_engine.trace import from_json, read_trace
 from tests.fakes import cycles, emitted
 
@@ -243,6 +245,18 @@ def test_weights_can_be_packed(specdec, checkpoint, draft_checkpoint):
     made = packed["environment"]
     assert (made["weights"], made["threads"]) == ("int8", 1)
     assert [draft["weights"] for draft in made["drafts"].values()] == ["int8"]
+
+
+def test_fewer_threads_than_cores_are_told(generate, monkeypatch):
+    for name in ("threads", "pair"):
+        monkeypatch.setattr(f"specdec_engine.{name}.usable_cores", lambda: 4)
+    before = torch.get_num_threads()
+    for room, said in ((2, "on cpu, 2 of 4 threads, lean runtime"), (4, "on cpu, lean runtime")):
+        free_threads.cache_clear()
+        monkeypatch.setattr("specdec_engine.threads.keep_step", lambda n, room=room: n <= room)
+        assert said in generate("-n", "3").err
+    free_threads.cache_clear()
+    torch.set_num_threads(before)
 
 
 def test_version_and_bare_command(specdec):

@@ -146,6 +146,8 @@ def test_text_is_searched():
     assert "lantern" in shown
     shown, player = pressed(Told(events(60)), "home", "slash", *"lantern", "enter", "N")
     assert player.view.shown > first
+    shown, player = pressed(Told(events(60)), "slash", *"lantern", "enter")
+    assert player.view.shown == first, "from the end it goes on at the beginning"
     shown, _ = pressed(Told(events(60)), "slash", *"nowhere", "enter")
     assert "cycle 60/60" in shown
 

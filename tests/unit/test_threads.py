@@ -25,28 +25,25 @@ def test_half_as_many_until_they_keep_step(cores, room, free):
     assert free_threads(cores, lambda n: n <= room) == free
 
 
-def test_operations_that_take_too_long_are_noticed(monkeypatch):
-    monkeypatch.setattr(threads, "_PATIENCE", 0.0)
-    assert not threads.keep_step(2)
-    monkeypatch.setattr(threads, "_PATIENCE", 60.0)
-    assert threads.keep_step(2)
+@pytest.mark.parametrize(("long_s", "in_step"), [(0.0, False), (60.0, True)])
+def test_operations_that_take_too_long_are_noticed(monkeypatch, long_s, in_step):
+    monkeypatch.setattr(threads, "_LONG_S", long_s)
+    assert threads.keep_step(2) == in_step
 
 
-@pytest.mark.parametrize(("room", "said"), [(4, []), (2, ["2 of 4 threads"])])
-def test_fewer_than_there_are_cores_are_told(monkeypatch, room, said):
+@pytest.mark.parametrize("room", [4, 2])
+def test_threads_are_those_that_get_to_run(monkeypatch, room):
     monkeypatch.setattr(threads, "usable_cores", lambda: 4)
     monkeypatch.setattr(threads, "keep_step", lambda n: n <= room)
-    notes = set_threads("auto", CPU)
+    set_threads("auto", CPU)
     assert torch.get_num_threads() == room
-    assert len(notes) == len(said)
-    assert all(part in note for part, note in zip(said, notes, strict=True))
 
 
 def test_a_number_that_was_given_is_taken(monkeypatch):
     monkeypatch.setattr(threads, "keep_step", lambda n: False)
-    assert set_threads(3, CPU) == []
+    set_threads(3, CPU)
     assert torch.get_num_threads() == 3
-    assert set_threads(None, CPU) == []
+    set_threads(None, CPU)
     assert torch.get_num_threads() == 3
 
 
@@ -54,5 +51,5 @@ def test_a_gpus_target_leaves_the_cores_alone(monkeypatch):
     """Its passes do not wait for the CPU's threads."""
     monkeypatch.setattr(threads, "usable_cores", lambda: 2)
     monkeypatch.setattr(threads, "keep_step", lambda n: False)
-    assert set_threads("auto", torch.device("cuda")) == []
+    set_threads("auto", torch.device("cuda"))
     assert torch.get_num_threads() == 2

@@ -89,6 +89,8 @@ class ReplaySource(Threaded):
     def __init__(self, path: Path) -> None:
         super().__init__(self._read, "trace")
         self.path = path
+        self.runs = 0
+        """In the file; the last one is shown."""
         self._pieces: dict[int, str] = {}
         self._closed = threading.Event()
 
@@ -104,15 +106,14 @@ class ReplaySource(Threaded):
         pass
 
     def _read(self) -> None:
-        begun = False
         try:
             for event, pieces in read_described(self.path):
-                begun |= isinstance(event, Started)
+                self.runs += isinstance(event, Started)
                 self._pieces |= pieces
                 self._events.append(event)
                 if self._closed.is_set():
                     return
-            if not begun:
+            if not self.runs:
                 raise TraceError(f"{self.path} holds no run", "give a file that --trace wrote")
             gc.collect()
             gc.freeze()  # a collection that looks through 5,000 cycles takes 0.1 s, and is felt

@@ -175,7 +175,8 @@ class Story:
 
 
 def containing(frame: Frame, name: Name, wanted: str, shown: int, direction: int) -> int | None:
-    """Cycles to show, so that the next (or last) one with this text ends the view; None if there is none."""
+    """Cycles to show, so that the next (or last) one with this text ends the view, from the other end where there is no more
+    this way; None if there is none at all."""
     decode, text, ends = Committed(name), "", list[int]()
     for token in frame.prompt:
         decode(token)
@@ -185,5 +186,5 @@ def containing(frame: Frame, name: Name, wanted: str, shown: int, direction: int
     text, wanted = text.lower(), wanted.lower()
     places = [at + len(wanted) for at in range(len(text)) if text.startswith(wanted, at)]
     cycles = sorted({bisect_left(ends, place) + 1 for place in places})
-    later = [c for c in cycles if (c > shown if direction > 0 else c < shown)]
+    later = [c for c in cycles if (c > shown if direction > 0 else c < shown)] or cycles
     return None if not later else later[0] if direction > 0 else later[-1]
