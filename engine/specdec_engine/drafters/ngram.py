@@ -44,7 +44,7 @@ class NgramDrafter:
         self._index(context)
         for n in self._lengths:
             start = self._after.get(tuple(context[-n:])) if len(context) > n else None
-            if start is not None and self._pace.worth(self.name, sure := n / self._lengths[0]):
+            if start is not None and self._pace.worth(self.name, sure := _SURE * n / self._lengths[0]):
                 kept = _kept(k, sure, self._pace.watch(self.name))
                 return Draft(torch.tensor(_copy(context, start, kept), device=self._device), None, self.name)
         return nothing(self._device, self.name)
@@ -59,6 +59,11 @@ class NgramDrafter:
                 if n <= end:
                     self._after[tuple(context[end - n : end])] = end
         self._indexed = max(self._indexed, len(context) - 1)
+
+
+_SURE = 0.7
+"""How likely a token is the target's after the longest match, until a run tells: after 3, 2 and 1 tokens alike 71, 49 and 24
+in 100 were at temperature 0, and 65, 45 and 20 at 0.8. Believed to be right for certain, drafts cost a run 1 % more."""
 
 
 def _kept(k: int, sure: float, enough: Enough | None) -> int:
