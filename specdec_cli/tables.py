@@ -33,8 +33,8 @@ _COLUMNS = (
 
 def threads(made: Mapping[str, Any]) -> str:
     """Of an environment. Fewer than there are cores are left, where nobody asked for so few, by other programs."""
-    cores = made.get("cores", made["threads"])
-    return counted(cores, "thread") if made["threads"] >= cores else f"{made['threads']} of {counted(cores, 'thread')}"
+    n, cores = made["threads"], made.get("cores", 0)
+    return f"{n} of {counted(cores, 'thread')}" if n < cores else counted(n, "thread")
 
 
 def counted(n: int, what: str) -> str:

@@ -183,6 +183,12 @@ def test_the_narration_says_every_cycle_and_nothing_else(trace):
     assert result.stderr == ""
 
 
+def test_of_several_runs_the_last_is_shown_and_that_is_said(trace):
+    result = replay(trace([*events(12), *events(3)]), "--plain")
+    assert "tokens in 3 target passes" in result.stdout
+    assert "holds 2 runs, and this is the last" in result.stderr
+
+
 def test_numbers_in_sentences_are_the_traces(trace):
     found = next(e for e in events(12) if e.kind == "cycle" and e.accepted < len(e.drafted))
     line = replay(trace(events(12)), "--plain").stdout.splitlines()[2 + found.index]
