@@ -21,7 +21,7 @@ from specdec_cli.commands.tune import tune
 from specdec_cli.commands.watch import watch
 from specdec_cli.exits import ExitCode, exit_code
 from specdec_engine import __version__
-from specdec_engine.errors import SpecdecError
+from specdec_engine.errors import SpecdecError, reason
 
 COMMANDS = (generate, watch, replay, bench, tune, check, distill, info)
 
@@ -65,7 +65,7 @@ def main() -> None:
     except OSError as error:
         _trace_if_wanted()
         what = f"reading or writing {error.filename}" if error.filename else "writing the output"
-        output.error(f"{what} failed: {error.strerror or error}", "check the path and the free space")
+        output.error(f"{what} failed: {reason(error)}", "check the path and the free space")
         output.silence_stdout()
         code = ExitCode.FAILED
     except Exception as error:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from platformdirs import user_config_path
 
 from specdec_cli.options import Placement
-from specdec_engine.errors import UsageError
+from specdec_engine.errors import UsageError, reason
 
 NAME = "config.toml"
 
@@ -64,7 +64,7 @@ def profiles() -> list[Profile]:
     except FileNotFoundError:
         return []
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"{path()} cannot be read: {error}", "correct it, or delete it") from error
+        raise UsageError(f"{path()} cannot be read: {reason(error)}", "correct it, or delete it") from error
     blocks = read.get("profiles", [])
     if not isinstance(blocks, list):
         raise UsageError(f"{path()}: profiles is no list of tables", "write each as [[profiles]]")

@@ -14,7 +14,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from specdec_engine.errors import ModelUnavailable
+from specdec_engine.errors import ModelUnavailable, reason
 from specdec_engine.gguf_files import SCRATCH, cache_folder, sweep
 from specdec_engine.progress import Progress, Report, silent
 
@@ -48,7 +48,7 @@ def builtin_gguf(offline: bool = False, report: Report = silent) -> Path:
             unpacked.replace(path)
     except OSError as error:
         raise ModelUnavailable(
-            f"the built-in target cannot be kept in {path.parent}: {error.strerror or error}",
+            f"the built-in target cannot be kept in {path.parent}: {reason(error)}",
             "free some space (200 MB), or point SPECDEC_CACHE to a folder that can be written",
         ) from error
     report(Progress("download", "the built-in target, SmolLM2-135M-Instruct", SIZE, SIZE))

@@ -24,6 +24,11 @@ class SpecdecError(Exception):
         self.hint = hint
 
 
+def reason(error: Exception) -> str:
+    """What the system or a parser says, without the number and the path that an OSError repeats."""
+    return str(getattr(error, "strerror", None) or error)
+
+
 class UsageError(SpecdecError):
     """A value that cannot be used: a negative temperature, an empty prompt, a prompt longer than the context."""
 

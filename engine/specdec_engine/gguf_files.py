@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from platformdirs import user_cache_path
 
-from specdec_engine.errors import ModelUnavailable
+from specdec_engine.errors import ModelUnavailable, reason
 from specdec_engine.progress import Progress, Report
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def _writing(name: str, where: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ModelUnavailable(
-            f"{name} needs a few MB in {where}, which cannot be written: {error.strerror or error}",
+            f"{name} needs a few MB in {where}, which cannot be written: {reason(error)}",
             "free some space, or point SPECDEC_CACHE to a folder that can be written",
         ) from error
 

@@ -18,7 +18,7 @@ from specdec_cli.commands.generate import interruptible, quieten
 from specdec_cli.tables import one_line, threads
 from specdec_engine.bench.figures import FEWEST
 from specdec_engine.bench.plan import Question, builtin_questions, chosen, read_questions
-from specdec_engine.errors import SpecdecError, UsageError
+from specdec_engine.errors import SpecdecError, UsageError, reason
 from specdec_engine.tune.answers import ROOM, Answer, cut, evenly, recorded
 from specdec_engine.tune.servers import Launch, Wanted, launches, served
 from specdec_engine.tune.whatif import best_of
@@ -153,7 +153,7 @@ def _text(path: Path) -> str:
     try:
         found = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--text {path} cannot be read: {error}", "give a text file in UTF-8") from error
+        raise UsageError(f"--text {path} cannot be read: {reason(error)}", "give a text file in UTF-8") from error
     if not found.strip():
         raise UsageError(f"--text {path} is empty", "give a text of some hundred words")
     return found

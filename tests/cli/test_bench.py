@@ -238,7 +238,7 @@ def test_conversations_have_all_their_turns(bench, tmp_path):
         (("--quantize", "auto,int3"), "int3"),
         (("--resume",), "--out"),
         (("--categories", "nothing"), "nothing"),
-        (("--prompts", "nowhere.jsonl"), "nowhere.jsonl"),
+        (("--prompts", "nowhere.jsonl"), "in nowhere.jsonl cannot be read: No such file or directory"),
         (("--compare", "nowhere.json"), "nowhere.json"),
     ],
 )

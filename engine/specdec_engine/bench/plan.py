@@ -12,7 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-from specdec_engine.errors import UsageError
+from specdec_engine.errors import UsageError, reason
 
 BUILTIN_PROMPTS = Path(__file__).parent / "prompts.json"
 MOST_K = 64
@@ -133,7 +133,9 @@ def read_questions(path: Path) -> list[Question]:
     try:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the prompts in {path} cannot be read: {error}", "give a JSONL or a text file") from error
+        raise UsageError(
+            f"the prompts in {path} cannot be read: {reason(error)}", "give a JSONL or a text file"
+        ) from error
     found = [_question(line, f"line {n} of {path}") for n, line in enumerate(lines, 1) if line.strip()]
     if not found:
         raise UsageError(f"{path} has no prompts", "give JSONL with `prompt` or `turns`, or a prompt a line")

@@ -19,7 +19,7 @@ from specdec_engine.bench.figures import (
     recommend,
 )
 from specdec_engine.bench.plan import Arm, Plan
-from specdec_engine.errors import UsageError
+from specdec_engine.errors import UsageError, reason
 
 SCHEMA = "specdec.bench/1"
 
@@ -219,7 +219,9 @@ def read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read: {error}", "give a file that specdec bench --out wrote") from error
+        raise UsageError(
+            f"{path} cannot be read: {reason(error)}", "give a file that specdec bench --out wrote"
+        ) from error
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:
         raise UsageError(f"{path} is not {SCHEMA}", "give a file that specdec bench --out wrote")
     return found
