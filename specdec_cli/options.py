@@ -78,7 +78,13 @@ Quantize = Annotated[
         help="The target's weights on a CPU: auto (a GGUF's Q4_0, Q4_1, Q4_K, Q8_0 stay packed), none, int8, int4.",
     ),
 ]
-DraftQuantize = Annotated[_Quantize, typer.Option(rich_help_panel=_MODELS, help="The same for the draft.")]
+DraftQuantize = Annotated[
+    _Quantize,
+    typer.Option(
+        rich_help_panel=_MODELS,
+        help="The same for the draft; auto also packs a dense one in 8 bits: its tokens are tested.",
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,7 +70,7 @@ def _member(ours: Candidate, draft: str, options: LoadOptions) -> tuple[list[Fin
     if made is not None and made.kind == "head":
         return [_head(ours, draft, made)], {}
     try:
-        theirs = find_model(draft, replace(options, quantize=options.draft_quantize))
+        theirs = find_model(draft, options.for_draft())
     except PairIncompatible as error:
         return [Finding("cache", "bad", f"{error.message}; {error.hint}")], {}
     figures = _figures(ours, theirs)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from specdec_engine.errors import UsageError
-from specdec_engine.runtime.linear import Quantize, kernels_available
+from specdec_engine.runtime.linear import Packing, kernels_available
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -40,7 +40,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.float16
 
 
-def packed_dtype(quantize: Quantize, dtype: str, device: torch.device, keeps: bool) -> torch.dtype | None:
+def packed_dtype(quantize: Packing, dtype: str, device: torch.device, keeps: bool) -> torch.dtype | None:
     """bfloat16, the packed kernels' own, if weights are to be packed or (`keeps`) to stay so; None if they are not, or
     cannot.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ from specdec_engine.runtime.blocks import cache_dtype
 from specdec_engine.runtime.decoder import Decoder
 from specdec_engine.runtime.graphs import CudaRecorder, GraphRuntime, span_for
 from specdec_engine.runtime.lean import LeanRuntime
-from specdec_engine.runtime.linear import Quantize
+from specdec_engine.runtime.linear import Packing, Quantize
 from specdec_engine.runtime.shape import Shape, Unsupported, shape_of
 from specdec_engine.sources import first_line, resolve, weight_files
 from specdec_engine.threads import Threads
@@ -48,10 +48,10 @@ class LoadOptions:
     """`auto` spreads the target over all GPUs and the CPU, by accelerate."""
     runtime: RuntimeName = "auto"
     """How forwards are run: auto chooses the fastest that computes this model exactly."""
-    quantize: Quantize = "auto"
+    quantize: Packing = "auto"
     """auto (Q4_0, Q4_1, Q4_K and Q8_0 of a GGUF stay packed), none (unpacked), int8 or int4 (pack the target's); on a CPU."""
     draft_quantize: Quantize = "auto"
-    """The same for the draft."""
+    """The same for the draft, of which auto packs dense weights too, in 8 bits: whatever it proposes is tested."""
     threads: Threads = None
     """CPU threads for all of torch, see `threads.Threads`."""
     offline: bool = False
@@ -59,6 +59,11 @@ class LoadOptions:
     tokens: int = 2048
     """Context to reckon with when memory is estimated: prompt and output."""
     report: Report = silent
+
+    def for_draft(self) -> LoadOptions:
+        """With which the pair's draft is loaded."""
+        packing: Packing = "light" if self.draft_quantize == "auto" else self.draft_quantize
+        return replace(self, device_map=None, quantize=packing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +142,8 @@ class Candidate:
             return self._generic(placement, str(reason))
 
     def _lean(self, shape: Shape) -> Loaded:
-        packs = packed_dtype("auto", str(self.dtype).removeprefix("torch."), self.device, keeps=True) is not None
-        decoder = Decoder(shape, self._weights(), self.dtype, self.device, self.options.quantize if packs else "none")
+        packing = self.options.quantize if _packs(self.dtype, self.device) else "none"
+        decoder = Decoder(shape, self._weights(), self.dtype, self.device, packing)
         limit, tokens = context_limit(self.config), self.options.tokens
         runtime: Runtime
         if self.device.type == "cuda" and self.options.runtime != "lean":
@@ -242,9 +247,13 @@ def find_model(name: str, options: LoadOptions) -> Candidate:
         config: Any = gguf_files.plain_config(folder) if found else load_config(folder, options.trust_remote_code)
         shape = lean_shape(config, options, device)
         stays = (
-            isinstance(shape, Shape) and options.quantize == "auto" and any(e.kind in PACKED for e in found.values())
+            isinstance(shape, Shape)
+            and options.quantize in ("auto", "light")
+            and any(e.kind in PACKED for e in found.values())
         )
         dtype = packed_dtype(options.quantize, options.dtype, device, stays) or pick_dtype(options.dtype, device)
+        if options.quantize == "light" and not _packs(dtype, device):
+            options = replace(options, quantize="auto")
         need = _need(path, found, config, shape, dtype, device, options)
         if isinstance(_placement(name, need, device, options), str):
             shape = Unsupported("it is spread over devices")
@@ -252,6 +261,11 @@ def find_model(name: str, options: LoadOptions) -> Candidate:
             _check_rollback(load_config(folder, options.trust_remote_code), name)
         tokenizer = load_tokenizer(folder, options.trust_remote_code)
     return Candidate(name, path, folder, config, shape, tokenizer, need, device, dtype, options)
+
+
+def _packs(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether weights can be kept packed."""
+    return packed_dtype("auto", str(dtype).removeprefix("torch."), device, keeps=True) is not None
 
 
 def _check_rollback(config: Any, name: str) -> None:
@@ -271,7 +285,7 @@ def _need(
     options: LoadOptions,
 ) -> Need:
     """Weights in the form they will be kept in, and the cache in its own dtype and size."""
-    quantize: Quantize
+    quantize: Packing
     if isinstance(shape, Unsupported):
         quantize, cache = "none", kv_bytes(config, dtype, options.tokens)
     else:

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 from specdec_engine.errors import OutOfMemory
-from specdec_engine.runtime.linear import Quantize
+from specdec_engine.runtime.linear import Packing
 from specdec_engine.weights import PACKED, Entry
 
 _HEADROOM = 1.1  # activations, buffers, the allocator's own; 5 % measured on the built-in target, twice that allowed
@@ -32,7 +32,7 @@ class Need:
         return int((self.weights + self.cache) * _HEADROOM)
 
 
-def estimate(files: Sequence[Path], config: Any, dtype: torch.dtype, cache: int, quantize: Quantize = "none") -> Need:
+def estimate(files: Sequence[Path], config: Any, dtype: torch.dtype, cache: int, quantize: Packing = "none") -> Need:
     """From file headers and the config alone; a GGUF with unknown names is reckoned unpacked.
 
     Raises SafetensorError for a file whose size is not what its header says: a truncated download.
@@ -42,14 +42,14 @@ def estimate(files: Sequence[Path], config: Any, dtype: torch.dtype, cache: int,
     return Need(int(numbers * PACKED_BYTES.get(quantize, dtype.itemsize)), cache)
 
 
-PACKED_BYTES: dict[Quantize, float] = {"int4": 0.7, "int8": 1.1}
+PACKED_BYTES: dict[Packing, float] = {"int4": 0.7, "int8": 1.1, "light": 1.1}
 """A number's bytes in each form, scales included, and a little for the head, which stays dense."""
 
 
-def kept_bytes(name: str, entry: Entry, dtype: torch.dtype, quantize: Quantize) -> int:
+def kept_bytes(name: str, entry: Entry, dtype: torch.dtype, quantize: Packing) -> int:
     """What a GGUF's tensor takes once loaded: packed, a fifth more than in the file; else one `dtype` a number."""
     if dtype == torch.bfloat16 and name not in ("lm_head.weight", "model.embed_tokens.weight"):
-        if quantize == "auto" and entry.kind in PACKED:
+        if quantize in ("auto", "light") and entry.kind in PACKED:
             return int(entry.size * 1.2)
         return int(prod(entry.shape) * PACKED_BYTES.get(quantize, dtype.itemsize))
     return prod(entry.shape) * dtype.itemsize

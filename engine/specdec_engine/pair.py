@@ -157,9 +157,8 @@ class Loader:
         set_threads(self.options.threads, self.found.device)
         if read_draft(self.found.path) is not None:
             raise UsageError(f"{target} is a draft, made for another target", "give it to --draft")
-        for_drafts = replace(self.options, device_map=None, quantize=self.options.draft_quantize)
         self.target = cache(self.found.load)
-        self.find_draft = cache(lambda name: find_model(name, for_drafts))
+        self.find_draft = cache(lambda name: find_model(name, self.options.for_draft()))
         self.draft = cache(lambda name: self.find_draft(name).load())
 
     def pair(self, draft: str | None = None) -> Pair:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from statistics import fmean
 
 import pytest
 
@@ -52,13 +53,25 @@ class World:
 
 @pytest.mark.parametrize("alpha", [0.0, 0.1, 0.3, 0.5, 0.7, 0.85, 0.95])
 @pytest.mark.parametrize("step", [0.0, 0.1, 0.3])
-@pytest.mark.parametrize("seed", range(3))
-def test_it_comes_close_to_the_best_k_and_never_far_below_plain(alpha, step, seed):
-    world = World(alpha, step, seed=seed)
-    found = world.run(AutoK(), 600)
-    best = max(world.rate(k) for k in range(MOST + 1))
-    assert found > 0.86 * best  # learning and looking again cost some; luck is 2 % to either side
-    assert found > 0.97 * world.rate(0)
+def test_it_comes_close_to_the_best_k_and_never_far_below_plain(alpha, step):
+    worlds = [World(alpha, step, seed=seed) for seed in range(8)]  # luck is 4 % to either side
+    found = fmean(world.run(AutoK(), 600) for world in worlds)
+    best = max(worlds[0].rate(k) for k in range(MOST + 1))
+    assert found > 0.96 * best  # learning and looking again cost some
+    assert found > 0.97 * worlds[0].rate(0)
+
+
+def test_a_few_misses_do_not_switch_off_what_pays():
+    """With α 0.3 one time in six five drafts in a row miss; and a try after a pause has more to read than to draft."""
+    off = 0
+    for seed in range(10):
+        world, auto, unread = World(0.3, 0.06, seed=seed), AutoK(), 0
+        for _ in range(300):
+            made = world.cycle(auto.k)
+            off += not auto.k
+            auto.observe(replace(made, draft_s=made.draft_s + 0.01 * unread * bool(auto.k)))
+            unread = 0 if made.drafted else unread + 1
+    assert off < 0.1 * 3000
 
 
 def test_what_hurts_is_off_within_a_paragraph_says_so_and_is_tried_again():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from specdec_engine.drafters import build_drafter
 from specdec_engine.drafters.ngram import NgramDrafter
 from specdec_engine.errors import UsageError
+from specdec_engine.pace import Pace
 from specdec_engine.randomness import KeyedRandomness
 from specdec_engine.types import Sampling
 from tests.fakes import host
@@ -51,6 +54,31 @@ def naive(context, k, longest):
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.integers(1, 6), st.integers(1, 4), st.integers(1, 30))
 def test_finds_what_the_definition_says_however_the_context_grew(context, k, longest, begin):
     assert propose(context, k, longest, begin) == naive(context, k, longest)
+
+
+@pytest.mark.parametrize(
+    ("context", "sure"),
+    [
+        ([1, 5, 1], 0.25),
+        ([9, 1, 2, 5, 8, 1, 2], 0.5),
+        ([1, 2, 3, 1, 2, 3], 0.6),
+        ([9, *range(7), 5, 8, *range(7)], 0.7),
+        ([*range(9), *range(9)], 0.82),
+        ([*range(40), *range(40)], 0.95),
+        ([7] * 3, 0.5),  # the first was followed by the second: two alike, and no more are there
+    ],
+)
+def test_it_is_the_surer_the_more_is_alike(context, sure):
+    asked = []
+
+    class Asked(Pace):
+        def worth(self, source, confidence):
+            asked.append(confidence)
+            return False
+
+    drafter = NgramDrafter(replace(host(), pace=Asked()))
+    assert not len(drafter.propose(context, 4, Sampling(), KeyedRandomness(0)))
+    assert asked[0] == sure  # of the longest; the shorter ones are asked about next
 
 
 @pytest.mark.parametrize("spec", ["ngram:0", "ngram:x", "ngram:-1", ",", ""])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from specdec_engine.runtime.blocks import Blocks, Layer
-from specdec_engine.runtime.linear import Projection, Quantize, project
+from specdec_engine.runtime.linear import Packing, Projection, project
 from specdec_engine.runtime.shape import Shape, Unsupported
 from specdec_engine.weights import Grouped, Weights
 
@@ -30,7 +30,7 @@ class Decoder(Blocks):
     """A whole model: embedding, blocks, head."""
 
     def __init__(
-        self, shape: Shape, weights: Weights, dtype: torch.dtype, device: torch.device, quantize: Quantize
+        self, shape: Shape, weights: Weights, dtype: torch.dtype, device: torch.device, quantize: Packing
     ) -> None:
         """Raises Unsupported if the checkpoint has tensors that this forward does not know, or lacks one."""
         _check_names(weights.names, shape)
@@ -43,10 +43,11 @@ class Decoder(Blocks):
         self.norm = self.norm_weight(take.dense("model.norm.weight"))
         tied = shape.tied and _same_head(weights)
         # The head stays dense, also where its file has it in 8 bits: reordered bfloat16 takes 2.0 ms for one row as for
-        # eight, packed 1.8 for one and 7 for eight (49,152 x 576); and all logits pass through its rounding.
+        # eight, packed 1.8 for one and 7 for eight (49,152 x 576); and all logits pass through its rounding. A draft's rows
+        # come alone, and a small matrix costs oneDNN 0.3 ms where 0.2 are enough (6,144 x 256).
         matrix = self.embedding.table if tied else take.dense("lm_head.weight")
         matrix = take.dense("model.embed_tokens.weight") if matrix is None else matrix
-        self.head = project([matrix], None, dtype, device, "none")
+        self.head = project([matrix], None, dtype, device, "int8" if quantize == "light" else "none")
         self.vocab = int(matrix.shape[0])
         self.parameters = take.parameters
 
@@ -87,7 +88,7 @@ class Decoder(Blocks):
         logits: Tensor = self.head(last[-rows:])
         return logits
 
-    def _layer(self, take: _Taker, i: int, to: tuple[torch.dtype, torch.device, Quantize]) -> Layer:
+    def _layer(self, take: _Taker, i: int, to: tuple[torch.dtype, torch.device, Packing]) -> Layer:
         shape, at = self.shape, f"model.layers.{i}"
         attention, mlp = f"{at}.self_attn", f"{at}.mlp"
         paired = {"q_proj": _paired(shape.heads, shape.head_size), "k_proj": _paired(shape.kv_heads, shape.head_size)}
@@ -168,7 +169,7 @@ class _Taker:
         self,
         stem: str,
         parts: Sequence[str],
-        to: tuple[torch.dtype, torch.device, Quantize],
+        to: tuple[torch.dtype, torch.device, Packing],
         orders: dict[str, Tensor] | None = None,
     ) -> Projection:
         """The named matrices, stacked; rows in the order given for a part."""

@@ -7,7 +7,7 @@ are the same for both.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import Literal, Protocol
 
@@ -18,6 +18,8 @@ from torch.nn.functional import linear
 from specdec_engine.weights import GROUP, Grouped
 
 Quantize = Literal["auto", "none", "int8", "int4"]
+Packing = Literal["auto", "none", "int8", "int4", "light"]
+"""`Quantize`, and `light` for drafts: as `auto`, but what is dense goes into 8 bits, the head too."""
 
 
 class Projection(Protocol):
@@ -56,7 +58,7 @@ class Dense:
 
 
 class Int8:
-    """Symmetric int8 weights, one scale an output row; activations stay bfloat16."""
+    """Symmetric int8 weights, one scale an output row; activations stay bfloat16. Wide passes unpack them."""
 
     form = "int8"
 
@@ -67,7 +69,10 @@ class Int8:
         self._bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        return _biased(torch._weight_int8pack_mm(x, self._q, self._scale), self._bias)
+        if x.shape[0] < _WIDE:
+            return _biased(torch._weight_int8pack_mm(x, self._q, self._scale), self._bias)
+        parts = torch.split(self._q, max(1, _AT_ONCE // self._q.shape[1]))
+        return _biased(_product(x, (part.bfloat16().T for part in parts), len(self._q)).mul_(self._scale), self._bias)
 
 
 class Int4:
@@ -96,23 +101,25 @@ class Int4:
         x = torch.cat([x, x], -1) if self._halves else x
         block = packing_block()
         if x.shape[0] >= _WIDE and block is not None and self._q.shape[0] % block == 0:
-            return _biased(torch.cat([x @ part for part in self._unpacked(block)], 1), self._bias)
+            return _biased(_product(x, self._unpacked(block), len(self._q)), self._bias)
         return _biased(torch._weight_int4pack_mm_for_cpu(x, self._q, GROUP, self._scale_and_zero), self._bias)
 
     def _unpacked(self, block: int) -> Iterator[Tensor]:
-        """[K, n] bfloat16 at a time, of all N columns."""
+        """[K, n] bfloat16 at a time, of all N columns: (q - 8) · scale + zero, rounded once."""
         columns = 2 * self._q.shape[1]
         rows = max(1, _AT_ONCE // (block * columns)) * block
         for q, constants in zip(torch.split(self._q, rows), torch.split(self._scale_and_zero, rows, 1), strict=True):
             n = q.shape[0]
-            pairs = q.view(n // block, columns, block // 2).transpose(0, 1)
-            weights = torch.empty(columns, n // block, 2, block // 2)
-            weights[:, :, 0].copy_(pairs & 15)
+            # q - 8 is q with its highest bit turned, read as a signed number.
+            pairs = (q.view(n // block, columns, block // 2) ^ 0x88).view(torch.int8).transpose(0, 1)
+            weights = torch.empty(columns, n // block, 2, block // 2, dtype=torch.bfloat16)
+            weights[:, :, 0].copy_(pairs << 4 >> 4)
             weights[:, :, 1].copy_(pairs >> 4)
-            scale, zero = constants.float().unbind(-1)
+            # One after another in memory: every second one in turn is no vector, and took three times as long.
+            scale, zero = constants.permute(2, 0, 1).contiguous()[:, :, None]
             grouped = weights.view(columns // GROUP, GROUP, n)
-            grouped.mul_(scale[:, None]).add_((zero - 8 * scale)[:, None])
-            yield grouped.view(columns, n).bfloat16()
+            torch.addcmul(zero, grouped, scale, out=grouped)
+            yield weights.view(columns, n)
 
 
 def project(
@@ -120,23 +127,24 @@ def project(
     bias: Tensor | None,
     dtype: torch.dtype,
     device: torch.device,
-    quantize: Quantize,
+    quantize: Packing,
 ) -> Projection:
     """One projection for matrices that share their input, stacked along N.
 
-    `auto` keeps packed weights packed where the kernel takes them, `none` makes all dense, int8 and int4 pack dense ones.
+    `auto` keeps packed weights packed where the kernel takes them, `none` makes all dense, int8 and int4 pack dense ones, and
+    `light` does the first and packs dense ones to int8.
     """
     bias = None if bias is None else bias.to(device, dtype)
     packed = [w for w in weights if isinstance(w, Grouped)]
     stored = {"int8" if w.offset is None else "int4" for w in packed}
     alike = len(packed) == len(weights) and len(stored) == 1
-    if alike and (quantize == "auto" or quantize in stored) and packs_int4(*_shape(weights)):
+    if alike and (quantize in ("auto", "light") or quantize in stored) and packs_int4(*_shape(weights)):
         return Int4(_stacked(packed), bias)
     matrices = [w.dense() if isinstance(w, Grouped) else w for w in weights]
     dense = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
     if quantize == "int4" and packs_int4(*dense.shape):
         return Int4(quantized(dense), bias)
-    if quantize in ("int8", "int4"):
+    if quantize in ("int8", "int4", "light"):
         return Int8(dense.float(), bias)
     return Dense(dense.to(device, dtype), bias)
 
@@ -197,11 +205,20 @@ def _stacked(parts: Sequence[Grouped]) -> Grouped:
     )
 
 
-_WIDE = 96
-"""Rows from which unpacking for one pass pays: with AMX, 135M weights take 60 ms, then a row 0.45 ms instead of 1.7 (2
+_WIDE = 64
+"""Rows from which unpacking for one pass pays: with AMX, 135M weights take 80 ms, then a row 0.35 ms instead of 1.7 (2
 cores); without, rows gain less."""
 _AT_ONCE = 4 * 2**20
-"""Weights unpacked at once: 32 MB, however large the matrix."""
+"""Weights unpacked at once: 16 MB, however large the matrix."""
+
+
+def _product(x: Tensor, parts: Iterable[Tensor], rows: int) -> Tensor:
+    """[n, K], and [K, N] in parts of some of its N columns -> [n, N]."""
+    out, done = x.new_empty(x.shape[0], rows), 0
+    for part in parts:
+        torch.mm(x, part, out=out[:, done : done + part.shape[1]])
+        done += part.shape[1]
+    return out
 
 
 def _biased(y: Tensor, bias: Tensor | None) -> Tensor:
