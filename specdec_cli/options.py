@@ -82,7 +82,7 @@ DraftQuantize = Annotated[
     _Quantize,
     typer.Option(
         rich_help_panel=_MODELS,
-        help="The same for the draft; auto also packs a dense one in 8 bits: its tokens are tested.",
+        help="The same for the draft; auto also packs a dense draft model in 8 bits: its tokens are tested.",
     ),
 ]
 Threads = Annotated[

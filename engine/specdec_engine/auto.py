@@ -163,11 +163,11 @@ class _Source:
         """draft_s: the cycle's own, evened out; kept: of each tested token whether it was, or with what chance."""
         self.drafts += 1
         self.least_s = min(self.least_s, draft_s)
-        if self.unread:
+        if self.unread:  # mostly that: held to be what a draft costs, it kept a drafter off for good
             self.catch_up = min(self.catch_up, (draft_s - self.least_s) / self.unread)
-            self.tries, self.read, self.unread = self.tries + 1, self.read + self.unread, 0
-        else:  # a try's first draft is mostly what it had to read: held to be the drafter's cost, it kept it off for good
-            self.draft.add(len(cycle.drafted), draft_s)
+            draft_s -= self.catch_up * self.unread
+            self.read, self.unread = self.read + self.unread, 0
+        self.draft.add(len(cycle.drafted), draft_s)
         self.tried += self.trying
         for odds in self.by_position:
             odds.fade()
@@ -300,6 +300,7 @@ class AutoK:
             if source.asleep < source.pause or dear:
                 return ""
             source.k, source.asleep, source.trying = 1, 0, True
+            source.tries += 1
             for odds in source.by_position:  # what was seen before the pause has aged
                 odds.fade(_AGED)
             return f"{name} is tried once more"
@@ -308,14 +309,16 @@ class AutoK:
         reach = source.reach()
         now = self._at(source, reach, source.k)
         best = self._at(source, reach, MOST) if source.free else self._best(source, reach)
-        source.trying &= not best.k
         if not best.k and not source.free and self._best(source, source.hope()).k:
-            best = self._at(source, reach, 1)  # so few trials do not show that it does not pay
+            before, source.k = source.k, 1
+            return "" if before == 1 else f"{name} may yet pay: too few drafts to tell"
+        source.trying &= not best.k
         enough = _BETTER if best.k else _BETTER_OFF
         if best.k == source.k or (best.rate < enough * now.rate and not source.free):
             return ""
         source.k = best.k
         if not best.k:
+            source.trying = False
             if best.rate > _CLEARLY * now.rate:
                 source.pause = min(2 * source.pause, _LAST_PROBE)
             cost = now.seconds * best.rate
@@ -374,4 +377,7 @@ class AutoK:
         return max(self._tokens / self._seconds, 1 / self._plain)
 
     def _source(self, name: str) -> _Source:
-        return self._sources.setdefault(name, _Source())
+        source = self._sources.get(name)
+        if source is None:  # setdefault makes one every time, 7 µs
+            source = self._sources[name] = _Source()
+        return source

@@ -51,7 +51,7 @@ class LoadOptions:
     quantize: Packing = "auto"
     """auto (Q4_0, Q4_1, Q4_K and Q8_0 of a GGUF stay packed), none (unpacked), int8 or int4 (pack the target's); on a CPU."""
     draft_quantize: Quantize = "auto"
-    """The same for the draft, of which auto packs dense weights too, in 8 bits: whatever it proposes is tested."""
+    """The same for a draft model, of which auto packs dense weights too, in 8 bits (`light`): what it proposes is tested."""
     threads: Threads = None
     """CPU threads for all of torch, see `threads.Threads`."""
     offline: bool = False

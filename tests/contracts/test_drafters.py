@@ -29,7 +29,13 @@ SPECS = {
     "self": "self:1",
 }
 CASES = [*SPECS.values(), "ngram:1", "ngram,model:small", "none,ngram,model:small", "suffix,head:HEAD"]
-CASES += ["lean@model:small", "int8@model:small", "graph@model:small", "graph@ngram,model:small", "reduced@model:small"]
+CASES += [
+    "lean@model:small",
+    "light@model:small",
+    "graph@model:small",
+    "graph@ngram,model:small",
+    "reduced@model:small",
+]
 SAMPLINGS = [Sampling(), Sampling(1.0), Sampling(0.7, top_k=20, top_p=0.9, min_p=0.01)]
 TARGET = tiny_llama(seed=0)
 SMALL = tiny_llama(seed=1, layers=1, hidden=16, vocab=VOCAB - 10)  # padding differs within a family
@@ -38,7 +44,7 @@ SMALL = tiny_llama(seed=1, layers=1, hidden=16, vocab=VOCAB - 10)  # padding dif
 RUNTIMES = {
     "generic": lambda: LoadedDraft(GenericRuntime(SMALL, "small")),
     "lean": lambda: LoadedDraft(lean(SMALL)),
-    "int8": lambda: LoadedDraft(lean(SMALL, dtype=torch.bfloat16, quantize="int8")),
+    "light": lambda: LoadedDraft(lean(SMALL, dtype=torch.bfloat16, quantize="light")),
     "graph": lambda: LoadedDraft(graph(SMALL)),
     # Its id i is the target's 2 i + 1.
     "reduced": lambda: LoadedDraft(lean(tiny_llama(seed=1, layers=1, vocab=80)), torch.arange(1, 160, 2)),

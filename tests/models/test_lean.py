@@ -10,6 +10,7 @@ from specdec_engine.errors import OutOfMemory, UsageError
 from specdec_engine.loading import LoadOptions, load_model
 from specdec_engine.runtime.blocks import Blocks
 from specdec_engine.runtime.decoder import Decoder
+from specdec_engine.runtime.linear import kernels_available
 from specdec_engine.runtime.shape import Unsupported, shape_of
 from specdec_engine.target import ModelTarget
 from tests.fakes import CPU, VOCAB, ScriptedDrafter, StateWeights, emitted, events, graph, host, lean, run, tiny_llama
@@ -199,7 +200,7 @@ def test_memory_that_runs_out_while_the_cache_grows_is_a_clean_end(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
+@pytest.mark.parametrize("quantize", ["none", "int8", "int4", "light"])
 def test_two_runtimes_share_a_decoder_and_not_a_cache(dtype, quantize):
     if quantize != "none" and dtype == torch.float32:
         pytest.skip("packed weights compute in bfloat16")
@@ -212,15 +213,32 @@ def test_two_runtimes_share_a_decoder_and_not_a_cache(dtype, quantize):
     assert torch.equal(first.forward(torch.arange(5, 9), 4), alone)
 
 
-@pytest.mark.parametrize(("quantize", "closeness"), [("none", 0.02), ("int8", 0.04), ("int4", 0.35)])
-def test_quantized_logits_stay_near(quantize, closeness):
-    """Relative to the logits' spread; half as much again as was measured. A wrong scale is off by 1 and more."""
+@pytest.mark.parametrize(("quantize", "closeness"), [("none", 0.02), ("int8", 0.04), ("light", 0.04), ("int4", 0.35)])
+@pytest.mark.parametrize("n", [20, 90])
+def test_quantized_logits_stay_near(quantize, closeness, n):
+    """Relative to the logits' spread; half as much again as was measured. A wrong scale is off by 1 and more. Wide passes
+    unpack weights, and their attention may be in bfloat16."""
     model = tiny_llama(hidden=64, initializer_range=0.1)
-    tokens = torch.arange(20)
+    tokens = torch.arange(n)
     with torch.inference_mode():
         expected = model(tokens[None], use_cache=False).logits[0]
-    found = lean(model, dtype=torch.bfloat16, quantize=quantize).forward(tokens, 20).float()
+    found = lean(model, dtype=torch.bfloat16, quantize=quantize).forward(tokens, n).float()
     assert (found - expected).pow(2).mean().sqrt() < closeness * expected.std()
+
+
+@pytest.mark.parametrize("name", ["mistral with a window", "qwen3", "llama"])
+def test_attention_of_a_wide_pass_may_be_in_bfloat16(monkeypatch, name):
+    """As on a CPU with AMX, against the same passes without: parts of 128 rows, a window, norms of heads, 203 cached."""
+    model = build(*FAMILY[name]).eval()
+    tokens = torch.arange(400) % 90
+    logits = []
+    for tiled in (False, True):
+        monkeypatch.setattr("specdec_engine.runtime.blocks._tiled", lambda device, tiled=tiled: tiled)
+        runtime = lean(model, dtype=torch.bfloat16)
+        runtime.forward(tokens[:203], 1)
+        logits.append(runtime.forward(tokens[203:], 197).float())
+    assert not torch.equal(*logits)
+    assert (logits[0] - logits[1]).pow(2).mean().sqrt() < 0.05 * logits[0].std()
 
 
 def test_auto_takes_the_lean_runtime_and_says_so(checkpoint):
@@ -229,6 +247,23 @@ def test_auto_takes_the_lean_runtime_and_says_so(checkpoint):
     forced = load_model(str(checkpoint), LoadOptions(dtype="float32", runtime="generic"))
     assert (forced.runtime.name, forced.remark) == ("generic", "--runtime generic was asked for")
     assert forced.parameters == loaded.parameters
+
+
+def test_a_drafts_dense_weights_are_packed_where_they_can_be(checkpoint):
+    """Not in float32, and not where the draft's own form is asked for."""
+    if not kernels_available():
+        pytest.skip("no packed kernels on this CPU")
+    for options, weights in [
+        (LoadOptions(dtype="bfloat16"), "int8"),
+        (LoadOptions(dtype="bfloat16", quantize="int4"), "int8"),
+        (LoadOptions(dtype="bfloat16", draft_quantize="none"), "bfloat16"),
+        (LoadOptions(dtype="bfloat16", draft_quantize="int4"), "int4"),
+        (LoadOptions(dtype="float32"), "float32"),
+        (LoadOptions(dtype="bfloat16", runtime="generic"), "bfloat16"),
+    ]:
+        loaded = load_model(str(checkpoint), options.for_draft())
+        assert loaded.weights == weights
+        assert (loaded.weight_bytes < 2 * loaded.parameters) == weights.startswith("int")
 
 
 def test_quantize_is_refused_where_it_cannot_be_done(checkpoint):

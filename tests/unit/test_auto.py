@@ -55,10 +55,11 @@ class World:
 @pytest.mark.parametrize("step", [0.0, 0.1, 0.3])
 def test_it_comes_close_to_the_best_k_and_never_far_below_plain(alpha, step):
     worlds = [World(alpha, step, seed=seed) for seed in range(8)]  # luck is 4 % to either side
-    found = fmean(world.run(AutoK(), 600) for world in worlds)
+    found = [world.run(AutoK(), 600) for world in worlds]
     best = max(worlds[0].rate(k) for k in range(MOST + 1))
-    assert found > 0.96 * best  # learning and looking again cost some
-    assert found > 0.97 * worlds[0].rate(0)
+    assert fmean(found) > 0.96 * best  # learning and looking again cost some
+    assert fmean(found) > 0.97 * worlds[0].rate(0)
+    assert min(found) > 0.93 * best
 
 
 def test_a_few_misses_do_not_switch_off_what_pays():
@@ -72,6 +73,27 @@ def test_a_few_misses_do_not_switch_off_what_pays():
             auto.observe(replace(made, draft_s=made.draft_s + 0.01 * unread * bool(auto.k)))
             unread = 0 if made.drafted else unread + 1
     assert off < 0.1 * 3000
+
+
+def test_a_draft_that_was_slow_in_its_first_cycles_is_found_to_be_cheap():
+    """Its tries each begin with more to read than to draft, which must not hide what the next draft costs."""
+    world, auto, unread, reasons = World(0.6, 0.06), AutoK(), 0, []
+    for i in range(600):
+        made = world.cycle(auto.k)
+        slow = 3.0 if i < 4 else 0.01 * unread
+        reasons.append(auto.observe(replace(made, draft_s=made.draft_s + slow * bool(auto.k))))
+        unread = 0 if made.drafted else unread + 1
+    assert any("does not pay" in reason for reason in reasons)
+    assert auto.k >= 2
+
+
+def test_what_may_yet_pay_says_so():
+    auto = AutoK()
+    auto.begin(0)
+    reasons = [auto.observe(cycle(auto.k, 0, 0.06 * auto.k, PACKED[auto.k + 1])) for _ in range(40)]
+    said = [reason.split(" ", 1)[1] for reason in reasons if reason.startswith("model")]
+    assert said[0] == "may yet pay: too few drafts to tell"
+    assert said[1].startswith("does not pay")
 
 
 def test_what_hurts_is_off_within_a_paragraph_says_so_and_is_tried_again():

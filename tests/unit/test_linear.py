@@ -82,6 +82,11 @@ def test_forms_by_choice(tmp_path):
     assert isinstance(project([eight], None, torch.bfloat16, CPU, "auto"), Int4)  # as two halves
     assert project([eight], None, torch.bfloat16, CPU, "int4").form == "int4"
     assert isinstance(project([packed.stored("w")], None, torch.bfloat16, CPU, "int8"), Int8)
+    assert isinstance(project([packed.stored("w")], None, torch.bfloat16, CPU, "light"), Int4)  # stays as it is
+    assert isinstance(project(mixed, None, torch.bfloat16, CPU, "light"), Int8)
+    assert isinstance(
+        project([weight()[:, :88]], None, torch.bfloat16, CPU, "light"), Dense
+    )  # no multiple of 16 columns
     odd = project([weight()[:47]], None, torch.bfloat16, CPU, "int4")  # no multiple of 16 rows
     assert isinstance(odd, Int8)
     x = torch.randn(3, COLUMNS).bfloat16()
@@ -100,14 +105,17 @@ def test_quantized_groups_keep_their_ends():
 
 
 @pytest.mark.parametrize("rows", [320, 48])
-@pytest.mark.parametrize("kind", ["int4", "Q8_0"])
-def test_wide_passes_give_what_narrow_ones_give(tmp_path, kind, rows):
-    """To the rounding of weights and results to bfloat16. Whole blocks of the kernel's are unpacked, and 48 rows are none."""
+@pytest.mark.parametrize("kind", ["int4", "Q8_0", "int8"])
+@pytest.mark.parametrize("at_once", [2**22, 130 * COLUMNS])
+def test_wide_passes_give_what_narrow_ones_give(monkeypatch, kind, rows, at_once):
+    """To the rounding of weights and results to bfloat16. Whole blocks of the kernel's are unpacked, and 48 rows are none;
+    several parts, the last of which is smaller, are as good as one."""
+    monkeypatch.setattr("specdec_engine.runtime.linear._AT_ONCE", at_once)
     dense = torch.cat([weight(seed) for seed in range(7)])[:rows]
     eight = torch.randint(-127, 128, dense.shape).to(torch.int8)
     packed = Grouped(eight, torch.rand(rows, COLUMNS // 32) + 0.01, None) if kind == "Q8_0" else quantized(dense)
-    matrix = project([packed], torch.randn(rows), torch.bfloat16, CPU, "auto")
-    assert isinstance(matrix, Int4)
+    matrix = project([dense if kind == "int8" else packed], torch.randn(rows), torch.bfloat16, CPU, "light")
+    assert isinstance(matrix, Int8 if kind == "int8" else Int4)
     x = torch.randn(200, COLUMNS, generator=torch.Generator().manual_seed(9)).bfloat16()
     narrow = torch.cat([matrix(part) for part in x.split(8)]).float()
     assert (matrix(x).float() - narrow).abs().max() < 0.02 * narrow.abs().max()

@@ -36,7 +36,7 @@ class RuntimeDrafter:
             runtime.vocab, host.vocab
         )  # ids that both have; padding rows differ between sizes of a family
         self._ids_of = None if ids is None else ids.to(runtime.device)
-        self._own = None if ids is None else inverse(ids, host.vocab, lacking=len(ids) - 1)
+        self._own = None if ids is None else inverse(ids, host.vocab, lacking=len(ids) - 1).tolist()
         self._drafted_from = 0  # length of the context that the last draft followed
 
     def begin(self, prompt: Sequence[int]) -> None:
@@ -94,9 +94,9 @@ class RuntimeDrafter:
         """-1 where it has none."""
         if self._ids_of is None or self._own is None:
             return list(tokens)
-        own = self._own[torch.tensor(tokens)]
-        found: list[int] = own.where(self._ids_of.cpu()[own] == torch.tensor(tokens), -1).tolist()
-        return found
+        targets = self._ids_of.tolist()
+        found = [self._own[token] for token in tokens]
+        return [own if targets[own] == token else -1 for own, token in zip(found, tokens, strict=True)]
 
     def _translated(self, tokens: Tensor) -> Tensor:
         return tokens if self._ids_of is None else self._ids_of[tokens]
@@ -118,11 +118,8 @@ class RuntimeDrafter:
 
     def _ids(self, tokens: Sequence[int]) -> Tensor:
         # An id the draft has no embedding for is fed as its last one: any q is lossless, as long as it was drawn from.
-        if self._own is not None:
-            ids = self._own[torch.tensor(tokens)]
-        else:
-            ids = torch.tensor([min(t, self.runtime.vocab - 1) for t in tokens])
-        return ids.to(self.runtime.device, non_blocking=True)
+        ids = [min(t, self.runtime.vocab - 1) if self._own is None else self._own[t] for t in tokens]
+        return torch.tensor(ids).to(self.runtime.device, non_blocking=True)
 
 
 _PENDING_IN_ONE_PASS = 64

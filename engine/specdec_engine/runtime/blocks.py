@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, rms_norm, scaled_dot_product_attention, silu
 
-from specdec_engine.runtime.linear import Projection
+from specdec_engine.runtime.linear import WIDE, Projection
 from specdec_engine.runtime.shape import Shape
 
 
@@ -144,7 +144,8 @@ class _Table:
 
 
 def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What keys and values are kept in: on a CPU float32, where attention takes half the time it takes in bfloat16."""
+    """What keys and values are kept in: on a CPU float32, where attention of few rows takes half the time it takes in
+    bfloat16."""
     return torch.float32 if device.type == "cpu" else dtype
 
 
@@ -180,8 +181,7 @@ class Blocks:
         """[layers, 2 · kv_heads, capacity, head_size]: each layer's keys, then its values; zeros, so that no masked row is
         NaN.
 
-        On a CPU in float32, where attention takes half the time it takes in bfloat16, and in pages that cost nothing until
-        they are written.
+        On a CPU in float32, see `cache_dtype`, and in pages that cost nothing until they are written.
         """
         s = self.shape
         size = (s.layers, 2 * s.kv_heads, capacity, s.head_size)
@@ -282,7 +282,7 @@ class Blocks:
         rows = n * together
         # To a multiple of 4 rows: then a row has the same bits alone and among others (117 of 130 cases, against 29 without).
         surplus = -rows % self._padding
-        tiled = not grouped and self.dtype == torch.bfloat16 and _tiled(self.device)
+        tiled = n >= WIDE and self.dtype == torch.bfloat16 and _tiled(self.device)
         attends = self.dtype if tiled else cache.dtype
         queries = torch.zeros(groups, rows + surplus, s.head_size, dtype=attends, device=self.device)
         seen = torch.empty_like(queries)
@@ -345,9 +345,9 @@ class Blocks:
             for share, more in zip(step.shares[1:], values[1:], strict=True):
                 step.seen.baddbmm_(share, more)
         else:
-            looked_at = step.keys[i].to(step.seen.dtype), step.values[i][0].to(step.seen.dtype)
+            kept = step.keys[i].to(step.seen.dtype), step.values[i][0].to(step.seen.dtype)
             for part in step.parts:
-                step.seen[:, part.rows] = self._fused_attention(*looked_at, layer.window, step, part)
+                step.seen[:, part.rows] = self._fused_attention(*kept, layer.window, step, part)
         step.mixed.copy_(step.answers)
         return step.mixed.view(h.shape[0], -1)
 
@@ -374,7 +374,8 @@ class Blocks:
 def _tiled(device: torch.device) -> bool:
     """Whether attention of many rows takes less than half the time in bfloat16 that it takes in float32 (512 rows after 512
     cached: 2.0 ms a layer, and 5.1), as it does on a CPU with AMX; elsewhere it takes longer."""
-    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    known = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return device.type == "cpu" and known is not None and bool(known())
 
 
 def _summed(scores: Tensor | None) -> Sequence[Tensor]:

@@ -43,8 +43,8 @@ class Decoder(Blocks):
         self.norm = self.norm_weight(take.dense("model.norm.weight"))
         tied = shape.tied and _same_head(weights)
         # The head stays dense, also where its file has it in 8 bits: reordered bfloat16 takes 2.0 ms for one row as for
-        # eight, packed 1.8 for one and 7 for eight (49,152 x 576); and all logits pass through its rounding. A draft's rows
-        # come alone, and a small matrix costs oneDNN 0.3 ms where 0.2 are enough (6,144 x 256).
+        # eight, packed 1.8 for one and 7 for eight (49,152 x 576); and all logits pass through its rounding. Not so a
+        # draft's: it drafts a row at a time, and a small matrix takes oneDNN 0.34 ms where 0.19 are enough (6,144 x 256).
         matrix = self.embedding.table if tied else take.dense("lm_head.weight")
         matrix = take.dense("model.embed_tokens.weight") if matrix is None else matrix
         self.head = project([matrix], None, dtype, device, "int8" if quantize == "light" else "none")

@@ -16,7 +16,7 @@ from torch import Tensor
 from specdec_engine.runtime import Choose, Chosen, Enough, Unrolled
 from specdec_engine.runtime.blocks import SPAN, Blocks, Layer, Norm
 from specdec_engine.runtime.decoder import Embedding
-from specdec_engine.runtime.linear import Packing, project
+from specdec_engine.runtime.linear import Quantize, project
 from specdec_engine.runtime.shape import Shape
 
 
@@ -68,7 +68,7 @@ class HeadForward(Blocks):
         rows: Tensor,
         dtype: torch.dtype,
         device: torch.device,
-        quantize: Packing,
+        quantize: Quantize,
     ) -> None:
         """weights: as `distill.head.Head` names them; rows [V', hidden]: the target's output matrix for the draft's ids."""
         super().__init__(shape, dtype, device)

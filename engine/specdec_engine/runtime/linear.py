@@ -1,8 +1,8 @@
 """A weight matrix in the form in which this machine multiplies it fastest: dense, int8 or int4.
 
 All take x [n, K] and give [n, N]. On a CPU with AVX-512 every form gives a row the same bits whether it comes alone or among
-others (tested from 1 to 9 rows, torch 2.13), which keeps plain and speculative decoding together. A prompt's wide passes
-are the same for both.
+others (tested from 1 to 9 rows, torch 2.13), which keeps plain and speculative decoding together. A prompt's passes,
+of `WIDE` rows and more, are the same for both.
 """
 
 from __future__ import annotations
@@ -63,13 +63,17 @@ class Int8:
     form = "int8"
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        scale = weight.abs().amax(1).clamp(min=1e-8) / 127
-        self._q = (weight / scale[:, None]).round_().to(torch.int8)
+        self._q = torch.empty(weight.shape, dtype=torch.int8)
+        scale = torch.empty(weight.shape[0])
+        rows = max(1, _AT_ONCE // weight.shape[1])  # in float32 a large head takes gigabytes
+        for q, to, part in zip(*(torch.split(each, rows) for each in (self._q, scale, weight)), strict=True):
+            to.copy_(part.float().abs().amax(1).clamp(min=1e-8) / 127)
+            q.copy_((part / to[:, None]).round_())
         self._scale = scale.bfloat16()
         self._bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.shape[0] < _WIDE:
+        if x.shape[0] < WIDE:
             return _biased(torch._weight_int8pack_mm(x, self._q, self._scale), self._bias)
         parts = torch.split(self._q, max(1, _AT_ONCE // self._q.shape[1]))
         return _biased(_product(x, (part.bfloat16().T for part in parts), len(self._q)).mul_(self._scale), self._bias)
@@ -100,25 +104,24 @@ class Int4:
     def __call__(self, x: Tensor) -> Tensor:
         x = torch.cat([x, x], -1) if self._halves else x
         block = packing_block()
-        if x.shape[0] >= _WIDE and block is not None and self._q.shape[0] % block == 0:
+        if x.shape[0] >= WIDE and block is not None and self._q.shape[0] % block == 0:
             return _biased(_product(x, self._unpacked(block), len(self._q)), self._bias)
         return _biased(torch._weight_int4pack_mm_for_cpu(x, self._q, GROUP, self._scale_and_zero), self._bias)
 
     def _unpacked(self, block: int) -> Iterator[Tensor]:
-        """[K, n] bfloat16 at a time, of all N columns: (q - 8) · scale + zero, rounded once."""
+        """[K, n] bfloat16 at a time, of all N columns."""
         columns = 2 * self._q.shape[1]
         rows = max(1, _AT_ONCE // (block * columns)) * block
         for q, constants in zip(torch.split(self._q, rows), torch.split(self._scale_and_zero, rows, 1), strict=True):
             n = q.shape[0]
-            # q - 8 is q with its highest bit turned, read as a signed number.
-            pairs = (q.view(n // block, columns, block // 2) ^ 0x88).view(torch.int8).transpose(0, 1)
+            pairs = q.view(n // block, columns, block // 2).transpose(0, 1)
             weights = torch.empty(columns, n // block, 2, block // 2, dtype=torch.bfloat16)
-            weights[:, :, 0].copy_(pairs << 4 >> 4)
+            weights[:, :, 0].copy_(pairs & 15)
             weights[:, :, 1].copy_(pairs >> 4)
             # One after another in memory: every second one in turn is no vector, and took three times as long.
             scale, zero = constants.permute(2, 0, 1).contiguous()[:, :, None]
             grouped = weights.view(columns // GROUP, GROUP, n)
-            torch.addcmul(zero, grouped, scale, out=grouped)
+            torch.addcmul(zero - 8 * scale, grouped, scale, out=grouped)
             yield weights.view(columns, n)
 
 
@@ -144,8 +147,8 @@ def project(
     dense = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
     if quantize == "int4" and packs_int4(*dense.shape):
         return Int4(quantized(dense), bias)
-    if quantize in ("int8", "int4", "light"):
-        return Int8(dense.float(), bias)
+    if quantize in ("int8", "int4", "light") and dense.shape[1] % _INT8_COLUMNS == 0:
+        return Int8(dense, bias)
     return Dense(dense.to(device, dtype), bias)
 
 
@@ -205,11 +208,14 @@ def _stacked(parts: Sequence[Grouped]) -> Grouped:
     )
 
 
-_WIDE = 64
-"""Rows from which unpacking for one pass pays: with AMX, 135M weights take 80 ms, then a row 0.35 ms instead of 1.7 (2
-cores); without, rows gain less."""
+WIDE = 66
+"""Rows of a pass that unpacks its weights: more than the 65 of k 64, so that what is verified is multiplied as plain decoding
+multiplies it, and about where it pays: with AMX, 135M weights take 80 ms, then a row 0.35 ms instead of 1.7 (2 cores);
+without, rows gain less."""
 _AT_ONCE = 4 * 2**20
-"""Weights unpacked at once: 16 MB, however large the matrix."""
+"""Weights packed or unpacked at once: 8 MB in bfloat16, however large the matrix."""
+_INT8_COLUMNS = 16
+"""Of which torch's int8 kernel takes so many at a time, and none singly."""
 
 
 def _product(x: Tensor, parts: Iterable[Tensor], rows: int) -> Tensor:
