@@ -218,6 +218,18 @@ def test_a_live_run_is_watched_paused_stepped_and_turned(source):
     assert "■ finished" in on_screen(source, act, speed=1 / 64)
 
 
+def test_keys_for_the_engine_turn_nothing_once_the_run_is_over(source):
+    """What runs next is what was asked for."""
+
+    async def act(app, pilot):
+        await shown(pilot, lambda: app.player.view.frame.over)
+        await pilot.press("k", "K", "K", "T", "a")
+        await pilot.pause(0.2)
+        return source.turned
+
+    assert on_screen(source, act) == source.request
+
+
 def test_a_race_is_recorded_back_to_back_and_replayed_on_one_clock(source):
     async def act(app, pilot):
         for _ in range(600):

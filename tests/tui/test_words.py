@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import unicodedata
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
+from specdec_engine.events import Finished
 from specdec_tui.frame import View
 from specdec_tui.pieces import Committed, alone
 from specdec_tui.words import Lines, Story, Word, containing
@@ -49,6 +51,15 @@ def test_what_a_cycle_dropped_stands_before_the_token_that_replaced_it():
     shown = next(i + 1 for i, c in enumerate(run.cycles) if len(c.drafted) - c.accepted == 2)
     words = [word for line in Story(name).lines(View(run).to(shown), 500) for word in line if word.cycle == shown - 1]
     assert [word.kind for word in words][-3:] == ["rejected", "untested", "recovered"]
+
+
+def test_at_the_end_of_a_run_its_text_stands_alone():
+    run = frame(40)
+    shown = next(i + 1 for i, c in enumerate(run.cycles) if len(c.drafted) - c.accepted == 2)
+    ended = replace(run.upto(shown), finished=Finished("length", 9, shown, None))
+    words = [word for line in Story(name).lines(View(ended).end(), 500) for word in line if word.cycle == shown - 1]
+    assert [word.kind for word in words][-1:] == ["recovered"]
+    assert not {"rejected", "untested"} & {word.kind for word in words}
 
 
 def test_a_character_of_two_tokens_appears_with_the_second():

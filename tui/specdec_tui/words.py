@@ -155,9 +155,12 @@ class Story:
         return self._texts[index]
 
     def _last(self, view: View, cycle: Cycle) -> list[Word]:
-        """Kept, struck out and final tokens in their order; or the draft as far as the view's step goes."""
+        """Kept, struck out and final tokens in their order; or the draft as far as the view's step goes. At the end of a run
+        its text alone: without colours what was struck out looked like a wrong answer."""
         index, partial = view.shown - 1, view.partial
         own = self._emitted(cycle, index)
+        if partial is None and view.frame.over and view.shown == len(view.frame.cycles):
+            return own
         drafted = [Word(alone(token, self._name), "drafted", index, i) for i, token in enumerate(cycle.drafted)]
         if partial is None or partial.final:
             dropped = [

@@ -231,18 +231,18 @@ class WatchScreen(Screen[None]):
             self._say("this run is recorded; the engine's keys are for live ones: specdec watch")
 
     def action_k(self, by: int) -> None:
-        self._changed("k", None if self._live is None else self._live.change_k(by))
+        self._turn("k", lambda live: live.change_k(by))
 
     def action_temperature(self, by: float) -> None:
-        self._changed("temperature", None if self._live is None else self._live.change_temperature(by))
+        self._turn("temperature", lambda live: live.change_temperature(by))
 
     def action_adapt(self) -> None:
-        on = None if self._live is None else self._live.toggle_auto()
-        self._changed("k auto", on)
+        self._turn("k auto", LiveSource.toggle_auto)
 
-    def _changed(self, name: str, value: float | None) -> None:
-        """Say what the next cycle will run with."""
-        if value is None or self._player.view.frame.over:
+    def _turn(self, name: str, turn: Callable[[LiveSource], float | None]) -> None:
+        """While a run is under way; and say what its next cycle will run with."""
+        value = None if self._live is None or self._player.view.frame.over else turn(self._live)
+        if value is None:
             loading = self._source.stage is not None
             self._say("nothing runs yet" if loading else "no run is under way: r begins another")
             return
