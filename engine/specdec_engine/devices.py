@@ -14,17 +14,43 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def pick_device(name: str) -> torch.device:
-    """cuda, then mps, then cpu for `auto`; otherwise the named one. Raises UsageError if this machine has none such."""
+    """cuda, where it computes, then mps, then cpu for `auto`; otherwise the named one. Raises UsageError if this machine has
+    none such, or it does not compute."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if torch.cuda.is_available() and why_unusable(torch.device("cuda")) is None:
+            return torch.device("cuda")
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        _compute(device)
     except (RuntimeError, AssertionError) as error:
         here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         here += ["mps"] if torch.backends.mps.is_available() else []
         raise UsageError(f"device {name!r} cannot be used here", f"there is {', '.join(here)}; or auto") from error
     return device
+
+
+def why_unusable(device: torch.device) -> str | None:
+    """Why nothing can be computed there, in the words of torch; None where it can. A driver also lists cards that this torch
+    has no kernels for."""
+    try:
+        _compute(device)
+    except (RuntimeError, AssertionError) as error:
+        return str(error).strip().partition("\n")[0]
+    return None
+
+
+def idle_gpu(taken: torch.device) -> str | None:
+    """A sentence about a GPU that `auto` had to leave for the device taken; None where it left none."""
+    if taken.type == "cuda" or not torch.cuda.is_available():
+        return None
+    why = why_unusable(torch.device("cuda"))
+    return why and f"the GPU is left alone, as this torch cannot compute on it: {why}"
+
+
+def _compute(device: torch.device) -> None:
+    """One kernel, to its end: a card without kernels still allocates."""
+    torch.zeros(1, device=device).add_(1).item()
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -19,7 +19,7 @@ from specdec_engine.context import context_limit
 from specdec_engine.devices import packed_dtype, pick_device, pick_dtype
 from specdec_engine.draft_files import read_draft
 from specdec_engine.errors import ModelUnavailable, OutOfMemory, SpecdecError, UsageError
-from specdec_engine.memory import Need, check_fits, estimate, free_bytes, kept_bytes, kv_bytes
+from specdec_engine.memory import Need, check_fits, estimate, free_bytes, kept_bytes, kv_bytes, ran_out
 from specdec_engine.pretrained import DeviceMap, generation_config, load_config, load_tokenizer, load_weights, stop_ids
 from specdec_engine.progress import Progress, Report, silent
 from specdec_engine.runtime import Runtime
@@ -128,6 +128,8 @@ class Candidate:
         try:
             if isinstance(self.shape, Unsupported):
                 raise self.shape
+            if isinstance(placement, str):  # only now: the draft, which is loaded first, has taken its room
+                raise Unsupported(_SPREAD)
             return self._lean(self.shape)
         except Unsupported as reason:  # of the config, or now of the checkpoint
             if self.options.quantize in ("int8", "int4"):
@@ -142,7 +144,7 @@ class Candidate:
             return self._generic(placement, str(reason))
 
     def _lean(self, shape: Shape) -> Loaded:
-        packing = self.options.quantize if _packs(self.dtype, self.device) else "none"
+        packing = _packing(self.options, self.dtype, self.device)
         decoder = Decoder(shape, self._weights(), self.dtype, self.device, packing)
         limit, tokens = context_limit(self.config), self.options.tokens
         runtime: Runtime
@@ -252,20 +254,22 @@ def find_model(name: str, options: LoadOptions) -> Candidate:
             and any(e.kind in PACKED for e in found.values())
         )
         dtype = packed_dtype(options.quantize, options.dtype, device, stays) or pick_dtype(options.dtype, device)
-        if options.quantize == "light" and not _packs(dtype, device):
-            options = replace(options, quantize="auto")
         need = _need(path, found, config, shape, dtype, device, options)
         if isinstance(_placement(name, need, device, options), str):
-            shape = Unsupported("it is spread over devices")
+            shape = Unsupported(_SPREAD)
         if isinstance(shape, Unsupported):
             _check_rollback(load_config(folder, options.trust_remote_code), name)
         tokenizer = load_tokenizer(folder, options.trust_remote_code)
     return Candidate(name, path, folder, config, shape, tokenizer, need, device, dtype, options)
 
 
-def _packs(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether weights can be kept packed."""
-    return packed_dtype("auto", str(dtype).removeprefix("torch."), device, keeps=True) is not None
+_SPREAD = "it is spread over devices"
+
+
+def _packing(options: LoadOptions, dtype: torch.dtype, device: torch.device) -> Packing:
+    """What was asked for, or `none` where no weights can be kept packed."""
+    packs = packed_dtype("auto", str(dtype).removeprefix("torch."), device, keeps=True) is not None
+    return options.quantize if packs else "none"
 
 
 def _check_rollback(config: Any, name: str) -> None:
@@ -290,7 +294,8 @@ def _need(
         quantize, cache = "none", kv_bytes(config, dtype, options.tokens)
     else:
         tokens = span_for(options.tokens) if device.type == "cuda" else options.tokens
-        quantize, cache = options.quantize, tokens * shape.kv_values * cache_dtype(dtype, device).itemsize
+        quantize = _packing(options, dtype, device)
+        cache = tokens * shape.kv_values * cache_dtype(dtype, device).itemsize
     if not found:
         return estimate(weight_files(path), config, dtype, cache, quantize)
     return Need(sum(kept_bytes(name, entry, dtype, quantize) for name, entry in found.items()), cache)
@@ -339,13 +344,15 @@ def _explained(name: str, path: Path) -> Iterator[None]:
         yield
     except (SpecdecError, Unsupported):
         raise
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise OutOfMemory(f"out of memory while loading {name}", "use --dtype bfloat16, or a smaller model") from error
     except SafetensorError as error:
         raise ModelUnavailable(
             f"the weights of {name} are damaged: {first_line(error)}", f"delete them and download them again: {path}"
         ) from error
     except Exception as error:  # a checkpoint can be broken in as many ways as there are lines in its reader
+        if ran_out(error):
+            raise OutOfMemory(
+                f"out of memory while loading {name}", "use --dtype bfloat16, or a smaller model"
+            ) from error
         if "trust_remote_code" in str(error):
             raise ModelUnavailable(
                 f"{name} brings its own code, which is not run unless you ask for it",

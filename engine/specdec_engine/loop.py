@@ -10,15 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from specdec_engine.acceptance import TokenRule
 from specdec_engine.control import Controls, Settings, changes
 from specdec_engine.drafters.base import Drafter, nothing
 from specdec_engine.errors import GenerationFailed, OutOfMemory, SpecdecError, UsageError
 from specdec_engine.events import Cycle, End, Event, Failed, Finished, FinishReason, SettingChanged, Started
 from specdec_engine.judge import Awaited, Judge
-from specdec_engine.memory import peak_bytes
+from specdec_engine.memory import peak_bytes, ran_out
 from specdec_engine.randomness import Randomness
 from specdec_engine.stopping import Clipped, Clipper, Stop
 from specdec_engine.target import Target
@@ -223,7 +221,7 @@ def _understood(error: Exception) -> SpecdecError:
     """Any exception as one of ours: memory is recognised, the rest keeps its own words."""
     if isinstance(error, SpecdecError):
         return error
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+    if ran_out(error):
         return OutOfMemory(
             f"out of memory while generating: {error}", "lower --max-tokens, or use a smaller dtype or model"
         )

@@ -108,5 +108,16 @@ def check_fits(name: str, need: Need, device: torch.device, free: int | None) ->
         )
 
 
+def ran_out(error: BaseException) -> bool:
+    """Whether memory ran out, the machine's or a device's. Only torch's own allocators say so by type; CUDA itself and its
+    libraries do in words."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
+
+
 def gib(size: int) -> str:
     return f"{size / 2**30:.1f} GiB"

@@ -17,6 +17,7 @@ import specdec_engine
 from specdec_engine.acceptance import RULES, SyntheticRule
 from specdec_engine.auto import AutoK
 from specdec_engine.control import Controls
+from specdec_engine.devices import idle_gpu
 from specdec_engine.draft_files import read_draft
 from specdec_engine.drafters import build_drafter
 from specdec_engine.drafters.base import Drafter, DraftHost, LoadedDraft, Part
@@ -169,6 +170,8 @@ class Loader:
 def _paired(models: Loader, draft: str | None) -> Pair:
     found, target = models.found, models.found.name
     drafts, notes = dict[str, Loaded](), list[str]()
+    if models.options.device == "auto" and (idle := idle_gpu(found.device)) is not None:
+        notes.append(idle)
 
     def load_draft(name: str) -> LoadedDraft:
         small = models.find_draft(name)

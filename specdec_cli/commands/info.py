@@ -101,7 +101,7 @@ def _devices() -> dict[str, Any]:
     """What `--device auto` sees, and takes."""
     import torch
 
-    from specdec_engine.devices import pick_device, pick_dtype
+    from specdec_engine.devices import idle_gpu, pick_device, pick_dtype
     from specdec_engine.machine import cpu_name, usable_cores
     from specdec_engine.memory import free_bytes
 
@@ -119,6 +119,7 @@ def _devices() -> dict[str, Any]:
         "cuda": ("graph", f"recorded as CUDA graphs; dense weights in {dtype}"),
         "cpu": ("lean", f"packed weights stay packed; dense ones in {dtype}"),
     }.get(chosen.type, ("generic", f"the transformers forward, in {dtype}"))
+    why = "; ".join(filter(None, [why, idle_gpu(chosen)]))
     return {"devices": devices, "runtime": {"name": name, "device": str(chosen), "why": why}}
 
 

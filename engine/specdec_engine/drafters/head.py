@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from specdec_engine.choose import DraftChoice, Following, draft_numbers
+from specdec_engine.devices import packed_dtype
 from specdec_engine.draft_files import builtin_draft, head_weights, inverse, read_draft
 from specdec_engine.drafters.base import DraftHost, Part, nothing
 from specdec_engine.errors import ModelUnavailable, PairIncompatible, UsageError
@@ -115,6 +116,8 @@ def build(argument: str, host: DraftHost) -> HeadDrafter:
             "leave out --runtime and --device-map, or choose another draft",
         )
     decoder, config = target.decoder, draft.config
+    dtype = str(decoder.dtype).removeprefix("torch.")
+    packed_dtype(host.draft_quantize, dtype, host.device, keeps=False)  # refuses what no kernel here multiplies
     try:
         shape = head_shape(config)
         if shape.hidden != decoder.shape.hidden or draft.taps[-1] >= decoder.shape.layers:
@@ -142,7 +145,7 @@ def build(argument: str, host: DraftHost) -> HeadDrafter:
         vocab=len(draft.ids),
         context=target.limit,
         runtime=target.name,
-        dtype=str(decoder.dtype).removeprefix("torch."),
+        dtype=dtype,
         weights=forward.forms,
         weight_bytes=int((sum(t.numel() for t in weights.values()) + rows.numel()) * _BYTES.get(forward.forms, 4)),
     )

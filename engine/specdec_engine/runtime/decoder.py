@@ -107,11 +107,14 @@ class Decoder(Blocks):
 
 
 class Embedding:
-    """Rows of the table on demand; on a CPU a packed table stays packed."""
+    """Rows of the table on demand; on a CPU it stays as it is stored, packed or in a dtype of its own.
+
+    On a GPU it is in the activations' dtype: then a tied head is the same tensor, not another half gigabyte of a 1B model.
+    """
 
     def __init__(self, stored: Tensor | Grouped, device: torch.device, dtype: torch.dtype) -> None:
         self._packed = stored if isinstance(stored, Grouped) and device.type == "cpu" else None
-        self.table = None if self._packed is not None else _dense(stored, dtype).to(device)
+        self.table = None if self._packed is not None else _table(stored, dtype, device)
         """[V, hidden], where it is dense: a tied head can share it."""
 
     def __call__(self, tokens: Tensor) -> Tensor:  # [n] -> [n, hidden] float32
@@ -121,8 +124,10 @@ class Embedding:
         return self.table[tokens].float()
 
 
-def _dense(stored: Tensor | Grouped, dtype: torch.dtype) -> Tensor:
-    return stored.dense().to(dtype) if isinstance(stored, Grouped) else stored
+def _table(stored: Tensor | Grouped, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if isinstance(stored, Tensor) and device.type == "cpu":
+        return stored
+    return (stored.dense() if isinstance(stored, Grouped) else stored).to(device, dtype)
 
 
 def _paired(heads: int, size: int) -> Tensor:

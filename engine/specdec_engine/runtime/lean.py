@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from specdec_engine.errors import OutOfMemory
-from specdec_engine.memory import free_bytes, gib
+from specdec_engine.memory import free_bytes, gib, ran_out
 from specdec_engine.runtime import step_by_step
 from specdec_engine.runtime.blocks import SPAN
 from specdec_engine.runtime.decoder import Decoder, Taps
@@ -142,7 +142,7 @@ class LeanRuntime:
         try:
             return self.decoder.new_cache(capacity)
         except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "memory" not in str(error):
+            if not ran_out(error):
                 raise
             raise self._too_much(capacity) from error
 

@@ -1,0 +1,109 @@
+"""Where models go and what they will take there, on machines with GPUs, whose facts are made up."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from specdec_engine import devices, loading
+from specdec_engine.devices import idle_gpu, pick_device
+from specdec_engine.drafters import build_drafter
+from specdec_engine.errors import OutOfMemory, UsageError
+from specdec_engine.loading import LoadOptions, find_model
+from specdec_engine.memory import ran_out
+from specdec_engine.runtime.decoder import Decoder
+from specdec_engine.runtime.shape import shape_of
+from specdec_engine.weights import Entry
+from tests.fakes import VOCAB, StateWeights, byte_tokenizer, host, lean, save_head_draft, tiny_llama
+
+CUDA, META = torch.device("cuda:0"), torch.device("meta")
+
+
+@pytest.mark.parametrize("quantize", ["auto", "light", "none"])
+def test_a_gguf_on_a_gpu_is_reckoned_dense(quantize):
+    """As it is kept there: packed it would take a third."""
+    config, size = LlamaConfig(), (4096, 4096)
+    entry = Entry("Q4_0", size, 0, prod(size) // 32 * 18)
+    found = {f"model.layers.{i}.mlp.up_proj.weight": entry for i in range(10)}
+    options = LoadOptions(quantize=quantize)
+    need = loading._need(Path("x.gguf"), found, config, shape_of(config), torch.bfloat16, CUDA, options)
+    assert need.weights == 10 * prod(size) * 2
+
+
+def test_a_tied_head_on_a_gpu_is_the_table_of_embeddings():
+    """Stored in float32 and computed in bfloat16, they were two tensors."""
+    model = tiny_llama(tie_word_embeddings=True)
+    decoder = Decoder(shape_of(model.config), StateWeights(model), torch.bfloat16, META, "none")
+    assert decoder.embedding.table.dtype == torch.bfloat16
+    assert decoder.head._weight is decoder.embedding.table
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_a_head_is_not_packed_for_a_gpu(tmp_path, form):
+    """It was, and its first draft ended in a RuntimeError. Of the target only what the refusal reads is there."""
+    target = lean(tiny_llama(), dtype=torch.bfloat16)
+    folder = save_head_draft(tmp_path / "head", tiny_llama(), byte_tokenizer())
+    about = host(VOCAB, target=lambda: target, tokenizer=byte_tokenizer(), draft_quantize=form)
+    with pytest.raises(UsageError, match=f"cannot be packed to {form} on cuda:0 in dtype bfloat16"):
+        build_drafter(f"head:{folder}", replace(about, device=CUDA))
+
+
+def test_memory_that_runs_out_is_recognised_by_type_and_by_words():
+    failure = getattr(torch, "AcceleratorError", RuntimeError)
+    for error in (
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        failure("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99999999999 bytes"),
+    ):
+        assert ran_out(error)
+    assert not ran_out(failure("CUDA error: an illegal memory access was encountered"))
+    assert not ran_out(ValueError("out of memory"))
+
+
+def test_a_gpus_own_words_for_too_little_memory_end_a_load_cleanly(checkpoint, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(loading, "Decoder", refuse)
+    with pytest.raises(OutOfMemory, match="out of memory while loading"):
+        find_model(str(checkpoint), LoadOptions()).load()
+
+
+def test_auto_tries_a_card_before_it_takes_it(monkeypatch):
+    """A card that this torch has no kernels for is listed as any other, and allocates as any other."""
+
+    def compute(device):
+        if device.type == "cuda":
+            raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nhow to debug it")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(devices, "_compute", compute)
+    assert pick_device("auto") == torch.device("cpu")
+    assert idle_gpu(pick_device("auto")).endswith("no kernel image is available for execution on the device")
+    with pytest.raises(UsageError, match="'cuda' cannot be used here"):
+        pick_device("cuda")
+    monkeypatch.setattr(devices, "_compute", lambda device: None)
+    assert pick_device("auto") == torch.device("cuda")
+    assert idle_gpu(torch.device("cuda")) is idle_gpu(torch.device("cpu")) is None
+
+
+def test_a_target_is_placed_beside_its_draft(checkpoint, monkeypatch):
+    """It fits one of two cards as long as its draft is not there: then it goes over both, and not onto the full one."""
+    found = find_model(str(checkpoint), LoadOptions(dtype="float32"))
+    placed = list[object]()
+    monkeypatch.setattr(loading.Candidate, "_lean", lambda self, shape: placed.append(self.device))
+    monkeypatch.setattr(loading.Candidate, "_generic", lambda self, placement, why: placed.append((placement, why)))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for taken in (0, 1):
+        monkeypatch.setattr(loading, "free_bytes", lambda device, taken=taken: found.need.total - taken)
+        replace(found, device=CUDA).load()
+    assert placed == [CUDA, ("auto", "it is spread over devices")]
