@@ -18,6 +18,7 @@ from specdec_engine.judge import Judge
 from specdec_engine.loop import decode
 from specdec_engine.randomness import KeyedRandomness, Randomness
 from specdec_engine.runtime.decoder import Decoder
+from specdec_engine.runtime.gpu import TORCH, Ops
 from specdec_engine.runtime.graphs import GraphRuntime, Results
 from specdec_engine.runtime.lean import LeanRuntime
 from specdec_engine.runtime.linear import Quantize
@@ -232,10 +233,14 @@ class StateWeights:
 
 
 def lean(
-    model: Any, capacity: int = 64, dtype: torch.dtype = torch.float32, quantize: Quantize = "none"
+    model: Any,
+    capacity: int = 64,
+    dtype: torch.dtype = torch.float32,
+    quantize: Quantize = "none",
+    ops: Ops | None = None,
 ) -> LeanRuntime:
-    """The lean runtime over a transformers model's weights."""
-    decoder = Decoder(shape_of(model.config), StateWeights(model), dtype, CPU, quantize)
+    """The lean runtime over a transformers model's weights; with `ops` in the way that a GPU goes."""
+    decoder = Decoder(shape_of(model.config), StateWeights(model), dtype, CPU, quantize, ops)
     return LeanRuntime(decoder, "lean", model.config.max_position_embeddings, capacity)
 
 
@@ -257,9 +262,9 @@ class Repeater:
         return replay
 
 
-def graph(model: Any, capacity: int = 64, recorder: Repeater | None = None) -> GraphRuntime:
-    """The graph runtime's bookkeeping over a transformers model's weights."""
-    decoder = Decoder(shape_of(model.config), StateWeights(model), torch.float32, CPU, "none")
+def graph(model: Any, capacity: int = 64, recorder: Repeater | None = None, ops: Ops | None = TORCH) -> GraphRuntime:
+    """The graph runtime's bookkeeping over a transformers model's weights, in the way that a GPU goes."""
+    decoder = Decoder(shape_of(model.config), StateWeights(model), torch.float32, CPU, "none", ops)
     return GraphRuntime(decoder, "graph", model.config.max_position_embeddings, capacity, recorder or Repeater())
 
 

@@ -8,8 +8,8 @@ import torch
 from specdec_engine.drafters.on_runtime import RuntimeDrafter
 from specdec_engine.errors import OutOfMemory, UsageError
 from specdec_engine.loading import LoadOptions, load_model
-from specdec_engine.runtime.blocks import Blocks
 from specdec_engine.runtime.decoder import Decoder
+from specdec_engine.runtime.gpu import TORCH
 from specdec_engine.runtime.linear import kernels_available
 from specdec_engine.runtime.shape import Unsupported, shape_of
 from specdec_engine.target import ModelTarget
@@ -58,18 +58,16 @@ def made(name):
     return model
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["", "fused attention, as on a GPU"])
+@pytest.mark.parametrize("ops", [None, TORCH], ids=["", "as on a GPU"])
 @pytest.mark.parametrize("name", FAMILY)
-def test_logits_equal_transformers_through_rollbacks_and_cache_growth(name, fused, monkeypatch):
+def test_logits_equal_transformers_through_rollbacks_and_cache_growth(name, ops):
     """The cache begins with 16 places, and each pass is followed by junk that is rolled back; the widest one's attention is
     worked out in parts, and from 384 places on values are summed in several."""
-    if fused:
-        monkeypatch.setattr(Blocks, "_in_steps", lambda self, grouped: False)
     model = made(name)
     tokens = torch.randint(0, 97, (803,), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         scratch = model(tokens[None], use_cache=False).logits[0]
-    runtime = lean(model, capacity=16)
+    runtime = lean(model, capacity=16, ops=ops)
     ends, junks = (9, 14, 15, 24, 60, 380, 383, 386, 387, 797, 800, 801, 803), (6, 3, 8, 1, 2, 2, 1, 4, 2, 1, 2, 9, 3)
     for start, end, junk in zip((0, *ends), ends, junks, strict=False):
         logits = runtime.forward(tokens[start:end], end - start)

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, rms_norm, scaled_dot_product_attention, silu
 
+from specdec_engine.runtime.gpu import Ops, Pass, causal_mask, ops_for
 from specdec_engine.runtime.linear import WIDE, Projection
 from specdec_engine.runtime.shape import Shape
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One block; the norms' weights carry the factor √size, see `Norm`."""
+    """One block; the norms' weights as `Blocks.norm_weight` has them."""
 
     attention_norm: Tensor
     qkv: Projection
@@ -152,8 +153,10 @@ def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 class Blocks:
     """Blocks of one shape, and the forward through each."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, ops: Ops | None = None) -> None:
+        """ops: how a GPU computes what lies between the matrices; by default the best that run on the device."""
         self.shape, self.dtype, self.device = shape, dtype, device
+        self.ops = ops_for(device) if ops is None else ops
         self.layers: Sequence[Layer] = ()
         self._frequencies = shape.frequencies.to(device)
         self._table: _Table | None = None
@@ -175,7 +178,7 @@ class Blocks:
 
     @property
     def cache_dtype(self) -> torch.dtype:
-        return cache_dtype(self.dtype, self.device)
+        return self.dtype if self.ops is not None else cache_dtype(self.dtype, self.device)
 
     def new_cache(self, capacity: int) -> Tensor:
         """[layers, 2 · kv_heads, capacity, head_size]: each layer's keys, then its values; zeros, so that no masked row is
@@ -185,31 +188,37 @@ class Blocks:
         """
         s = self.shape
         size = (s.layers, 2 * s.kv_heads, capacity, s.head_size)
-        if self.device.type == "cpu":  # numpy's zeros are the system's; torch's would be written
+        if self.ops is None:  # numpy's zeros are the system's; torch's would be written
             return torch.from_numpy(np.zeros(size, np.float32))
         return torch.zeros(size, dtype=self.cache_dtype, device=self.device)
 
     def norm_weight(self, weight: Tensor) -> Tensor:
-        """As `Norm` wants it."""
-        return weight.to(self.device).float() * float(self.shape.hidden**0.5)
+        """As `Norm` wants it, with the factor √size, or on a GPU without."""
+        weight = weight.to(self.device).float()
+        return weight * float(self.shape.hidden**0.5) if self.ops is None else weight
 
-    def block(self, i: int, inputs: Tensor, step: Step) -> None:
+    def block(self, i: int, inputs: Tensor, step: Step | Pass) -> None:
         """Layer i, whose attention reads `inputs` [n, ...], already normed: adds to the residual stream."""
         layer = self.layers[i]
+        if isinstance(step, Pass):
+            step.block(i, layer, inputs)
+            return
         step.x.add_(layer.out(self._attention(i, layer, inputs, step)))
         gate_up = layer.gate_up(step.normed(layer.mlp_norm))
         half = gate_up.shape[1] // 2
         step.x.add_(layer.down(silu(gate_up[:, :half]).mul_(gate_up[:, half:])))
 
-    def begin(self, positions: Tensor, cache: Tensor, span: int, start: int | None = None) -> Step:
+    def begin(self, positions: Tensor, cache: Tensor, span: int, start: int | None = None) -> Step | Pass:
         """A pass at [n] positions; the residual stream, `x`, is the caller's to fill.
 
-        start: where known, the first of consecutive positions, the last of which is in the last `SPAN` of `span`. Then the
-        step of an earlier pass is taken again, and only what the positions decide is filled in: 250 µs become 10.
+        start: where known, the first of consecutive positions, the last of which, on a CPU, is in the last `SPAN` of `span`.
+        Then the step of an earlier pass is taken again there, and only what positions decide is filled in: 250 µs become 10.
         """
+        if self.ops is not None:
+            return Pass(self.ops, self.shape, self._frequencies, self.dtype, positions, cache, span, start)
         n = positions.shape[0]
         if start is None or n > _TABLED_ROWS:
-            return self._begin(positions, cache, span, start if self.device.type == "cpu" else None)
+            return self._begin(positions, cache, span, start)
         table = self._table_of(cache, span)
         step = self._steps.get(n)
         if step is None:
@@ -323,12 +332,7 @@ class Blocks:
         )
 
     def _mask(self, positions: Tensor, span: int, window: int | None, dtype: torch.dtype) -> Tensor:
-        """[n, span]: 0 where a position may look, else -inf."""
-        columns = torch.arange(span, device=self.device)
-        seen = columns <= positions[:, None]
-        if window is not None:
-            seen &= columns > positions[:, None] - window
-        return torch.zeros(seen.shape, dtype=dtype, device=self.device).masked_fill_(~seen, float("-inf"))
+        return causal_mask(positions, span, window, dtype)
 
     def _attention(self, i: int, layer: Layer, h: Tensor, step: Step) -> Tensor:
         step.heads.copy_(layer.qkv(h))

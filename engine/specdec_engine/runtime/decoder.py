@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from specdec_engine.runtime.blocks import Blocks, Layer
+from specdec_engine.runtime.gpu import Ops
 from specdec_engine.runtime.linear import Packing, Projection, project
 from specdec_engine.runtime.shape import Shape, Unsupported
 from specdec_engine.weights import Grouped, Weights
@@ -30,14 +31,23 @@ class Decoder(Blocks):
     """A whole model: embedding, blocks, head."""
 
     def __init__(
-        self, shape: Shape, weights: Weights, dtype: torch.dtype, device: torch.device, quantize: Packing
+        self,
+        shape: Shape,
+        weights: Weights,
+        dtype: torch.dtype,
+        device: torch.device,
+        quantize: Packing,
+        ops: Ops | None = None,
     ) -> None:
-        """Raises Unsupported if the checkpoint has tensors that this forward does not know, or lacks one."""
+        """ops: see `Blocks`.
+
+        Raises Unsupported if the checkpoint has tensors that this forward does not know, or lacks one.
+        """
         _check_names(weights.names, shape)
         take = _Taker(weights)
         if (factors := take.optional("rope_freqs.weight")) is not None:  # how GGUF keeps Llama 3's stretched rotation
             shape = replace(shape, frequencies=shape.frequencies / factors)
-        super().__init__(shape, dtype, device)
+        super().__init__(shape, dtype, device, ops)
         self.embedding = Embedding(take.stored("model.embed_tokens.weight"), device, dtype)
         self.layers = [self._layer(take, i, (dtype, device, quantize)) for i in range(shape.layers)]
         self.norm = self.norm_weight(take.dense("model.norm.weight"))

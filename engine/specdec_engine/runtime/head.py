@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import rms_norm
 
 from specdec_engine.runtime import Choose, Chosen, Enough, Unrolled
 from specdec_engine.runtime.blocks import SPAN, Blocks, Layer, Norm
 from specdec_engine.runtime.decoder import Embedding
+from specdec_engine.runtime.gpu import Ops
 from specdec_engine.runtime.linear import Quantize, project
 from specdec_engine.runtime.shape import Shape
 
@@ -69,9 +71,11 @@ class HeadForward(Blocks):
         dtype: torch.dtype,
         device: torch.device,
         quantize: Quantize,
+        ops: Ops | None = None,
     ) -> None:
-        """weights: as `distill.head.Head` names them; rows [V', hidden]: the target's output matrix for the draft's ids."""
-        super().__init__(shape, dtype, device)
+        """weights: as `distill.head.Head` names them; rows [V', hidden]: the target's output matrix for the draft's ids; ops:
+        see `Blocks`."""
+        super().__init__(shape, dtype, device, ops)
 
         def matrix(name: str) -> Tensor:
             return weights[f"{name}.weight"].to(dtype)
@@ -101,6 +105,9 @@ class HeadForward(Blocks):
     def fused(self, features: Tensor) -> Tensor:
         """[n, F, hidden] -> [n, hidden]: the states that the target leaves to these slots. Inside inference mode, as
         `__call__`: their buffers are kept."""
+        if self.ops is not None:
+            scaled = rms_norm(features.float(), features.shape[-1:], None, self.shape.eps).mul_(self._feature_norm)
+            return self._fuse(scaled.to(self.dtype).flatten(1))
         n = features.shape[0]
         normed = self._feature_norms.get(n)
         if normed is None:

@@ -1,0 +1,201 @@
+"""Decoder blocks on a GPU: what lies between their matrices, in as few kernels as can be.
+
+There a small kernel costs some 2 µs whatever it does (H100), and all four matrices of a 1B model's layer 50. So it is kernels
+that are saved, where on a CPU (`blocks`) it is time in Python. `Ops` are those kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
+
+from specdec_engine.runtime.shape import Shape
+
+if TYPE_CHECKING:  # which imports this file
+    from specdec_engine.runtime.blocks import Layer
+
+
+@dataclass(frozen=True, slots=True)
+class HeadNorms:
+    """Qwen3 norms each query's and each key's head."""
+
+    q: Tensor
+    """[head_size] float32"""
+    k: Tensor
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ops:
+    """What a pass does between its matrices."""
+
+    add_norm: Callable[[Tensor, Tensor | None, Tensor, float, torch.dtype], Tensor]
+    """(x [n, hidden] float32, what is added to it in place, the norm's weight [hidden], eps, dtype) -> x normed, in dtype."""
+    rotate: Callable[[Tensor, Tensor, Tensor, Tensor, HeadNorms | None], Tensor]
+    """(qkv [n, (heads + 2 · kv_heads) · head_size], rotation [n, head_size / 2] complex, positions [n], cache of the layer
+    [2 · kv_heads, capacity, head_size], norms) -> queries [n, heads, head_size] in the cache's dtype, rotated. Writes keys,
+    rotated, and values into the cache at the positions. May use qkv for its own ends."""
+    gate: Callable[[Tensor], Tensor]
+    """[n, 2 · m] -> [n, m]: silu of the first half, times the second."""
+    attend: Callable[[Tensor, Tensor, Tensor, int | None], Tensor] | None = None
+    """(queries, cache of the layer, positions, window) -> [n, heads · head_size] for few rows, up to `FEW_ROWS`. Reads on the
+    device how far to look, so that a recording fits every length. None: torch's attention, over a span."""
+    remark: str = ""
+    """Why better ones were not taken."""
+
+
+class Pass:
+    """A pass at some positions: the residual stream, what all layers share, and the way through one layer."""
+
+    def __init__(
+        self,
+        ops: Ops,
+        shape: Shape,
+        frequencies: Tensor,
+        dtype: torch.dtype,
+        positions: Tensor,
+        cache: Tensor,
+        span: int,
+        start: int | None,
+    ) -> None:
+        """span: places of the cache that take in all positions. start: the first position, where the host knows it."""
+        self._ops, self._eps, self._dtype, self._positions = ops, shape.eps, dtype, positions
+        n = len(positions)
+        self._x = torch.empty(n, shape.hidden, device=positions.device)
+        self._more: Tensor | None = None
+        angles = positions[:, None] * frequencies
+        self._rotation = torch.polar(torch.full_like(angles, shape.rope_scale), angles)
+        self._kept = cache.unbind(0)
+        self._end = span if start is None else start + n
+        self._causal = None if start is None else causal_lower_right(n, self._end)
+        self._attend_few = ops.attend if n <= FEW_ROWS else None
+        self._grouped = n <= FEW_ROWS and start is None
+        together = shape.heads // shape.kv_heads if self._grouped else 1
+        self._masks = {w: self._mask(w, together, cache.dtype) for w in self._masked(shape.windows)}
+
+    @property
+    def x(self) -> Tensor:
+        """[n, hidden] float32: the residual stream, with all that was added."""
+        if self._more is not None:
+            self._x.add_(self._more)
+            self._more = None
+        return self._x
+
+    def normed(self, weight: Tensor) -> Tensor:
+        """[n, hidden] in the activations' dtype."""
+        more, self._more = self._more, None
+        return self._ops.add_norm(self._x, more, weight, self._eps, self._dtype)
+
+    def block(self, i: int, layer: Layer, inputs: Tensor) -> None:
+        """Layer i, whose attention reads `inputs` [n, ...], already normed: adds to the residual stream."""
+        kept, norms = self._kept[i], None
+        if layer.q_norm is not None and layer.k_norm is not None:
+            norms = HeadNorms(layer.q_norm, layer.k_norm, self._eps)
+        queries = self._ops.rotate(layer.qkv(inputs), self._rotation, self._positions, kept, norms)
+        self._more = layer.out(self._attended(queries, kept, layer.window))
+        self._more = layer.down(self._ops.gate(layer.gate_up(self.normed(layer.mlp_norm))))
+
+    def _attended(self, queries: Tensor, kept: Tensor, window: int | None) -> Tensor:
+        """[n, heads, head_size] -> [n, heads · head_size]"""
+        if self._attend_few is not None:
+            return self._attend_few(queries, kept, self._positions, window)
+        attend = attend_grouped if self._grouped else attend_in_groups
+        return attend(queries, kept[:, : self._end], self._masks.get(window, self._causal))
+
+    def _masked(self, windows: Sequence[int | None]) -> set[int | None]:
+        """The windows that need a mask: without one, rows in order look at all that comes before them, which attention knows
+        of itself. Only so may torch take its best kernel, and 8k rows need no mask of 128 MB."""
+        if self._attend_few is not None:
+            return set()
+        return {w for w in windows if self._causal is None or (w is not None and w < self._end)}
+
+    def _mask(self, window: int | None, together: int, dtype: torch.dtype) -> Tensor:
+        """[n · together, end]: a row's mask as often as heads share keys. Each has its own, since cuDNN, which torch prefers
+        on a Hopper, may find no plan for one that is spread over several rows."""
+        mask = causal_mask(self._positions, self._end, window, dtype)
+        return mask[:, None].expand(-1, together, -1).reshape(-1, self._end)
+
+
+FEW_ROWS = 16
+"""Rows up to which query heads that share keys are rows of one head, whose keys are read once."""
+
+
+def causal_mask(positions: Tensor, span: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    """[n, span]: 0 where a position may look, else -inf."""
+    columns = torch.arange(span, device=positions.device)
+    seen = columns <= positions[:, None]
+    if window is not None:
+        seen &= columns > positions[:, None] - window
+    return torch.zeros(seen.shape, dtype=dtype, device=positions.device).masked_fill_(~seen, float("-inf"))
+
+
+def attend_grouped(queries: Tensor, kept: Tensor, mask: Tensor | None) -> Tensor:
+    """[n, heads, head_size] queries, [2 · kv_heads, span, head_size] keys and values -> [n, heads · head_size].
+
+    mask: [n · heads a group, span], for heads that share keys are rows of one.
+    """
+    n, _, size = queries.shape
+    keys, values = kept.chunk(2)
+    groups = keys.shape[0]
+    rows = queries.view(n, groups, -1, size).transpose(0, 1).reshape(1, groups, -1, size)
+    attended: Tensor = scaled_dot_product_attention(rows, keys[None], values[None], mask, scale=size**-0.5)
+    return attended.view(groups, n, -1, size).transpose(0, 1).reshape(n, -1)
+
+
+def attend_in_groups(queries: Tensor, kept: Tensor, mask: Tensor | None) -> Tensor:
+    """The same for many rows; mask: [n, span], or what torch takes for one.
+
+    Groups are a batch, and a group's keys are repeated without a copy: not all of torch's kernels know of heads that share
+    keys, and the one that is left works in float32.
+    """
+    n, heads, size = queries.shape
+    keys, values = kept.chunk(2)
+    groups = keys.shape[0]
+    grouped = queries.view(n, groups, -1, size).permute(1, 2, 0, 3)
+    shared = (-1, heads // groups, -1, -1)
+    attended: Tensor = scaled_dot_product_attention(
+        grouped, keys[:, None].expand(shared), values[:, None].expand(shared), mask, scale=size**-0.5
+    )
+    return attended.permute(2, 0, 1, 3).reshape(n, -1)
+
+
+def add_norm(x: Tensor, more: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """See `Ops`."""
+    if more is not None:
+        x.add_(more)
+    return rms_norm(x, x.shape[-1:], weight, eps).to(dtype)
+
+
+def rotate(qkv: Tensor, rotation: Tensor, positions: Tensor, kept: Tensor, norms: HeadNorms | None) -> Tensor:
+    """See `Ops`."""
+    groups, size = kept.shape[0] // 2, kept.shape[2]
+    heads = qkv.view(len(qkv), -1, size).float()
+    queries, keys = heads[:, : -2 * groups], heads[:, -2 * groups : -groups]
+    if norms is not None:
+        for part, weight in ((queries, norms.q), (keys, norms.k)):
+            part.copy_(rms_norm(part, (size,), weight, norms.eps))
+    torch.view_as_complex(heads.view(len(qkv), -1, size // 2, 2))[:, :-groups].mul_(rotation[:, None])
+    heads = heads.to(kept.dtype)
+    kept.index_copy_(1, positions, heads[:, -2 * groups :].transpose(0, 1))
+    return heads[:, : -2 * groups]
+
+
+def gate(gate_up: Tensor) -> Tensor:
+    """See `Ops`."""
+    gates, ups = gate_up.chunk(2, -1)
+    return silu(gates).mul_(ups)
+
+
+TORCH = Ops(add_norm, rotate, gate)
+"""Torch's own kernels."""
+
+
+def ops_for(device: torch.device) -> Ops | None:
+    """The best that run there; None on a CPU, whose way `blocks` has."""
+    return None if device.type == "cpu" else TORCH
