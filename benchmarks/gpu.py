@@ -189,7 +189,7 @@ class InMemory:
 def runtime(model: Any, label: str) -> Any:
     decoder = Decoder(shape_of(model.config), InMemory(model), model.dtype, model.device, "none")
     if model.device.type == "cuda":
-        return GraphRuntime(decoder, label, None, 2048, CudaRecorder())
+        return GraphRuntime(decoder, label, None, 2048, CudaRecorder(model.device))
     return LeanRuntime(decoder, label, None, 2048)
 
 

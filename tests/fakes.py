@@ -19,13 +19,14 @@ from specdec_engine.loop import decode
 from specdec_engine.randomness import KeyedRandomness, Randomness
 from specdec_engine.runtime.decoder import Decoder
 from specdec_engine.runtime.gpu import TORCH, Ops
-from specdec_engine.runtime.graphs import GraphRuntime, Results
+from specdec_engine.runtime.graphs import GraphRuntime, Recorder
 from specdec_engine.runtime.lean import LeanRuntime
 from specdec_engine.runtime.linear import Quantize
 from specdec_engine.runtime.shape import shape_of
 from specdec_engine.sampling import draw, warp
 from specdec_engine.stopping import Stop
 from specdec_engine.types import Draft, Sampling, Verdict
+from tests.tape import TapeRecorder
 
 CPU = torch.device("cpu")
 
@@ -244,28 +245,10 @@ def lean(
     return LeanRuntime(decoder, "lean", model.config.max_position_embeddings, capacity)
 
 
-class Repeater:
-    """Stands in for CUDA graphs: runs the work again, into the tensors of the first time. Counts the recordings."""
-
-    def __init__(self) -> None:
-        self.recordings = 0
-
-    def record(self, work: Callable[[], Results]) -> Callable[[], Results]:
-        self.recordings += 1
-        results = work()
-
-        def replay() -> Results:
-            for kept, fresh in zip(results, work(), strict=True):
-                kept.copy_(fresh)
-            return results
-
-        return replay
-
-
-def graph(model: Any, capacity: int = 64, recorder: Repeater | None = None, ops: Ops | None = TORCH) -> GraphRuntime:
+def graph(model: Any, capacity: int = 64, recorder: Recorder | None = None, ops: Ops | None = TORCH) -> GraphRuntime:
     """The graph runtime's bookkeeping over a transformers model's weights, in the way that a GPU goes."""
     decoder = Decoder(shape_of(model.config), StateWeights(model), torch.float32, CPU, "none", ops)
-    return GraphRuntime(decoder, "graph", model.config.max_position_embeddings, capacity, recorder or Repeater())
+    return GraphRuntime(decoder, "graph", model.config.max_position_embeddings, capacity, recorder or TapeRecorder())
 
 
 CHAT_TEMPLATE = (

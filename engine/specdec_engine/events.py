@@ -127,6 +127,9 @@ class Finished:
     """Seconds to read the prompt into both caches, before the first cycle; None when it is not known."""
     peak_bytes: int | None = None
     """The most memory until then: allocated on the GPU, elsewhere the process's own; None when it is not known."""
+    recording_s: float | None = None
+    """Seconds in which passes were recorded as graphs. They are in none of a cycle's phases, nor in `prefill_s`; None when
+    it is not known."""
     kind: Literal["finished"] = "finished"
 
 

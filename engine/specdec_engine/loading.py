@@ -149,7 +149,7 @@ class Candidate:
         limit, tokens = context_limit(self.config), self.options.tokens
         runtime: Runtime
         if self.device.type == "cuda" and self.options.runtime != "lean":
-            runtime = GraphRuntime(decoder, self.name, limit, tokens, CudaRecorder())
+            runtime = GraphRuntime(decoder, self.name, limit, tokens, CudaRecorder(self.device))
         else:
             runtime = LeanRuntime(decoder, self.name, limit, tokens)
         return self._loaded(runtime, decoder.forms, decoder.parameters)
@@ -180,7 +180,7 @@ class Candidate:
                 ) from None
             return otherwise, f"{remark}, and {reason}"
         limit = context_limit(self.config)
-        return GraphRuntime(forward, self.name, limit, self.options.tokens, CudaRecorder()), remark
+        return GraphRuntime(forward, self.name, limit, self.options.tokens, CudaRecorder(self.device)), remark
 
     def _loaded(
         self, runtime: Runtime, weights: str, parameters: int, spread: bool = False, remark: str = ""

@@ -21,7 +21,7 @@ from specdec_engine.randomness import Randomness
 from specdec_engine.stopping import Clipped, Clipper, Stop
 from specdec_engine.target import Target
 from specdec_engine.text import Tokenizer
-from specdec_engine.timing import Timer, timer_for
+from specdec_engine.timing import Mark, Timer, timer_for
 from specdec_engine.types import Draft, Verdict
 
 
@@ -74,7 +74,7 @@ class _Flight:
     k: int
     draft: Draft
     awaited: Awaited
-    marks: list[Any]
+    marks: list[Mark]
 
 
 class _Run:
@@ -125,7 +125,7 @@ class _Run:
                 raise broken
         yield self._finished(reason, prefill)
 
-    def _begin(self) -> tuple[Any, Any]:
+    def _begin(self) -> tuple[Mark, Mark]:
         """Both caches filled; the marks before and after."""
         began = self._timer.mark()
         self._target.prefill(self._context[:-1])
@@ -166,10 +166,11 @@ class _Run:
         self._controls.observe(cycle)
         return cycle, clipped.reason
 
-    def _finished(self, reason: FinishReason, prefill: tuple[Any, Any]) -> Finished:
+    def _finished(self, reason: FinishReason, prefill: tuple[Mark, Mark]) -> Finished:
         emitted = len(self._context) - self._prompt_tokens
         peak = peak_bytes(self._target.device)
-        return Finished(reason, emitted, self._landed, self._timer.seconds(*prefill), peak)
+        recording_s = self._timer.paused(prefill[0], self._timer.mark())
+        return Finished(reason, emitted, self._landed, self._timer.seconds(*prefill), peak, recording_s)
 
 
 def _propose(drafter: Drafter, context: Sequence[int], k: int, settings: Settings, random: Randomness) -> Draft:

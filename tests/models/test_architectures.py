@@ -14,7 +14,8 @@ from specdec_engine.runtime.shape import Unsupported
 from specdec_engine.runtime.static import StaticForward
 from specdec_engine.target import ModelTarget
 from specdec_engine.types import Draft
-from tests.fakes import CPU, Repeater, ScriptedDrafter, cycles, emitted, host, run
+from tests.fakes import CPU, ScriptedDrafter, cycles, emitted, host, run
+from tests.tape import TapeRecorder
 
 COMMON = {
     "vocab_size": 97,
@@ -155,9 +156,9 @@ def test_a_long_prompt_is_read_in_chunks(monkeypatch):
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "gpt2"])
 def test_the_recorded_transformers_forward_is_the_same_function(name):
-    """Padded passes, rollback without a trace, a cache made anew on the way; behind the stand-in recorder."""
+    """Padded passes, rollback without a trace, a cache made anew on the way; recorded on a tape."""
     model = build(*CONFIGS[name])
-    runtime = GraphRuntime(StaticForward(model), name, None, 16, Repeater())
+    runtime = GraphRuntime(StaticForward(model), name, None, 16, TapeRecorder())
     tokens = torch.randint(0, 97, (24,), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         scratch = model(tokens[None], use_cache=False).logits[0]
@@ -166,7 +167,7 @@ def test_the_recorded_transformers_forward_is_the_same_function(name):
         assert torch.allclose(logits, scratch[start:end], atol=1e-3), f"tokens {start} to {end}"
         runtime.forward(torch.arange(junk), 1)
         runtime.rollback(end)
-    drafter = RuntimeDrafter(GraphRuntime(StaticForward(model), name, None, 16, Repeater()), host(97), "itself")
+    drafter = RuntimeDrafter(GraphRuntime(StaticForward(model), name, None, 16, TapeRecorder()), host(97), "itself")
     found = run(ModelTarget(runtime, name), drafter, [5, 6, 7, 8], k=3, max_tokens=20)
     assert all(c.accepted == len(c.drafted) for c in cycles(found))
 

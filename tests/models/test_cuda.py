@@ -24,7 +24,7 @@ SAMPLINGS = [Sampling(), Sampling(0.9), Sampling(0.7, top_k=30, top_p=0.9, min_p
 def recorded(model, capacity=64):
     device = torch.device("cuda")
     decoder = Decoder(shape_of(model.config), StateWeights(model.to(device)), torch.float32, device, "none")
-    return GraphRuntime(decoder, "graph", model.config.max_position_embeddings, capacity, CudaRecorder())
+    return GraphRuntime(decoder, "graph", model.config.max_position_embeddings, capacity, CudaRecorder(device))
 
 
 def pair():

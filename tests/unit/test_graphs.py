@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from specdec_engine.acceptance import RULES, TokenRule
+from specdec_engine.auto import AutoK
 from specdec_engine.control import Controls
 from specdec_engine.drafters.on_runtime import RuntimeDrafter
 from specdec_engine.judge import Judge
@@ -16,7 +17,8 @@ from specdec_engine.runtime.graphs import span_for
 from specdec_engine.target import ModelTarget
 from specdec_engine.timing import HostTimer
 from specdec_engine.types import Draft, Sampling
-from tests.fakes import CPU, VOCAB, FakeClock, Repeater, cycles, emitted, events, graph, host, lean, run, tiny_llama
+from tests.fakes import CPU, VOCAB, FakeClock, cycles, emitted, events, graph, host, lean, run, tiny_llama
+from tests.tape import TapeRecorder
 
 TARGET = tiny_llama(seed=0, max_position_embeddings=1024)
 SMALL = tiny_llama(seed=1, layers=1, hidden=16, max_position_embeddings=1024)
@@ -45,7 +47,7 @@ def test_recorded_runs_say_what_unrecorded_ones_say(sampling):
 
 
 def test_a_second_run_records_nothing():
-    recorder = Repeater()
+    recorder = TapeRecorder()
     target, drafter = pair(recorder)
     run(target, drafter, PROMPT, k=4, max_tokens=40)
     before = recorder.recordings
@@ -53,9 +55,57 @@ def test_a_second_run_records_nothing():
     assert recorder.recordings == before
 
 
+class Clock:
+    """Stands still unless it is moved."""
+
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_seconds_spent_recording_are_in_no_phase():
+    clock = Clock()
+    timer = HostTimer(clock)
+    recorder = TapeRecorder(timer, clock, seconds=100.0)
+    target, drafter = pair(recorder)
+    judge = Judge(RULES["token"], CPU, recorder)
+    found = run(target, drafter, PROMPT, k=3, max_tokens=30, timer=timer, judge=judge)
+    assert recorder.recordings > 3
+    assert {(c.draft_s, c.verify_s, c.other_s) for c in cycles(found)} == {(0.0, 0.0, 0.0)}
+    assert (found[-1].prefill_s, found[-1].recording_s) == (0.0, 100.0 * recorder.recordings)
+
+
+@pytest.mark.parametrize("timed", [True, False])
+def test_auto_keeps_a_good_draft_whatever_recording_costs(timed):
+    """A draft step is 0.27 of a pass, and all is accepted; each recording takes six passes. Unless that is left out, the
+    draft looks dear and is switched off."""
+    clock, auto = Clock(), AutoK()
+    timer = HostTimer(clock)
+    recorder = TapeRecorder(timer if timed else HostTimer(clock), clock, seconds=0.045)
+    target = ModelTarget(graph(TARGET, recorder=recorder), "tiny")
+    drafter = RuntimeDrafter(graph(TARGET, recorder=recorder), host(VOCAB), "itself")
+    score, propose = target.score, drafter.propose
+
+    def slow_score(*given):
+        clock.now += 0.0073
+        return score(*given)
+
+    def slow_propose(context, k, *given):
+        clock.now += 0.002 * k
+        return propose(context, k, *given)
+
+    target.score, drafter.propose = slow_score, slow_propose
+    auto.begin(0)
+    judge, controls = Judge(RULES["token"], CPU, recorder), Controls(auto)
+    found = cycles(run(target, drafter, PROMPT, controls=controls, max_tokens=200, timer=timer, judge=judge))
+    drafted = [c.k for c in found[3:] if c.index not in (8, 16, 32)]  # there plain passes are measured
+    assert (min(drafted) > 0) == timed
+
+
 def test_a_new_temperature_records_nothing_and_a_new_k_once():
     """By the draft's recordings: it is the target itself, so that from the second cycle on two tokens are pending."""
-    recorder, controls = Repeater(), Controls(3, Sampling(0.8))
+    recorder, controls = TapeRecorder(), Controls(3, Sampling(0.8))
     target = ModelTarget(lean(TARGET), "tiny")
     drafter = RuntimeDrafter(graph(TARGET, recorder=recorder), host(VOCAB), "small")
     turns = {10: {"sampling": Sampling(1.3)}, 20: {"k": 5}, 30: {"k": 3, "sampling": Sampling(0.8)}}
@@ -70,7 +120,7 @@ def test_a_new_temperature_records_nothing_and_a_new_k_once():
 
 
 def test_growing_the_cache_records_anew_and_keeps_what_was_cached():
-    recorder = Repeater()
+    recorder = TapeRecorder()
     runtime = graph(TARGET, capacity=64, recorder=recorder)
     assert runtime.capacity == 256
     tokens = torch.randint(0, VOCAB, (300,), generator=torch.Generator().manual_seed(0))
@@ -114,7 +164,7 @@ def test_a_cycle_reads_from_the_device_once(sampling, monkeypatch):
             torch.Tensor, name, lambda self, *a, _o=original, _n=name, **o: (reads.append(_n), _o(self, *a, **o))[1]
         )
     per_cycle, seen = [], 0
-    judge = Judge(RULES["token"], CPU, Repeater())  # as on a GPU: on the host looking is free, and it is done
+    judge = Judge(RULES["token"], CPU, TapeRecorder())  # as on a GPU: on the host looking is free, and it is done
     for _ in cycles_as_they_come(events(target, drafter, PROMPT, k=4, sampling=sampling, max_tokens=40, judge=judge)):
         per_cycle.append(reads[seen:])
         seen = len(reads)
@@ -144,7 +194,7 @@ def test_recorded_or_not_a_drafts_columns_are_named(temperature):
     logits = torch.randn(3, vocab, generator=torch.Generator().manual_seed(2))
     logits[0, drafted[0]] += 9.0  # kept, so that the second is tested
     draft = Draft(drafted, None, "x", own, ids)
-    for recorder in (None, Repeater()):
+    for recorder in (None, TapeRecorder()):
         verdict = Judge(TokenRule(), CPU, recorder).start(logits, draft, sampling, KeyedRandomness(1), 5)()
         assert verdict.raw_q.drafted == pytest.approx((0.5, 0.5))
         assert verdict.raw_q.likeliest[0][:2] == ((2, pytest.approx(0.5), 1.0), (5, pytest.approx(0.2), 0.0))
@@ -159,7 +209,7 @@ def test_recorded_or_not_a_drafts_columns_are_named(temperature):
 )
 def test_recorded_verdicts_are_the_unrecorded_ones(rule, sampling, raw):
     """Sampled drafts, greedy ones and none, k by k."""
-    recorder = Repeater()
+    recorder = TapeRecorder()
     judge, plain = Judge(rule, CPU, recorder), Judge(rule, CPU)
     for k in (3, 0, 5, 3, 0):
         target, drafter = ModelTarget(lean(TARGET), "tiny"), RuntimeDrafter(lean(SMALL), host(VOCAB), "small")

@@ -19,6 +19,7 @@ from torch import Tensor
 from specdec_engine.runtime import Choose, Chosen, Enough, Unrolled
 from specdec_engine.runtime.decoder import Decoder
 from specdec_engine.runtime.lean import Forward, LeanRuntime
+from specdec_engine.timing import timer_for
 
 Results = tuple[Tensor, ...]
 WIDTHS = (1, 2, 4, 6, 8, 12, 16)
@@ -32,26 +33,31 @@ class Recorder(Protocol):
     """**Protocol:** turns work on fixed tensors into something that can be repeated cheaply."""
 
     def record(self, work: Callable[[], Results]) -> Callable[[], Results]:
-        """The replay; what it returns is overwritten by the next replay."""
+        """The replay; what it returns is overwritten by the next replay.
+
+        The seconds this takes are in no phase of a cycle (`timing.Timer.pause`).
+        """
         ...
 
 
 class CudaRecorder:
     """`torch.cuda.CUDAGraph`; all recordings share one memory pool, since no two run at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._timer = timer_for(device)
         self._pool = torch.cuda.graph_pool_handle()
         # One for all: cuBLAS keeps a workspace for every stream.
         self._aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def record(self, work: Callable[[], Results]) -> Callable[[], Results]:
-        self._aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._aside):
-            work()  # libraries set themselves up at the first call, which must not be recorded
-        torch.cuda.current_stream().wait_stream(self._aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            results = work()
+        with self._timer.pause():
+            self._aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._aside):
+                work()  # libraries set themselves up at the first call, which must not be recorded
+            torch.cuda.current_stream().wait_stream(self._aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                results = work()
 
         def replay() -> Results:
             graph.replay()
