@@ -1,29 +1,62 @@
-"""The `specdec` command: its commands, and how errors become one line and an exit code."""
+"""The `specdec` command: its commands, each imported when it is named, and how errors become one line and an exit code."""
 
 from __future__ import annotations
 
 import os
 import sys
-import traceback
+from importlib import import_module
 from itertools import pairwise
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
-from specdec_cli import output
-from specdec_cli.commands.bench import bench
-from specdec_cli.commands.check import check
-from specdec_cli.commands.distill import distill
-from specdec_cli.commands.generate import generate
-from specdec_cli.commands.info import info
-from specdec_cli.commands.replay import replay
-from specdec_cli.commands.tune import tune
-from specdec_cli.commands.watch import watch
 from specdec_cli.exits import ExitCode, exit_code
 from specdec_engine import __version__
 from specdec_engine.errors import SpecdecError, reason
 
-COMMANDS = (generate, watch, replay, bench, tune, check, distill, info)
+COMMANDS = {
+    "generate": "Generate text from a draft/target pair, losslessly.",
+    "watch": "Watch a run live: each draft, what was kept, what was not and why.",
+    "replay": "Show a recorded run again: stepped, rewound, inspected. No model is loaded.",
+    "bench": "Measure speculation against plain decoding, paired prompt by prompt, and say what to set.",
+    "tune": "Find draft and k for your prompts: predicted from one plain answer to each, then confirmed by a short "
+    "paired run.",
+    "check": "Say whether two models fit together, from their configs and tokenizers alone. Exits with 0 or 4.",
+    "distill": "Distill a small draft from a target; interrupted, the same command goes on.",
+    "info": "Show versions, devices, the runtime that the built-in pair would get and why, cached models, and profiles.",
+}
+"""What `--help` says of each: the first paragraph of the docstring of the function NAME in `commands/NAME.py`."""
+
+
+class Deferred(TyperCommand):
+    """A command by its name and its line of help. Its module is imported once something is asked of the command itself."""
+
+    def make_context(self, *arguments: Any, **named: Any) -> Any:
+        """The command's own context, whose `command` is the real one: to invoke, to complete, to help."""
+        return self._command().make_context(*arguments, **named)
+
+    def _command(self) -> Any:
+        name = str(self.name)
+        alone = typer.Typer(add_completion=False)
+        alone.command(name)(getattr(import_module(f"specdec_cli.commands.{name}"), name))
+        return typer.main.get_command(alone)
+
+
+class Commands(TyperGroup):
+    """All commands, none of them imported."""
+
+    def __init__(self, **settings: Any) -> None:
+        deferred = {name: Deferred(name, help=line) for name, line in COMMANDS.items()}
+        super().__init__(**{**settings, "commands": deferred})
+
+    def get_params(self, ctx: Any) -> Any:
+        """All switches, False by default: Typer has None for its own, and imports pydantic (0.1 s) to read that."""
+        switches = super().get_params(ctx)
+        for switch in switches:
+            switch.default = switch.default or False
+        return switches
+
 
 app = typer.Typer(
     name="specdec",
@@ -32,9 +65,8 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
+    cls=Commands,
 )
-for command in COMMANDS:
-    app.command()(command)
 
 
 def _version(wanted: bool) -> None:
@@ -58,14 +90,16 @@ def main() -> None:
         code = app(standalone_mode=False)
     except SpecdecError as error:
         _trace_if_wanted()
-        output.error(error.message, error.hint)
+        _tell(error.message, error.hint)
         code = exit_code(error)
     except KeyboardInterrupt:
         code = ExitCode.INTERRUPTED
     except OSError as error:
         _trace_if_wanted()
         what = f"reading or writing {error.filename}" if error.filename else "writing the output"
-        output.error(f"{what} failed: {reason(error)}", "check the path and the free space")
+        _tell(f"{what} failed: {reason(error)}", "check the path and the free space")
+        from specdec_cli import output
+
         output.silence_stdout()
         code = ExitCode.FAILED
     except Exception as error:
@@ -77,15 +111,21 @@ def _unforeseen(error: Exception) -> int:
     if hasattr(error, "format_message"):  # Typer's own: an unknown option, a word where a number belongs
         said = error.format_message().rstrip(".")
         if said:  # empty for a bare `specdec`, which has printed its help
-            command = next((f" {word}" for word in sys.argv[1:2] if word in {c.__name__ for c in COMMANDS}), "")
+            command = next((f" {word}" for word in sys.argv[1:2] if word in COMMANDS), "")
             hint = f"specdec{command} --help lists what there is"
             if "unexpected extra argument" in said:
                 hint = "put a prompt in quotes; " + hint
-            output.error(said + _typed_value(error, said), hint)
+            _tell(said + _typed_value(error, said), hint)
         return int(getattr(error, "exit_code", ExitCode.USAGE))
     _trace_if_wanted()
-    output.error(f"{type(error).__name__}: {error}", "this is a bug in specdec; --debug shows where")
+    _tell(f"{type(error).__name__}: {error}", "this is a bug in specdec; --debug shows where")
     return ExitCode.FAILED
+
+
+def _tell(message: str, hint: str) -> None:
+    from specdec_cli import output  # imports rich, which `--version` and completion do without
+
+    output.error(message, hint)
 
 
 def _typed_value(error: Exception, said: str) -> str:
@@ -97,4 +137,6 @@ def _typed_value(error: Exception, said: str) -> str:
 
 def _trace_if_wanted() -> None:
     if "--debug" in sys.argv or os.environ.get("SPECDEC_DEBUG"):
-        traceback.print_exc()
+        from traceback import print_exc
+
+        print_exc()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -21,6 +22,12 @@ from hypothesis import settings
 from specdec_engine.builtin import builtin_gguf
 from specdec_engine.errors import ModelUnavailable
 from tests import fakes
+
+# Started with signals ignored, as by nohup or a shell's &, these tests go on ignoring them, and what they start does not:
+# ignoring is inherited, a handler is not.
+for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
 
 # In CI the same examples each time: a rare find belongs to whoever runs the tests by hand, not to an unrelated change.
 settings.register_profile("ci", derandomize=True)

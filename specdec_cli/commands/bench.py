@@ -15,13 +15,12 @@ import typer
 
 from specdec_cli import options as opt
 from specdec_cli import output, tables
-from specdec_cli.commands.generate import interruptible, quieten
 from specdec_cli.exits import ExitCode
 from specdec_cli.options import QUANTIZED
+from specdec_cli.startup import interruptible, quieten
 from specdec_engine.bench import report
 from specdec_engine.bench.plan import Arm, Cell, Plan, builtin_questions, chosen, ks_of, read_questions
 from specdec_engine.errors import OutOfMemory, UsageError
-from specdec_engine.machine import cpu_name, gpu_driver
 from specdec_engine.types import Sampling
 
 if TYPE_CHECKING:
@@ -297,6 +296,8 @@ def _followed(cells: Sequence[Cell], plan: Plan) -> Iterator[Cell]:
 
 
 def _machine(bandwidth: float | None) -> dict[str, Any]:
+    from specdec_engine.machine import cpu_name, gpu_driver
+
     return {
         "bandwidth_bytes_per_second": bandwidth,
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,

@@ -10,8 +10,8 @@ import typer
 
 from specdec_cli import options as opt
 from specdec_cli import output
-from specdec_cli.commands.generate import quieten
 from specdec_cli.exits import ExitCode
+from specdec_cli.startup import quieten
 
 _MARKS = {"ok": "✓", "note": "·", "bad": "×"}
 

@@ -11,8 +11,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from specdec_cli import options as opt
 from specdec_cli import output
-from specdec_cli.commands.generate import interruptible, quieten
 from specdec_cli.exits import ExitCode
+from specdec_cli.startup import interruptible, quieten
 from specdec_engine.errors import UsageError
 
 if TYPE_CHECKING:

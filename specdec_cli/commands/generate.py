@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import gc
-import logging
-import os
-import signal
-import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
@@ -18,6 +14,7 @@ from specdec_cli import options as opt
 from specdec_cli import output, profiles
 from specdec_cli.exits import ExitCode
 from specdec_cli.prompts import read_prompt
+from specdec_cli.startup import interruptible, quieten
 from specdec_cli.tables import threads
 from specdec_engine.control import Controls
 from specdec_engine.errors import SpecdecError, TraceError, UsageError
@@ -190,33 +187,3 @@ def _state(pair: Pair, summary: Summary, k: int | Literal["auto"], controls: Con
     found = "" if summary.drafted else ", which proposed nothing"
     chosen = "" if named else " as none was named"
     return f"speculation on: {pair.drafter.name}{chosen}, k {k}{found} · {where}"
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Until the block ends Ctrl-C leaves at once: there is nothing to keep yet.
-
-    Not by KeyboardInterrupt: in the middle of torch's import that aborts the process (exit 134) or is swallowed.
-    """
-
-    def leave(number: int, frame: object) -> None:
-        output.interrupted()
-        os._exit(ExitCode.INTERRUPTED)
-
-    usual = signal.signal(signal.SIGINT, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, usual)
-
-
-def quieten(offline: bool, debug: bool) -> None:
-    """Before transformers is imported: its own bars and warnings would tear our lines apart."""
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = os.environ["TQDM_DISABLE"] = "1"
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"
-    if not debug:
-        logging.getLogger("accelerate").setLevel(logging.ERROR)
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        warnings.simplefilter("ignore")

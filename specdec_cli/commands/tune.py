@@ -14,7 +14,7 @@ import typer
 
 from specdec_cli import options as opt
 from specdec_cli import output, profiles
-from specdec_cli.commands.generate import interruptible, quieten
+from specdec_cli.startup import interruptible, quieten
 from specdec_cli.tables import one_line, threads
 from specdec_engine.bench.figures import FEWEST
 from specdec_engine.bench.plan import Question, builtin_questions, chosen, read_questions

@@ -14,10 +14,10 @@ from platformdirs import user_log_path
 
 from specdec_cli import options as opt
 from specdec_cli import output, profiles
-from specdec_cli.commands.generate import quieten
 from specdec_cli.commands.replay import replay
 from specdec_cli.exits import ExitCode
 from specdec_cli.prompts import read_prompt
+from specdec_cli.startup import quieten
 from specdec_engine.control import Controls
 from specdec_engine.errors import UsageError
 from specdec_engine.stopping import Stop

@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+
+from specdec_cli.main import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "accelerate", "gguf", "huggingface_hub")
 
 
-def imported_by(code: str) -> set[str]:
+def modules_after(code: str, **variables: str) -> set[str]:
+    """Of a fresh interpreter that has run this."""
     paths = [str(ROOT), str(ROOT / "engine"), str(ROOT / "tui")]
     script = f"import sys; sys.path[:0] = {paths!r}\n{code}\nprint(*sys.modules, file=sys.stderr)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, **variables}
+    )
     assert done.returncode == 0, done.stderr
-    return {name.split(".")[0] for name in done.stderr.split()}
+    return set(done.stderr.split())
 
 
-@pytest.mark.parametrize(
-    "argv",
-    [["--help"], ["generate", "--help"], ["--version"], ["generate"], ["generate", "x", "-k", "-1"]],
-    ids=" ".join,
-)
-def test_help_and_usage_errors_load_no_model_library(argv):
-    code = f"""
+def imported_by(code: str) -> set[str]:
+    return {name.split(".")[0] for name in modules_after(code)}
+
+
+def running(*argv: str) -> str:
+    return f"""
 import sys
 from specdec_cli.main import main
 sys.argv, sys.stdin = ["specdec", *{argv!r}], open("/dev/null")
@@ -35,7 +42,62 @@ try:
 except SystemExit:
     pass
 """
-    assert not imported_by(code) & set(HEAVY)
+
+
+def completing(*words: str) -> dict[str, str]:
+    """What bash sets for a Tab behind the last word."""
+    line = " ".join(["specdec", *words])
+    return {"_SPECDEC_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words))}
+
+
+def ours(modules: set[str]) -> set[str]:
+    return {name for name in modules if name.startswith("specdec_")}
+
+
+PROGRAM = {"specdec_cli", "specdec_cli.main", "specdec_cli.exits", "specdec_engine", "specdec_engine.errors"}
+"""What every start imports of ours."""
+
+
+@pytest.mark.parametrize("argv", [["--version"], ["--help"], ["--show-completion", "bash"]], ids=" ".join)
+def test_what_is_said_of_the_program_imports_no_command(argv):
+    found = modules_after(running(*argv))
+    assert ours(found) == PROGRAM
+    assert "pydantic" not in found
+    assert ("rich" in found) == (argv == ["--help"])
+
+
+@pytest.mark.parametrize("word", ["", "ge", "--"])
+def test_completing_a_command_s_name_imports_none(word):
+    found = modules_after(running(), **completing(word))
+    assert ours(found) == PROGRAM
+    assert not found & {"rich", "pydantic"}
+
+
+def test_completing_an_option_and_help_import_that_command_alone():
+    for code, variables in ((running(), completing("check", "--dr")), (running("check", "--help"), {})):
+        found = ours(modules_after(code, **variables))
+        assert {name for name in found if name.startswith("specdec_cli.commands.")} == {"specdec_cli.commands.check"}
+        assert not any(name.startswith("specdec_tui") for name in found)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_list_of_commands_says_what_their_docstrings_say(name):
+    documented = inspect.getdoc(getattr(import_module(f"specdec_cli.commands.{name}"), name))
+    assert documented.split("\n\n")[0] == COMMANDS[name]
+
+
+def test_every_command_is_in_the_list():
+    files = (ROOT / "specdec_cli" / "commands").glob("*.py")
+    assert {file.stem for file in files} - {"__init__"} == COMMANDS.keys()
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["--help"], ["generate", "--help"], ["--version"], ["generate"], ["generate", "x", "-k", "-1"]],
+    ids=" ".join,
+)
+def test_help_and_usage_errors_load_no_model_library(argv):
+    assert not imported_by(running(*argv)) & set(HEAVY)
 
 
 @pytest.mark.parametrize(

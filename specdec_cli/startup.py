@@ -1,0 +1,43 @@
+"""What a command does before it imports torch and transformers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from specdec_cli import output
+from specdec_cli.exits import ExitCode
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Until the block ends Ctrl-C leaves at once: there is nothing to keep yet.
+
+    Not by KeyboardInterrupt: in the middle of torch's import that aborts the process (exit 134) or is swallowed.
+    """
+
+    def leave(number: int, frame: object) -> None:
+        output.interrupted()
+        os._exit(ExitCode.INTERRUPTED)
+
+    usual = signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+def quieten(offline: bool, debug: bool) -> None:
+    """Before transformers is imported: its own bars and warnings would tear our lines apart."""
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = os.environ["TQDM_DISABLE"] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    if not debug:
+        logging.getLogger("accelerate").setLevel(logging.ERROR)
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        warnings.simplefilter("ignore")
