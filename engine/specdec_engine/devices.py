@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 
 from specdec_engine.errors import UsageError
-from specdec_engine.runtime.linear import Packing, kernels_available
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -54,34 +50,13 @@ def _compute(device: torch.device) -> None:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """bfloat16 for `auto` where the device computes in it, else float16 on a GPU and float32 on a CPU."""
+    """For `auto` bfloat16 where a GPU computes in it, else float16. A CPU's is measured (`runtime.arithmetic`).
+
+    Raises UsageError for a name that is none."""
     if name != "auto":
         if name not in DTYPES:
             raise UsageError(f"dtype {name!r} is unknown", f"choose auto, {', '.join(DTYPES)}")
         return DTYPES[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device.type == "cpu":
-        return torch.bfloat16 if _cpu_computes_bfloat16() else torch.float32
     return torch.float16
-
-
-def packed_dtype(quantize: Packing, dtype: str, device: torch.device, keeps: bool) -> torch.dtype | None:
-    """bfloat16, the packed kernels' own, if weights are to be packed or (`keeps`) to stay so; None if they are not, or
-    cannot.
-
-    Raises UsageError where int8 or int4 is asked for and cannot be done.
-    """
-    can = device.type == "cpu" and kernels_available() and dtype in ("auto", "bfloat16")
-    if quantize in ("int8", "int4") and not can:
-        raise UsageError(
-            f"weights cannot be packed to {quantize} on {device} in dtype {dtype}",
-            "packed weights run on an x86 CPU with AVX-512, in bfloat16; leave out --quantize and --draft-quantize",
-        )
-    return torch.bfloat16 if can and (keeps or quantize in ("int8", "int4")) else None
-
-
-def _cpu_computes_bfloat16() -> bool:
-    """Without the instructions bfloat16 is emulated, and slower than float32."""
-    known: Mapping[str, Any] = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(known.get("avx512_bf16") or known.get("amx_bf16") or known.get("bf16"))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -20,9 +19,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from platformdirs import user_cache_path
-
 from specdec_engine.errors import ModelUnavailable, reason
+from specdec_engine.folders import cache_folder
 from specdec_engine.progress import Progress, Report
 
 if TYPE_CHECKING:
@@ -38,11 +36,6 @@ _INTERLEAVED = ("llama",)
 """GGUF architectures whose query and key rows are stored as llama.cpp rotates them: in pairs."""
 _MEMBERS = ("llama", "qwen2", "qwen3")
 """Those whose tensors have Hugging Face names one to one. Others are left to transformers."""
-
-
-def cache_folder() -> Path:
-    """Where our files live: $SPECDEC_CACHE, or the platform's cache folder for this user."""
-    return Path(os.environ["SPECDEC_CACHE"]) if os.environ.get("SPECDEC_CACHE") else user_cache_path("specdec")
 
 
 def beside(gguf: Path, name: str, report: Report) -> Path:

@@ -16,13 +16,14 @@ import torch
 
 from specdec_engine import gguf_files
 from specdec_engine.context import context_limit
-from specdec_engine.devices import packed_dtype, pick_device, pick_dtype
+from specdec_engine.devices import pick_device
 from specdec_engine.draft_files import read_draft
 from specdec_engine.errors import ModelUnavailable, OutOfMemory, SpecdecError, UsageError
 from specdec_engine.memory import Need, check_fits, estimate, free_bytes, kept_bytes, kv_bytes, ran_out
 from specdec_engine.pretrained import DeviceMap, generation_config, load_config, load_tokenizer, load_weights, stop_ids
 from specdec_engine.progress import Progress, Report, silent
 from specdec_engine.runtime import Runtime
+from specdec_engine.runtime.arithmetic import Arithmetic, Matrices, choose
 from specdec_engine.runtime.blocks import cache_dtype
 from specdec_engine.runtime.decoder import Decoder
 from specdec_engine.runtime.graphs import CudaRecorder, GraphRuntime, span_for
@@ -49,7 +50,7 @@ class LoadOptions:
     runtime: RuntimeName = "auto"
     """How forwards are run: auto chooses the fastest that computes this model exactly."""
     quantize: Packing = "auto"
-    """auto (Q4_0, Q4_1, Q4_K and Q8_0 of a GGUF stay packed), none (unpacked), int8 or int4 (pack the target's); on a CPU."""
+    """auto (four to eight bits of a GGUF stay packed), none (unpacked), int8 or int4 (pack the target's); on a CPU."""
     draft_quantize: Quantize = "auto"
     """The same for a draft model, of which auto packs dense weights too, in 8 bits (`light`): what it proposes is tested."""
     threads: Threads = None
@@ -105,8 +106,13 @@ class Candidate:
     tokenizer: Any
     need: Need
     device: torch.device
-    dtype: torch.dtype
+    arithmetic: Arithmetic
     options: LoadOptions
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations."""
+        return self.arithmetic.dtype if isinstance(self.shape, Shape) else self.arithmetic.weights
 
     @property
     def vocab(self) -> int:
@@ -144,8 +150,9 @@ class Candidate:
             return self._generic(placement, str(reason))
 
     def _lean(self, shape: Shape) -> Loaded:
-        packing = _packing(self.options, self.dtype, self.device)
-        decoder = Decoder(shape, self._weights(), self.dtype, self.device, packing)
+        packing = _packing(self.options, self.arithmetic)
+        dtype, kernels = self.arithmetic.dtype, self.arithmetic.kernels
+        decoder = Decoder(shape, self._weights(), dtype, self.device, packing, kernels=kernels)
         limit, tokens = context_limit(self.config), self.options.tokens
         runtime: Runtime
         if self.device.type == "cuda" and self.options.runtime != "lean":
@@ -158,9 +165,9 @@ class Candidate:
         from specdec_engine.runtime.generic import GenericRuntime  # its imports take 2 s
 
         model = load_weights(
-            self.path, self.folder, self._gguf_state, self.dtype, placement, self.options.trust_remote_code
+            self.path, self.folder, self._gguf_state, self.arithmetic.weights, placement, self.options.trust_remote_code
         )
-        form = str(self.dtype).removeprefix("torch.")
+        form = str(self.arithmetic.weights).removeprefix("torch.")
         spread = getattr(model, "hf_device_map", None) is not None  # not so where there is but one device
         runtime: Runtime = GenericRuntime(model, self.name)
         if self.device.type == "cuda" and not spread and self.options.runtime != "generic":
@@ -248,28 +255,31 @@ def find_model(name: str, options: LoadOptions) -> Candidate:
         found = gguf_files.entries(folder) if path.is_file() else {}
         config: Any = gguf_files.plain_config(folder) if found else load_config(folder, options.trust_remote_code)
         shape = lean_shape(config, options, device)
-        stays = (
-            isinstance(shape, Shape)
-            and options.quantize in ("auto", "light")
-            and any(e.kind in PACKED for e in found.values())
-        )
-        dtype = packed_dtype(options.quantize, options.dtype, device, stays) or pick_dtype(options.dtype, device)
-        need = _need(path, found, config, shape, dtype, device, options)
+        packed = any(e.kind in PACKED for e in found.values())
+        matrices = _matrices(config, packed, isinstance(shape, Shape))
+        arithmetic = choose(matrices, options.dtype, options.quantize, device)
+        need = _need(path, found, config, shape, arithmetic, device, options)
         if isinstance(_placement(name, need, device, options), str):
             shape = Unsupported(_SPREAD)
         if isinstance(shape, Unsupported):
             _check_rollback(load_config(folder, options.trust_remote_code), name)
         tokenizer = load_tokenizer(folder, options.trust_remote_code)
-    return Candidate(name, path, folder, config, shape, tokenizer, need, device, dtype, options)
+    return Candidate(name, path, folder, config, shape, tokenizer, need, device, arithmetic, options)
 
 
 _SPREAD = "it is spread over devices"
 
 
-def _packing(options: LoadOptions, dtype: torch.dtype, device: torch.device) -> Packing:
-    """What was asked for, or `none` where no weights can be kept packed."""
-    packs = packed_dtype("auto", str(dtype).removeprefix("torch."), device, keeps=True) is not None
-    return options.quantize if packs else "none"
+def _packing(options: LoadOptions, arithmetic: Arithmetic) -> Packing:
+    """What was asked for, or `none` where no weights are packed."""
+    return options.quantize if arithmetic.packs else "none"
+
+
+def _matrices(config: Any, packed: bool, lean: bool) -> Matrices:
+    """By the projection into the feed-forward network, half of most models' weights."""
+    text = config.get_text_config()
+    hidden = int(getattr(text, "hidden_size", 0) or 1024)
+    return Matrices(2 * int(getattr(text, "intermediate_size", 0) or 4 * hidden), hidden, packed, lean)
 
 
 def _check_rollback(config: Any, name: str) -> None:
@@ -284,18 +294,19 @@ def _need(
     found: Mapping[str, Entry],
     config: Any,
     shape: Shape | Unsupported,
-    dtype: torch.dtype,
+    arithmetic: Arithmetic,
     device: torch.device,
     options: LoadOptions,
 ) -> Need:
     """Weights in the form they will be kept in, and the cache in its own dtype and size."""
     quantize: Packing
+    dtype = arithmetic.weights
     if isinstance(shape, Unsupported):
         quantize, cache = "none", kv_bytes(config, dtype, options.tokens)
     else:
         tokens = span_for(options.tokens) if device.type == "cuda" else options.tokens
-        quantize = _packing(options, dtype, device)
-        cache = tokens * shape.kv_values * cache_dtype(dtype, device).itemsize
+        quantize = _packing(options, arithmetic)
+        cache = tokens * shape.kv_values * cache_dtype(arithmetic.dtype, device).itemsize
     if not found:
         return estimate(weight_files(path), config, dtype, cache, quantize)
     return Need(sum(kept_bytes(name, entry, dtype, quantize) for name, entry in found.items()), cache)

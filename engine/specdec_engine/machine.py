@@ -28,11 +28,21 @@ def usable_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
 
 def cpu_name() -> str | None:
     """Its model, where the system tells."""
+    return _cpu_entry("model name") or platform.processor() or None
+
+
+def cpu_flags() -> str:
+    """Its instruction sets as Linux lists them, in order; empty where it does not."""
+    return " ".join(sorted((_cpu_entry("flags") or _cpu_entry("Features") or "").split()))
+
+
+def _cpu_entry(name: str) -> str | None:
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     except OSError:
-        return platform.processor() or None
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
+        return None
+    entries = (line.split(":", 1) for line in lines if ":" in line)
+    return next((value.strip() for key, value in entries if key.strip() == name), None)
 
 
 def gpu_driver() -> str | None:

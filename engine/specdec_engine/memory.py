@@ -42,18 +42,19 @@ def estimate(files: Sequence[Path], config: Any, dtype: torch.dtype, cache: int,
     return Need(int(numbers * PACKED_BYTES.get(quantize, dtype.itemsize)), cache)
 
 
-PACKED_BYTES: dict[Packing, float] = {"int4": 0.7, "int8": 1.1, "light": 1.6}
-"""A number's bytes in each form, scales included, and a little for the head, which stays dense; a `light` one is packed
-beside the table of embeddings, a quarter of a small model."""
+PACKED_BYTES: dict[Packing, float] = {"int4": 0.7, "int8": 1.15, "light": 1.6}
+"""A number's bytes in each form, scales included, and a little for the head; a `light` one is packed beside the table of
+embeddings, a quarter of a small model."""
 
 
 def kept_bytes(name: str, entry: Entry, dtype: torch.dtype, quantize: Packing) -> int:
-    """What a GGUF's tensor takes once loaded: packed, a fifth more than in the file; else one `dtype` a number."""
-    if dtype == torch.bfloat16 and name not in ("lm_head.weight", "model.embed_tokens.weight"):
-        if quantize in ("auto", "light") and entry.kind in PACKED:
-            return int(entry.size * 1.2)
-        return int(prod(entry.shape) * PACKED_BYTES.get(quantize, dtype.itemsize))
-    return prod(entry.shape) * dtype.itemsize
+    """What a GGUF's tensor takes once loaded: packed, its bits and the constants of its groups; else one `dtype` a number."""
+    numbers = prod(entry.shape)
+    if quantize == "none" or len(entry.shape) == 1:
+        return numbers * dtype.itemsize
+    if quantize in ("auto", "light") and entry.kind in PACKED:
+        return int(numbers * (0.625 if entry.kind.startswith("Q4") else 1.25))
+    return int(numbers * PACKED_BYTES.get(quantize, dtype.itemsize))
 
 
 def peak_bytes(device: torch.device) -> int | None:

@@ -17,7 +17,7 @@ import specdec_engine
 from specdec_engine.acceptance import RULES, SyntheticRule
 from specdec_engine.auto import AutoK
 from specdec_engine.control import Controls
-from specdec_engine.devices import idle_gpu
+from specdec_engine.devices import idle_gpu, pick_device
 from specdec_engine.draft_files import read_draft
 from specdec_engine.drafters import build_drafter
 from specdec_engine.drafters.base import Drafter, DraftHost, LoadedDraft, Part
@@ -154,8 +154,8 @@ class Loader:
     def __init__(self, target: str, options: LoadOptions | None = None) -> None:
         """Raises the errors of `find_model`."""
         self.options = options or LoadOptions()
+        set_threads(self.options.threads, pick_device(self.options.device))  # first: forms are measured on so many
         self.found = find_model(target, self.options)
-        set_threads(self.options.threads, self.found.device)
         if read_draft(self.found.path) is not None:
             raise UsageError(f"{target} is a draft, made for another target", "give it to --draft")
         self.target = cache(self.found.load)

@@ -17,27 +17,41 @@ from safetensors import safe_open
 from torch import Tensor
 
 GROUP = 32
-"""Weights along K that share a scale: GGUF's block, and the finest that the int4 kernel takes."""
+"""Weights along K that share a scale: GGUF's block, and the finest that torch's int4 kernel takes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Grouped:
-    """Packed weights as they lie in a file: w = q · scale + offset, per group of 32 along K."""
+    """Packed weights as they lie in a file: w = q · scale + offset, per group of 32 (Q6_K: 16) along K."""
 
     q: Tensor
     """[N, K] int8: 0 to 15 for 4 bits, -128 to 127 for 8."""
     scale: Tensor
-    """[N, K / 32] float32."""
+    """[N, K / group] float32."""
     offset: Tensor | None
-    """[N, K / 32] float32; None for 8 bits, which are symmetric."""
+    """[N, K / group] float32; None where the weights lie around 0."""
+    bits: int = 4
+
+    @property
+    def group(self) -> int:
+        return self.q.shape[1] // self.scale.shape[1]
+
+    @property
+    def layout(self) -> tuple[int, int, bool]:
+        """Matrices that can be stacked have the same."""
+        return self.bits, self.group, self.offset is not None
 
     def rows(self, order: Tensor) -> Grouped:
         offset = None if self.offset is None else self.offset.index_select(0, order)
-        return Grouped(self.q.index_select(0, order), self.scale.index_select(0, order), offset)
+        return Grouped(self.q.index_select(0, order), self.scale.index_select(0, order), offset, self.bits)
+
+    def dense_rows(self, order: Tensor) -> Tensor:
+        """[n] -> [n, K] float32."""
+        return self.rows(order).dense()
 
     def dense(self) -> Tensor:
         """[N, K] float32."""
-        blocks = self.q.view(*self.scale.shape, GROUP) * self.scale[..., None]
+        blocks = self.q.view(*self.scale.shape, self.group) * self.scale[..., None]
         if self.offset is not None:
             blocks += self.offset[..., None]
         return blocks.flatten(1)
@@ -54,7 +68,7 @@ class Weights(Protocol):
         ...
 
     def stored(self, name: str) -> Tensor | Grouped:
-        """As stored: packed, where its format is one that the int4 kernel multiplies."""
+        """As stored: packed, where its format is one that is multiplied packed."""
         ...
 
 
@@ -92,7 +106,7 @@ class Entry:
 
 
 class GgufWeights:
-    """A GGUF file, read in place: Q4_0, Q4_1, Q4_K and Q8_0 stay packed, the rest is dequantised by the gguf library."""
+    """A GGUF file, read in place: four to eight bits stay packed, the rest is dequantised by the gguf library."""
 
     def __init__(self, file: Path, entries: dict[str, Entry]) -> None:
         self._bytes = np.memmap(file, np.uint8, "r")
@@ -154,24 +168,69 @@ def _q4_1(raw: np.ndarray, shape: Sequence[int]) -> Grouped:
 def _q8_0(raw: np.ndarray, shape: Sequence[int]) -> Grouped:
     head, body = _blocks(raw, shape, 1, GROUP)
     q = np.ascontiguousarray(body).view(np.int8).reshape(tuple(shape))
-    return Grouped(torch.from_numpy(q), torch.from_numpy(head[..., 0]), None)
+    return Grouped(torch.from_numpy(q), torch.from_numpy(head[..., 0]), None, bits=8)
+
+
+def _fifth_bits(packed: np.ndarray, body: np.ndarray) -> np.ndarray:
+    """[..., 4] and [..., 16] bytes -> [..., 32]: bit i of the first belongs to weight i."""
+    high = np.unpackbits(packed, axis=-1, bitorder="little")
+    q: np.ndarray = np.concatenate([body & 15, body >> 4], -1) | high << 4
+    return q
+
+
+def _q5_0(raw: np.ndarray, shape: Sequence[int]) -> Grouped:
+    head, body = _blocks(raw, shape, 1, 20)
+    q = _fifth_bits(body[..., :4], body[..., 4:]).astype(np.int8) - 16
+    return Grouped(torch.from_numpy(q.reshape(tuple(shape))), torch.from_numpy(head[..., 0]), None, bits=8)
+
+
+def _q5_1(raw: np.ndarray, shape: Sequence[int]) -> Grouped:
+    head, body = _blocks(raw, shape, 2, 20)
+    q = torch.from_numpy(_fifth_bits(body[..., :4], body[..., 4:]).astype(np.int8).reshape(tuple(shape)))
+    return Grouped(q, torch.from_numpy(head[..., 0]), torch.from_numpy(head[..., 1]), bits=8)
+
+
+def _k_constants(blocks: np.ndarray, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Scales and offsets [N, K / 32] of Q4_K and Q5_K: w = d · scale · q - dmin · minimum, with 6 bits of either a group."""
+    d, dmin = blocks[:, :4].copy().view(np.float16).astype(np.float32).T[..., None]  # [blocks, 1] each
+    low, high, rest = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
+    scales = np.concatenate([low & 63, (rest & 15) | (low >> 6) << 4], 1)
+    minima = np.concatenate([high & 63, (rest >> 4) | (high >> 6) << 4], 1)
+    groups = (shape[0], shape[1] // GROUP)
+    return torch.from_numpy((d * scales).reshape(groups)), torch.from_numpy((-dmin * minima).reshape(groups))
+
+
+def _k_nibbles(body: np.ndarray) -> np.ndarray:
+    """[blocks, 128] bytes -> [blocks, 8, 32]: low halves are one group of 32, high ones the next."""
+    body = body.reshape(-1, 4, 32)
+    groups: np.ndarray = np.stack([body & 15, body >> 4], 2).reshape(-1, 8, 32)
+    return groups
 
 
 def _q4_k(raw: np.ndarray, shape: Sequence[int]) -> Grouped:
-    """256 weights a block: d and dmin, a 6-bit scale and minimum for each 32; w = d · scale · q - dmin · minimum."""
     blocks = raw.reshape(-1, 144)
-    d, dmin = blocks[:, :4].copy().view(np.float16).astype(np.float32).T[..., None]  # [blocks, 1] each
-    packed, body = blocks[:, 4:16], blocks[:, 16:].reshape(-1, 4, 32)
-    low, high, rest = packed[:, :4], packed[:, 4:8], packed[:, 8:]
-    scales = np.concatenate([low & 63, (rest & 15) | (low >> 6) << 4], 1)
-    minima = np.concatenate([high & 63, (rest >> 4) | (high >> 6) << 4], 1)
-    q = np.stack([body & 15, body >> 4], 2)  # [blocks, 4, 2, 32]: low halves are one group of 32, high ones the next
-    groups = (shape[0], shape[1] // GROUP)
-    return Grouped(
-        torch.from_numpy(q.astype(np.int8).reshape(tuple(shape))),
-        torch.from_numpy((d * scales).reshape(groups)),
-        torch.from_numpy((-dmin * minima).reshape(groups)),
-    )
+    q = _k_nibbles(blocks[:, 16:]).astype(np.int8).reshape(tuple(shape))
+    return Grouped(torch.from_numpy(q), *_k_constants(blocks, shape))
+
+
+def _q5_k(raw: np.ndarray, shape: Sequence[int]) -> Grouped:
+    """Bit g of a block's i-th byte of high bits belongs to weight i of group g."""
+    blocks = raw.reshape(-1, 176)
+    high = np.unpackbits(blocks[:, 16:48, None], axis=-1, bitorder="little").transpose(0, 2, 1)
+    q = (_k_nibbles(blocks[:, 48:]) | high << 4).astype(np.int8).reshape(tuple(shape))
+    return Grouped(torch.from_numpy(q), *_k_constants(blocks, shape), bits=8)
+
+
+def _q6_k(raw: np.ndarray, shape: Sequence[int]) -> Grouped:
+    """256 weights a block in groups of 16: w = d · scale · (q - 32), scale a signed byte."""
+    blocks = raw.reshape(-1, 210)
+    low, high = blocks[:, :128].reshape(-1, 2, 64), blocks[:, 128:192].reshape(-1, 2, 32)
+    four = np.concatenate([low & 15, low >> 4], -1).reshape(-1, 2, 4, 32)
+    two = np.stack([high & 3, high >> 2 & 3, high >> 4 & 3, high >> 6], 2)
+    q = (four | two << 4).astype(np.int8) - 32
+    scales = blocks[:, 192:208].view(np.int8) * blocks[:, 208:].copy().view(np.float16).astype(np.float32)
+    grouped = torch.from_numpy(scales.reshape(shape[0], shape[1] // 16))
+    return Grouped(torch.from_numpy(q.reshape(tuple(shape))), grouped, None, bits=8)
 
 
 _PLAIN = {
@@ -179,6 +238,15 @@ _PLAIN = {
     "F16": (np.float16, torch.float16),
     "BF16": (np.int16, torch.bfloat16),
 }
-_UNPACK = {"Q4_0": _q4_0, "Q4_1": _q4_1, "Q4_K": _q4_k, "Q8_0": _q8_0}
+_UNPACK = {
+    "Q4_0": _q4_0,
+    "Q4_1": _q4_1,
+    "Q4_K": _q4_k,
+    "Q5_0": _q5_0,
+    "Q5_1": _q5_1,
+    "Q5_K": _q5_k,
+    "Q6_K": _q6_k,
+    "Q8_0": _q8_0,
+}
 PACKED = frozenset(_UNPACK)
 """GGUF formats that stay packed."""

@@ -75,7 +75,7 @@ def test_a_head_drafts_on_a_gpu_as_on_a_cpu(tmp_path):
     model = tiny_llama()
     draft = read_draft(save_head_draft(tmp_path / "head", model, byte_tokenizer()))
     table = model.get_output_embeddings().weight.detach()
-    embedding = Embedding(model.get_input_embeddings().weight.detach(), CPU, torch.float32)
+    embedding = Embedding(model.get_input_embeddings().weight.detach())
     said = []
     for ops in (None, TORCH):
         args = (

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from specdec_engine.choose import DraftChoice, Following, draft_numbers
-from specdec_engine.devices import packed_dtype
 from specdec_engine.draft_files import builtin_draft, head_weights, inverse, read_draft
 from specdec_engine.drafters.base import DraftHost, Part, nothing
 from specdec_engine.errors import ModelUnavailable, PairIncompatible, UsageError
 from specdec_engine.randomness import Randomness
+from specdec_engine.runtime.arithmetic import refuse_packing
 from specdec_engine.runtime.decoder import Decoder
 from specdec_engine.runtime.head import HeadForward, HeadRuntime, check_weights, head_shape
 from specdec_engine.runtime.lean import LeanRuntime
@@ -116,8 +116,8 @@ def build(argument: str, host: DraftHost) -> HeadDrafter:
             "leave out --runtime and --device-map, or choose another draft",
         )
     decoder, config = target.decoder, draft.config
-    dtype = str(decoder.dtype).removeprefix("torch.")
-    packed_dtype(host.draft_quantize, dtype, host.device, keeps=False)  # refuses what no kernel here multiplies
+    if host.draft_quantize in ("int8", "int4") and decoder.kernels is None:
+        refuse_packing(host.draft_quantize, str(decoder.dtype).removeprefix("torch."), host.device)
     try:
         shape = head_shape(config)
         if shape.hidden != decoder.shape.hidden or draft.taps[-1] >= decoder.shape.layers:
@@ -129,7 +129,9 @@ def build(argument: str, host: DraftHost) -> HeadDrafter:
         # Beside a packed target a dense head would be the dearer part: 1.9 ms a step against 1.2 in 4 bits.
         packed = host.draft_quantize == "auto" and "int4" in decoder.forms
         quantize = "int4" if packed else host.draft_quantize
-        forward = HeadForward(shape, weights, decoder.embedding, rows, decoder.dtype, host.device, quantize)
+        forward = HeadForward(
+            shape, weights, decoder.embedding, rows, decoder.dtype, host.device, quantize, kernels=decoder.kernels
+        )
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ModelUnavailable(f"the draft in {path} is damaged: {error}", "distill it again") from error
     try:
@@ -145,7 +147,7 @@ def build(argument: str, host: DraftHost) -> HeadDrafter:
         vocab=len(draft.ids),
         context=target.limit,
         runtime=target.name,
-        dtype=dtype,
+        dtype=str(decoder.dtype).removeprefix("torch."),
         weights=forward.forms,
         weight_bytes=int((sum(t.numel() for t in weights.values()) + rows.numel()) * _BYTES.get(forward.forms, 4)),
     )

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from specdec_engine.runtime.blocks import Blocks, Layer
 from specdec_engine.runtime.gpu import Ops
-from specdec_engine.runtime.linear import Packing, Projection, project
+from specdec_engine.runtime.linear import Packing, Projection, Rows, head_packing, project
+from specdec_engine.runtime.native import Kernels
 from specdec_engine.runtime.shape import Shape, Unsupported
 from specdec_engine.weights import Grouped, Weights
 
@@ -38,8 +39,9 @@ class Decoder(Blocks):
         device: torch.device,
         quantize: Packing,
         ops: Ops | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
-        """ops: see `Blocks`.
+        """ops: see `Blocks`; kernels: see `project`.
 
         Raises Unsupported if the checkpoint has tensors that this forward does not know, or lacks one.
         """
@@ -48,17 +50,15 @@ class Decoder(Blocks):
         if (factors := take.optional("rope_freqs.weight")) is not None:  # how GGUF keeps Llama 3's stretched rotation
             shape = replace(shape, frequencies=shape.frequencies / factors)
         super().__init__(shape, dtype, device, ops)
-        self.embedding = Embedding(take.stored("model.embed_tokens.weight"), device, dtype)
-        self.layers = [self._layer(take, i, (dtype, device, quantize)) for i in range(shape.layers)]
+        self.kernels = kernels
+        table = _table(take.stored("model.embed_tokens.weight"), dtype, device)
+        self.layers = [self._layer(take, i, (dtype, device, quantize, kernels)) for i in range(shape.layers)]
         self.norm = self.norm_weight(take.dense("model.norm.weight"))
         tied = shape.tied and _same_head(weights)
-        # The head stays dense, also where its file has it in 8 bits: reordered bfloat16 takes 2.0 ms for one row as for
-        # eight, packed 1.8 for one and 7 for eight (49,152 x 576); and all logits pass through its rounding. Not so a
-        # draft's: it drafts a row at a time, and a small matrix takes oneDNN 0.34 ms where 0.19 are enough (6,144 x 256).
-        matrix = self.embedding.table if tied else take.dense("lm_head.weight")
-        matrix = take.dense("model.embed_tokens.weight") if matrix is None else matrix
-        self.head = project([matrix], None, dtype, device, "int8" if quantize == "light" else "none")
-        self.vocab = int(matrix.shape[0])
+        matrix = table if tied else take.stored("lm_head.weight")
+        self.head = project([matrix], None, dtype, device, head_packing(quantize, kernels), kernels)
+        self.embedding = Embedding(self.head if tied and isinstance(self.head, Rows) else table)
+        self.vocab = int(matrix.q.shape[0] if isinstance(matrix, Grouped) else matrix.shape[0])
         self.parameters = take.parameters
 
     def first(self, layers: int) -> Decoder:
@@ -98,7 +98,7 @@ class Decoder(Blocks):
         logits: Tensor = self.head(last[-rows:])
         return logits
 
-    def _layer(self, take: _Taker, i: int, to: tuple[torch.dtype, torch.device, Packing]) -> Layer:
+    def _layer(self, take: _Taker, i: int, to: _To) -> Layer:
         shape, at = self.shape, f"model.layers.{i}"
         attention, mlp = f"{at}.self_attn", f"{at}.mlp"
         paired = {"q_proj": _paired(shape.heads, shape.head_size), "k_proj": _paired(shape.kv_heads, shape.head_size)}
@@ -117,25 +117,22 @@ class Decoder(Blocks):
 
 
 class Embedding:
-    """Rows of the table on demand; on a CPU it stays as it is stored, packed or in a dtype of its own.
+    """Rows of the table on demand, [n] -> [n, hidden] float32.
 
-    On a GPU it is in the activations' dtype: then a tied head is the same tensor, not another half gigabyte of a 1B model.
+    A tied head is the same memory where the device allows it: on a GPU the table is in the activations' dtype, and kernels of
+    our own hand out the rows that they multiply.
     """
 
-    def __init__(self, stored: Tensor | Grouped, device: torch.device, dtype: torch.dtype) -> None:
-        self._packed = stored if isinstance(stored, Grouped) and device.type == "cpu" else None
-        self.table = None if self._packed is not None else _table(stored, dtype, device)
-        """[V, hidden], where it is dense: a tied head can share it."""
+    def __init__(self, table: Tensor | Rows) -> None:
+        self.table = table
 
-    def __call__(self, tokens: Tensor) -> Tensor:  # [n] -> [n, hidden] float32
-        if self._packed is not None:
-            return self._packed.rows(tokens).dense()
-        assert self.table is not None
-        return self.table[tokens].float()
+    def __call__(self, tokens: Tensor) -> Tensor:
+        return self.table[tokens].float() if isinstance(self.table, Tensor) else self.table.dense_rows(tokens)
 
 
-def _table(stored: Tensor | Grouped, dtype: torch.dtype, device: torch.device) -> Tensor:
-    if isinstance(stored, Tensor) and device.type == "cpu":
+def _table(stored: Tensor | Grouped, dtype: torch.dtype, device: torch.device) -> Tensor | Grouped:
+    """On a CPU as it is stored, packed or in a dtype of its own."""
+    if device.type == "cpu":
         return stored
     return (stored.dense() if isinstance(stored, Grouped) else stored).to(device, dtype)
 
@@ -146,6 +143,10 @@ def _paired(heads: int, size: int) -> Tensor:
     Scores are sums over a head's entries, so the same order for queries and keys changes nothing.
     """
     return torch.arange(heads * size).view(heads, 2, size // 2).transpose(1, 2).flatten()
+
+
+_To = tuple[torch.dtype, torch.device, Packing, Kernels | None]
+"""What `project` is told of every matrix."""
 
 
 class _Taker:
@@ -184,11 +185,11 @@ class _Taker:
         self,
         stem: str,
         parts: Sequence[str],
-        to: tuple[torch.dtype, torch.device, Packing],
+        to: _To,
         orders: dict[str, Tensor] | None = None,
     ) -> Projection:
         """The named matrices, stacked; rows in the order given for a part."""
-        dtype, device, quantize = to
+        dtype, device, quantize, kernels = to
         matrices, biases = [], []
         for part in parts:
             matrix, bias = self.stored(f"{stem}.{part}.weight"), self.bias(f"{stem}.{part}")
@@ -199,7 +200,7 @@ class _Taker:
             matrices.append(matrix)
             biases.append(bias)
         known = [bias for bias in biases if bias is not None]
-        return project(matrices, torch.cat(known) if known else None, dtype, device, quantize)
+        return project(matrices, torch.cat(known) if known else None, dtype, device, quantize, kernels)
 
 
 def _check_names(names: frozenset[str], shape: Shape) -> None:

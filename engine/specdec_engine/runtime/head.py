@@ -19,6 +19,7 @@ from specdec_engine.runtime.blocks import SPAN, Blocks, Layer, Norm
 from specdec_engine.runtime.decoder import Embedding
 from specdec_engine.runtime.gpu import Ops
 from specdec_engine.runtime.linear import Quantize, project
+from specdec_engine.runtime.native import Kernels
 from specdec_engine.runtime.shape import Shape
 
 
@@ -72,9 +73,10 @@ class HeadForward(Blocks):
         device: torch.device,
         quantize: Quantize,
         ops: Ops | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
         """weights: as `distill.head.Head` names them; rows [V', hidden]: the target's output matrix for the draft's ids; ops:
-        see `Blocks`."""
+        see `Blocks`; kernels: see `project`."""
         super().__init__(shape, dtype, device, ops)
 
         def matrix(name: str) -> Tensor:
@@ -85,22 +87,22 @@ class HeadForward(Blocks):
         self.layers = [
             Layer(
                 attention_norm=self.norm_weight(weights["state_norm"]),
-                qkv=project([matrix("qkv")], None, dtype, device, quantize),
+                qkv=project([matrix("qkv")], None, dtype, device, quantize, kernels),
                 q_norm=None,
                 k_norm=None,
-                out=project([matrix("out")], None, dtype, device, quantize),
+                out=project([matrix("out")], None, dtype, device, quantize, kernels),
                 mlp_norm=self.norm_weight(weights["mlp_norm"]),
-                gate_up=project([matrix("gate_up")], None, dtype, device, quantize),
-                down=project([matrix("down")], None, dtype, device, quantize),
+                gate_up=project([matrix("gate_up")], None, dtype, device, quantize, kernels),
+                down=project([matrix("down")], None, dtype, device, quantize, kernels),
                 window=shape.windows[0],
             )
         ]
         self._embedding_norm = self.norm_weight(weights["embedding_norm"])
         self._feature_norm = self.norm_weight(weights["feature_norm"])
-        self._fuse = project([matrix("fuse")], None, dtype, device, quantize)
+        self._fuse = project([matrix("fuse")], None, dtype, device, quantize, kernels)
         self._feature_norms = dict[int, Norm]()
         self._norm = self.norm_weight(weights["final_norm"])
-        self._head = project([rows.to(dtype)], None, dtype, device, quantize)
+        self._head = project([rows.to(dtype)], None, dtype, device, quantize, kernels)
 
     def fused(self, features: Tensor) -> Tensor:
         """[n, F, hidden] -> [n, hidden]: the states that the target leaves to these slots. Inside inference mode, as

@@ -1,20 +1,22 @@
-"""A weight matrix in the form in which this machine multiplies it fastest: dense, int8 or int4.
+"""A weight matrix in the form in which this machine multiplies it fastest: dense, or packed in 8 or 4 bits.
 
-All take x [n, K] and give [n, N]. On a CPU with AVX-512 every form gives a row the same bits whether it comes alone or among
-others (tested from 1 to 9 rows, torch 2.13), which keeps plain and speculative decoding together. A prompt's passes,
-of `WIDE` rows and more, are the same for both.
+All take x [n, K] and give [n, N]. Every form gives a row the same bits whether it comes alone or among others (tested from 1
+to 9 rows), but for torch's dense bfloat16 without AVX-512; this keeps plain and speculative decoding together. A prompt's
+passes, of `WIDE` rows and more, are the same for both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
-from typing import Literal, Protocol
+from itertools import groupby
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from specdec_engine.runtime.native import Kernels
 from specdec_engine.weights import GROUP, Grouped
 
 Quantize = Literal["auto", "none", "int8", "int4"]
@@ -33,6 +35,15 @@ class Projection(Protocol):
         ...
 
 
+@runtime_checkable
+class Rows(Protocol):
+    """**Protocol:** a matrix whose rows can be asked for, as an embedding does."""
+
+    def dense_rows(self, order: Tensor) -> Tensor:
+        """[n] -> [n, K] float32"""
+        ...
+
+
 class Dense:
     """Weights in the activations' dtype; on a CPU in oneDNN's own layout, where it has one.
 
@@ -43,7 +54,7 @@ class Dense:
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.form = str(weight.dtype).removeprefix("torch.")
         self._bias = bias
-        self._reordered = weight.device.type == "cpu" and _onednn_takes(weight.dtype)
+        self._reordered = weight.device.type == "cpu" and onednn_takes(weight.dtype)
         # The 1 is a hint at the usual number of rows; with 5 the result is the same and no faster.
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1) if self._reordered else weight
 
@@ -125,31 +136,148 @@ class Int4:
             yield weights.view(columns, n)
 
 
+class NativePacked:
+    """Weights in 4 or 8 bits on kernels of our own; activations and results are float32."""
+
+    def __init__(self, weight: Grouped, bias: Tensor | None, kernels: Kernels) -> None:
+        self.form = f"int{weight.bits}"
+        self._kernels = kernels
+        self._layout = weight.layout
+        self._rows, self._columns = weight.q.shape
+        self._words, self._constants = kernels.pack(weight)
+        self._bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        bits, group, offsets = self._layout
+        y = self._kernels.packed_multiply(x, self._rows, bits, group, self._words, self._constants, offsets)
+        return _biased(y, self._bias)
+
+    def dense_rows(self, order: Tensor) -> Tensor:
+        """[n] -> [n, K] float32: rows of the matrix, as an embedding that shares it wants them."""
+        bits, group, offsets = self._layout
+        lanes, per = self._kernels.lanes, 16 // bits
+        blocks = self._words.view(-1, self._columns // group, group // (2 * per), lanes, 2)
+        words = blocks[order // lanes, :, :, order % lanes].int()  # [n, groups, words a group, parities]
+        nibbles = torch.stack([words >> bits * t & (1 << bits) - 1 for t in range(per)], -2)
+        q = nibbles.to(torch.uint8) if bits == 4 else nibbles.to(torch.uint8).view(torch.int8)
+        constants = self._constants.view(len(blocks), -1, 1 + offsets, lanes)
+        scale, *offset = constants[order // lanes, :, :, order % lanes].float().unbind(2)
+        return Grouped(q.flatten(1), scale, offset[0] if offset else None, bits).dense()
+
+
+class NativeDense:
+    """bfloat16 weights on kernels of our own, which read them where they lie; activations and results are float32."""
+
+    form = "bfloat16"
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, kernels: Kernels) -> None:
+        self._weight, self._bias, self._kernels = weight.bfloat16().contiguous(), bias, kernels
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return _biased(self._kernels.dense_multiply(x, self._weight), self._bias)
+
+    def dense_rows(self, order: Tensor) -> Tensor:
+        """[n] -> [n, K] float32"""
+        return self._weight[order].float()
+
+
+class Joined:
+    """Projections of one input that are packed in different ways, as the values' is in most GGUF files of 4 bits."""
+
+    def __init__(self, parts: Sequence[Projection]) -> None:
+        self.form = "+".join(sorted({part.form for part in parts}))
+        self._parts = parts
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self._parts], -1)
+
+
 def project(
     weights: Sequence[Tensor | Grouped],
     bias: Tensor | None,
     dtype: torch.dtype,
     device: torch.device,
     quantize: Packing,
+    kernels: Kernels | None = None,
 ) -> Projection:
     """One projection for matrices that share their input, stacked along N.
 
-    `auto` keeps packed weights packed where the kernel takes them, `none` makes all dense, int8 and int4 pack dense ones, and
-    `light` does the first and packs dense ones to int8.
+    `auto` keeps packed weights packed where a kernel takes them, `none` makes all dense, int8 and int4 pack dense ones, and
+    `light` does the first and packs dense ones to int8. kernels: our own, where they are to multiply; dtype is float32 then.
     """
     bias = None if bias is None else bias.to(device, dtype)
+
+    def one(part: Sequence[Tensor | Grouped], bias: Tensor | None) -> Projection:
+        if kernels is not None:
+            return _native(part, bias, quantize, kernels)
+        return _torchs(part, bias, dtype, device, quantize)
+
+    runs = [list(run) for _, run in groupby(weights, _layout)]
+    if len(runs) == 1 or quantize == "none":
+        return one(weights, bias)
+    parts = list[Projection]()
+    for run in runs:
+        rows = _shape(run)[0]
+        parts.append(one(run, None if bias is None else bias[:rows]))
+        bias = None if bias is None else bias[rows:]
+    return Joined(parts)
+
+
+def head_packing(quantize: Packing, kernels: Kernels | None) -> Packing:
+    """For the matrix that makes logits, where the layers' are packed so.
+
+    As the file has it, or in 8 bits where the layers' are packed on demand. But where oneDNN has bfloat16 and torch's kernels
+    multiply, it is dense: reordered bfloat16 takes 2.0 ms for one row as for eight, int4 in halves 1.8 for one and 7 for
+    eight (49,152 x 576, AVX-512).
+    """
+    if kernels is not None:
+        return "light" if quantize in ("int8", "int4") else quantize
+    return "int8" if quantize in ("int8", "int4", "light") else "none" if onednn_takes(torch.bfloat16) else quantize
+
+
+def _layout(weight: Tensor | Grouped) -> tuple[int, int, bool] | None:
+    return weight.layout if isinstance(weight, Grouped) else None
+
+
+def _native(
+    weights: Sequence[Tensor | Grouped], bias: Tensor | None, quantize: Packing, kernels: Kernels
+) -> Projection:
     packed = [w for w in weights if isinstance(w, Grouped)]
-    stored = {"int8" if w.offset is None else "int4" for w in packed}
-    alike = len(packed) == len(weights) and len(stored) == 1
-    if alike and (quantize in ("auto", "light") or quantize in stored) and packs_int4(*_shape(weights)):
+    if packed and (quantize in ("auto", "light") or quantize == f"int{packed[0].bits}"):
+        return NativePacked(_stacked(packed), bias, kernels)
+    dense = _dense(weights)
+    if quantize in _PACKERS and dense.shape[1] % GROUP == 0:
+        return NativePacked(_PACKERS[quantize](dense), bias, kernels)
+    return NativeDense(dense, bias, kernels)
+
+
+def _torchs(
+    weights: Sequence[Tensor | Grouped],
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantize: Packing,
+) -> Projection:
+    packed = [w for w in weights if isinstance(w, Grouped)]
+    stays = bool(packed) and (quantize in ("auto", "light") or quantize == f"int{packed[0].bits}")
+    if stays and packed[0].layout in _FOR_INT4 and packs_int4(*_shape(weights)):
         return Int4(_stacked(packed), bias)
-    matrices = [w.dense() if isinstance(w, Grouped) else w for w in weights]
-    dense = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+    dense = _dense(weights)
     if quantize == "int4" and packs_int4(*dense.shape):
         return Int4(quantized(dense), bias)
-    if quantize in ("int8", "int4", "light") and dense.shape[1] % _INT8_COLUMNS == 0:
+    eight = quantize in ("int8", "int4", "light") or (stays and packed[0].bits == 8)
+    if eight and dense.shape[1] % _INT8_COLUMNS == 0:
         return Int8(dense, bias)
     return Dense(dense.to(device, dtype), bias)
+
+
+def _dense(weights: Sequence[Tensor | Grouped]) -> Tensor:
+    matrices = [w.dense() if isinstance(w, Grouped) else w for w in weights]
+    return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+
+
+_FOR_INT4 = ((4, GROUP, True), (8, GROUP, False))
+"""Layouts that torch's int4 kernel multiplies, the second as two halves."""
 
 
 def quantized(weight: Tensor) -> Grouped:
@@ -159,6 +287,21 @@ def quantized(weight: Tensor) -> Grouped:
     scale = ((high - low) / 15).clamp(min=1e-8)
     q = ((blocks - low[..., None]) / scale[..., None]).round_().clamp_(0, 15)
     return Grouped(q.to(torch.int8).flatten(1), scale, low)
+
+
+def quantized_to_8_bits(weight: Tensor) -> Grouped:
+    """Dense [N, K] -> 8 bits a weight, around 0, as Q8_0 has them."""
+    blocks = weight.float().view(weight.shape[0], -1, GROUP)
+    scale = (blocks.abs().amax(-1) / 127).clamp(min=1e-7)
+    q = (blocks / scale[..., None]).round_()
+    return Grouped(q.to(torch.int8).flatten(1), scale, None, bits=8)
+
+
+_PACKERS: dict[Packing, Callable[[Tensor], Grouped]] = {
+    "int4": quantized,
+    "int8": quantized_to_8_bits,
+    "light": quantized_to_8_bits,
+}
 
 
 def packs_int4(rows: int, columns: int) -> bool:
@@ -179,16 +322,13 @@ def packing_block() -> int | None:
     return None
 
 
-def kernels_available() -> bool:
-    """Whether this CPU has fast int4 and int8 kernels, and oneDNN's bfloat16 beside them, which the head runs on.
-
-    Elsewhere torch's kernels are scalar, 100 times slower than dense.
-    """
+def torch_packs() -> bool:
+    """Whether torch has int4 and int8 kernels for this CPU. Elsewhere they are scalar, 100 times slower than dense."""
     vectorised = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512", "AMX")
-    return vectorised and hasattr(torch, "_weight_int4pack_mm_for_cpu") and _onednn_takes(torch.bfloat16)
+    return vectorised and hasattr(torch, "_weight_int4pack_mm_for_cpu")
 
 
-def _onednn_takes(dtype: torch.dtype) -> bool:
+def onednn_takes(dtype: torch.dtype) -> bool:
     if not torch._C._has_mkldnn or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -205,6 +345,7 @@ def _stacked(parts: Sequence[Grouped]) -> Grouped:
         torch.cat([part.q for part in parts]),
         torch.cat([part.scale for part in parts]),
         torch.cat(offsets) if offsets else None,
+        parts[0].bits,
     )
 
 
