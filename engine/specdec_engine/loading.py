@@ -159,7 +159,8 @@ class Candidate:
             runtime = GraphRuntime(decoder, self.name, limit, tokens, CudaRecorder(self.device))
         else:
             runtime = LeanRuntime(decoder, self.name, limit, tokens)
-        return self._loaded(runtime, decoder.forms, decoder.parameters)
+        remark = "" if decoder.ops is None else decoder.ops.remark
+        return self._loaded(runtime, decoder.forms, decoder.parameters, remark=remark)
 
     def _generic(self, placement: torch.device | DeviceMap, remark: str) -> Loaded:
         from specdec_engine.runtime.generic import GenericRuntime  # its imports take 2 s

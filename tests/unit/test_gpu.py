@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from specdec_engine.draft_files import head_weights, read_draft
 from specdec_engine.runtime.decoder import Decoder, Embedding
-from specdec_engine.runtime.gpu import TORCH
+from specdec_engine.runtime.gpu import TORCH, ops_for
 from specdec_engine.runtime.head import HeadForward, HeadRuntime, head_shape
 from specdec_engine.runtime.shape import shape_of
 from tests.fakes import CPU, StateWeights, byte_tokenizer, lean, save_head_draft, tiny_llama
@@ -69,6 +70,12 @@ def test_known_or_not_where_a_pass_begins_the_same_is_seen(n, start, window):
     with torch.inference_mode():
         expected = model(tokens[None], use_cache=False).logits[0, -n:]
     assert torch.allclose(logits, expected, atol=1e-3)
+
+
+def test_without_a_card_or_a_compiler_torchs_operations_do_as_well():
+    found = ops_for(shape_of(tiny_llama().config), torch.bfloat16, torch.device("cuda"))
+    assert found.remark.startswith("our own kernels do not run here: ")
+    assert replace(found, remark="") == TORCH
 
 
 def test_a_head_drafts_on_a_gpu_as_on_a_cpu(tmp_path):

@@ -156,7 +156,7 @@ class Blocks:
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, ops: Ops | None = None) -> None:
         """ops: how a GPU computes what lies between the matrices; by default the best that run on the device."""
         self.shape, self.dtype, self.device = shape, dtype, device
-        self.ops = ops_for(device) if ops is None else ops
+        self.ops = ops_for(shape, dtype, device) if ops is None else ops
         self.layers: Sequence[Layer] = ()
         self._frequencies = shape.frequencies.to(device)
         self._table: _Table | None = None
@@ -170,6 +170,12 @@ class Blocks:
         return "+".join(
             sorted({p.form for layer in self.layers for p in (layer.qkv, layer.out, layer.gate_up, layer.down)})
         )
+
+    @property
+    def reads_length_on_device(self) -> bool:
+        """Whether passes of up to `gpu.FEW_ROWS` look as far as their positions say, whatever the span: one recording of each
+        width then does for every length."""
+        return self.ops is not None and self.ops.attend is not None
 
     @property
     def kv_values(self) -> int:

@@ -7,7 +7,7 @@ that are saved, where on a CPU (`blocks`) it is time in Python. `Ops` are those 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -196,6 +196,14 @@ TORCH = Ops(add_norm, rotate, gate)
 """Torch's own kernels."""
 
 
-def ops_for(device: torch.device) -> Ops | None:
+def ops_for(shape: Shape, dtype: torch.dtype, device: torch.device) -> Ops | None:
     """The best that run there; None on a CPU, whose way `blocks` has."""
-    return None if device.type == "cpu" else TORCH
+    if device.type != "cuda":
+        return None if device.type == "cpu" else TORCH
+    try:
+        from specdec_engine.runtime.fused import checked  # Triton may not be there
+
+        return checked(shape, dtype, device)
+    except Exception as error:  # no compiler, an unknown card: in as many ways as there are lines in Triton
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        return replace(TORCH, remark=f"our own kernels do not run here: {reason}")
