@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from specdec_engine.runtime.graphs import Results
+from specdec_engine.runtime.graphs import Replay, Results
 from specdec_engine.timing import HostTimer
 
 ATEN = torch.ops.aten
@@ -77,19 +77,29 @@ class Log:
 
 
 class TapeRecorder:
-    """A `Recorder`. A replay spoils what all other recordings have returned, as one pool of memory may."""
+    """A `Recorder`. A replay spoils what all other recordings have returned, as a pool of memory may that they share; one
+    that was cleared fails."""
 
-    def __init__(self, timer: HostTimer | None = None, clock: Any = None, seconds: float = 0.0, log: Log | None = None):
+    def __init__(
+        self, timer: HostTimer | None = None, clock: Any = None, seconds: float = 0.0, log: Log | None = None
+    ) -> None:
         """timer: paused while recording, which takes so many seconds of the clock."""
         self._timer, self._clock, self._seconds = timer or HostTimer(), clock, seconds
-        self._log = log or Log()
+        self._log, self._generation = log or Log(), 0
 
     @property
     def recordings(self) -> int:
+        """Of this one, and of all that were made from it."""
         return self._log.recordings
 
+    def clear(self) -> None:
+        self._generation += 1
+
+    def another(self) -> TapeRecorder:
+        return TapeRecorder(self._timer, self._clock, self._seconds, self._log)
+
     @torch.inference_mode()
-    def record(self, work: Callable[[], Results]) -> Callable[[], Results]:
+    def record(self, work: Callable[[], Results]) -> Replay:
         with self._timer.pause():
             if self._clock is not None:
                 self._clock.now += self._seconds
@@ -100,9 +110,11 @@ class TapeRecorder:
             tape.undo()
         self._log.returned.append(results)
         _spoil(results)
+        generation = self._generation
 
         @torch.inference_mode()
         def replay() -> Results:
+            assert generation == self._generation, "a recording that was cleared is replayed"
             for others in self._log.returned:
                 if others is not results:
                     _spoil(others)

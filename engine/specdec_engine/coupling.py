@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from specdec_engine.transfer import upload
+
 
 def gumbel_noise(seed: int, position: int, rows: int, vocab: int, device: torch.device) -> Tensor:
     """[rows, vocab] float32 standard Gumbel numbers for the tokens at `position` and after it."""
     made = [_uniforms(seed, position + i, vocab) for i in range(rows)]
-    return torch.stack(made).log_().neg_().log_().neg_().float().to(device, non_blocking=True)
+    return upload(torch.stack(made).log_().neg_().log_().neg_().float(), device)
 
 
 @lru_cache(maxsize=64)
