@@ -5,18 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from specdec_engine import sampling
 from specdec_engine.runtime.graphs import Replay, Results
 from specdec_engine.timing import HostTimer
 
 ATEN = torch.ops.aten
-READS = {ATEN._local_scalar_dense.default, ATEN.nonzero.default, ATEN.masked_select.default}
-"""What waits for the device, which a capture does not allow."""
+WAITS = {
+    ATEN.item.default,
+    ATEN.is_nonzero.default,
+    ATEN._local_scalar_dense.default,
+    ATEN.nonzero.default,
+    ATEN.masked_select.default,
+    ATEN.lift_fresh.default,
+}
+"""Values that are looked at, sizes that depend on them, and values from the host: what a capture does not allow."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,8 @@ class Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, work: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options = kwargs or {}
-        if work in READS:
+        by_mask = work is ATEN.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if work in WAITS or by_mask:
             raise AssertionError(f"{work} inside a capture")
         for argument, value in zip(work._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
@@ -104,9 +114,12 @@ class TapeRecorder:
             if self._clock is not None:
                 self._clock.now += self._seconds
             self._log.recordings += 1
-            work()
-            with Tape() as tape:
-                results = work()
+            with patch.object(
+                sampling, "_LIKELIEST", ()
+            ):  # a CPU looks whether they suffice, which a GPU would wait for
+                work()
+                with Tape() as tape:
+                    results = work()
             tape.undo()
         self._log.returned.append(results)
         _spoil(results)

@@ -38,7 +38,6 @@ class Judge:
         self._device = device
         self._recorder = recorder
         self._recordings: dict[Hashable, _Recorded] = {}
-        self._newest: Hashable = None
 
     @torch.inference_mode()
     def start(self, logits: Tensor, draft: Draft, sampling: Sampling, random: Randomness, position: int) -> Awaited:
@@ -85,8 +84,7 @@ class Judge:
 
     def _replayed(self, logits: Tensor, draft: Draft, sampling: Sampling, u: Tensor) -> Tensor | None:
         """None where nothing is recorded: with Gumbel coupling, whose noise would be one more input as large as the logits;
-        and for a draft of another length than the one before. At a run's end each is shorter than the last, and a recording
-        costs what ten verdicts do.
+        and for what the run's end has cut, each draft to another length, since a recording costs what ten verdicts do.
 
         A new temperature records nothing anew; a new k, a filter, or a drafter of the other kind does, once.
         """
@@ -96,9 +94,8 @@ class Judge:
         unwarped = (draft.raw, draft.raw_ids) if sampling.raw else (None, None)
         given = [logits, draft.tokens, u, *(none if t is None else t for t in (draft.probs, *unwarped))]
         key = (sampling.greedy, sampling.filters, sampling.raw, *((t.shape, t.dtype) for t in given))
-        again, self._newest = key == self._newest, key
         if key not in self._recordings:
-            if not again:
+            if draft.cut:
                 return None
             fixed = [torch.zeros(t.shape, dtype=t.dtype, device=self._device) for t in given]
             temperature = torch.ones((), dtype=wide(self._device), device=self._device)

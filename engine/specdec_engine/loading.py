@@ -154,7 +154,8 @@ class Candidate:
 
     def _graphs(self, forward: Forward) -> tuple[GraphRuntime | None, str]:
         """This forward as graphs; None where it cannot be recorded, and why. Raises UsageError if graphs were asked for."""
-        room, limit = room_for(self.options.tokens), context_limit(self.config)
+        limit = context_limit(self.config)
+        room = room_for(self.options.tokens, limit)
         runtime = GraphRuntime(forward, self.name, limit, room, CudaRecorder(self.device))
         try:
             runtime.try_out()
@@ -302,7 +303,7 @@ def _need(
     if isinstance(shape, Unsupported):
         quantize, cache = "none", kv_bytes(config, dtype, options.tokens)
     else:
-        tokens = room_for(options.tokens) if device.type == "cuda" else options.tokens
+        tokens = room_for(options.tokens, context_limit(config)) if device.type == "cuda" else options.tokens
         quantize, cache = options.quantize, tokens * shape.kv_values * cache_dtype(dtype, device).itemsize
     if not found:
         return estimate(weight_files(path), config, dtype, cache, quantize)

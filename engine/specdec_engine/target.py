@@ -56,7 +56,7 @@ class ModelTarget:
 
     def score(self, newest: int, draft: Draft) -> Tensor:
         tokens = torch.cat([upload(torch.tensor([newest]), self.device), draft.tokens])
-        return self.runtime.forward(tokens, len(draft) + 1)
+        return self.runtime.forward(tokens, len(draft) + 1, seldom=draft.cut)
 
     def rollback(self, to: int) -> None:
         self.runtime.rollback(to)

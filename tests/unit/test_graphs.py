@@ -173,6 +173,23 @@ def test_what_a_growing_cache_forgets_others_keep():
     )
 
 
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda x: (x.sum().item(),),
+        lambda x: (x,) if bool((x > 0).all()) else (),
+        lambda x: (x[x > 0],),
+        lambda x: (x.nonzero(),),
+        lambda x: (x + torch.tensor([1.0]),),
+    ],
+    ids=["item", "bool", "mask", "nonzero", "tensor"],
+)
+def test_a_tape_refuses_what_a_capture_refuses(work):
+    ready = torch.ones(3)
+    with pytest.raises(AssertionError, match="inside a capture"):
+        TapeRecorder().record(lambda: work(ready))
+
+
 def test_a_recording_that_was_cleared_cannot_be_replayed():
     recorder = TapeRecorder()
     runtime = graph(TARGET, recorder=recorder)
@@ -185,8 +202,9 @@ def test_a_recording_that_was_cleared_cannot_be_replayed():
 def test_a_normal_run_never_grows():
     """Room is asked for by the text and what is emitted; a chat template, a draft and the padding come on top."""
     for tokens in (64, 240, 500, 1000):
-        runtime = graph(TARGET, capacity=room_for(tokens))
+        runtime = graph(TARGET, capacity=room_for(tokens, None))
         assert runtime.capacity - tokens >= 100 + 64 + 16
+    assert room_for(1000, 1024) == 1024  # there are no more
 
 
 def test_surplus_rows_of_a_padded_pass_leave_no_trace():

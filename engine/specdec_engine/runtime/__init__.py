@@ -83,8 +83,11 @@ class Runtime(Protocol):
         """Tokens whose keys and values are kept."""
         ...
 
-    def forward(self, tokens: Tensor, rows: int) -> Tensor:
-        """[n] tokens that follow the cached ones -> [rows, V] logits after the last `rows` of them; caches all n."""
+    def forward(self, tokens: Tensor, rows: int, seldom: bool = False) -> Tensor:
+        """[n] tokens that follow the cached ones -> [rows, V] logits after the last `rows` of them; caches all n.
+
+        seldom: so many tokens are hardly asked for again, and nothing is to be prepared for them.
+        """
         ...
 
     def rollback(self, to: int) -> None:

@@ -139,7 +139,6 @@ class GraphRuntime(LeanRuntime):
         super().__init__(decoder, label, limit, capacity)
         self.recorder = recorder
         self._recordings: dict[Hashable, Replay] = {}
-        self._newest = 0
         numbers = torch.ones(2, dtype=torch.float64, device=self.device)
         self._fixed = _Fixed(
             tokens=torch.zeros(WIDTHS[-1], dtype=torch.long, device=self.device),
@@ -166,9 +165,9 @@ class GraphRuntime(LeanRuntime):
         return GraphRuntime(self.decoder.first(layers), label, self.limit, self.capacity, self.recorder.another())
 
     @torch.inference_mode()
-    def forward(self, tokens: Tensor, rows: int) -> Tensor:
+    def forward(self, tokens: Tensor, rows: int, seldom: bool = False) -> Tensor:
         n = tokens.shape[0]
-        width = self._width(n)
+        width = self._width(n, seldom)
         end = self.capacity if self.limit is None else min(self.capacity, self.limit)
         if self._cached + width > end >= self._cached + n:
             width = n  # no new cache for padding alone, and no position that a model with a table of them lacks
@@ -209,12 +208,11 @@ class GraphRuntime(LeanRuntime):
         tokens, rows, raw = (torch.cat(parts) for parts in zip(*results, strict=True))
         return Unrolled(tokens, rows if rows.numel() else None, raw if raw.numel() else None)
 
-    def _width(self, n: int) -> int:
-        """Of a pass over n tokens. One that is recorded, if n is not asked for twice in a row: at a run's end every cycle is
-        shorter than the one before, and each width of its own would cost a recording to save a few rows, once."""
-        again, self._newest = n == self._newest, n
+    def _width(self, n: int, seldom: bool) -> int:
+        """Of a pass over n tokens. Where they are seldom so many, one that is recorded: at a run's end every cycle is shorter
+        than the one before, and each width would cost a recording to save a few rows once."""
         least = next((width for width in WIDTHS if width >= n), n)
-        if again:
+        if not seldom:
             return least
         ready = (w for w in WIDTHS if w >= n and ("pass", w, span_for(self._cached + w)) in self._recordings)
         return next(ready, least)
@@ -285,9 +283,12 @@ def _results(chosen: Chosen) -> Results:
     return (chosen.token, *(nothing if t is None else t for t in (chosen.row, chosen.raw)))
 
 
-def room_for(tokens: int) -> int:
-    """Positions to make room for at first, so that a run of so many tokens, its text and what it emits, stays within them."""
-    return span_for(tokens + _AROUND)
+def room_for(tokens: int, limit: int | None) -> int:
+    """Positions to make room for at first, so that a run of so many tokens, its text and what it emits, stays within them.
+
+    limit: the model's own.
+    """
+    return span_for(tokens + _AROUND if limit is None else min(tokens + _AROUND, limit))
 
 
 def span_for(end: int) -> int:
