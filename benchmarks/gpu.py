@@ -1,13 +1,15 @@
 """How close to the hardware do we decode on a GPU, and how far ahead of transformers? On pairs with random weights.
 
     python benchmarks/gpu.py [--pair 8b+1b] [--acceptance 0.8] [--k 4] [--tokens 256] [--device cuda] [--dtype bfloat16]
+                             [--out gpu.json]
 
 The shapes are those of Llama 3 (8b, 1b) and Qwen 2.5 (1.5b, 0.5b). Weights are random but for one thing: each token's most
 likely successor is fixed by embedding and head, and the draft has the target's successor for a share of the tokens,
 `--acceptance`. So every engine can run the same pair, and at temperature 0 a drafted token is right with that probability.
 
-Prints one JSON object: copy bandwidth, plain decoding against the bound it sets, c (draft step / plain step) against the
-ratio of bytes, speculation, and transformers plain, compiled and assisted on the same weights.
+One JSON object, printed at the end and written to a file as it grows: copy bandwidth, plain decoding against the bound it
+sets, c (draft step / plain step) against the ratio of bytes, speculation, and transformers plain, compiled and assisted on
+the same weights. What fails is noted there, and the rest goes on.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ import argparse
 import json
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -51,10 +55,49 @@ SHAPES: dict[str, Size] = {  # hidden, mlp, layers, heads, key-value heads, voca
 }
 
 
+class Report:
+    """What was found so far. Written with every figure: what takes the whole process with it then loses only itself."""
+
+    def __init__(self, file: Path, about: dict[str, Any]) -> None:
+        self._file = file
+        self.found: dict[str, Any] = {**about, "failed": {}}
+
+    def add(self, name: str, value: Any) -> None:
+        self.found[name] = value
+        print(f"{name}: {value}", file=sys.stderr)
+        self._write()
+
+    def attempt(self, name: str, work: Callable[[], Any]) -> Any:
+        """What the work returns; None where it fails, and a note of that."""
+        try:
+            return work()
+        except Exception as error:
+            traceback.print_exc()
+            self.found["failed"][name] = f"{type(error).__name__}: {error}"[:500]
+            self._write()
+            return None
+
+    def _write(self) -> None:
+        self._file.write_text(json.dumps(self.found, indent=1), encoding="utf-8")
+
+
 def main() -> None:
     options = parsed()
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     names = options.pair.split("+")
+    about = {
+        "schema": "specdec.gpu/1",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "pair": options.pair,
+        "dtype": options.dtype,
+        "k": options.k,
+        "acceptance asked for": options.acceptance,
+    }
+    report = Report(options.out, about)
+    bandwidth = report.attempt("copy bandwidth", lambda: copy_bandwidth(device))
+    if bandwidth is not None:
+        report.add("copy bandwidth GB/s", round(bandwidth / 1e9, 1))
     vocab = SHAPES[names[0]][5]
     successors, agreeing = successor_tables(vocab, options.acceptance)
     target_model, draft_model = (
@@ -63,8 +106,7 @@ def main() -> None:
     began = time.perf_counter()
     target, draft = runtime(target_model, "target"), runtime(draft_model, "draft")
     prompt = torch.randint(vocab, (64,), generator=torch.Generator().manual_seed(2)).tolist()
-
-    judge = Judge(TokenRule(), device, target.recorder if isinstance(target, GraphRuntime) else None)
+    judge = Judge(TokenRule(), device, target.recorder.another() if isinstance(target, GraphRuntime) else None)
 
     def weight_rows(ids: Tensor) -> Tensor:
         rows: Tensor = target_model.get_output_embeddings().weight[ids]
@@ -75,45 +117,34 @@ def main() -> None:
         drafter = RuntimeDrafter(draft, host, "draft") if k else NoDrafter(host)
         return lambda: run(ModelTarget(target, "target"), drafter, judge, prompt, k, options.tokens)
 
-    expected = ours(0)()
-    assert ours(options.k)() == expected or dtype != torch.float32, "speculation changed the text"
-    warmed = time.perf_counter() - began
+    for k in (0, options.k):
+        report.attempt(f"the first run with k {k}", ours(k))
+    report.add("warm-up and capture seconds", round(time.perf_counter() - began, 2))
+    steps = [report.attempt("a step", lambda model=model: step_seconds(model, prompt)) for model in (target, draft)]
+    # An embedding's rows are looked up, not read through.
+    read = [
+        sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
+        for model in (target_model, draft_model)
+    ]
+    report.add("ratio of bytes", round(read[1] / read[0], 3))
+    if None not in steps:
+        report.add("plain step ms", round(1e3 * steps[0], 3))
+        report.add("c", round(steps[1] / steps[0], 3))
+        if bandwidth is not None:
+            report.add("share of the bandwidth bound", round(read[0] / bandwidth / steps[0], 3))
     arms: dict[str, Callable[[], list[int]]] = {
-        "specdec plain": ours(0),
+        PLAIN: ours(0),
         f"specdec k {options.k}": ours(options.k),
         "transformers plain": theirs(target_model, prompt, options.tokens),
         "transformers assisted": theirs(target_model, prompt, options.tokens, assistant_model=draft_model),
     }
-    if device.type == "cuda":  # compiles itself; the first call is the warm-up below
+    if device.type == "cuda":  # compiles itself; the first call is the warm-up
         arms["transformers compiled"] = theirs(target_model, prompt, options.tokens, cache_implementation="static")
-    rates = measured(arms, options.rounds)
-    bandwidth = copy_bandwidth(device)
-    step, draft_step = (step_seconds(model, prompt) for model in (target, draft))
-    sizes = [sum(p.numel() * p.itemsize for p in model.parameters()) for model in (target_model, draft_model)]
-    # An embedding's rows are looked up, not read through.
-    read = [
-        size - model.get_input_embeddings().weight.nbytes
-        for size, model in zip(sizes, (target_model, draft_model), strict=True)
-    ]
-    report = {
-        "schema": "specdec.gpu/1",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "pair": options.pair,
-        "dtype": options.dtype,
-        "k": options.k,
-        "acceptance asked for": options.acceptance,
-        "warm-up and capture seconds": round(warmed, 2),
-        "copy bandwidth GB/s": round(bandwidth / 1e9, 1),
-        "plain step ms": round(1e3 * step, 3),
-        "share of the bandwidth bound": round(read[0] / bandwidth / step, 3),
-        "c": round(draft_step / step, 3),
-        "ratio of bytes": round(read[1] / read[0], 3),
-        "tokens per second": {name: round(median(found), 2) for name, found in rates.items()},
-        "samples": rates,
-        "identical": {name: arm() == expected for name, arm in arms.items()},
-    }
-    json.dump(report, sys.stdout, indent=1)
+    measure(arms, options.rounds, report)
+    print(json.dumps(report.found, indent=1))
+
+
+PLAIN = "specdec plain"
 
 
 def parsed() -> argparse.Namespace:
@@ -125,6 +156,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="written anew with every figure")
     return parser.parse_args()
 
 
@@ -219,17 +251,23 @@ def theirs(model: Any, prompt: Sequence[int], tokens: int, **how: Any) -> Callab
     return generate
 
 
-def measured(arms: dict[str, Callable[[], list[int]]], rounds: int) -> dict[str, list[float]]:
-    """Tokens a second, prefill included, the arms in turns; one call of each before, as warm-up."""
-    rates: dict[str, list[float]] = {name: [] for name in arms}
+def measure(arms: dict[str, Callable[[], list[int]]], rounds: int, report: Report) -> None:
+    """Tokens a second, prefill included, the arms in turns; one call of each before, as warm-up. An arm that fails is out."""
+    samples: dict[str, list[float]] = {name: [] for name in arms}
+    said = dict[str, list[int]]()
     for turn in range(rounds + 1):
-        for name, arm in arms.items():
+        for name in list(samples):
             began = time.perf_counter()
-            emitted = len(arm())
+            tokens = report.attempt(name, arms[name])
+            if tokens is None:
+                del samples[name]
+                continue
+            said[name] = tokens
             if turn:
-                rates[name].append(round(emitted / (time.perf_counter() - began), 2))
-        print(turn, {name: rate[-1:] for name, rate in rates.items()}, file=sys.stderr)
-    return rates
+                samples[name].append(round(len(tokens) / (time.perf_counter() - began), 2))
+        report.add("samples", samples)
+        report.add("tokens per second", {name: round(median(found), 2) for name, found in samples.items() if found})
+        report.add("identical", {name: tokens == said.get(PLAIN) for name, tokens in said.items()})
 
 
 def step_seconds(runtime: Any, prompt: Sequence[int]) -> float:

@@ -5,18 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from specdec_engine.runtime.graphs import Results
+from specdec_engine import sampling
+from specdec_engine.runtime.graphs import Replay, Results
 from specdec_engine.timing import HostTimer
 
 ATEN = torch.ops.aten
-READS = {ATEN._local_scalar_dense.default, ATEN.nonzero.default, ATEN.masked_select.default}
-"""What waits for the device, which a capture does not allow."""
+WAITS = {
+    ATEN.item.default,
+    ATEN.is_nonzero.default,
+    ATEN._local_scalar_dense.default,
+    ATEN.nonzero.default,
+    ATEN.masked_select.default,
+    ATEN.lift_fresh.default,
+}
+"""Values that are looked at, sizes that depend on them, and values from the host: what a capture does not allow."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,8 @@ class Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, work: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options = kwargs or {}
-        if work in READS:
+        by_mask = work is ATEN.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if work in WAITS or by_mask:
             raise AssertionError(f"{work} inside a capture")
         for argument, value in zip(work._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
@@ -77,32 +87,47 @@ class Log:
 
 
 class TapeRecorder:
-    """A `Recorder`. A replay spoils what all other recordings have returned, as one pool of memory may."""
+    """A `Recorder`. A replay spoils what all other recordings have returned, as a pool of memory may that they share; one
+    that was cleared fails."""
 
-    def __init__(self, timer: HostTimer | None = None, clock: Any = None, seconds: float = 0.0, log: Log | None = None):
+    def __init__(
+        self, timer: HostTimer | None = None, clock: Any = None, seconds: float = 0.0, log: Log | None = None
+    ) -> None:
         """timer: paused while recording, which takes so many seconds of the clock."""
         self._timer, self._clock, self._seconds = timer or HostTimer(), clock, seconds
-        self._log = log or Log()
+        self._log, self._generation = log or Log(), 0
 
     @property
     def recordings(self) -> int:
+        """Of this one, and of all that were made from it."""
         return self._log.recordings
 
+    def clear(self) -> None:
+        self._generation += 1
+
+    def another(self) -> TapeRecorder:
+        return TapeRecorder(self._timer, self._clock, self._seconds, self._log)
+
     @torch.inference_mode()
-    def record(self, work: Callable[[], Results]) -> Callable[[], Results]:
+    def record(self, work: Callable[[], Results]) -> Replay:
         with self._timer.pause():
             if self._clock is not None:
                 self._clock.now += self._seconds
             self._log.recordings += 1
-            work()
-            with Tape() as tape:
-                results = work()
+            with patch.object(
+                sampling, "_LIKELIEST", ()
+            ):  # a CPU looks whether they suffice, which a GPU would wait for
+                work()
+                with Tape() as tape:
+                    results = work()
             tape.undo()
         self._log.returned.append(results)
         _spoil(results)
+        generation = self._generation
 
         @torch.inference_mode()
         def replay() -> Results:
+            assert generation == self._generation, "a recording that was cleared is replayed"
             for others in self._log.returned:
                 if others is not results:
                     _spoil(others)

@@ -12,6 +12,7 @@ from specdec_engine.coupling import choice, gumbel_noise
 from specdec_engine.randomness import Randomness
 from specdec_engine.runtime import Chosen
 from specdec_engine.sampling import draw, draw_on_host, warp, wide
+from specdec_engine.transfer import upload
 from specdec_engine.types import Sampling
 
 
@@ -27,30 +28,34 @@ class DraftChoice:
     """Ids that may be chosen: the first so many."""
     eager: bool = False
     """On the host, and nothing records it."""
+    confident: bool = True
+    """Whether somebody asks how sure it is: greedy, that is a softmax over the vocabulary."""
 
     @property
     def key(self) -> Hashable:
         sampling = self.sampling
-        return (sampling.greedy, sampling.coupled, *sampling.filters, sampling.raw, self.vocab)
+        return (sampling.greedy, sampling.coupled, *sampling.filters, sampling.raw, self.vocab, self.confident)
 
     def __call__(self, logits: Tensor, u: Tensor, temperature: Tensor) -> Chosen:
         logits = logits[:, : self.vocab]
-        raw = logits.float().softmax(-1) if self.sampling.raw or self.sampling.greedy else None
-        told = raw if self.sampling.raw else None
-        if raw is not None and self.sampling.greedy:
-            sure, at = raw.max(-1)
-            return Chosen(at, None, sure, told)
+        raw = logits.float().softmax(-1) if self.sampling.raw else None
+        if self.sampling.greedy:
+            if not self.confident:
+                return Chosen(logits.argmax(-1), None, None, raw)
+            most, at = (logits.float().softmax(-1) if raw is None else raw).max(-1)
+            return Chosen(at, None, most, raw)
         row = warp(logits, self.sampling, temperature)
+        sure = row.amax() if self.confident else None
         if self.sampling.coupled:
-            return Chosen(choice(row, u[None, : self.vocab]), None, row.amax(), told)
+            return Chosen(choice(row, u[None, : self.vocab]), None, sure, raw)
         drawn = torch.tensor(draw_on_host(row[0], float(u))) if self.eager else draw(row[0], u)
-        return Chosen(drawn[None], row, row.amax(), told)
+        return Chosen(drawn[None], row, sure, raw)
 
 
 def along(logits: Tensor, said: Sequence[int], sampling: Sampling) -> list[float]:  # [n, V], [n] -> [n]
     """How likely each of these tokens was to be chosen after its row's text; 0 for ids that are none (negative, or V and
     more)."""
-    ids = torch.tensor(said, device=logits.device)
+    ids = upload(torch.tensor(said), logits.device)
     known = (ids >= 0) & (ids < logits.shape[-1])
     rows = warp(logits, sampling).gather(-1, ids.where(known, 0)[:, None])[:, 0]
     found: list[float] = rows.where(known, 0.0).tolist()
@@ -80,7 +85,7 @@ class Following:
         token = self._tokens[at]
         self.chances.append(chance(self._p[at], along(logits, [token], self._sampling)[0]))
         self._reach *= self.chances[-1]
-        fed = torch.tensor([max(token, 0)], device=logits.device)
+        fed = upload(torch.tensor([max(token, 0)]), logits.device)
         return Chosen(fed, None, torch.ones((), device=logits.device))
 
     def enough(self, confidence: float) -> bool:
@@ -93,11 +98,11 @@ def draft_numbers(
 ) -> tuple[Tensor, Tensor]:
     """What `Runtime.unroll` takes: [k] uniform numbers (with Gumbel coupling [k, vocab] noise), and the temperature []."""
     if sampling.coupled:
-        temperature = torch.tensor(sampling.temperature, dtype=wide(device)).to(device, non_blocking=True)
+        temperature = upload(torch.tensor(sampling.temperature, dtype=wide(device)), device)
         return gumbel_noise(random.seed, position, k, vocab, device), temperature
     if sampling.greedy:  # nothing is drawn
         numbers = torch.zeros(k + 1, dtype=wide(device), device=device)
         return numbers[:k], numbers[k]
     uniforms = random.uniforms(position, "draft", k)
-    numbers = torch.tensor([*uniforms, sampling.temperature], dtype=wide(device)).to(device, non_blocking=True)
+    numbers = upload(torch.tensor([*uniforms, sampling.temperature], dtype=wide(device)), device)
     return numbers[:k], numbers[k]

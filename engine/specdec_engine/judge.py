@@ -18,8 +18,9 @@ from specdec_engine.acceptance import AcceptanceRule
 from specdec_engine.coupling import coupled, gumbel_noise
 from specdec_engine.greedy import GreedyReports
 from specdec_engine.randomness import Randomness
-from specdec_engine.runtime.graphs import Recorder
+from specdec_engine.runtime.graphs import Recorder, repeatable
 from specdec_engine.sampling import best_where_sure, warp, wide
+from specdec_engine.transfer import download, upload
 from specdec_engine.types import Draft, Sampling, Verdict
 from specdec_engine.verdict import Numbers, Unwarped, read, report, report_on_host, told_on_host
 
@@ -29,7 +30,7 @@ numbers."""
 
 
 class Judge:
-    """One rule on one device; eager without a recorder."""
+    """One rule on one device; eager without a recorder, which is nobody else's."""
 
     def __init__(self, rule: AcceptanceRule, device: torch.device, recorder: Recorder | None = None) -> None:
         self.rule = rule
@@ -50,23 +51,26 @@ class Judge:
             if best is not None:
                 settled = self._greedily(best, draft, numbers, before, logits.shape[1])
                 return lambda: settled
-        if sampling.coupled:  # its noise is made on the host, a row a position: not recorded
-            noise = gumbel_noise(random.seed, position, len(draft) + 1, logits.shape[-1], self._device)
-            p = coupled(warp(logits, sampling), noise)
-        elif self._recorder is None:
-            p = warp(logits, sampling)
-        else:
-            u = numbers.tensor(self._device)
-            values = self._replayed(self._recorder, logits, draft, sampling, u)
-            return partial(_read, *_brought_home(values), draft.source, numbers, logits.shape[1], sides)
         if here:
+            p = self._warped(logits, sampling, random, position)
             said = report_on_host(self.rule, p, draft.tokens, draft.probs, numbers)
             if before is not None:
                 said += told_on_host(int(said[0]), before, draft, lambda at: p[: len(at)].gather(1, at))
             return partial(read, said, draft.source, numbers, logits.shape[1], sides)
-        u = numbers.tensor(self._device).to(self._device, non_blocking=True)
-        values = report(self.rule, p, draft.tokens, draft.probs, u, before)
-        return partial(_read, *_brought_home(values), draft.source, numbers, logits.shape[1], sides)
+        u = upload(numbers.tensor(self._device), self._device)
+        values = self._replayed(logits, draft, sampling, u)
+        if values is None:
+            p = self._warped(logits, sampling, random, position)
+            values = report(self.rule, p, draft.tokens, draft.probs, u, before)
+        return partial(_read, *download(values), draft.source, numbers, logits.shape[1], sides)
+
+    def _warped(self, logits: Tensor, sampling: Sampling, random: Randomness, position: int) -> Tensor:
+        """[k + 1, V]: with Gumbel coupling all mass on the token that the noise chooses."""
+        p = warp(logits, sampling)
+        if not sampling.coupled:
+            return p
+        rows, vocab = logits.shape
+        return coupled(p, gumbel_noise(random.seed, position, rows, vocab, self._device))
 
     def _greedily(
         self, best: list[int], draft: Draft, numbers: Numbers, before: Unwarped | None, vocab: int
@@ -78,20 +82,28 @@ class Judge:
             said += told_on_host(int(said[0]), before, draft, lambda at: (at == at_best[: len(at)]).float())
         return read(said, draft.source, numbers, vocab, 0 if before is None else before.sides)
 
-    def _replayed(self, recorder: Recorder, logits: Tensor, draft: Draft, sampling: Sampling, u: Tensor) -> Tensor:
-        """A new temperature records nothing anew; a new k, a filter, or a drafter of the other kind does, once."""
+    def _replayed(self, logits: Tensor, draft: Draft, sampling: Sampling, u: Tensor) -> Tensor | None:
+        """None where nothing is recorded: with Gumbel coupling, whose noise would be one more input as large as the logits;
+        and for what the run's end has cut, each draft to another length, since a recording costs what ten verdicts do.
+
+        A new temperature records nothing anew; a new k, a filter, or a drafter of the other kind does, once.
+        """
+        if self._recorder is None or sampling.coupled:
+            return None
         none = logits.new_empty(0)
         unwarped = (draft.raw, draft.raw_ids) if sampling.raw else (None, None)
         given = [logits, draft.tokens, u, *(none if t is None else t for t in (draft.probs, *unwarped))]
         key = (sampling.greedy, sampling.filters, sampling.raw, *((t.shape, t.dtype) for t in given))
         if key not in self._recordings:
+            if draft.cut:
+                return None
             fixed = [torch.zeros(t.shape, dtype=t.dtype, device=self._device) for t in given]
             temperature = torch.ones((), dtype=wide(self._device), device=self._device)
-            replay = recorder.record(lambda: (self._work(sampling, temperature, *fixed),))
+            replay = repeatable(self._recorder, lambda: (self._work(sampling, temperature, *fixed),))
             self._recordings[key] = _Recorded(fixed, temperature, replay)
         recorded = self._recordings[key]
         for kept, fresh in zip(recorded.inputs, given, strict=True):
-            kept.copy_(fresh, non_blocking=True)  # u comes from the host: under 64 KB, such a copy does not wait
+            kept.copy_(fresh)
         recorded.temperature.fill_(sampling.temperature)
         return recorded.replay()[0]
 
@@ -124,17 +136,3 @@ def _read(
 ) -> Verdict:
     arrived()
     return read(values.tolist(), source, numbers, vocab, sides)
-
-
-def _brought_home(values: Tensor) -> tuple[Tensor, Callable[[], None]]:
-    if values.device.type != "cuda":
-        return values, _at_once
-    home = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    home.copy_(values, non_blocking=True)
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record()
-    return home, event.synchronize
-
-
-def _at_once() -> None:
-    pass

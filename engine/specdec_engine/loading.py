@@ -26,8 +26,8 @@ from specdec_engine.runtime import Runtime
 from specdec_engine.runtime.arithmetic import Arithmetic, Matrices, choose
 from specdec_engine.runtime.blocks import cache_dtype
 from specdec_engine.runtime.decoder import Decoder
-from specdec_engine.runtime.graphs import CudaRecorder, GraphRuntime, span_for
-from specdec_engine.runtime.lean import LeanRuntime
+from specdec_engine.runtime.graphs import CudaRecorder, GraphRuntime, room_for
+from specdec_engine.runtime.lean import Forward, LeanRuntime
 from specdec_engine.runtime.linear import Packing, Quantize
 from specdec_engine.runtime.shape import Shape, Unsupported, shape_of
 from specdec_engine.sources import first_line, resolve, weight_files
@@ -153,14 +153,31 @@ class Candidate:
         packing = _packing(self.options, self.arithmetic)
         dtype, kernels = self.arithmetic.dtype, self.arithmetic.kernels
         decoder = Decoder(shape, self._weights(), dtype, self.device, packing, kernels=kernels)
-        limit, tokens = context_limit(self.config), self.options.tokens
-        runtime: Runtime
-        if self.device.type == "cuda" and self.options.runtime != "lean":
-            runtime = GraphRuntime(decoder, self.name, limit, tokens, CudaRecorder(self.device))
-        else:
-            runtime = LeanRuntime(decoder, self.name, limit, tokens)
+        runtime: LeanRuntime | None = None
         remark = "" if decoder.ops is None else decoder.ops.remark
+        if self.device.type == "cuda" and self.options.runtime != "lean":
+            runtime, why = self._graphs(decoder)
+            remark = "; ".join(filter(None, (remark, why)))
+        if runtime is None:
+            runtime = LeanRuntime(decoder, self.name, context_limit(self.config), self.options.tokens)
         return self._loaded(runtime, decoder.forms, decoder.parameters, remark=remark)
+
+    def _graphs(self, forward: Forward) -> tuple[GraphRuntime | None, str]:
+        """This forward as graphs; None where it cannot be recorded, and why. Raises UsageError if graphs were asked for."""
+        limit = context_limit(self.config)
+        room = room_for(self.options.tokens, limit)
+        runtime = GraphRuntime(forward, self.name, limit, room, CudaRecorder(self.device))
+        try:
+            runtime.try_out()
+        except Unsupported as reason:
+            self._check_demand(reason)
+            return None, str(reason)
+        return runtime, ""
+
+    def _check_demand(self, reason: Unsupported) -> None:
+        """Raises UsageError if the graph runtime was asked for by name, and this is why it cannot be had."""
+        if self.options.runtime == "graph":
+            raise UsageError(f"{self.name} cannot run on the graph runtime: {reason}", "leave out --runtime") from None
 
     def _generic(self, placement: torch.device | DeviceMap, remark: str) -> Loaded:
         from specdec_engine.runtime.generic import GenericRuntime  # its imports take 2 s
@@ -182,13 +199,10 @@ class Candidate:
         try:
             forward = StaticForward(model)
         except Unsupported as reason:
-            if self.options.runtime == "graph":
-                raise UsageError(
-                    f"{self.name} cannot run on the graph runtime: {reason}", "leave out --runtime"
-                ) from None
+            self._check_demand(reason)
             return otherwise, f"{remark}, and {reason}"
-        limit = context_limit(self.config)
-        return GraphRuntime(forward, self.name, limit, self.options.tokens, CudaRecorder(self.device)), remark
+        runtime, why = self._graphs(forward)
+        return (otherwise, f"{remark}, and {why}") if runtime is None else (runtime, remark)
 
     def _loaded(
         self, runtime: Runtime, weights: str, parameters: int, spread: bool = False, remark: str = ""
@@ -305,7 +319,7 @@ def _need(
     if isinstance(shape, Unsupported):
         quantize, cache = "none", kv_bytes(config, dtype, options.tokens)
     else:
-        tokens = span_for(options.tokens) if device.type == "cuda" else options.tokens
+        tokens = room_for(options.tokens, context_limit(config)) if device.type == "cuda" else options.tokens
         quantize = _packing(options, arithmetic)
         cache = tokens * shape.kv_values * cache_dtype(arithmetic.dtype, device).itemsize
     if not found:

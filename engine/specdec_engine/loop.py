@@ -7,7 +7,7 @@ absolute length. The loop knows token ids only: no text, no files, no screen.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from specdec_engine.acceptance import TokenRule
@@ -142,6 +142,8 @@ class _Run:
 
         k = min(self.settings.k, self._clipper.room - 1)  # the last token of the budget is the target's own
         draft = _propose(self._drafter, context, k, self.settings, self._random) if k else nothing(target.device)
+        if k < self.settings.k:
+            draft = replace(draft, cut=True)
         marks.append(self._timer.mark())
         logits = target.score(context[-1], draft)
         awaited = self._judge.start(logits, draft, sampling, self._random, len(context))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from specdec_engine.auto import AutoK
 from specdec_engine.runtime import Enough
 
@@ -22,3 +24,7 @@ class Pace:
     def watch(self, source: str) -> Enough | None:
         """Asked once a draft: what to ask after each of its tokens; None if there is nothing to ask."""
         return None if self.controller is None else self.controller.watch(source)
+
+    def watch_on(self, device: torch.device, source: str) -> Enough | None:
+        """The same for a draft made on this device: there is nothing to ask where looking would wait for it."""
+        return self.watch(source) if device.type == "cpu" else None

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 import specdec_engine
-from specdec_engine.acceptance import RULES, SyntheticRule
+from specdec_engine.acceptance import RULES, AcceptanceRule, SyntheticRule
 from specdec_engine.auto import AutoK
 from specdec_engine.control import Controls
 from specdec_engine.devices import idle_gpu, pick_device
@@ -32,6 +32,7 @@ from specdec_engine.pace import Pace
 from specdec_engine.pairing import check_pair
 from specdec_engine.pretrained import chat_ids
 from specdec_engine.randomness import KeyedRandomness
+from specdec_engine.runtime import Runtime
 from specdec_engine.runtime.graphs import GraphRuntime
 from specdec_engine.runtime.shape import Shape
 from specdec_engine.stopping import Stop
@@ -98,7 +99,7 @@ class Pair:
 
     def synthetic(self, chance: float) -> Pair:
         """The same with a rule, `synthetic`, that accepts at this chance; what it emits is not the target's."""
-        judge = Judge(SyntheticRule(chance), self.target.device)
+        judge = _judge(SyntheticRule(chance), self.target.runtime)
         return replace(self, judges={**self.judges, "synthetic": judge})
 
     def decode(
@@ -205,11 +206,10 @@ def _paired(models: Loader, draft: str | None) -> Pair:
         made_for = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if model.runtime.limit != made_for:
             notes.append(f"{model.name} is used up to {model.runtime.limit} tokens, where its LongRoPE changes over")
-    recorder = loaded.runtime.recorder if isinstance(loaded.runtime, GraphRuntime) else None
     return Pair(
         target=ModelTarget(loaded.runtime, target),
         drafter=drafter,
-        judges={name: Judge(rule, loaded.runtime.device, recorder) for name, rule in RULES.items()},
+        judges={name: _judge(rule, loaded.runtime) for name, rule in RULES.items()},
         auto=AutoK(),
         pace=host.pace,
         tokenizer=loaded.tokenizer,
@@ -224,6 +224,11 @@ def _paired(models: Loader, draft: str | None) -> Pair:
             ),
         ),
     )
+
+
+def _judge(rule: AcceptanceRule, target: Runtime) -> Judge:
+    """Recorded where the target is; apart from it, which forgets its recordings when its cache grows."""
+    return Judge(rule, target.device, target.recorder.another() if isinstance(target, GraphRuntime) else None)
 
 
 def _unnamed(target: Candidate) -> str:

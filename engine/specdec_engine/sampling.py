@@ -45,6 +45,9 @@ _LOWEST = 1e-30
 """No temperature is taken for less: it gives what any such does, and divides no logit below 3e8 into an overflow."""
 
 
+_LIKELIEST = (256, 4096)
+
+
 def _top_p(scores: Tensor, top_p: float) -> Tensor:  # [n, V] -> [n, V]
     """-inf wherever the likelier tokens already hold the mass top_p, as transformers' TopPLogitsWarper has it.
 
@@ -52,7 +55,7 @@ def _top_p(scores: Tensor, top_p: float) -> Tensor:  # [n, V] -> [n, V]
     always suffice; elsewhere looking whether they do would cost a synchronisation.
     """
     probs, vocab = scores.softmax(-1), scores.shape[-1]
-    tries = (256, 4096) if scores.device.type == "cpu" else ()
+    tries = _LIKELIEST if scores.device.type == "cpu" else ()
     for m in (*(m for m in tries if m < vocab), vocab):
         likeliest, at = probs.topk(m)
         before = likeliest.cumsum(-1) - likeliest

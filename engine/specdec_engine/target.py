@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from specdec_engine.runtime import Runtime, prefill
+from specdec_engine.transfer import upload
 from specdec_engine.types import Draft
 
 
@@ -51,11 +52,11 @@ class ModelTarget:
     def prefill(self, tokens: Sequence[int]) -> None:
         self.runtime.rollback(0)
         if tokens:
-            prefill(self.runtime, torch.tensor(tokens, device=self.device))
+            prefill(self.runtime, upload(torch.tensor(tokens), self.device))
 
     def score(self, newest: int, draft: Draft) -> Tensor:
-        tokens = torch.cat([torch.tensor([newest]).to(self.device, non_blocking=True), draft.tokens])
-        return self.runtime.forward(tokens, len(draft) + 1)
+        tokens = torch.cat([upload(torch.tensor([newest]), self.device), draft.tokens])
+        return self.runtime.forward(tokens, len(draft) + 1, seldom=draft.cut)
 
     def rollback(self, to: int) -> None:
         self.runtime.rollback(to)

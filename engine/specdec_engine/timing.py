@@ -98,12 +98,11 @@ class CudaTimer(Timer):
 
 def timer_for(device: torch.device) -> Timer:
     """The device's stopwatch. There is one, so that whoever makes recordings on it can stop what times its cycles."""
-    index = device.index
-    if device.type == "cuda" and index is None:
-        index = torch.cuda.current_device()
-    return _stopwatch(device.type, index)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _stopwatch(device)
 
 
 @cache
-def _stopwatch(kind: str, index: int | None) -> Timer:
-    return CudaTimer(torch.device(kind, index)) if kind == "cuda" else HostTimer()
+def _stopwatch(device: torch.device) -> Timer:
+    return CudaTimer(device) if device.type == "cuda" else HostTimer()

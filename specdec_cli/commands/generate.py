@@ -69,7 +69,9 @@ def generate(
         # Deferred: torch and transformers take 3 s, and `--help` and usage errors must not pay them.
         from specdec_engine.pair import load_pair
 
-        pair = load_pair(target, setting.draft, where.loading(len(text) // 3 + how.max_tokens, report))
+        pair = load_pair(
+            target, setting.draft, where.loading(len(text + (how.system or "")) // 3 + how.max_tokens, report)
+        )
         gc.collect()
         gc.freeze()  # else a collection goes through all that the libraries have made: 0.1 s, every few hundred tokens
     ids = pair.encode(text, chat=how.chat, system=how.system)

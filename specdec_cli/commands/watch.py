@@ -82,7 +82,9 @@ def watch(
         # In the engine's thread, while the first frame is on screen: torch and transformers take 3 s.
         from specdec_engine.pair import load_pair
 
-        pair = load_pair(target, setting.draft, where.loading(len(text) // 3 + how.max_tokens, report))
+        pair = load_pair(
+            target, setting.draft, where.loading(len(text + (how.system or "")) // 3 + how.max_tokens, report)
+        )
         gc.collect()
         gc.freeze()  # as in generate: a collection of 0.1 s is seen
         return pair

@@ -144,7 +144,7 @@ def test_a_long_prompt_is_read_in_chunks(monkeypatch):
     monkeypatch.setattr("specdec_engine.runtime.PREFILL_CHUNK", 16)
     runtime, sizes = GenericRuntime(model, "llama"), []
     forward = runtime.forward
-    runtime.forward = lambda tokens, rows: (sizes.append(len(tokens)), forward(tokens, rows))[1]
+    runtime.forward = lambda tokens, *rest, **more: (sizes.append(len(tokens)), forward(tokens, *rest, **more))[1]
     prompt = torch.randint(0, 97, (50,), generator=torch.Generator().manual_seed(2))
     target = ModelTarget(runtime, "llama")
     target.prefill(prompt[:-1].tolist())

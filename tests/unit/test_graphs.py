@@ -7,13 +7,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from specdec_engine.acceptance import RULES, TokenRule
+from specdec_engine import loading
+from specdec_engine.acceptance import RULES, SyntheticRule, TokenRule
 from specdec_engine.auto import AutoK
+from specdec_engine.choose import DraftChoice
 from specdec_engine.control import Controls
 from specdec_engine.drafters.on_runtime import RuntimeDrafter
+from specdec_engine.errors import UsageError
 from specdec_engine.judge import Judge
+from specdec_engine.loading import LoadOptions, find_model
+from specdec_engine.pace import Pace
+from specdec_engine.pair import Pair
 from specdec_engine.randomness import KeyedRandomness
-from specdec_engine.runtime.graphs import span_for
+from specdec_engine.runtime.decoder import Decoder
+from specdec_engine.runtime.graphs import room_for, span_for
+from specdec_engine.runtime.shape import Unsupported
 from specdec_engine.target import ModelTarget
 from specdec_engine.timing import HostTimer
 from specdec_engine.types import Draft, Sampling
@@ -25,33 +33,53 @@ SMALL = tiny_llama(seed=1, layers=1, hidden=16, max_position_embeddings=1024)
 PROMPT = [5, 6, 7, 8, 5, 6]
 
 
-def pair(recorder=None):
+def pair(recorder=None, draft=SMALL):
     """A target and a draft, both recorded."""
-    drafter = RuntimeDrafter(graph(SMALL, recorder=recorder), host(VOCAB), "small")
-    return ModelTarget(graph(TARGET, recorder=recorder), "tiny"), drafter
+    recorder = recorder or TapeRecorder()
+    drafter = RuntimeDrafter(graph(draft, recorder=recorder.another()), host(VOCAB), "small")
+    return ModelTarget(graph(TARGET, recorder=recorder.another()), "tiny"), drafter
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(0.7, top_k=30, top_p=0.9)])
-def test_recorded_runs_say_what_unrecorded_ones_say(sampling):
-    """Tokens, p and q, drawn ones too: the same uniform numbers reach the recorded loop."""
-    target, drafter = pair()
-    plain_target, plain_drafter = ModelTarget(lean(TARGET), "tiny"), RuntimeDrafter(lean(SMALL), host(VOCAB), "small")
-    options = {"k": 4, "sampling": sampling, "max_tokens": 60, "seed": 3}
-    recorded, plain = (
-        cycles(run(t, d, PROMPT, **options)) for t, d in ((target, drafter), (plain_target, plain_drafter))
-    )
-    assert [c.emitted for c in recorded] == [c.emitted for c in plain]
-    assert [c.drafted for c in recorded] == [c.drafted for c in plain]
-    for ours, theirs in zip(recorded, plain, strict=True):
-        assert ours.q == pytest.approx(theirs.q, abs=1e-4)
+def judged(recorder, rule="token"):
+    """A verdict that is recorded."""
+    return Judge(RULES[rule], CPU, recorder.another())
 
 
-def test_a_second_run_records_nothing():
+SAMPLINGS = [Sampling(), Sampling(1.0), Sampling(0.7, top_k=30, top_p=0.9), Sampling(0.9, raw=True)]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("prompt", [PROMPT, list(range(1, 230))], ids=["short", "grows"])
+def test_recorded_runs_say_what_unrecorded_ones_say(rule, sampling, prompt):
+    """Tokens, p and q, drawn ones too: the same uniform numbers reach what is recorded. The long one outgrows its caches, and
+    crosses to a wider span in the middle of a draft."""
     recorder = TapeRecorder()
     target, drafter = pair(recorder)
-    run(target, drafter, PROMPT, k=4, max_tokens=40)
+    plain_target, plain_drafter = ModelTarget(lean(TARGET), "tiny"), RuntimeDrafter(lean(SMALL), host(VOCAB), "small")
+    options = {"k": 4, "sampling": sampling, "max_tokens": 45, "seed": 3}
+    judge = judged(recorder, rule)
+    found = [cycles(run(target, drafter, prompt, judge=judge, **options)) for _ in range(2)]  # the second all replayed
+    plain = cycles(run(plain_target, plain_drafter, prompt, rule=RULES[rule], **options))
+    for recorded in found:
+        assert emitted(recorded) == emitted(plain)
+        for ours, theirs in zip(recorded, plain, strict=True):
+            assert ours.drafted == theirs.drafted
+            assert ours.q == pytest.approx(theirs.q, abs=1e-4)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.9)])
+def test_a_second_run_records_nothing(sampling):
+    """Nor does one whose end leaves room for a shorter draft."""
+    recorder = TapeRecorder()
+    target, drafter = pair(recorder, draft=TARGET)  # all is accepted, so that mostly two tokens are pending
+    judge, options = judged(recorder), {"k": 4, "sampling": sampling}
+    run(target, drafter, PROMPT, max_tokens=40, judge=judge, **options)
     before = recorder.recordings
-    run(target, drafter, [9, *PROMPT], k=4, max_tokens=40)
+    assert before == 5  # a pass of the target and one of the draft, a step after one token and after two, a verdict
+    for budget in (1, 2, 3, 40, 41, 42, 43):
+        found = run(target, drafter, [9, *PROMPT], max_tokens=budget, judge=judge, **options)
+        assert len(emitted(found)) == budget
     assert recorder.recordings == before
 
 
@@ -69,7 +97,7 @@ def test_seconds_spent_recording_are_in_no_phase():
     timer = HostTimer(clock)
     recorder = TapeRecorder(timer, clock, seconds=100.0)
     target, drafter = pair(recorder)
-    judge = Judge(RULES["token"], CPU, recorder)
+    judge = judged(recorder)
     found = run(target, drafter, PROMPT, k=3, max_tokens=30, timer=timer, judge=judge)
     assert recorder.recordings > 3
     assert {(c.draft_s, c.verify_s, c.other_s) for c in cycles(found)} == {(0.0, 0.0, 0.0)}
@@ -83,8 +111,7 @@ def test_auto_keeps_a_good_draft_whatever_recording_costs(timed):
     clock, auto = Clock(), AutoK()
     timer = HostTimer(clock)
     recorder = TapeRecorder(timer if timed else HostTimer(clock), clock, seconds=0.045)
-    target = ModelTarget(graph(TARGET, recorder=recorder), "tiny")
-    drafter = RuntimeDrafter(graph(TARGET, recorder=recorder), host(VOCAB), "itself")
+    target, drafter = pair(recorder, draft=TARGET)
     score, propose = target.score, drafter.propose
 
     def slow_score(*given):
@@ -97,26 +124,23 @@ def test_auto_keeps_a_good_draft_whatever_recording_costs(timed):
 
     target.score, drafter.propose = slow_score, slow_propose
     auto.begin(0)
-    judge, controls = Judge(RULES["token"], CPU, recorder), Controls(auto)
+    judge, controls = judged(recorder), Controls(auto)
     found = cycles(run(target, drafter, PROMPT, controls=controls, max_tokens=200, timer=timer, judge=judge))
     drafted = [c.k for c in found[3:] if c.index not in (8, 16, 32)]  # there plain passes are measured
     assert (min(drafted) > 0) == timed
 
 
-def test_a_new_temperature_records_nothing_and_a_new_k_once():
+def test_neither_a_new_temperature_nor_a_new_k_records_a_draft_anew():
     """By the draft's recordings: it is the target itself, so that from the second cycle on two tokens are pending."""
     recorder, controls = TapeRecorder(), Controls(3, Sampling(0.8))
     target = ModelTarget(lean(TARGET), "tiny")
     drafter = RuntimeDrafter(graph(TARGET, recorder=recorder), host(VOCAB), "small")
-    turns = {10: {"sampling": Sampling(1.3)}, 20: {"k": 5}, 30: {"k": 3, "sampling": Sampling(0.8)}}
+    turns = {10: {"sampling": Sampling(1.3)}, 20: {"k": 5}, 30: {"k": 2, "sampling": Sampling(0.8)}}
     counts = {}
-    for event in cycles_as_they_come(events(target, drafter, PROMPT, controls=controls, max_tokens=250)):
+    for event in cycles_as_they_come(events(target, drafter, PROMPT, controls=controls, max_tokens=180)):
         counts[event.index] = recorder.recordings
         controls.change(**turns.get(event.index, {}))
-    first, warmer, longer, back = (counts[i] for i in (10, 20, 30, 40))
-    assert warmer == first
-    assert first < longer <= first + 2
-    assert back == longer
+    assert counts[2] == counts[35] == 3  # a pass over the prompt, a step after one token and after two
 
 
 def test_growing_the_cache_records_anew_and_keeps_what_was_cached():
@@ -131,6 +155,58 @@ def test_growing_the_cache_records_anew_and_keeps_what_was_cached():
     assert runtime.capacity == 512
 
 
+def test_what_a_growing_cache_forgets_others_keep():
+    """Recorders share nothing: the target's verdicts, its first layers and a draft go on when its own recordings are gone."""
+    recorder = TapeRecorder()
+    runtime, judge = graph(TARGET, capacity=64, recorder=recorder), judged(recorder)
+    drafter = RuntimeDrafter(runtime.first(1), host(VOCAB), "self:1")
+    target = ModelTarget(runtime, "tiny")
+    long = list(range(1, 230))
+    run(target, drafter, PROMPT, k=3, max_tokens=20, judge=judge)
+    drafter.runtime.forward(torch.tensor(long), 1)
+    drafter.runtime.rollback(0)
+    found = emitted(run(target, drafter, long, k=3, max_tokens=60, judge=judge))
+    assert runtime.capacity == 512
+    plain = ModelTarget(lean(TARGET), "tiny")
+    assert found == emitted(
+        run(plain, RuntimeDrafter(plain.runtime.first(1), host(VOCAB), "x"), long, k=3, max_tokens=60)
+    )
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda x: (x.sum().item(),),
+        lambda x: (x,) if bool((x > 0).all()) else (),
+        lambda x: (x[x > 0],),
+        lambda x: (x.nonzero(),),
+        lambda x: (x + torch.tensor([1.0]),),
+    ],
+    ids=["item", "bool", "mask", "nonzero", "tensor"],
+)
+def test_a_tape_refuses_what_a_capture_refuses(work):
+    ready = torch.ones(3)
+    with pytest.raises(AssertionError, match="inside a capture"):
+        TapeRecorder().record(lambda: work(ready))
+
+
+def test_a_recording_that_was_cleared_cannot_be_replayed():
+    recorder = TapeRecorder()
+    runtime = graph(TARGET, recorder=recorder)
+    runtime.forward(torch.tensor([1]), 1)
+    recorder.clear()
+    with pytest.raises(AssertionError, match="cleared"):
+        runtime.forward(torch.tensor([1]), 1)
+
+
+def test_a_normal_run_never_grows():
+    """Room is asked for by the text and what is emitted; a chat template, a draft and the padding come on top."""
+    for tokens in (64, 240, 500, 1000):
+        runtime = graph(TARGET, capacity=room_for(tokens, None))
+        assert runtime.capacity - tokens >= 100 + 64 + 16
+    assert room_for(1000, 1024) == 1024  # there are no more
+
+
 def test_surplus_rows_of_a_padded_pass_leave_no_trace():
     """Three tokens in a pass of width four: the fourth's keys lie behind the end, masked, and are written over."""
     runtime, plain = graph(TARGET), lean(TARGET)
@@ -138,6 +214,16 @@ def test_surplus_rows_of_a_padded_pass_leave_no_trace():
         found = runtime.forward(torch.tensor(tokens), len(tokens))
         assert torch.allclose(found, plain.forward(torch.tensor(tokens), len(tokens)), atol=1e-4)
         assert runtime.cached == plain.cached
+
+
+def test_padding_stays_inside_the_models_own_context():
+    """A model that looks its positions up has none beyond."""
+    runtime, seen = graph(tiny_llama(max_position_embeddings=20)), []
+    passed = runtime._passed
+    runtime._passed = lambda tokens, positions, *rest: (seen.append(positions), passed(tokens, positions, *rest))[1]
+    for n in (10, 5, 5):
+        runtime.forward(torch.arange(n), 1)
+    assert max(int(positions.max()) for positions in seen) == 19
 
 
 def test_logits_outlive_the_next_replay():
@@ -229,3 +315,83 @@ def test_recorded_verdicts_are_the_unrecorded_ones(rule, sampling, raw):
     warmer = replace(sampling, temperature=sampling.temperature and 1.3, raw=raw)
     run(target, drafter, PROMPT, k=3, sampling=warmer, max_tokens=30, judge=judge)
     assert recorder.recordings == before
+
+
+class Refuser(TapeRecorder):
+    """Records so many times, and no more."""
+
+    def __init__(self, times=0):
+        super().__init__()
+        self.times = times
+
+    def record(self, work):
+        if self.recordings >= self.times:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nCompile with ...")
+        return super().record(work)
+
+    def another(self):
+        return Refuser(self.times)
+
+
+@pytest.mark.parametrize("times", range(3))
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.9)])
+def test_what_cannot_be_recorded_is_run_as_it_is(times, sampling):
+    recorder = Refuser(times)
+    target, drafter = pair(recorder)
+    options = {"k": 4, "sampling": sampling, "max_tokens": 40, "seed": 3}
+    found = run(target, drafter, PROMPT, judge=judged(recorder), **options)
+    plain = run(ModelTarget(lean(TARGET), "t"), RuntimeDrafter(lean(SMALL), host(VOCAB), "s"), PROMPT, **options)
+    assert emitted(found) == emitted(plain)
+
+
+def test_a_forward_is_tried_out_before_a_run():
+    with pytest.raises(Unsupported, match=r"cannot be recorded \(CUDA error: operation not permitted.*capturing\)$"):
+        graph(TARGET, recorder=Refuser()).try_out()
+    recorder = TapeRecorder()
+    runtime = graph(TARGET, recorder=recorder)
+    runtime.try_out()
+    logits = runtime.forward(torch.tensor([5]), 1)
+    assert recorder.recordings == 1
+    assert torch.allclose(logits, lean(TARGET).forward(torch.tensor([5]), 1), atol=1e-4)
+
+
+@pytest.mark.parametrize("wanted", ["auto", "graph"])
+def test_a_target_whose_forward_cannot_be_recorded_is_loaded_without(checkpoint, monkeypatch, wanted):
+    candidate = replace(
+        find_model(str(checkpoint), LoadOptions(device="cpu", dtype="float32")), device=torch.device("cuda")
+    )
+    candidate = replace(candidate, options=replace(candidate.options, runtime=wanted))
+    monkeypatch.setattr(loading, "CudaRecorder", lambda device: Refuser())
+    monkeypatch.setattr(
+        loading, "Decoder", lambda shape, weights, dtype, device, *rest: Decoder(shape, weights, dtype, CPU, *rest)
+    )
+    monkeypatch.setattr(loading, "_placement", lambda *given: CPU)
+    if wanted == "graph":
+        with pytest.raises(UsageError, match="cannot run on the graph runtime: its forward cannot be recorded"):
+            candidate.load()
+        return
+    loaded = candidate.load()
+    assert (loaded.runtime.name, loaded.remark[:34]) == ("lean", "its forward cannot be recorded (CU")
+
+
+@pytest.mark.parametrize("name", ["sampled", "greedy"])
+def test_a_draft_that_nobody_asks_how_sure_it_is_works_out_no_softmax(name):
+    sampling = Sampling() if name == "greedy" else Sampling(0.8)
+    logits, u, temperature = torch.randn(1, 40), torch.tensor(0.3), torch.tensor(0.8)
+    asked, unasked = (DraftChoice(sampling, 40, confident=confident) for confident in (True, False))
+    assert asked.key != unasked.key
+    assert unasked(logits, u, temperature).confidence is None
+    assert torch.equal(unasked(logits, u, temperature).token, asked(logits, u, temperature).token)
+
+
+def test_a_made_up_acceptance_rate_is_recorded_too():
+    """`Pair.synthetic`, which bench uses."""
+    recorder = TapeRecorder()
+    target, drafter = pair(recorder)
+    whole = Pair(target, drafter, {}, AutoK(), Pace(), None, frozenset(), {}).synthetic(0.7)
+    judge, plain = whole.judges["synthetic"], Judge(SyntheticRule(0.7), CPU)
+    options = {"k": 4, "sampling": Sampling(0.9), "max_tokens": 40}
+    expected = emitted(run(target, drafter, PROMPT, judge=plain, **options))
+    before = recorder.recordings
+    assert emitted(run(target, drafter, PROMPT, judge=judge, **options)) == expected
+    assert recorder.recordings == before + 1

@@ -20,6 +20,7 @@ from specdec_engine.distill.batch import Batch
 from specdec_engine.errors import UsageError
 from specdec_engine.loading import Loaded
 from specdec_engine.pretrained import chat_ids
+from specdec_engine.transfer import upload
 
 _MARK = "⟦prompt⟧"
 SUBJECT, REST = 1.0, 0.7
@@ -116,7 +117,7 @@ def synthesise(
         # A slot whose prompts are at an end idles.
         fed = [(0, 0, 0.0) if s is None else (s.tokens[s.fed], s.fed, _temperature(s)) for s in running]
         tokens, positions, temperatures = (
-            torch.tensor(column, device=decoder.device) for column in zip(*fed, strict=True)
+            upload(torch.tensor(column), decoder.device) for column in zip(*fed, strict=True)
         )
         logits, features = batch.step(tokens, positions)
         chosen, rows = _choose(logits, temperatures, generator).tolist(), features.cpu()

@@ -22,6 +22,7 @@ from specdec_engine.runtime.decoder import Decoder
 from specdec_engine.runtime.head import HeadForward, HeadRuntime, check_weights, head_shape
 from specdec_engine.runtime.lean import LeanRuntime
 from specdec_engine.runtime.shape import Unsupported
+from specdec_engine.transfer import upload
 from specdec_engine.types import Draft, Sampling, Verdict
 
 
@@ -47,14 +48,16 @@ class HeadDrafter:
         self._catch_up(context, keep=_IN_ONE_PASS)
         begin = self._head.cached
         u, temperature = draft_numbers(random, sampling, len(context), k, self._host.vocab, self._head.device)
+        enough = self._host.pace.watch_on(self._head.device, self.name)
+        eager = self._head.device.type == "cpu"
         drawn = self._head.unroll(
             self._target.features(begin, read),
             self._tokens(context[begin + 1 :]),
             u[:, self._ids] if sampling.coupled else u,
             temperature,
-            DraftChoice(sampling, len(self._ids), eager=self._head.device.type == "cpu"),
+            DraftChoice(sampling, len(self._ids), eager, confident=enough is not None),
             self._ids,
-            self._host.pace.watch(self.name),
+            enough,
         )
         self._head.rollback(read)
         return Draft(drawn.tokens, self._widened(drawn.rows), self.name, drawn.raw, self._ids)
@@ -93,7 +96,7 @@ class HeadDrafter:
             self._head.forward(self._target.features(start, stop), self._tokens(context[start + 1 : stop + 1]))
 
     def _tokens(self, tokens: Sequence[int]) -> Tensor:
-        return torch.tensor(tokens).to(self._head.device, non_blocking=True)
+        return upload(torch.tensor(tokens), self._head.device)
 
     def _widened(self, rows: Tensor | None) -> Tensor | None:
         if rows is None:

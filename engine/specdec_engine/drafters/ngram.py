@@ -14,6 +14,7 @@ from specdec_engine.drafters.base import DraftHost, nothing
 from specdec_engine.errors import UsageError
 from specdec_engine.randomness import Randomness
 from specdec_engine.runtime import Enough
+from specdec_engine.transfer import upload
 from specdec_engine.types import Draft, Sampling, Verdict
 
 
@@ -46,7 +47,7 @@ class NgramDrafter:
             start = self._after.get(tuple(context[-n:])) if len(context) > n else None
             if start is not None and self._pace.worth(self.name, sure := _sure(context, start)):
                 kept = _kept(k, sure, self._pace.watch(self.name))
-                return Draft(torch.tensor(_copy(context, start, kept), device=self._device), None, self.name)
+                return Draft(upload(torch.tensor(_copy(context, start, kept)), self._device), None, self.name)
         return nothing(self._device, self.name)
 
     def observe(self, draft: Draft, verdict: Verdict) -> None:

@@ -18,6 +18,7 @@ from specdec_engine.draft_files import inverse
 from specdec_engine.drafters.base import DraftHost, nothing
 from specdec_engine.randomness import Randomness
 from specdec_engine.runtime import Runtime, prefill, step_by_step
+from specdec_engine.transfer import upload
 from specdec_engine.types import Draft, Sampling, Verdict
 
 
@@ -58,13 +59,9 @@ class RuntimeDrafter:
         unroll = (
             partial(step_by_step, self.runtime) if sampling.coupled else self.runtime.unroll
         )  # no room for the noise
-        drawn = unroll(
-            self._ids(context[self.runtime.cached :]),
-            u,
-            temperature,
-            DraftChoice(sampling, self._vocab),
-            self._pace.watch(self.name),
-        )
+        enough = self._pace.watch_on(self.runtime.device, self.name)
+        choose = DraftChoice(sampling, self._vocab, confident=enough is not None)
+        drawn = unroll(self._ids(context[self.runtime.cached :]), u, temperature, choose, enough)
         tokens = self._translated(drawn.tokens).to(self._device)
         raw = None if drawn.raw is None else drawn.raw.to(self._device)
         ids = None if self._ids_of is None else self._ids_of.to(self._device)
@@ -119,7 +116,7 @@ class RuntimeDrafter:
     def _ids(self, tokens: Sequence[int]) -> Tensor:
         # An id the draft has no embedding for is fed as its last one: any q is lossless, as long as it was drawn from.
         ids = [min(t, self.runtime.vocab - 1) if self._own is None else self._own[t] for t in tokens]
-        return torch.tensor(ids).to(self.runtime.device, non_blocking=True)
+        return upload(torch.tensor(ids), self.runtime.device)
 
 
 _PENDING_IN_ONE_PASS = 64

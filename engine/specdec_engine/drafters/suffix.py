@@ -15,6 +15,7 @@ import torch
 from specdec_engine.drafters.base import DraftHost, nothing
 from specdec_engine.errors import UsageError
 from specdec_engine.randomness import Randomness
+from specdec_engine.transfer import upload
 from specdec_engine.types import Draft, Sampling, Verdict
 
 DEPTH = 16
@@ -71,7 +72,7 @@ class SuffixDrafter:
                 break
             ends = [*_advanced(ends, token), self._root]
         return (
-            Draft(torch.tensor(tokens, device=self._device), None, self.name)
+            Draft(upload(torch.tensor(tokens), self._device), None, self.name)
             if tokens
             else nothing(self._device, self.name)
         )

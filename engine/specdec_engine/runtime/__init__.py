@@ -19,10 +19,16 @@ class Chosen(NamedTuple):
     """[1]"""
     row: Tensor | None
     """[1, V], what it was drawn from; None if it was not drawn."""
-    confidence: Tensor
-    """[]: the largest probability of the draft's distribution."""
+    confidence: Tensor | None
+    """[]: the largest probability of the draft's distribution; None where nobody asks."""
     raw: Tensor | None = None
     """[1, V'], the distribution before temperature and filters over the draft's own ids, where it was asked for."""
+
+    @property
+    def sure(self) -> float:
+        """The confidence, which was asked for, on the host: waits for a device."""
+        assert self.confidence is not None
+        return float(self.confidence)
 
 
 class Unrolled(NamedTuple):
@@ -77,8 +83,11 @@ class Runtime(Protocol):
         """Tokens whose keys and values are kept."""
         ...
 
-    def forward(self, tokens: Tensor, rows: int) -> Tensor:
-        """[n] tokens that follow the cached ones -> [rows, V] logits after the last `rows` of them; caches all n."""
+    def forward(self, tokens: Tensor, rows: int, seldom: bool = False) -> Tensor:
+        """[n] tokens that follow the cached ones -> [rows, V] logits after the last `rows` of them; caches all n.
+
+        seldom: so many tokens are hardly asked for again, and nothing is to be prepared for them.
+        """
         ...
 
     def rollback(self, to: int) -> None:
@@ -90,8 +99,8 @@ class Runtime(Protocol):
     ) -> Unrolled:
         """[m] pending tokens and [k] uniform numbers -> [k] tokens, each chosen after the one before.
 
-        Fewer than k where `enough` says so; it is not asked where looking would wait for a device. Caches the pending
-        tokens and all chosen ones but the last.
+        Fewer than k where `enough` says so; a runtime that records does not ask. Caches the pending tokens and all chosen
+        ones but the last.
         """
         ...
 
@@ -120,6 +129,6 @@ def step_by_step(
     for number in u:
         chosen.append(choose(runtime.forward(pending, 1), number, temperature))
         pending = chosen[-1].token
-        if enough is not None and runtime.device.type == "cpu" and enough(float(chosen[-1].confidence)):
+        if enough is not None and enough(chosen[-1].sure):
             break
     return Unrolled.of(chosen, [one.token for one in chosen])

@@ -41,7 +41,7 @@ class GenericRuntime:
         return int(self._cache.get_seq_length())
 
     @torch.inference_mode()
-    def forward(self, tokens: Tensor, rows: int) -> Tensor:
+    def forward(self, tokens: Tensor, rows: int, seldom: bool = False) -> Tensor:
         keep = {"logits_to_keep": rows} if self._keeps_rows else {}
         output = self.model(input_ids=tokens[None], past_key_values=self._cache, use_cache=True, **keep)
         logits: Tensor = output.logits[0, -rows:]

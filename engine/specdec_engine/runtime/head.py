@@ -180,7 +180,7 @@ class HeadRuntime:
             chosen.append(choose(logits, number, temperature))
             tokens = ids.index_select(0, chosen[-1].token)
             said.append(tokens)
-            if enough is not None and self.device.type == "cpu" and enough(float(chosen[-1].confidence)):
+            if enough is not None and enough(chosen[-1].sure):
                 break
         return Unrolled.of(chosen, said)
 

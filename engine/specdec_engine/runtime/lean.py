@@ -59,7 +59,7 @@ class LeanRuntime:
         return self._cache.shape[2]
 
     @torch.inference_mode()
-    def forward(self, tokens: Tensor, rows: int) -> Tensor:
+    def forward(self, tokens: Tensor, rows: int, seldom: bool = False) -> Tensor:
         end = self._cached + tokens.shape[0]
         self._make_room(end)
         positions = torch.arange(self._cached, end, device=self.device)

@@ -18,6 +18,7 @@ from specdec_engine.events import Cycle
 from specdec_engine.pair import Pair
 from specdec_engine.randomness import KeyedRandomness, Randomness
 from specdec_engine.target import ModelTarget
+from specdec_engine.transfer import upload
 from specdec_engine.tune.answers import ROOM, Answer
 from specdec_engine.tune.whatif import Chances, UnitCosts
 from specdec_engine.types import Draft, Sampling, Verdict
@@ -74,7 +75,7 @@ def _target_along(target: ModelTarget, answer: Answer, sampling: Sampling) -> li
     target.prefill(answer.context[: answer.begin - 1])
     found = list[float]()
     for start in range(answer.begin, len(answer.context), _CHUNK):
-        tokens = torch.tensor(answer.context[start - 1 : start + _CHUNK][:-1], device=target.device)
+        tokens = upload(torch.tensor(answer.context[start - 1 : start + _CHUNK][:-1]), target.device)
         logits = target.runtime.forward(tokens, len(tokens))
         found += along(logits, answer.context[start : start + len(tokens)], sampling)
     # Greedy text was chosen by passes over single tokens, which may round differently: what it says is what the target says.
