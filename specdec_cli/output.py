@@ -96,12 +96,9 @@ def working() -> Iterator[Callable[[str], None]]:
 
 
 def _sentence(progress: Progress) -> str:
-    doing = {"download": "fetching", "convert": "converting", "load": "loading"}[progress.stage]
-    if not progress.total:
-        return f"{doing} {progress.what}"
-    if not progress.done or progress.done == progress.total:
-        return f"{doing} {progress.what} ({progress.total / 1e6:.0f} MB)"
-    return f"{doing} {progress.what} ({progress.done / 1e6:.0f} of {progress.total / 1e6:.0f} MB)"
+    if progress.unit == "tokens":
+        return f"{progress.doing}: {progress.amount}"
+    return progress.doing + (f" ({progress.amount})" if progress.amount else "")
 
 
 class Output(Protocol):
