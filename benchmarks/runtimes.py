@@ -6,7 +6,7 @@
 Greedy, end-of-sequence ignored so that every arm emits the same number of tokens, prefill included. The arms take turns
 prompt by prompt (A B C, then B C A, ...), so that a machine that slows down slows all of them; ratios are medians over
 prompts of paired ratios. Prints one JSON object. The peer llama.cpp takes part if `pip install llama-cpp-python` has been
-run in the same environment.
+run in the same environment, and its server if `pip install xllamacpp` has: a wheel, without AVX-512.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from itertools import islice
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, Literal
+from urllib.request import Request, urlopen
 
 import torch
 
@@ -110,6 +111,31 @@ def with_llama_cpp(options: argparse.Namespace) -> Arm:
     return run
 
 
+def with_llama_cpp_server(options: argparse.Namespace) -> Arm:
+    """llama.cpp's server in this process, asked over HTTP for token ids; no prompt is taken from its cache."""
+    from xllamacpp import CommonParams, Server  # type: ignore[import-not-found]
+
+    params = CommonParams()
+    params.model.path = str(builtin_gguf() if options.target == "builtin" else options.target)
+    params.n_ctx, params.n_parallel, params.n_gpu_layers, params.verbosity = 4096, 1, 0, 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options.threads
+    params.port = 0
+    server = Server(params)
+
+    def run(prompt: list[int], tokens: int) -> list[int]:
+        wanted = {"prompt": prompt, "n_predict": tokens, "temperature": 0.0, "repeat_penalty": 1.0}
+        wanted |= {"ignore_eos": True, "cache_prompt": False, "return_tokens": True}
+        request = Request(f"{server.listening_address}/completion", json.dumps(wanted).encode())
+        with urlopen(request) as response:
+            answer = json.load(response)
+        found: list[int] = answer["tokens"]
+        assert answer["tokens_evaluated"] == len(prompt), answer
+        assert len(found) == tokens, answer
+        return found
+
+    return run
+
+
 def build_arms(options: argparse.Namespace) -> dict[str, Arm]:
     every = {**ARMS, **(ASSISTED if options.draft else {})}
     wanted = options.arms.split(";") if options.arms else list(every)
@@ -153,6 +179,7 @@ ARMS: dict[str, Callable[[argparse.Namespace, dict[str, Any]], Arm]] = {
         their_model(o, m), prompt_lookup_num_tokens=10
     ),
     "llama.cpp": lambda o, m: with_llama_cpp(o),
+    "llama.cpp server": lambda o, m: with_llama_cpp_server(o),
 }
 ASSISTED: dict[str, Callable[[argparse.Namespace, dict[str, Any]], Arm]] = {
     "specdec packed, two models": lambda o, m: ours(our_pair(o, m, str(o.draft), "auto"), "auto"),

@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from time import monotonic
 from typing import IO, Any, Literal, Protocol
 
 from rich.console import COLOR_SYSTEMS, Console
@@ -61,10 +63,10 @@ def live() -> bool:
 
 @contextmanager
 def narrated() -> Iterator[Report]:
-    """Loading progress: a live line on a terminal; elsewhere a sentence for what takes long."""
-    if sys.stderr.isatty():
-        with Console(stderr=True).status("loading PyTorch and transformers") as status:
-            yield lambda progress: status.update(Text(printable(_sentence(progress))))
+    """Loading progress: on a terminal a live line with the seconds of each step; elsewhere a sentence for what takes long."""
+    if live():
+        with _spinner("loading PyTorch and transformers") as doing:
+            yield lambda progress: doing.say(_sentence(progress), progress.doing)
         return
     told: set[tuple[str, str]] = set()
 
@@ -80,7 +82,7 @@ def narrated() -> Iterator[Report]:
 @contextmanager
 def working() -> Iterator[Callable[[str], None]]:
     """What is being done, as a live line on a terminal; elsewhere each thing once, without how far it is."""
-    if not sys.stderr.isatty():
+    if not live():
         told = set[str]()
 
         def tell_once(text: str) -> None:
@@ -91,17 +93,40 @@ def working() -> Iterator[Callable[[str], None]]:
 
         yield tell_once
         return
-    with Console(stderr=True).status("") as status:
-        yield lambda text: status.update(Text(printable(text)))
+    with _spinner("working") as doing:
+        yield lambda text: doing.say(text, text.partition(",")[0])
+
+
+@dataclass
+class _Doing:
+    """A line that says what is being done, and for how many seconds already: it is drawn anew while the work goes on."""
+
+    text: str
+    step: str
+    since: float
+
+    def say(self, text: str, step: str) -> None:
+        """The seconds go on as long as the step is the same."""
+        if step != self.step:
+            self.step, self.since = step, monotonic()
+        self.text = text
+
+    def __rich__(self) -> Text:
+        return Text(f"{printable(self.text)} · {monotonic() - self.since:.0f} s", overflow="ellipsis", no_wrap=True)
+
+
+@contextmanager
+def _spinner(text: str) -> Iterator[_Doing]:
+    """On stderr until the block ends, and then nothing of it is left."""
+    doing = _Doing(text, text, monotonic())
+    with Console(stderr=True).status(doing):
+        yield doing
 
 
 def _sentence(progress: Progress) -> str:
-    doing = {"download": "fetching", "convert": "converting", "load": "loading"}[progress.stage]
-    if not progress.total:
-        return f"{doing} {progress.what}"
-    if not progress.done or progress.done == progress.total:
-        return f"{doing} {progress.what} ({progress.total / 1e6:.0f} MB)"
-    return f"{doing} {progress.what} ({progress.done / 1e6:.0f} of {progress.total / 1e6:.0f} MB)"
+    if progress.unit == "tokens":
+        return f"{progress.doing}: {progress.amount}"
+    return progress.doing + (f" ({progress.amount})" if progress.amount else "")
 
 
 class Output(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -41,3 +42,16 @@ def quieten(offline: bool, debug: bool) -> None:
         logging.getLogger("accelerate").setLevel(logging.ERROR)
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         warnings.simplefilter("ignore")
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """While libraries are imported and models loaded nothing is searched for garbage, and what they made is never searched
+    again: the one takes 0.5 s of a start of 5, the other 0.1 s every few hundred tokens."""
+    gc.disable()
+    try:
+        yield
+        gc.collect()
+        gc.freeze()
+    finally:
+        gc.enable()

@@ -1,7 +1,8 @@
 """GGUF files as checkpoints: what transformers needs beside the weights is made once and kept in the cache.
 
-Reading a GGUF's header takes 7 s for each of config, tokenizer and tensor list, because its vocabulary is parsed piece by
-piece in Python. The folder made here holds those three; the weights stay where they are and are read in place.
+Making config and tokenizer of a GGUF's header takes seconds: its vocabulary is text, and the tokenizer's merges may have to
+be recovered from it. The folder made here holds those and the tensor list; the weights stay where they are and are read in
+place. It appears whole or not at all: a killed run leaves a scratch folder, and the next one begins again.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from specdec_engine.errors import ModelUnavailable, reason
 from specdec_engine.folders import cache_folder
-from specdec_engine.progress import Progress, Report
+from specdec_engine.progress import Progress, Report, silent
 
 if TYPE_CHECKING:
     from specdec_engine.weights import Entry
@@ -56,9 +57,7 @@ def beside(gguf: Path, name: str, report: Report) -> Path:
         sweep(folder.parent)
         scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=SCRATCH))
     try:
-        if stat.st_size > _SLOW:
-            report(Progress("convert", f"the header of {name}, once, for about half a minute"))
-        _make(gguf, scratch)
+        _make(gguf, scratch, name, report if stat.st_size > _SLOW else silent)
         with _writing(name, folder.parent):
             if folder.exists() and not (folder / _INDEX).is_file():  # not ours, or damaged
                 shutil.rmtree(folder)
@@ -115,28 +114,35 @@ def sweep(folder: Path) -> None:
                 shutil.rmtree(left, ignore_errors=True)
 
 
-def _make(gguf: Path, into: Path) -> None:
+def _make(gguf: Path, into: Path, name: str, report: Report) -> None:
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-    tensors = {name: asdict(entry) for name, entry in _read_entries(gguf).items()}
+    from specdec_engine.gguf_header import Header, given_to_transformers
+
+    def count(done: int, total: int) -> None:
+        report(Progress("convert", f"the header of {name}", done, total, "tokens"))
+
+    try:
+        header = Header(gguf, count)
+    except ValueError as error:  # numpy's words for a tensor that reaches past the end
+        raise ModelUnavailable(f"{gguf} is damaged or cut short: {error}", "download it again") from error
+    tensors = {tensor: asdict(entry) for tensor, entry in _read_entries(header, gguf).items()}
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name, "local_files_only": True}
-    config = AutoConfig.from_pretrained(**source)
+    with given_to_transformers(header, gguf):
+        config = AutoConfig.from_pretrained(**source)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
     config.save_pretrained(into)
     GenerationConfig.from_model_config(config).save_pretrained(into)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(into)
+    tokenizer.save_pretrained(into)
     # All values, defaults too: `config.json` leaves them to the class.
     (into / _INDEX).write_text(json.dumps({"config": config.to_dict(), "tensors": tensors}), "utf-8")
 
 
-def _read_entries(gguf: Path) -> dict[str, Entry]:
-    from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map
+def _read_entries(reader: Any, gguf: Path) -> dict[str, Entry]:
+    from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
 
     from specdec_engine.weights import Entry
 
-    try:
-        reader: Any = GGUFReader(gguf)
-    except ValueError as error:  # numpy's words for a tensor that reaches past the end
-        raise ModelUnavailable(f"{gguf} is damaged or cut short: {error}", "download it again") from error
     arch = reader.fields["general.architecture"].contents()
     if arch not in _MEMBERS:
         return {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
@@ -14,7 +13,7 @@ from specdec_cli import options as opt
 from specdec_cli import output, profiles
 from specdec_cli.exits import ExitCode
 from specdec_cli.prompts import read_prompt
-from specdec_cli.startup import interruptible, quieten
+from specdec_cli.startup import interruptible, quieten, uncollected
 from specdec_cli.tables import threads
 from specdec_engine.control import Controls
 from specdec_engine.errors import SpecdecError, TraceError, UsageError
@@ -65,15 +64,12 @@ def generate(
     if setting.said:  # before its draft is looked for: who has not typed it must know where the name is from
         output.note(setting.said)
     quieten(where.offline, where.debug)
-    with interruptible(), output.narrated() as report:
+    with interruptible(), output.narrated() as report, uncollected():
         # Deferred: torch and transformers take 3 s, and `--help` and usage errors must not pay them.
         from specdec_engine.pair import load_pair
 
-        pair = load_pair(
-            target, setting.draft, where.loading(len(text + (how.system or "")) // 3 + how.max_tokens, report)
-        )
-        gc.collect()
-        gc.freeze()  # else a collection goes through all that the libraries have made: 0.1 s, every few hundred tokens
+        tokens = len(text + (how.system or "")) // 3 + how.max_tokens
+        pair = load_pair(target, setting.draft, where.loading(tokens, report))
     ids = pair.encode(text, chat=how.chat, system=how.system)
     for sentence in (*pair.notes, *(pair.remarks if verbose else ())):
         output.note(sentence)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import os
 import sys
@@ -17,7 +16,7 @@ from specdec_cli import output, profiles
 from specdec_cli.commands.replay import replay
 from specdec_cli.exits import ExitCode
 from specdec_cli.prompts import read_prompt
-from specdec_cli.startup import quieten
+from specdec_cli.startup import quieten, uncollected
 from specdec_engine.control import Controls
 from specdec_engine.errors import UsageError
 from specdec_engine.stopping import Stop
@@ -80,14 +79,11 @@ def watch(
 
     def load(report: Report) -> Pair:
         # In the engine's thread, while the first frame is on screen: torch and transformers take 3 s.
-        from specdec_engine.pair import load_pair
+        with uncollected():
+            from specdec_engine.pair import load_pair
 
-        pair = load_pair(
-            target, setting.draft, where.loading(len(text + (how.system or "")) // 3 + how.max_tokens, report)
-        )
-        gc.collect()
-        gc.freeze()  # as in generate: a collection of 0.1 s is seen
-        return pair
+            tokens = len(text + (how.system or "")) // 3 + how.max_tokens
+            return load_pair(target, setting.draft, where.loading(tokens, report))
 
     from specdec_tui.app import SpecdecApp  # Textual takes 0.3 s
 

@@ -299,3 +299,20 @@ def test_a_draft_that_does_not_pay_is_switched_off_and_says_so(generate):
     assert any("self:1 does not pay" in reason for reason in reasons)
     ks = [e["k"] for e in events if e["kind"] == "cycle"]
     assert ks.count(0) > len(ks) / 2
+
+
+def test_what_is_loaded_is_not_searched_for_garbage_then_or_later():
+    import gc
+
+    from specdec_cli.startup import uncollected
+
+    before = gc.get_freeze_count()
+    try:
+        with uncollected():
+            assert not gc.isenabled()
+        assert gc.get_freeze_count() > before
+        with pytest.raises(ValueError, match="broken"), uncollected():
+            raise ValueError("broken")
+        assert gc.isenabled()
+    finally:
+        gc.unfreeze()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import select
 import shutil
 import signal
@@ -176,6 +177,17 @@ def test_on_a_terminal_tokens_are_coloured_and_the_answer_ends_its_line(checkpoi
     assert "\x1b[38;2;86;180;233m" in shown
     assert "accepted draft" in shown
     assert shown.endswith("\n")
+
+
+def test_loading_on_a_terminal_says_what_it_does_and_is_gone_before_the_first_token(checkpoint):
+    code, shown = in_a_terminal(command("generate", "hello", "-t", checkpoint, "-d", "none", "-n", "5", "--no-stats"))
+    assert code == 0
+    loading, _, answer = shown.rpartition("\x1b[?25h")  # the cursor is shown again
+    assert re.search(r"loading PyTorch and transformers · \d s", loading)
+    up_and_erased = "\r\x1b[1A\x1b[2K"
+    assert answer.startswith(up_and_erased)
+    assert answer.removeprefix(up_and_erased).strip()
+    assert "loading" not in answer
 
 
 def test_hub_models_load_by_name_then_offline_and_refusals_say_why(checkpoint, tmp_path):

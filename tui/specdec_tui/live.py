@@ -168,10 +168,7 @@ class LiveSource(Threaded):
     def _report(self, progress: Progress) -> None:
         if self._closing:
             raise _Closed
-        done = f" {progress.done / 1e6:.0f} of" if progress.total and 0 < progress.done < progress.total else ""
-        size = f"{done} {progress.total / 1e6:.0f} MB" if progress.total else ""
-        doing = {"download": "fetching", "convert": "converting", "load": "loading"}[progress.stage]
-        self.stage = Stage(f"{doing} {progress.what}", size)
+        self.stage = Stage(progress.doing, f" {progress.amount}" if progress.amount else "")
 
     def _next(self) -> Request | None:
         with self._gate:
