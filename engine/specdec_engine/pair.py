@@ -37,7 +37,7 @@ from specdec_engine.runtime.graphs import GraphRuntime
 from specdec_engine.runtime.shape import Shape
 from specdec_engine.stopping import Stop
 from specdec_engine.target import ModelTarget
-from specdec_engine.threads import set_threads
+from specdec_engine.threads import set_threads, use_fewer_threads
 from specdec_engine.types import Sampling
 
 
@@ -157,6 +157,8 @@ class Loader:
         self.options = options or LoadOptions()
         set_threads(self.options.threads, pick_device(self.options.device))  # first: forms are measured on so many
         self.found = find_model(target, self.options)
+        if self.options.threads == "auto":
+            use_fewer_threads(self.found.arithmetic.threads)
         if read_draft(self.found.path) is not None:
             raise UsageError(f"{target} is a draft, made for another target", "give it to --draft")
         self.target = cache(self.found.load)

@@ -24,6 +24,12 @@ def set_threads(threads: Threads, device: torch.device) -> None:
         torch.set_num_threads(threads)
 
 
+def use_fewer_threads(most: int | None) -> None:
+    """No more than that, where a number is known."""
+    if most is not None and most < torch.get_num_threads():
+        torch.set_num_threads(most)
+
+
 @cache
 def free_threads(cores: int, fit: Callable[[int], bool] | None = None) -> int:
     """Of the threads for so many cores, those that other programs leave room for: half of them, and half again, until they

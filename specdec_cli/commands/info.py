@@ -5,6 +5,8 @@ from __future__ import annotations
 import json as jsonlib
 import platform
 import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -46,6 +48,8 @@ def info(json: opt.Json = False) -> None:
         free = "" if device["free_bytes"] is None else f", {device['free_bytes'] / 2**30:.1f} GiB free"
         typer.echo(f"{device['name']}: {device['about']}{free}")
     typer.echo(f"runtime: {found['runtime']['name']} on {found['runtime']['device']}, {found['runtime']['why']}")
+    for line in _measured(found["runtime"]):
+        typer.echo(line)
     typer.echo(f"built-in target: {'in the cache' if found['builtin_cached'] else 'fetched at the first use, 98 MB'}")
     for model in found["models"]:
         fits = f" · drafts for it: {', '.join(model['drafts'])}" if model["drafts"] else ""
@@ -59,6 +63,17 @@ def info(json: opt.Json = False) -> None:
         typer.echo(one_line(f"profile: {profiles.of_block(block).said} · {config['file']}"))
     if not config["profiles"] and not config["error"]:
         typer.echo(f"no profiles in {config['file']}: drafts and k are the defaults; specdec tune --save writes one")
+
+
+def _measured(runtime: dict[str, Any]) -> Iterator[str]:
+    """Milliseconds for 100 million weights, of each form that was timed on this machine."""
+    if runtime.get("own_kernels", "compiled") != "compiled":
+        yield one_line(f"no kernels of our own: {runtime['own_kernels']}")
+    for one in runtime.get("measured", ()):
+        forms = sorted(one["timings"], key=lambda form: form["one_ms"] + form["four_ms"])
+        figures = " · ".join(f"{form['form']} {form['one_ms']:.1f} and {form['four_ms']:.1f}" for form in forms)
+        size = f"{one['rows']} x {one['columns']}, {one['threads']} threads, torch {one['torch']}"
+        yield f"ms for 1 and 4 rows of 100M weights ({size}): {figures}"
 
 
 def _found() -> dict[str, Any]:
@@ -114,13 +129,36 @@ def _devices() -> dict[str, Any]:
     if torch.backends.mps.is_available():
         devices.append({"name": "mps", "about": "Apple GPU", "free_bytes": None})
     chosen = pick_device("auto")
+    if chosen.type == "cpu":
+        return {"devices": devices, "runtime": _cpu_runtime()}
     dtype = str(pick_dtype("auto", chosen)).removeprefix("torch.")
     name, why = {
         "cuda": ("graph", f"recorded as CUDA graphs; dense weights in {dtype}"),
-        "cpu": ("lean", f"packed weights stay packed; dense ones in {dtype}"),
     }.get(chosen.type, ("generic", f"the transformers forward, in {dtype}"))
     why = "; ".join(filter(None, [why, idle_gpu(chosen)]))
     return {"devices": devices, "runtime": {"name": name, "device": str(chosen), "why": why}}
+
+
+def _cpu_runtime() -> dict[str, Any]:
+    """What was measured here, and now for the built-in target where nothing was."""
+    import torch
+
+    from specdec_engine.runtime import native
+    from specdec_engine.runtime.arithmetic import Matrices, choose, measured, remembered
+    from specdec_engine.threads import set_threads
+
+    cpu, builtin = torch.device("cpu"), Matrices(rows=3072, columns=576, packed=True, lean=True)
+    set_threads("auto", cpu)
+    packed = choose(builtin, "auto", "auto", cpu)
+    dense = choose(replace(builtin, packed=False), "auto", "auto", cpu)
+    measured(builtin.rows, builtin.columns)
+    return {
+        "name": "lean",
+        "device": "cpu",
+        "why": f"measured: packed weights run as {packed.name}, dense ones as {dense.name}",
+        "own_kernels": native.why_none() or "compiled",
+        "measured": [asdict(one) for one in remembered()],
+    }
 
 
 def _version(package: str) -> str | None:

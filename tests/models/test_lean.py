@@ -10,7 +10,7 @@ from specdec_engine.errors import OutOfMemory, UsageError
 from specdec_engine.loading import LoadOptions, load_model
 from specdec_engine.runtime.decoder import Decoder
 from specdec_engine.runtime.gpu import TORCH
-from specdec_engine.runtime.linear import kernels_available
+from specdec_engine.runtime.linear import torch_packs
 from specdec_engine.runtime.shape import Unsupported, shape_of
 from specdec_engine.target import ModelTarget
 from tests.fakes import CPU, VOCAB, ScriptedDrafter, StateWeights, emitted, events, graph, host, lean, run, tiny_llama
@@ -249,13 +249,15 @@ def test_auto_takes_the_lean_runtime_and_says_so(checkpoint):
 
 def test_a_drafts_dense_weights_are_packed_where_they_can_be(checkpoint):
     """Not in float32, and not where the draft's own form is asked for."""
-    if not kernels_available():
+    if not torch_packs():
         pytest.skip("no packed kernels on this CPU")
     for options, weights in [
         (LoadOptions(dtype="bfloat16"), "int8"),
         (LoadOptions(dtype="bfloat16", quantize="int4"), "int8"),
         (LoadOptions(dtype="bfloat16", draft_quantize="none"), "bfloat16"),
         (LoadOptions(dtype="bfloat16", draft_quantize="int4"), "int4"),
+        (LoadOptions(), "int8"),
+        (LoadOptions(draft_quantize="int4"), "int4"),
         (LoadOptions(dtype="float32"), "float32"),
         (LoadOptions(dtype="bfloat16", runtime="generic"), "bfloat16"),
     ]:

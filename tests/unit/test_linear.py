@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 
-from specdec_engine.runtime.linear import Dense, Int4, Int8, packing_block, project, quantized
+from specdec_engine.runtime import native
+from specdec_engine.runtime.linear import (
+    Dense,
+    Int4,
+    Int8,
+    Joined,
+    NativeDense,
+    NativePacked,
+    packing_block,
+    project,
+    quantized,
+)
 from specdec_engine.weights import Entry, GgufWeights, Grouped
 from tests.fakes import CPU
 
@@ -28,24 +41,102 @@ def stored(tmp_path, kind, heads=0):
     return GgufWeights(file, {"w": entry}), torch.from_numpy(gguf.dequantize(raw, member).reshape(ROWS, COLUMNS))
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "F16", "BF16", "F32", "Q5_0"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16", "F32"])
 def test_blocks_hold_what_the_gguf_library_says(tmp_path, kind):
     weights, expected = stored(tmp_path, kind)
     found = weights.dense("w").float()
     assert torch.allclose(found, expected.float(), atol=0, rtol=1e-6)
-    assert isinstance(weights.stored("w"), Grouped) == (kind in ("Q4_0", "Q4_1", "Q8_0"))
+    assert isinstance(weights.stored("w"), Grouped) == (kind not in ("F16", "BF16", "F32"))
 
 
-def test_k_quants_of_four_bits_are_groups_of_32_too(tmp_path):
-    """The gguf library reads Q4_K and does not write it: any bytes will do, with scales of a usual size."""
-    raw = np.random.default_rng(0).integers(0, 256, (ROWS, 144), np.uint8)
-    raw[:, :4] = np.array([0.01, 0.02], np.float16).view(np.uint8)
+def k_quants(tmp_path, kind, columns=512):
+    """The gguf library reads them and does not write them: any bytes will do, with scales of a usual size."""
+    size, scales = {"Q4_K": (144, slice(0, 4)), "Q5_K": (176, slice(0, 4)), "Q6_K": (210, slice(208, 210))}[kind]
+    raw = np.random.default_rng(0).integers(0, 256, (ROWS * columns // 256, size), np.uint8)
+    raw[:, scales] = np.array([0.01, 0.02], np.float16).view(np.uint8)[: scales.stop - scales.start]
     file = tmp_path / "raw"
     file.write_bytes(raw.tobytes())
-    expected = gguf.dequantize(raw, gguf.GGMLQuantizationType.Q4_K)
-    weights = GgufWeights(file, {"w": Entry("Q4_K", (ROWS, 256), 0, raw.nbytes)})
-    assert isinstance(weights.stored("w"), Grouped)
-    assert np.allclose(weights.dense("w").numpy(), expected, rtol=1e-5, atol=1e-5)
+    expected = gguf.dequantize(raw, gguf.GGMLQuantizationType[kind]).reshape(ROWS, columns)
+    return GgufWeights(file, {"w": Entry(kind, (ROWS, columns), 0, raw.nbytes)}), torch.from_numpy(expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"), [("Q4_K", (4, 32, True)), ("Q5_K", (8, 32, True)), ("Q6_K", (8, 16, False))]
+)
+def test_k_quants_stay_packed(tmp_path, kind, layout):
+    weights, expected = k_quants(tmp_path, kind)
+    assert weights.stored("w").layout == layout
+    assert torch.allclose(weights.dense("w"), expected, rtol=1e-5, atol=1e-5)
+
+
+KINDS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+
+
+@pytest.fixture(scope="module")
+def own():
+    """Kernels of our own. Where there is a C compiler they must be there."""
+    if native.kernels() is None and shutil.which("cc") is None:
+        pytest.skip(native.why_none())
+    assert native.why_none() == ""
+    return native.kernels()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [1, 4, 7, 130])
+def test_own_kernels_multiply_every_packed_form(tmp_path, own, kind, rows):
+    """To 2e-5 where the file's scales are float16, to 3e-4 where ours are rounded to it; bfloat16's activations are off by
+    2e-3. Whatever the rows, a row has the same bits."""
+    weights, expected = k_quants(tmp_path, kind) if kind.endswith("K") else stored(tmp_path, kind)
+    bias = torch.randn(ROWS)
+    found = project([weights.stored("w")], bias, torch.float32, CPU, "auto", own)
+    assert isinstance(found, NativePacked)
+    x = torch.randn(rows, expected.shape[1], generator=torch.Generator().manual_seed(1))
+    exact = x.double() @ expected.double().T + bias
+    y = found(x)
+    assert (y - exact).norm() < (4e-4 if kind.endswith("K") else 4e-5) * exact.norm()
+    assert torch.equal(torch.cat([found(x[i : i + 1]) for i in range(rows)]), y)
+    rows_of = torch.tensor([0, ROWS - 1, 9])
+    assert torch.allclose(found.dense_rows(rows_of), expected[rows_of], rtol=2e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(47, 96), (64, 101), (960, 576)])
+def test_own_kernels_multiply_bfloat16(own, shape):
+    dense = torch.randn(shape, generator=torch.Generator().manual_seed(2)).bfloat16()
+    found = project([dense], None, torch.float32, CPU, "none", own)
+    assert isinstance(found, NativeDense)
+    x = torch.randn(9, shape[1])
+    together = found(x)
+    assert torch.allclose(together, x @ dense.float().T, atol=1e-3)
+    for n in range(1, 9):
+        assert torch.equal(found(x[:n]), together[:n])
+    assert found._weight.data_ptr() == dense.data_ptr()  # read where it lies: a tied table is not kept twice
+
+
+def test_rows_that_are_no_numbers_give_none(own):
+    """An integer would hide them."""
+    found = project([weight()], None, torch.float32, CPU, "int4", own)
+    x = torch.randn(3, COLUMNS)
+    clean = found(x)
+    for broken in (torch.nan, torch.inf):
+        x[1, 5] = broken
+        y = found(x)
+        assert y[1].isnan().all()
+        assert torch.equal(y[[0, 2]], clean[[0, 2]])
+    assert torch.equal(found(torch.zeros(2, COLUMNS)), torch.zeros(2, ROWS))
+
+
+def test_matrices_packed_in_different_ways_are_joined(tmp_path, own):
+    """Files of 4 bits keep the values' projection in 6; as one, all were dense."""
+    four, first = k_quants(tmp_path, "Q4_K")
+    parts = [four.stored("w")]
+    six, second = k_quants(tmp_path, "Q6_K")
+    parts.append(six.stored("w"))
+    x, bias = torch.randn(3, 512), torch.randn(2 * ROWS)
+    exact = x @ torch.cat([first, second]).T + bias
+    for dtype, kernels in ((torch.float32, own), (torch.bfloat16, None)):
+        found = project(parts, bias, dtype, CPU, "auto", kernels)
+        assert found.form == "int4+int8"
+        assert (found(x.to(dtype)).float() - exact).abs().max() < 0.03 * exact.abs().max()
 
 
 def test_interleaved_heads_come_back_in_halves(tmp_path):
@@ -75,7 +166,7 @@ def test_forms_by_choice(tmp_path):
     packed, _ = stored(tmp_path, "Q4_1")
     mixed = [packed.stored("w"), weight()]
     assert isinstance(project([packed.stored("w")], None, torch.float32, CPU, "none"), Dense)
-    assert isinstance(project(mixed, None, torch.bfloat16, CPU, "auto"), Dense)
+    assert isinstance(project(mixed, None, torch.bfloat16, CPU, "auto"), Joined)
     assert isinstance(project([weight()], None, torch.bfloat16, CPU, "int8"), Int8)
     assert isinstance(project([weight()], None, torch.bfloat16, CPU, "int4"), Int4)
     eight = stored(tmp_path, "Q8_0")[0].stored("w")
@@ -83,7 +174,7 @@ def test_forms_by_choice(tmp_path):
     assert project([eight], None, torch.bfloat16, CPU, "int4").form == "int4"
     assert isinstance(project([packed.stored("w")], None, torch.bfloat16, CPU, "int8"), Int8)
     assert isinstance(project([packed.stored("w")], None, torch.bfloat16, CPU, "light"), Int4)  # stays as it is
-    assert isinstance(project(mixed, None, torch.bfloat16, CPU, "light"), Int8)
+    assert project(mixed, None, torch.bfloat16, CPU, "light").form == "int4+int8"
     assert isinstance(
         project([weight()[:, :88]], None, torch.bfloat16, CPU, "light"), Dense
     )  # no multiple of 16 columns
@@ -113,7 +204,9 @@ def test_wide_passes_give_what_narrow_ones_give(monkeypatch, kind, rows, at_once
     monkeypatch.setattr("specdec_engine.runtime.linear._AT_ONCE", at_once)
     dense = torch.cat([weight(seed) for seed in range(7)])[:rows]
     eight = torch.randint(-127, 128, dense.shape).to(torch.int8)
-    packed = Grouped(eight, torch.rand(rows, COLUMNS // 32) + 0.01, None) if kind == "Q8_0" else quantized(dense)
+    packed = (
+        Grouped(eight, torch.rand(rows, COLUMNS // 32) + 0.01, None, bits=8) if kind == "Q8_0" else quantized(dense)
+    )
     matrix = project([dense if kind == "int8" else packed], torch.randn(rows), torch.bfloat16, CPU, "light")
     assert isinstance(matrix, Int8 if kind == "int8" else Int4)
     x = torch.randn(200, COLUMNS, generator=torch.Generator().manual_seed(9)).bfloat16()
@@ -130,8 +223,8 @@ def test_the_packing_of_this_torch_is_known():
 @pytest.mark.parametrize("form", ["int8", "int4", "none"])
 def test_a_row_has_the_same_bits_alone_and_among_others(form):
     """What keeps plain and speculative decoding together in bfloat16."""
-    if torch.backends.cpu.get_cpu_capability() not in ("AVX512", "AMX"):
-        pytest.skip("seen to hold with AVX-512")
+    if form == "none" and torch.backends.cpu.get_cpu_capability() not in ("AVX512", "AMX"):
+        pytest.skip("torch's dense bfloat16 has it with AVX-512 only; our own kernels always")
     matrix = project([torch.randn(960, 576) * 0.03], None, torch.bfloat16, CPU, form)
     x = torch.randn(9, 576).bfloat16()
     together = matrix(x)

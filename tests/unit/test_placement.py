@@ -16,6 +16,7 @@ from specdec_engine.drafters import build_drafter
 from specdec_engine.errors import OutOfMemory, UsageError
 from specdec_engine.loading import LoadOptions, find_model
 from specdec_engine.memory import ran_out
+from specdec_engine.runtime.arithmetic import Matrices, choose
 from specdec_engine.runtime.decoder import Decoder
 from specdec_engine.runtime.shape import shape_of
 from specdec_engine.weights import Entry
@@ -31,7 +32,8 @@ def test_a_gguf_on_a_gpu_is_reckoned_dense(quantize):
     entry = Entry("Q4_0", size, 0, prod(size) // 32 * 18)
     found = {f"model.layers.{i}.mlp.up_proj.weight": entry for i in range(10)}
     options = LoadOptions(quantize=quantize)
-    need = loading._need(Path("x.gguf"), found, config, shape_of(config), torch.bfloat16, CUDA, options)
+    arithmetic = choose(Matrices(1, 1, packed=True, lean=True), "bfloat16", quantize, CUDA)
+    need = loading._need(Path("x.gguf"), found, config, shape_of(config), arithmetic, CUDA, options)
     assert need.weights == 10 * prod(size) * 2
 
 
@@ -68,7 +70,7 @@ def test_memory_that_runs_out_is_recognised_by_type_and_by_words():
 
 
 def test_a_gpus_own_words_for_too_little_memory_end_a_load_cleanly(checkpoint, monkeypatch):
-    def refuse(*_):
+    def refuse(*_, **__):
         raise RuntimeError("CUDA error: out of memory")
 
     monkeypatch.setattr(loading, "Decoder", refuse)

@@ -12,7 +12,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -43,6 +43,8 @@ class Arithmetic:
     """Whether weights can be packed, or stay so."""
     kernels: Kernels | None = None
     """Our own, where they multiply; then activations are float32."""
+    threads: int | None = None
+    """With which it was fastest, where that was measured."""
 
     @property
     def name(self) -> str:
@@ -225,12 +227,13 @@ def choose(matrices: Matrices, dtype: str, packing: Packing, device: torch.devic
         may = packing != "none" and (matrices.packed or packing == "light")
         forms = [f for f in forms if (f.packed if must else may or not f.packed)]
         if forms:
-            return measured(matrices.rows, matrices.columns).best(forms).arithmetic
-    if must:
+            found = measured(matrices.rows, matrices.columns)
+            return replace(found.best(forms).arithmetic, threads=found.fastest_threads)
+    if must and matrices.lean:  # else the loader says what is in the way
         refuse_packing(packing, dtype, device)
     packs = device.type == "cpu" and dtype == "bfloat16" and torch_packs() and matrices.lean and packing != "none"
-    found = pick_dtype(dtype, device)
-    return Arithmetic(found, found, packs)
+    named = pick_dtype(dtype, device)
+    return Arithmetic(named, named, packs)
 
 
 def refuse_packing(packing: Packing, dtype: str, device: torch.device) -> None:

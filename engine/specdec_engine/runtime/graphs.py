@@ -19,6 +19,7 @@ from torch import Tensor
 
 from specdec_engine.runtime import Choose, Chosen, Enough, Unrolled
 from specdec_engine.runtime.decoder import Decoder
+from specdec_engine.runtime.gpu import FEW_ROWS
 from specdec_engine.runtime.lean import Forward, LeanRuntime
 from specdec_engine.runtime.shape import Unsupported
 from specdec_engine.timing import timer_for
@@ -172,10 +173,10 @@ class GraphRuntime(LeanRuntime):
         if self._cached + width > end >= self._cached + n:
             width = n  # no new cache for padding alone, and no position that a model with a table of them lacks
         self._make_room(self._cached + width)
-        span = span_for(self._cached + width)
+        span = self._span(width, self._cached + width)
         if width not in WIDTHS:
             positions = torch.arange(self._cached, self._cached + n, device=self.device)
-            logits = self._passed(tokens, positions, span, rows)
+            logits = self._passed(tokens, positions, span, rows, self._cached)
         else:
             replay = self._recorded(("pass", width, span), self._pass(width, span))
             self._fixed.tokens[:n].copy_(tokens)  # the surplus ones repeat what was there; their rows are cut off
@@ -196,7 +197,7 @@ class GraphRuntime(LeanRuntime):
         ends = range(begin + m, begin + m + u.shape[0])
         self._make_room(ends[-1])
         # All of them before the first runs: a recording writes to the fixed tensors.
-        steps = [self._step(m if end == ends[0] else 1, span_for(end), choose) for end in ends]
+        steps = [self._step(m if end == ends[0] else 1, self._span(1, end), choose) for end in ends]
         self._fixed.tokens[:m].copy_(pending)
         self._fixed.start.fill_(begin)
         self._fixed.temperature.copy_(temperature)
@@ -208,13 +209,19 @@ class GraphRuntime(LeanRuntime):
         tokens, rows, raw = (torch.cat(parts) for parts in zip(*results, strict=True))
         return Unrolled(tokens, rows if rows.numel() else None, raw if raw.numel() else None)
 
+    def _span(self, rows: int, end: int) -> int:
+        """Positions that a pass of so many rows, which ends there, is recorded for: all, where attention reads on the device
+        how many there are."""
+        reads = rows <= FEW_ROWS and getattr(self.decoder, "reads_length_on_device", False)
+        return self.capacity if reads else span_for(end)
+
     def _width(self, n: int, seldom: bool) -> int:
         """Of a pass over n tokens. Where they are seldom so many, one that is recorded: at a run's end every cycle is shorter
         than the one before, and each width would cost a recording to save a few rows once."""
         least = next((width for width in WIDTHS if width >= n), n)
         if not seldom:
             return least
-        ready = (w for w in WIDTHS if w >= n and ("pass", w, span_for(self._cached + w)) in self._recordings)
+        ready = (w for w in WIDTHS if w >= n and ("pass", w, self._span(w, self._cached + w)) in self._recordings)
         return next(ready, least)
 
     def _pass(self, width: int, span: int) -> Callable[[], Results]:
