@@ -155,7 +155,7 @@ def _cpu_runtime() -> dict[str, Any]:
     return {
         "name": "lean",
         "device": "cpu",
-        "why": f"measured: packed weights run as {packed.name}, dense ones as {dense.name}",
+        "why": f"as measured: packed weights run {packed.name}, dense ones in {dense.name}",
         "own_kernels": native.why_none() or "compiled",
         "measured": [asdict(one) for one in remembered()],
     }

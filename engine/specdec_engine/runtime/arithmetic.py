@@ -49,8 +49,8 @@ class Arithmetic:
     @property
     def name(self) -> str:
         """As `info` and `-v` say it."""
-        by = "own kernels" if self.kernels is not None else "torch's"
-        return f"{'packed weights' if self.packs else _name(self.weights)} by {by}"
+        by = "our own" if self.kernels is not None else "torch's"
+        return f"{'packed' if self.packs else _name(self.weights)} by {by} kernels"
 
 
 @dataclass(frozen=True, slots=True)
