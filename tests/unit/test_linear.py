@@ -99,6 +99,20 @@ def test_own_kernels_multiply_every_packed_form(tmp_path, own, kind, rows):
     assert torch.allclose(found.dense_rows(rows_of), expected[rows_of], rtol=2e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("at_once", [2**22, 9 * 96])
+def test_own_kernels_unpack_for_a_prompt(monkeypatch, tmp_path, own, kind, at_once):
+    """To bfloat16's rounding of weights and activations; in one part or in several, the last of which is smaller."""
+    monkeypatch.setattr("specdec_engine.runtime.linear._AT_ONCE", at_once)
+    weights, expected = k_quants(tmp_path, kind) if kind.endswith("K") else stored(tmp_path, kind)
+    found = project([weights.stored("w").rows(torch.arange(45))], None, torch.float32, CPU, "auto", own.unpacking(True))
+    unpacked = torch.cat([part.T for part in found._unpacked()]).float()
+    assert (unpacked - expected[:45]).abs().max() < 2**-8 * expected.abs().max()
+    x = torch.randn(100, expected.shape[1])
+    narrow = torch.cat([found(part) for part in x.split(10)])
+    assert (found(x) - narrow).abs().max() < 0.02 * narrow.abs().max()
+
+
 @pytest.mark.parametrize("shape", [(47, 96), (64, 101), (960, 576)])
 def test_own_kernels_multiply_bfloat16(own, shape):
     dense = torch.randn(shape, generator=torch.Generator().manual_seed(2)).bfloat16()

@@ -109,6 +109,8 @@ class Measurement:
     timings: tuple[Timing, ...]
     fastest_threads: int
     """With which the best form was fastest: `threads`, or fewer."""
+    unpacks_wide: bool = False
+    """Whether our own kernels read a prompt faster by unpacking for torch's bfloat16."""
 
     def best(self, forms: Sequence[Form]) -> Form:
         """Of these, the one that costs least; the last where none of them could be timed."""
@@ -149,8 +151,29 @@ def measure(rows: int, columns: int) -> Measurement:
     best = min(timings, key=lambda timing: timing.cost)
     fastest = _fastest_threads(threads, lambda: _time(best.form, *made[best.form], rows, columns).cost)
     return Measurement(
-        cpu_name() or "", torch.__version__, _kernels_key(), threads, rows, columns, tuple(timings), fastest
+        cpu=cpu_name() or "",
+        torch=torch.__version__,
+        kernels=_kernels_key(),
+        threads=threads,
+        rows=rows,
+        columns=columns,
+        timings=tuple(timings),
+        fastest_threads=fastest,
+        unpacks_wide=_unpacks_wide(matrix),
     )
+
+
+@torch.inference_mode()
+def _unpacks_wide(matrix: Tensor) -> bool:
+    """Of passes over `_PROMPT` rows, one way and the other."""
+    own = native.kernels()
+    if own is None:
+        return False
+    x, seconds = torch.ones(_PROMPT, matrix.shape[1]), list[float]()
+    for kernels in (own, own.unpacking(True)):
+        made = project([quantized(matrix)], None, torch.float32, torch.device("cpu"), "auto", kernels)
+        seconds.append(median(_pass_s([made], x) for _ in range(3)))
+    return seconds[1] < _CLEARLY * seconds[0]
 
 
 def _projections(form: Form, matrix: Tensor) -> tuple[list[Projection], torch.dtype]:
@@ -228,7 +251,9 @@ def choose(matrices: Matrices, dtype: str, packing: Packing, device: torch.devic
         forms = [f for f in forms if (f.packed if must else may or not f.packed)]
         if forms:
             found = measured(matrices.rows, matrices.columns)
-            return replace(found.best(forms).arithmetic, threads=found.fastest_threads)
+            best = found.best(forms).arithmetic
+            kernels = best.kernels and best.kernels.unpacking(found.unpacks_wide)
+            return replace(best, kernels=kernels, threads=found.fastest_threads)
     if must and matrices.lean:  # else the loader says what is in the way
         refuse_packing(packing, dtype, device)
     packs = device.type == "cpu" and dtype == "bfloat16" and torch_packs() and matrices.lean and packing != "none"
@@ -293,4 +318,6 @@ def _name(dtype: torch.dtype) -> str:
 _WEIGHTS = 2**22
 """Of a pass that is timed: 0.2 ms in 4 bits, 1.6 in float32."""
 _REPEATS = 7
+_PROMPT = 256
+"""Rows of a pass over a prompt."""
 _CLEARLY = 0.95

@@ -148,9 +148,19 @@ class NativePacked:
         self._bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
+        if x.shape[0] >= WIDE and self._kernels.unpacks_wide:
+            return _biased(_product(x.bfloat16(), self._unpacked(), self._rows).float(), self._bias)
         bits, group, offsets = self._layout
         y = self._kernels.packed_multiply(x, self._rows, bits, group, self._words, self._constants, offsets)
         return _biased(y, self._bias)
+
+    def _unpacked(self) -> Iterator[Tensor]:
+        """[K, n] bfloat16 at a time, of all N columns."""
+        lanes = self._kernels.lanes
+        step = max(1, _AT_ONCE // (self._columns * lanes)) * lanes
+        for first in range(0, self._rows, step):
+            rows = range(first, min(first + step, self._rows))
+            yield self._kernels.unpack(rows, self._columns, self._layout, self._words, self._constants).T
 
     def dense_rows(self, order: Tensor) -> Tensor:
         """[n] -> [n, K] float32: rows of the matrix, as an embedding that shares it wants them."""

@@ -201,6 +201,33 @@ int packed_mm(int bits, int group, int offsets, const float *x, long rows, long 
   return 0;
 }
 
+/* Rows `first` to `first + rows` of the matrix in bfloat16, [rows, K]; both are multiples of LANES. */
+void unpack(int bits, int group, int offsets, const uint16_t *w, const half *constants, long first, long rows, long K,
+            uint16_t *out, int threads) {
+  const long G = K / group, step = words(bits, group), sets = 1 + offsets;
+  const int per = 16 / bits;
+#pragma omp parallel for num_threads(threads)
+  for (long b = 0; b < rows / LANES; b++)
+    for (long g = 0; g < G; g++) {
+      const long at = (first / LANES + b) * G + g;
+      const floats d = widened(constants + at * sets * LANES);
+      const floats m = offsets ? widened(constants + (at * sets + 1) * LANES) : (floats){};
+      for (int j = 0; j < group / (2 * per); j++) {
+        lanes32 both;
+        memcpy(&both, w + at * step + j * LANES * 2, sizeof both);
+        for (int t = 0; t < per; t++)
+          for (int e = 0; e < 2; e++) {
+            const lanes32 up = both << (32 - bits - bits * t - 16 * e);
+            const ints q = bits == 4 ? (ints)(up >> 28) : (ints)up >> 24;
+            const lanes32 value = (lanes32)plus_product(m, __builtin_convertvector(q, floats), d);
+            const lanes32 rounded = (value + 0x7fff + (value >> 16 & 1)) >> 16;
+            for (int c = 0; c < LANES; c++)
+              out[(b * LANES + c) * K + g * group + 2 * (per * j + t) + e] = (uint16_t)rounded[c];
+          }
+      }
+    }
+}
+
 INLINE void bfloat16_tile(const int R, const float *x, const uint16_t *w, long K, long N, float *out) {
   floats acc[TILE];
   long k = 0;

@@ -7,6 +7,7 @@ draft lives on. Whether they are taken is measured (`arithmetic.py`), like every
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import hashlib
 import os
@@ -46,15 +47,26 @@ class Kernels:
             ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)
         self._library = ctypes.CDLL(str(library))
         self.lanes = int(self._library.lanes())
+        self.unpacks_wide = False
+        """Whether torch multiplies a prompt's passes faster with unpacked bfloat16 weights, as with AMX."""
         address, size, small = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
         self._pack = self._library.pack
         self._pack.argtypes = [small, small, *[address] * 3, size, size, address, address, small]
         self._pack.restype = None
         self._packed_mm = self._library.packed_mm
         self._packed_mm.argtypes = [small, small, small, address, size, size, size, *[address] * 3, small]
+        self._unpack = self._library.unpack
+        self._unpack.argtypes = [small, small, small, address, address, size, size, size, address, small]
+        self._unpack.restype = None
         self._bfloat16_mm = self._library.bfloat16_mm
         self._bfloat16_mm.argtypes = [address, size, size, size, address, address, small]
         self._bfloat16_mm.restype = None
+
+    def unpacking(self, wide: bool) -> Kernels:
+        """The same, with `unpacks_wide` so."""
+        other = copy.copy(self)
+        other.unpacks_wide = wide
+        return other
 
     def pack(self, weight: Grouped) -> tuple[Tensor, Tensor]:
         """The words, and the float16 scales and offsets, as `packed_multiply` wants them."""
@@ -102,6 +114,24 @@ class Kernels:
         if failed:
             raise MemoryError(f"no memory for the activations of {n} rows")
         return out
+
+    def unpack(
+        self, rows: range, columns: int, layout: tuple[int, int, bool], words: Tensor, constants: Tensor
+    ) -> Tensor:
+        """[n, K] bfloat16: so many rows of the matrix, from a multiple of `lanes` on."""
+        padded = -(-len(rows) // self.lanes) * self.lanes
+        out = torch.empty(padded, columns, dtype=torch.bfloat16)
+        self._unpack(
+            *layout,
+            words.data_ptr(),
+            constants.data_ptr(),
+            rows.start,
+            padded,
+            columns,
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out[: len(rows)]
 
     def dense_multiply(self, x: Tensor, weight: Tensor) -> Tensor:
         """[n, K] float32, [N, K] bfloat16 -> [n, N] float32."""
