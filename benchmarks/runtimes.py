@@ -149,10 +149,12 @@ def build_arms(options: argparse.Namespace) -> dict[str, Arm]:
     return made
 
 
-def our_pair(options: argparse.Namespace, models: dict[str, Any], draft: str, quantize: str) -> Pair:
-    key = f"{draft} {quantize}"
+def our_pair(
+    options: argparse.Namespace, models: dict[str, Any], draft: str, quantize: str, dtype: str = "auto"
+) -> Pair:
+    key = f"{draft} {quantize} {dtype}"
     if key not in models:
-        load = LoadOptions(quantize=quantize, dtype="bfloat16", threads=options.threads)  # type: ignore[arg-type]
+        load = LoadOptions(quantize=quantize, dtype=dtype, threads=options.threads)  # type: ignore[arg-type]
         models[key] = load_pair(options.target, draft, load)
     pair: Pair = models[key]
     return pair
@@ -169,6 +171,10 @@ ARMS: dict[str, Callable[[argparse.Namespace, dict[str, Any]], Arm]] = {
     "specdec packed": lambda o, m: ours(our_pair(o, m, "none", "auto"), 0),
     "specdec packed, ngram k 3": lambda o, m: ours(our_pair(o, m, "ngram", "auto"), 3),
     "specdec packed, ngram k 8": lambda o, m: ours(our_pair(o, m, "ngram", "auto"), 8),
+    "specdec packed, ngram,builtin": lambda o, m: ours(our_pair(o, m, "ngram,builtin", "auto"), "auto"),
+    "specdec packed by torch": lambda o, m: ours(our_pair(o, m, "none", "auto", "bfloat16"), 0),
+    "specdec float32, ngram,builtin": lambda o, m: ours(our_pair(o, m, "ngram,builtin", "auto", "float32"), "auto"),
+    "specdec float32": lambda o, m: ours(our_pair(o, m, "none", "auto", "float32"), 0),
     "specdec bfloat16": lambda o, m: ours(our_pair(o, m, "none", "none"), 0),
     "specdec bfloat16, ngram k 8": lambda o, m: ours(our_pair(o, m, "ngram", "none"), 8),
     "transformers bfloat16": lambda o, m: with_transformers(their_model(o, m)),

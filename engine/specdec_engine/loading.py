@@ -89,6 +89,8 @@ class Loaded:
     """As kept in memory."""
     revision: str | None = None
     """Of the hub's repository."""
+    kernels: str = "torch"
+    """Whose multiply: torch, or own (`runtime.native`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +222,7 @@ class Candidate:
             remark=remark,
             weight_bytes=self.need.weights,
             revision=self.path.name if self.path.parent.name == "snapshots" else None,
+            kernels="own" if getattr(getattr(runtime, "decoder", None), "kernels", None) is not None else "torch",
         )
 
     def tensor(self, name: str) -> torch.Tensor:

@@ -219,7 +219,8 @@ def _paired(models: Loader, draft: str | None) -> Pair:
         environment=_environment(loaded, host.parts),
         notes=tuple(notes),
         remarks=(
-            _remark("target", _part(loaded), loaded.remark),
+            _remark("target", _part(loaded), loaded.remark)
+            + (", by our own kernels" if loaded.kernels == "own" else ""),
             *(
                 _remark("draft", part, drafts[name].remark if name in drafts else "")
                 for name, part in host.parts.items()
@@ -259,6 +260,8 @@ def _environment(target: Loaded, drafts: Mapping[str, Part]) -> dict[str, Any]:
         "cores": usable_cores(),
         "dtype": target.dtype,
         "weights": target.weights,
+        "kernels": target.kernels,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "runtime": target.runtime.name,
         "target": asdict(_part(target)),
         "drafts": {name: asdict(draft) for name, draft in drafts.items()},

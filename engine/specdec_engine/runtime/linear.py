@@ -7,7 +7,7 @@ passes, of `WIDE` rows and more, are the same for both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from itertools import groupby
 from typing import Literal, Protocol, runtime_checkable
@@ -256,8 +256,10 @@ def _native(
     if packed and (quantize in ("auto", "light") or quantize == f"int{packed[0].bits}"):
         return NativePacked(_stacked(packed), bias, kernels)
     dense = _dense(weights)
-    if quantize in _PACKERS and dense.shape[1] % GROUP == 0:
-        return NativePacked(_PACKERS[quantize](dense), bias, kernels)
+    if quantize == "int4" and dense.shape[1] % GROUP == 0:
+        return NativePacked(quantized(dense), bias, kernels)
+    if quantize in ("int8", "int4", "light") and dense.shape[1] % _LEAST_GROUP == 0:
+        return NativePacked(quantized_to_8_bits(dense), bias, kernels)
     return NativeDense(dense, bias, kernels)
 
 
@@ -300,18 +302,15 @@ def quantized(weight: Tensor) -> Grouped:
 
 
 def quantized_to_8_bits(weight: Tensor) -> Grouped:
-    """Dense [N, K] -> 8 bits a weight, around 0, as Q8_0 has them."""
-    blocks = weight.float().view(weight.shape[0], -1, GROUP)
+    """Dense [N, K] -> 8 bits a weight, around 0, as Q8_0 has them; where 32 do not divide K, in groups of 16."""
+    group = GROUP if weight.shape[1] % GROUP == 0 else _LEAST_GROUP
+    blocks = weight.float().view(weight.shape[0], -1, group)
     scale = (blocks.abs().amax(-1) / 127).clamp(min=1e-7)
     q = (blocks / scale[..., None]).round_()
     return Grouped(q.to(torch.int8).flatten(1), scale, None, bits=8)
 
 
-_PACKERS: dict[Packing, Callable[[Tensor], Grouped]] = {
-    "int4": quantized,
-    "int8": quantized_to_8_bits,
-    "light": quantized_to_8_bits,
-}
+_LEAST_GROUP = 16
 
 
 def packs_int4(rows: int, columns: int) -> bool:
