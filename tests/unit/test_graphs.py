@@ -363,7 +363,9 @@ def test_a_target_whose_forward_cannot_be_recorded_is_loaded_without(checkpoint,
     candidate = replace(candidate, options=replace(candidate.options, runtime=wanted))
     monkeypatch.setattr(loading, "CudaRecorder", lambda device: Refuser())
     monkeypatch.setattr(
-        loading, "Decoder", lambda shape, weights, dtype, device, *rest: Decoder(shape, weights, dtype, CPU, *rest)
+        loading,
+        "Decoder",
+        lambda shape, weights, dtype, device, *rest, **more: Decoder(shape, weights, dtype, CPU, *rest, **more),
     )
     monkeypatch.setattr(loading, "_placement", lambda *given: CPU)
     if wanted == "graph":
