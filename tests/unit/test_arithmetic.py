@@ -21,6 +21,7 @@ META = torch.device("meta")
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
     native.key.cache_clear()
+    arithmetic._measured.cache_clear()
     yield tmp_path
     arithmetic._measured.cache_clear()
 

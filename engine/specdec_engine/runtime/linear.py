@@ -84,7 +84,7 @@ class Int8:
         self._bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.shape[0] < WIDE:
+        if x.shape[0] < WIDE or not onednn_takes(torch.bfloat16):
             return _biased(torch._weight_int8pack_mm(x, self._q, self._scale), self._bias)
         parts = torch.split(self._q, max(1, _AT_ONCE // self._q.shape[1]))
         return _biased(_product(x, (part.bfloat16().T for part in parts), len(self._q)).mul_(self._scale), self._bias)
@@ -115,7 +115,8 @@ class Int4:
     def __call__(self, x: Tensor) -> Tensor:
         x = torch.cat([x, x], -1) if self._halves else x
         block = packing_block()
-        if x.shape[0] >= WIDE and block is not None and self._q.shape[0] % block == 0:
+        unpacks = onednn_takes(torch.bfloat16)  # without, torch's bfloat16 product takes 200 times as long
+        if x.shape[0] >= WIDE and unpacks and block is not None and self._q.shape[0] % block == 0:
             return _biased(_product(x, self._unpacked(block), len(self._q)), self._bias)
         return _biased(torch._weight_int4pack_mm_for_cpu(x, self._q, GROUP, self._scale_and_zero), self._bias)
 
