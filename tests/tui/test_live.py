@@ -204,6 +204,7 @@ def test_a_live_run_is_watched_paused_stepped_and_turned(source):
         await until_so(lambda: view().shown == first + 2)
         held = view().shown
         await pilot.press("K", "K")
+        await until_so(lambda: source.turned.k == 5)
         await pilot.press("n")
         await until_so(lambda: view().shown == held + 1)
         assert view().cycle.k == 5
