@@ -56,7 +56,7 @@ SHAPES: dict[str, Size] = {  # hidden, mlp, layers, heads, key-value heads, voca
 
 
 class Report:
-    """What was found so far. Written with every figure: what takes the whole process with it then loses only itself."""
+    """The figures so far, written with each new one: an arm that ends the process then loses only itself."""
 
     def __init__(self, file: Path, about: dict[str, Any]) -> None:
         self._file = file
@@ -68,7 +68,7 @@ class Report:
         self._write()
 
     def attempt(self, name: str, work: Callable[[], Any]) -> Any:
-        """What the work returns; None where it fails, and a note of that."""
+        """Run the work and return its result; None where it fails, with a note of that."""
         try:
             return work()
         except Exception as error:

@@ -29,7 +29,7 @@ class DraftChoice:
     eager: bool = False
     """On the host, and nothing records it."""
     confident: bool = True
-    """Whether somebody asks how sure it is: greedy, that is a softmax over the vocabulary."""
+    """True where somebody asks how sure the draft is; at temperature 0 that costs a softmax over the vocabulary."""
 
     @property
     def key(self) -> Hashable:

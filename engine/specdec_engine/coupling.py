@@ -57,7 +57,7 @@ def random_bits(keys: Tensor, n: int) -> Tensor:  # [m] int64 -> [m, n] int64
 
 
 def _unsigned_shift(bits: Tensor, by: int) -> Tensor:
-    """To the right, zeros from the left: torch's own shift keeps the sign."""
+    """Shift to the right, with zeros from the left: torch's own shift keeps the sign."""
     return (bits >> by) & ((1 << (64 - by)) - 1)
 
 

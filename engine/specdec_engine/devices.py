@@ -50,7 +50,7 @@ def _compute(device: torch.device) -> None:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """For `auto` bfloat16 where a GPU computes in it, else float16. A CPU's is measured (`runtime.arithmetic`).
+    """The named dtype; for `auto` bfloat16 where a GPU computes in it, else float16. A CPU's is measured (`arithmetic.py`).
 
     Raises UsageError for a name that is none."""
     if name != "auto":

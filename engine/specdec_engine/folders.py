@@ -1,4 +1,4 @@
-"""Where our own files live."""
+"""The folder of our own files."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ _EACH = 20_000
 
 
 def _uncounted(done: int, total: int) -> None:
-    """Of other arrays."""
+    """Formats of the other arrays."""
 
 
 class Header(gguf.GGUFReader):
