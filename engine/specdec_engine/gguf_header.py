@@ -23,7 +23,7 @@ _EACH = 20_000
 
 
 def _uncounted(done: int, total: int) -> None:
-    """Formats of the other arrays."""
+    """Report nothing."""
 
 
 class Header(gguf.GGUFReader):
