@@ -18,10 +18,11 @@ from specdec_engine.judge import Judge
 from specdec_engine.loop import decode
 from specdec_engine.randomness import KeyedRandomness, Randomness
 from specdec_engine.runtime.decoder import Decoder
-from specdec_engine.runtime.gpu import TORCH, Ops
 from specdec_engine.runtime.graphs import GraphRuntime, Recorder
 from specdec_engine.runtime.lean import LeanRuntime
 from specdec_engine.runtime.linear import Quantize
+from specdec_engine.runtime.native import Kernels
+from specdec_engine.runtime.ops import TORCH, Ops
 from specdec_engine.runtime.shape import shape_of
 from specdec_engine.sampling import draw, warp
 from specdec_engine.stopping import Stop
@@ -239,9 +240,10 @@ def lean(
     dtype: torch.dtype = torch.float32,
     quantize: Quantize = "none",
     ops: Ops | None = None,
+    kernels: Kernels | None = None,
 ) -> LeanRuntime:
-    """The lean runtime over a transformers model's weights; with `ops` in the way that a GPU goes."""
-    decoder = Decoder(shape_of(model.config), StateWeights(model), dtype, CPU, quantize, ops)
+    """The lean runtime over a transformers model's weights; with `ops` as on a GPU, with `kernels` on those."""
+    decoder = Decoder(shape_of(model.config), StateWeights(model), dtype, CPU, quantize, ops, kernels)
     return LeanRuntime(decoder, "lean", model.config.max_position_embeddings, capacity)
 
 

@@ -156,7 +156,7 @@ class Candidate:
         dtype, kernels = self.arithmetic.dtype, self.arithmetic.kernels
         decoder = Decoder(shape, self._weights(), dtype, self.device, packing, kernels=kernels)
         runtime: LeanRuntime | None = None
-        remark = "" if decoder.ops is None else decoder.ops.remark
+        remark = decoder.ops.remark
         if self.device.type == "cuda" and self.options.runtime != "lean":
             runtime, why = self._graphs(decoder)
             remark = "; ".join(filter(None, (remark, why)))
@@ -324,7 +324,7 @@ def _need(
     else:
         tokens = room_for(options.tokens, context_limit(config)) if device.type == "cuda" else options.tokens
         quantize = _packing(options, arithmetic)
-        cache = tokens * shape.kv_values * cache_dtype(arithmetic.dtype, device).itemsize
+        cache = tokens * shape.kv_values * cache_dtype(arithmetic.dtype, device, arithmetic.kernels).itemsize
     if not found:
         return estimate(weight_files(path), config, dtype, cache, quantize)
     return Need(sum(kept_bytes(name, entry, dtype, quantize) for name, entry in found.items()), cache)

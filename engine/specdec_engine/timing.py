@@ -65,11 +65,14 @@ class Timer(ABC):
 class HostTimer(Timer):
     """For devices that compute while we wait (CPU), and for tests, which pass their own clock."""
 
-    def __init__(self, clock: Callable[[], float] = perf_counter) -> None:
+    def __init__(self, clock: Callable[[], float] = perf_counter, wait: Callable[[], None] | None = None) -> None:
+        """wait: for what the device was told to do, where that is done later (Apple's MPS)."""
         super().__init__()
-        self._clock = clock
+        self._clock, self._wait = clock, wait
 
     def _now(self) -> float:
+        if self._wait is not None:
+            self._wait()
         return self._clock()
 
     def _between(self, start: float, end: float) -> float:
@@ -105,4 +108,6 @@ def timer_for(device: torch.device) -> Timer:
 
 @cache
 def _stopwatch(device: torch.device) -> Timer:
-    return CudaTimer(device) if device.type == "cuda" else HostTimer()
+    if device.type == "cuda":
+        return CudaTimer(device)
+    return HostTimer(wait=torch.mps.synchronize if device.type == "mps" else None)

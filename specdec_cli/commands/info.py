@@ -144,7 +144,7 @@ def _cpu_runtime() -> dict[str, Any]:
     import torch
 
     from specdec_engine.runtime import native
-    from specdec_engine.runtime.arithmetic import Matrices, choose, measured, remembered
+    from specdec_engine.runtime.arithmetic import Matrices, choose, current, measured
     from specdec_engine.threads import set_threads
 
     cpu, builtin = torch.device("cpu"), Matrices(rows=3072, columns=576, packed=True, lean=True)
@@ -157,7 +157,7 @@ def _cpu_runtime() -> dict[str, Any]:
         "device": "cpu",
         "why": f"as measured: packed weights run {packed.name}, dense ones in {dense.name}",
         "own_kernels": native.why_none() or "compiled",
-        "measured": [asdict(one) for one in remembered()],
+        "measured": [asdict(one) for one in current()],
     }
 
 

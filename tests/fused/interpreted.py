@@ -11,7 +11,7 @@ from triton.runtime import interpreter
 
 from specdec_engine.runtime import fused, gpu
 from specdec_engine.runtime.blocks import Blocks
-from specdec_engine.runtime.gpu import HeadNorms
+from specdec_engine.runtime.ops import HeadNorms
 from specdec_engine.runtime.shape import Unsupported
 from tests.fakes import CPU, lean, tiny_llama
 from tests.models.test_architectures import build

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from specdec_engine.drafters.on_runtime import RuntimeDrafter
 from specdec_engine.errors import OutOfMemory, UsageError
 from specdec_engine.loading import LoadOptions, load_model
-from specdec_engine.runtime.decoder import Decoder
-from specdec_engine.runtime.gpu import TORCH
-from specdec_engine.runtime.linear import torch_packs
+from specdec_engine.runtime import native
+from specdec_engine.runtime.cpu import whole
+from specdec_engine.runtime.decoder import Decoder, _paired
+from specdec_engine.runtime.linear import Joined, project, torch_packs
+from specdec_engine.runtime.ops import TORCH
 from specdec_engine.runtime.shape import Unsupported, shape_of
 from specdec_engine.target import ModelTarget
 from tests.fakes import CPU, VOCAB, ScriptedDrafter, StateWeights, emitted, events, graph, host, lean, run, tiny_llama
@@ -61,8 +65,8 @@ def made(name):
 @pytest.mark.parametrize("ops", [None, TORCH], ids=["", "as on a GPU"])
 @pytest.mark.parametrize("name", FAMILY)
 def test_logits_equal_transformers_through_rollbacks_and_cache_growth(name, ops):
-    """The cache begins with 16 places, and each pass is followed by junk that is rolled back; the widest one's attention is
-    worked out in parts, and from 384 places on values are summed in several."""
+    """The cache begins with 16 places, and each pass is followed by junk that is rolled back; attention is worked out in
+    parts of 128 places."""
     model = made(name)
     tokens = torch.randint(0, 97, (803,), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
@@ -75,6 +79,50 @@ def test_logits_equal_transformers_through_rollbacks_and_cache_growth(name, ops)
         runtime.forward(torch.arange(junk), 1)
         runtime.rollback(end)
     assert runtime.capacity >= 803
+
+
+@pytest.fixture(scope="module")
+def own():
+    if native.kernels() is None:
+        pytest.skip(native.why_none())
+    return native.kernels()
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_a_layer_in_one_call_is_the_same_operation_by_operation(name, own):
+    """To the bit, on matrices packed in 4 and 8 bits and dense ones, biases, windows and norms of heads; and a row alone is
+    the row among others."""
+    model = build(FAMILY[name][0], FAMILY[name][1] | {"hidden_size": 64, "intermediate_size": 96})
+    tokens = torch.randint(0, 97, (203,), generator=torch.Generator().manual_seed(1))
+    for quantize in ("none", "int8", "int4"):
+        whole = lean(model, quantize=quantize, kernels=own)
+        assert all(layer.fields is not None for layer in whole.decoder.layers)
+        apart = lean(model, quantize=quantize, kernels=own)
+        apart.decoder.layers = [replace(layer, fields=None) for layer in apart.decoder.layers]
+        logits = [
+            torch.cat([runtime.forward(part, len(part)) for part in tokens.split(29)]) for runtime in (whole, apart)
+        ]
+        assert torch.equal(*logits)
+        whole.rollback(20)
+        assert torch.equal(torch.cat([whole.forward(token, 1) for token in tokens[20:60].split(1)]), logits[0][20:60])
+
+
+def test_matrices_that_lie_beside_each_other_are_multiplied_in_one_call(own):
+    """Where a file packs queries, keys and values in different ways."""
+    model = tiny_llama(hidden=64)
+    plain, joined = (lean(model, quantize="int8", kernels=own) for _ in range(2))
+    decoder, shape = joined.decoder, joined.decoder.shape
+    attention = model.model.layers[0].self_attn
+    stored = {
+        "q": attention.q_proj.weight[_paired(shape.heads, shape.head_size)],
+        "k": attention.k_proj.weight[_paired(shape.kv_heads, shape.head_size)],
+        "v": attention.v_proj.weight,
+    }
+    parts = [project([matrix.detach()], None, torch.float32, CPU, "int8", own) for matrix in stored.values()]
+    first, *rest = decoder.layers
+    decoder.layers = [whole(replace(first, qkv=Joined(parts), fields=None), shape), *rest]
+    assert tuple(decoder.layers[0].fields.many) == (3, 1, 1, 1)
+    assert torch.equal(*(runtime.forward(torch.arange(9), 9) for runtime in (plain, joined)))
 
 
 @pytest.mark.parametrize(
@@ -170,7 +218,7 @@ def test_a_checkpoint_with_other_tensors_is_not_guessed_at():
 def test_growing_asks_before_it_takes(monkeypatch):
     """A CPU's memory is granted when it is written to: twice the room, else just enough, else a clean end."""
     runtime = lean(tiny_llama(), capacity=64)
-    token = runtime.decoder.shape.kv_values * 4
+    token = runtime.decoder.shape.kv_values * 4  # in float32
     for free, capacity in ((200 * token, 128), (100 * token, 80)):
         monkeypatch.setattr("specdec_engine.runtime.lean.free_bytes", lambda device, free=free: free)
         runtime = lean(tiny_llama(), capacity=64)
@@ -226,12 +274,12 @@ def test_quantized_logits_stay_near(quantize, closeness, n):
 
 @pytest.mark.parametrize("name", ["mistral with a window", "qwen3", "llama"])
 def test_attention_of_a_wide_pass_may_be_in_bfloat16(monkeypatch, name):
-    """As on a CPU with AMX, against the same passes without: parts of 128 rows, a window, norms of heads, 203 cached."""
+    """As on a CPU with AMX, against the same passes without: a window, norms of heads, 203 cached."""
     model = build(*FAMILY[name]).eval()
     tokens = torch.arange(400) % 90
     logits = []
     for tiled in (False, True):
-        monkeypatch.setattr("specdec_engine.runtime.blocks._tiled", lambda device, tiled=tiled: tiled)
+        monkeypatch.setattr("specdec_engine.runtime.cpu._tiled", lambda tiled=tiled: tiled)
         runtime = lean(model, dtype=torch.bfloat16)
         runtime.forward(tokens[:203], 1)
         logits.append(runtime.forward(tokens[203:], 197).float())

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from specdec_engine.errors import UsageError
+from specdec_engine.machine import cpu_name
 from specdec_engine.runtime import arithmetic, native
 from specdec_engine.runtime.arithmetic import FORMS, Matrices, Measurement, Timing, choose
 from tests.fakes import CPU
@@ -89,6 +91,18 @@ def test_a_measurement_is_made_once_and_remembered(folder, monkeypatch):
     arithmetic._measured.cache_clear()
     arithmetic.measured(1024, 512)
     assert calls == [(1024, 512)]
+    assert arithmetic.current() == ()
+
+
+def test_what_older_kernels_took_is_forgotten(folder, monkeypatch):
+    """And `info` does not show it. What another CPU took stays: a home may be shared."""
+    monkeypatch.setattr(arithmetic, "usable_cores", torch.get_num_threads)
+    older = replace(timings(int4_own=1.0), cpu=cpu_name() or "", torch=torch.__version__, kernels="older")
+    elsewhere = replace(older, cpu="another")
+    arithmetic.remember([older, elsewhere])
+    fresh = arithmetic.measured(1024, 512)
+    assert arithmetic.remembered() == (elsewhere, fresh)
+    assert arithmetic.current() == (fresh,)
 
 
 def test_what_was_found_beside_other_programs_is_not_kept(folder, monkeypatch):

@@ -10,9 +10,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from specdec_engine.draft_files import head_weights, read_draft
+from specdec_engine.runtime.blocks import _ops_for as ops_for
 from specdec_engine.runtime.decoder import Decoder, Embedding
-from specdec_engine.runtime.gpu import TORCH, ops_for
 from specdec_engine.runtime.head import HeadForward, HeadRuntime, head_shape
+from specdec_engine.runtime.ops import TORCH
 from specdec_engine.runtime.shape import shape_of
 from tests.fakes import CPU, StateWeights, byte_tokenizer, lean, save_head_draft, tiny_llama
 from tests.models.test_architectures import build

@@ -20,7 +20,8 @@ from specdec_engine.pace import Pace
 from specdec_engine.pair import Pair
 from specdec_engine.randomness import KeyedRandomness
 from specdec_engine.runtime.decoder import Decoder
-from specdec_engine.runtime.graphs import room_for, span_for
+from specdec_engine.runtime.graphs import repeatable, room_for, span_for
+from specdec_engine.runtime.ops import TORCH, attend_in_groups, causal_mask
 from specdec_engine.runtime.shape import Unsupported
 from specdec_engine.target import ModelTarget
 from specdec_engine.timing import HostTimer
@@ -353,6 +354,47 @@ def test_a_forward_is_tried_out_before_a_run():
     logits = runtime.forward(torch.tensor([5]), 1)
     assert recorder.recordings == 1
     assert torch.allclose(logits, lean(TARGET).forward(torch.tensor([5]), 1), atol=1e-4)
+
+
+def reading(queries, kept, positions, window):
+    """Attention that looks as far as the positions say, whatever the span, as our kernels on a GPU do."""
+    return attend_in_groups(queries, kept, causal_mask(positions, kept.shape[1], window, kept.dtype))
+
+
+def test_what_was_tried_out_is_what_the_first_pass_replays():
+    recorder = TapeRecorder()
+    runtime = graph(TARGET, recorder=recorder, ops=replace(TORCH, attend=reading))
+    assert runtime.decoder.reads_length_on_device
+    runtime.try_out()
+    for token in torch.tensor([[5], [6]]):
+        runtime.forward(token, 1)
+    assert recorder.recordings == 1
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: out of memory")]
+)
+def test_memory_that_runs_out_is_no_forward_that_cannot_be_recorded(error):
+    """It was, with our kernels slower and nothing said."""
+
+    class Full(TapeRecorder):
+        def record(self, work):
+            raise error
+
+    with pytest.raises(type(error), match="out of memory"):
+        graph(TARGET, recorder=Full()).try_out()
+    with pytest.raises(type(error), match="out of memory"):
+        repeatable(Full(), lambda: ())
+
+
+def test_a_compilers_own_error_ends_no_run():
+    class Compiler(TapeRecorder):
+        def record(self, work):
+            raise AssertionError("PTXAS error: ...")
+
+    with pytest.raises(Unsupported, match="cannot be recorded"):
+        graph(TARGET, recorder=Compiler()).try_out()
+    assert repeatable(Compiler(), tuple)() == ()
 
 
 @pytest.mark.parametrize("wanted", ["auto", "graph"])

@@ -11,16 +11,23 @@ import torch
 from transformers import LlamaConfig
 
 from specdec_engine import devices, loading
+from specdec_engine.acceptance import RULES
 from specdec_engine.devices import idle_gpu, pick_device
 from specdec_engine.drafters import build_drafter
 from specdec_engine.errors import OutOfMemory, UsageError
 from specdec_engine.loading import LoadOptions, find_model
 from specdec_engine.memory import ran_out
+from specdec_engine.pace import Pace
+from specdec_engine.pair import _judge
 from specdec_engine.runtime.arithmetic import Matrices, choose
 from specdec_engine.runtime.decoder import Decoder
+from specdec_engine.runtime.graphs import room_for
+from specdec_engine.runtime.ops import TORCH
 from specdec_engine.runtime.shape import shape_of
+from specdec_engine.transfer import upload
 from specdec_engine.weights import Entry
 from tests.fakes import VOCAB, StateWeights, byte_tokenizer, host, lean, save_head_draft, tiny_llama
+from tests.tape import TapeRecorder
 
 CUDA, META = torch.device("cuda:0"), torch.device("meta")
 
@@ -109,3 +116,53 @@ def test_a_target_is_placed_beside_its_draft(checkpoint, monkeypatch):
         monkeypatch.setattr(loading, "free_bytes", lambda device, taken=taken: found.need.total - taken)
         replace(found, device=CUDA).load()
     assert placed == [CUDA, ("auto", "it is spread over devices")]
+
+
+def test_a_target_is_recorded_apart_from_its_judges_and_with_room_for_the_run(checkpoint, monkeypatch):
+    """A cache that grows drops its owner's recordings, and a run of the usual length makes none grow."""
+    monkeypatch.setattr(loading, "CudaRecorder", lambda device: TapeRecorder())
+    candidate = find_model(str(checkpoint), LoadOptions(dtype="float32", tokens=300))
+    decoder = Decoder(candidate.shape, candidate._weights(), torch.float32, torch.device("cpu"), "none", TORCH)
+    runtime, why = candidate._graphs(decoder)
+    assert why == ""
+    assert runtime.capacity == room_for(300, runtime.limit)
+    assert _judge(RULES["token"], runtime)._recorder is not runtime.recorder
+
+
+class Elsewhere:
+    """A tensor that is to be copied, and how."""
+
+    nbytes = 8
+
+    def to(self, device, non_blocking=False):
+        return non_blocking
+
+    def pin_memory(self):
+        return self
+
+
+def test_only_cuda_copies_while_the_host_goes_on():
+    """Apple's GPUs read the host's memory later, whoever has it by then."""
+    assert [upload(Elsewhere(), torch.device(kind)) for kind in ("cpu", "mps", "cuda")] == [False, False, True]
+
+
+def test_a_draft_on_a_gpu_is_not_looked_at_token_by_token():
+    pace = Pace()
+    pace.controller = FakeController()
+    assert pace.watch_on(torch.device("cpu"), "small") is not None
+    assert pace.watch_on(CUDA, "small") is None
+
+
+class FakeController:
+    def watch(self, source):
+        return lambda sure: False
+
+
+def test_rows_in_order_need_no_mask_and_others_one_each():
+    """8k rows of a prompt need none of 128 MB, and cuDNN may know no plan for a row that is spread over several."""
+    decoder = lean(tiny_llama(max_position_embeddings=1024), ops=TORCH).decoder
+    cache, positions = decoder.new_cache(512), torch.arange(100, 140)
+    assert decoder.begin(positions, cache, 512, start=100)._masks == {}
+    (mask,) = decoder.begin(positions[:4], cache, 512)._masks.values()
+    assert mask.shape[0] == 4 * 2  # heads that share keys
+    assert mask.stride(0) != 0

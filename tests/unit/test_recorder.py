@@ -28,6 +28,8 @@ class Cuda:
 
     def __init__(self, monkeypatch):
         self.captures, self.replays, self.device = [], 0, None
+        self.workspaces = []
+        self.seconds = count()
         self.ordinary = self.current = Stream()
         handles = count()
         for name, stand_in in {
@@ -41,7 +43,11 @@ class Cuda:
             "graph": self.graph,
         }.items():
             monkeypatch.setattr(torch.cuda, name, stand_in)
-        monkeypatch.setattr(graphs, "timer_for", lambda device: HostTimer())
+        monkeypatch.setattr(
+            torch._C, "_cuda_clearCublasWorkspaces", lambda: self.workspaces.append(len(self.captures)), raising=False
+        )
+        self.timer = HostTimer(lambda: 1.0 * next(self.seconds))
+        monkeypatch.setattr(graphs, "timer_for", lambda device: self.timer)
         monkeypatch.setattr(graphs, "_BROKEN", [])
 
     @contextmanager
@@ -55,6 +61,9 @@ class Cuda:
         before, self.current = self.current, stream
         yield
         self.current = before
+
+    def clear_workspaces(self):
+        self.workspaces.append(len(self.captures))
 
     def set_stream(self, stream):
         self.current = stream
@@ -108,6 +117,18 @@ def test_recorders_share_neither_pool_nor_stream_and_a_cleared_one_begins_anothe
     assert pools[0] == pools[1] != pools[2] == pools[4]
     assert pools[3] not in (pools[0], pools[2])
     assert streams[0] is streams[1] is streams[3] is not streams[2] is streams[4]
+
+
+def test_a_recording_uses_a_workspace_of_its_own_and_leaves_none(cuda):
+    """Else it would replay into memory that another owner's graph, or another library, has freed."""
+    CudaRecorder(DEVICE).record(lambda: ())
+    assert cuda.workspaces == [0, 1]  # dropped before the capture and after it
+
+
+def test_seconds_of_a_recording_are_a_pause(cuda):
+    start = cuda.timer.mark()
+    CudaRecorder(DEVICE).record(lambda: ())
+    assert cuda.timer.paused(start, cuda.timer.mark()) > 0
 
 
 def test_a_capture_that_breaks_off_leaves_the_device_usable(cuda):

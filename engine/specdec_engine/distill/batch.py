@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm, silu
 
-from specdec_engine.runtime.blocks import Layer
 from specdec_engine.runtime.decoder import Decoder
+from specdec_engine.runtime.ops import Layer
 
 _SPAN = 64
 
@@ -39,7 +39,7 @@ class Batch:
         s, n = d.shape, tokens.shape[0]
         span = min(-(-(int(positions.max()) + 1) // _SPAN) * _SPAN, self._cache.shape[3])
         hidden = {window: self._hidden(positions, span, window) for window in set(s.windows)}
-        rotation, each = d.rotation(positions), torch.arange(n, device=d.device)
+        rotation, each = d.rotation(positions)[:, None], torch.arange(n, device=d.device)
         x, kept = d.embedding(tokens), []
         for i, layer in enumerate(d.layers):
             heads = self._heads(layer, self._normed(x, layer.attention_norm), rotation)
@@ -62,13 +62,13 @@ class Batch:
             q = rms_norm(q, (s.head_size,), layer.q_norm.float(), s.eps)
             k = rms_norm(k, (s.head_size,), layer.k_norm.float(), s.eps)
             heads = torch.cat([q, k, v], 1)
-        pairs = torch.view_as_complex(heads.view(*heads.shape[:2], -1, 2)) * rotation
-        return torch.view_as_real(pairs).flatten(-2).to(self._decoder.dtype)
+        pairs = torch.view_as_complex(heads.view(*heads.shape[:2], -1, 2))
+        pairs[:, : -s.kv_heads] *= rotation
+        heads[:, : s.heads] *= s.head_size**-0.5
+        return heads.to(self._decoder.dtype)
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
-        s = self._decoder.shape
-        size = (x.square().sum(-1, keepdim=True) + s.eps * s.hidden).sqrt_()
-        return (x * weight / size).to(self._decoder.dtype)
+        return rms_norm(x, x.shape[-1:], weight, self._decoder.shape.eps).to(self._decoder.dtype)
 
     def _attend(self, queries: Tensor, cache: Tensor, hidden: Tensor) -> Tensor:
         """A group's query heads go as rows of one head, whose keys are read once.

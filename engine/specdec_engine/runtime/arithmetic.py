@@ -132,13 +132,13 @@ def measured(rows: int, columns: int) -> Measurement:
 
 @cache
 def _measured(rows: int, columns: int, threads: int) -> Measurement:
-    known = {_key(one): one for one in remembered()}
-    key = (cpu_name() or "", torch.__version__, _kernels_key(), threads, rows, columns)
-    if key in known:
-        return known[key]
+    known = {(one.threads, one.rows, one.columns): one for one in current()}
+    if (threads, rows, columns) in known:
+        return known[threads, rows, columns]
     fresh = measure(rows, columns)
     if threads == usable_cores():  # beside other programs, what was found holds for this hour only
-        remember([*known.values(), fresh])
+        others = (one for one in remembered() if (one.cpu, one.torch) != (fresh.cpu, fresh.torch))
+        remember([*others, *known.values(), fresh])  # without what older kernels took
     return fresh
 
 
@@ -278,6 +278,12 @@ def remembered() -> tuple[Measurement, ...]:
     return ()
 
 
+def current() -> tuple[Measurement, ...]:
+    """Of those, what holds for this CPU, torch and kernels of our own."""
+    here = (cpu_name() or "", torch.__version__, _kernels_key())
+    return tuple(one for one in remembered() if (one.cpu, one.torch, one.kernels) == here)
+
+
 def remember(measurements: Sequence[Measurement]) -> None:
     """Atomically; where the folder cannot be written, the next start measures again."""
     with suppress(OSError):
@@ -290,10 +296,6 @@ def remember(measurements: Sequence[Measurement]) -> None:
 
 def _file() -> Path:
     return cache_folder() / "measured.json"
-
-
-def _key(one: Measurement) -> tuple[Any, ...]:
-    return one.cpu, one.torch, one.kernels, one.threads, one.rows, one.columns
 
 
 def _kernels_key() -> str:

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec_engine.runtime.blocks import Blocks, Layer
-from specdec_engine.runtime.gpu import Ops
+from specdec_engine.runtime.blocks import Blocks
+from specdec_engine.runtime.cpu import whole
 from specdec_engine.runtime.linear import Packing, Projection, Rows, head_packing, project
 from specdec_engine.runtime.native import Kernels
+from specdec_engine.runtime.ops import Layer, Ops
 from specdec_engine.runtime.shape import Shape, Unsupported
 from specdec_engine.weights import Grouped, Weights
 
@@ -49,8 +50,7 @@ class Decoder(Blocks):
         take = _Taker(weights)
         if (factors := take.optional("rope_freqs.weight")) is not None:  # how GGUF keeps Llama 3's stretched rotation
             shape = replace(shape, frequencies=shape.frequencies / factors)
-        super().__init__(shape, dtype, device, ops)
-        self.kernels = kernels
+        super().__init__(shape, dtype, device, ops, kernels)
         table = _table(take.stored("model.embed_tokens.weight"), dtype, device)
         self.layers = [self._layer(take, i, (dtype, device, quantize, kernels)) for i in range(shape.layers)]
         self.norm = self.norm_weight(take.dense("model.norm.weight"))
@@ -66,7 +66,6 @@ class Decoder(Blocks):
         cut = copy.copy(self)
         cut.shape = replace(self.shape, layers=layers, windows=self.shape.windows[:layers])
         cut.layers = self.layers[:layers]
-        cut._steps, cut._table = {}, None
         return cut
 
     @torch.inference_mode()
@@ -89,7 +88,7 @@ class Decoder(Blocks):
         step.x.copy_(self.embedding(tokens))
         kept = []
         for i, layer in enumerate(self.layers):
-            self.block(i, step.normed(layer.attention_norm), step)
+            step.block(i, layer)
             if taps is not None and i in taps.layers:
                 kept.append(step.x.to(self.dtype, copy=True))
         last = step.normed(self.norm)
@@ -103,7 +102,7 @@ class Decoder(Blocks):
         attention, mlp = f"{at}.self_attn", f"{at}.mlp"
         paired = {"q_proj": _paired(shape.heads, shape.head_size), "k_proj": _paired(shape.kv_heads, shape.head_size)}
         one = _paired(1, shape.head_size)
-        return Layer(
+        layer = Layer(
             attention_norm=self.norm_weight(take.dense(f"{at}.input_layernorm.weight")),
             qkv=take.projection(attention, ("q_proj", "k_proj", "v_proj"), to, paired),
             q_norm=take.optional(f"{attention}.q_norm.weight", one, self.device),
@@ -114,6 +113,7 @@ class Decoder(Blocks):
             down=take.projection(mlp, ("down_proj",), to),
             window=shape.windows[i],
         )
+        return whole(layer, shape)
 
 
 class Embedding:

@@ -1,4 +1,4 @@
-"""`gpu.Ops` as kernels of our own, in Triton: six in a layer where torch takes thirteen.
+"""`ops.Ops` as kernels of our own, in Triton: six in a layer where torch takes thirteen.
 
 Attention of few rows is cut along the cache, so that a whole GPU reads it, and looks on the device how long that is. Triton,
 which comes with torch's CUDA builds, compiles a kernel when it is first called, in seconds, and keeps it on disk. Importing
@@ -8,14 +8,14 @@ this file imports it.
 # No `from __future__ import annotations`: Triton reads them.
 
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from specdec_engine.runtime import gpu
-from specdec_engine.runtime.gpu import HeadNorms, Ops
+from specdec_engine.runtime.ops import FEW_ROWS, TORCH, HeadNorms, Ops, attend_in_groups, causal_mask
 from specdec_engine.runtime.shape import Shape, Unsupported
 
 
@@ -241,41 +241,58 @@ FUSED = Ops(add_norm, rotate, gate, attend)
 def checked(shape: Shape, dtype: torch.dtype, device: torch.device) -> Ops:
     """The kernels, after each has computed what torch computes on one row and on many, which also compiles them.
 
+    In every form that a model of this shape runs, or may: with and without norms of heads, for each window.
     Raises Unsupported for a shape that they do not take or a result that is off; and whatever Triton raises where it finds no
     compiler, or does not know the card.
     """
     size = shape.head_size
     if size & (size - 1) or not 16 <= size <= 256:
         raise Unsupported(f"heads of {size} are no power of two from 16 to 256")
-    for n in (1, gpu.FEW_ROWS):
-        ours, torchs = (_results(ops, shape, n, dtype, device) for ops in (FUSED, gpu.TORCH))
-        for name, found, expected in zip(("add_norm", "gate", "rotate", "cache", "attend"), ours, torchs, strict=True):
+    for n, normed, window in product((1, FEW_ROWS), (False, True), set(shape.windows)):
+        case = _Case(shape, n, normed, window, dtype, device)
+        for name, found in _results(FUSED, case).items():
+            expected = _results(TORCH, case)[name]
             if not (found - expected).abs().max() <= _CLOSE[dtype] * expected.abs().max():
                 raise Unsupported(f"{name} of {n} rows is not what torch computes")
     return FUSED
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    shape: Shape
+    n: int
+    normed: bool
+    """Norms of heads; without, nothing is added before the other norm, as in a model's first layer."""
+    window: int | None
+    dtype: torch.dtype
+    device: torch.device
 
 
 _CLOSE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 """Of the largest value; a wrong index is off by about as much as that."""
 
 
-def _results(ops: Ops, shape: Shape, n: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+def _results(ops: Ops, case: _Case) -> dict[str, Tensor]:
     """What all operations give for the same random numbers, in float32."""
+    shape, n, dtype, device = case.shape, case.n, case.dtype, case.device
     random = torch.Generator().manual_seed(n)
 
     def numbers(*sizes: int, to: torch.dtype = dtype) -> Tensor:
         return torch.randn(*sizes, generator=random).to(device, to)
 
     heads, groups, size, end = shape.heads, shape.kv_heads, shape.head_size, 300
-    x, more, weight = (numbers(*of, to=torch.float32) for of in ((n, shape.hidden), (n, shape.hidden), (shape.hidden,)))
-    normed = ops.add_norm(x, more.to(dtype), weight, shape.eps, dtype)
+    x, weight = numbers(n, shape.hidden, to=torch.float32), numbers(shape.hidden, to=torch.float32)
+    more = numbers(n, shape.hidden) if case.normed else None
+    normed = ops.add_norm(x, more, weight, shape.eps, dtype)
     gated = ops.gate(numbers(n, 2 * shape.hidden))
     kept, positions = numbers(2 * groups, end + 20, size), torch.arange(end - n, end, device=device)
     turns = torch.polar(torch.ones(n, size // 2), torch.rand(n, size // 2, generator=random)).to(device)
-    norms = HeadNorms(numbers(size, to=torch.float32), numbers(size, to=torch.float32), shape.eps)
+    q, k = (numbers(size, to=torch.float32) for _ in range(2))
+    norms = HeadNorms(q, k, shape.eps) if case.normed else None
     queries = ops.rotate(numbers(n, (heads + 2 * groups) * size), turns, positions, kept, norms)
     if ops.attend is not None:
-        seen = ops.attend(queries, kept, positions, 99)
+        seen = ops.attend(queries, kept, positions, case.window)
     else:
-        seen = gpu.attend_in_groups(queries, kept[:, :end], gpu.causal_mask(positions, end, 99, dtype))
-    return [each.float() for each in (normed, gated, queries, kept, seen)]
+        seen = attend_in_groups(queries, kept[:, :end], causal_mask(positions, end, case.window, dtype))
+    results = {"add_norm": normed, "gate": gated, "rotate": queries, "cache": kept, "attend": seen}
+    return {name: each.float() for name, each in results.items()}

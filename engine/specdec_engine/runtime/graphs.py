@@ -17,10 +17,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from specdec_engine.memory import ran_out
 from specdec_engine.runtime import Choose, Chosen, Enough, Unrolled
 from specdec_engine.runtime.decoder import Decoder
-from specdec_engine.runtime.gpu import FEW_ROWS
 from specdec_engine.runtime.lean import Forward, LeanRuntime
+from specdec_engine.runtime.ops import FEW_ROWS
 from specdec_engine.runtime.shape import Unsupported
 from specdec_engine.timing import timer_for
 
@@ -42,8 +43,8 @@ class Recorder(Protocol):
     def record(self, work: Callable[[], Results]) -> Replay:
         """The replay; what it returns is overwritten by the next replay of any recording.
 
-        The seconds this takes are in no phase of a cycle (`timing.Timer.pause`). Raises RuntimeError for work that cannot
-        be recorded.
+        The seconds this takes are in no phase of a cycle (`timing.Timer.pause`). Raises, in as many ways as the libraries
+        below it, for work that cannot be recorded.
         """
         ...
 
@@ -59,9 +60,9 @@ class Recorder(Protocol):
 class CudaRecorder:
     """`torch.cuda.CUDAGraph`. The recordings of one share a memory pool, since no two run at once.
 
-    Each warms up and captures on a stream of its own. cuBLAS keeps a workspace a stream and makes it at the first product:
-    on a shared one it would lie in the pool of whoever captured first, and go with that one's graphs while others use it.
-    Warmed up on the very stream, it is made before any capture, in ordinary memory.
+    Each warms up and captures on a stream of its own, and in a capture cuBLAS makes a workspace of its own, in that pool: it
+    keeps one a stream, torch hands out 32 streams in turns, and whoever drops a graph, or compiles another model, drops the
+    workspaces of all.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -100,16 +101,19 @@ class CudaRecorder:
         """Other threads may go on using the device: one of a screen, or one that loads the next model."""
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         capture = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
+        torch._C._cuda_clearCublasWorkspaces()
         try:
             with capture, torch.inference_mode():
                 return graph, work()
-        except RuntimeError:
+        except Exception:  # Triton's compiler has errors of its own
             # What torch does not clear up: it leaves the capture's stream the current one, and its allocator goes on asking
             # the graph which allocations are its own.
             torch.cuda.set_stream(before)
             self._pool = torch.cuda.graph_pool_handle()
             _BROKEN.append(graph)
             raise
+        finally:
+            torch._C._cuda_clearCublasWorkspaces()
 
 
 _BROKEN: list[torch.cuda.CUDAGraph] = []
@@ -151,12 +155,12 @@ class GraphRuntime(LeanRuntime):
     @torch.inference_mode()
     def try_out(self) -> None:
         """Record a pass over one token, the first that any run asks for. Raises Unsupported if it cannot be recorded."""
-        work = self._pass(1, span_for(1))
+        span = self._span(1, 1)
         try:
-            self._recordings["pass", 1, span_for(1)] = self.recorder.record(work)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
+            self._recordings["pass", 1, span] = self.recorder.record(self._pass(1, span))
+        except Exception as error:
+            if ran_out(error):
+                raise
             said = str(error).strip().partition("\n")[0]
             raise Unsupported(f"its forward cannot be recorded ({said})") from error
 
@@ -278,10 +282,15 @@ class GraphRuntime(LeanRuntime):
 
 
 def repeatable(recorder: Recorder, work: Callable[[], Results]) -> Replay:
-    """A recording of the work; where that fails the work itself, which is slower, and ends no run."""
+    """A recording of the work; where that fails the work itself, which is slower, and ends no run.
+
+    Raises what says that memory ran out: the work would, too.
+    """
     try:
         return recorder.record(work)
-    except RuntimeError:
+    except Exception as error:
+        if ran_out(error):
+            raise
         return work
 
 

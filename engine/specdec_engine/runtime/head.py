@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.nn.functional import rms_norm
 
 from specdec_engine.runtime import Choose, Chosen, Enough, Unrolled
-from specdec_engine.runtime.blocks import SPAN, Blocks, Layer, Norm
+from specdec_engine.runtime.blocks import Blocks
+from specdec_engine.runtime.cpu import whole
 from specdec_engine.runtime.decoder import Embedding
-from specdec_engine.runtime.gpu import Ops
 from specdec_engine.runtime.linear import Quantize, project
 from specdec_engine.runtime.native import Kernels
+from specdec_engine.runtime.ops import Layer, Ops
 from specdec_engine.runtime.shape import Shape
 
 
@@ -77,47 +78,35 @@ class HeadForward(Blocks):
     ) -> None:
         """weights: as `distill.head.Head` names them; rows [V', hidden]: the target's output matrix for the draft's ids; ops:
         see `Blocks`; kernels: see `project`."""
-        super().__init__(shape, dtype, device, ops)
+        super().__init__(shape, dtype, device, ops, kernels)
 
         def matrix(name: str) -> Tensor:
             return weights[f"{name}.weight"].to(dtype)
 
         self.embedding = embedding
         self.vocab = rows.shape[0]
-        self.layers = [
-            Layer(
-                attention_norm=self.norm_weight(weights["state_norm"]),
-                qkv=project([matrix("qkv")], None, dtype, device, quantize, kernels),
-                q_norm=None,
-                k_norm=None,
-                out=project([matrix("out")], None, dtype, device, quantize, kernels),
-                mlp_norm=self.norm_weight(weights["mlp_norm"]),
-                gate_up=project([matrix("gate_up")], None, dtype, device, quantize, kernels),
-                down=project([matrix("down")], None, dtype, device, quantize, kernels),
-                window=shape.windows[0],
-            )
-        ]
+        layer = Layer(
+            attention_norm=self.norm_weight(weights["state_norm"]),
+            qkv=project([matrix("qkv")], None, dtype, device, quantize, kernels),
+            q_norm=None,
+            k_norm=None,
+            out=project([matrix("out")], None, dtype, device, quantize, kernels),
+            mlp_norm=self.norm_weight(weights["mlp_norm"]),
+            gate_up=project([matrix("gate_up")], None, dtype, device, quantize, kernels),
+            down=project([matrix("down")], None, dtype, device, quantize, kernels),
+            window=shape.windows[0],
+        )
+        self.layers = [whole(layer, shape)]
         self._embedding_norm = self.norm_weight(weights["embedding_norm"])
         self._feature_norm = self.norm_weight(weights["feature_norm"])
         self._fuse = project([matrix("fuse")], None, dtype, device, quantize, kernels)
-        self._feature_norms = dict[int, Norm]()
         self._norm = self.norm_weight(weights["final_norm"])
         self._head = project([rows.to(dtype)], None, dtype, device, quantize, kernels)
 
     def fused(self, features: Tensor) -> Tensor:
-        """[n, F, hidden] -> [n, hidden]: the states that the target leaves to these slots. Inside inference mode, as
-        `__call__`: their buffers are kept."""
-        if self.ops is not None:
-            scaled = rms_norm(features.float(), features.shape[-1:], None, self.shape.eps).mul_(self._feature_norm)
-            return self._fuse(scaled.to(self.dtype).flatten(1))
-        n = features.shape[0]
-        normed = self._feature_norms.get(n)
-        if normed is None:
-            normed = Norm(features.shape, self.shape.eps, self.dtype, self.device)
-            if n <= _KEPT_ROWS:
-                self._feature_norms[n] = normed
-        normed.x.copy_(features)
-        return self._fuse(normed(self._feature_norm).flatten(1))
+        """[n, F, hidden] -> [n, hidden]: the states that the target leaves to these slots."""
+        scaled = rms_norm(features.float(), features.shape[-1:], None, self.shape.eps).mul_(self._feature_norm)
+        return self._fuse(scaled.to(self.dtype).flatten(1))
 
     def __call__(self, states: Tensor, tokens: Tensor, start: int, cache: Tensor, span: int) -> tuple[Tensor, Tensor]:
         """[n, hidden] states and [n] tokens (target ids) at the n slots from `start` -> [1, V'] logits after the last, and
@@ -125,14 +114,11 @@ class HeadForward(Blocks):
         positions = torch.arange(start, start + tokens.shape[0], device=self.device)
         step = self.begin(positions, cache, span, start)
         step.x.copy_(self.embedding(tokens))
-        embedded = step.normed(self._embedding_norm).clone()  # the next norm works in the same buffer
+        embedded = step.normed(self._embedding_norm)
         step.x.copy_(states)
-        self.block(0, torch.cat([embedded, step.normed(self.layers[0].attention_norm)], 1), step)
-        return self._head(step.normed(self._norm)[-1:]), step.x[-1:].clone()
-
-
-_KEPT_ROWS = 16
-"""Up to so many slots a pass finds its buffers ready."""
+        layer = self.layers[0]
+        step.block(0, layer, torch.cat([embedded, step.normed(layer.attention_norm)], 1))
+        return self._head(step.normed(self._norm)[-1:]), step.x[-1:]
 
 
 class HeadRuntime:
@@ -192,8 +178,8 @@ class HeadRuntime:
             self._cache = wider
         start, self._cached = self._cached, end
         self._written = max(self._written, end)
-        return self._forward(states, tokens, start, self._cache, _rounded(end))
+        return self._forward(states, tokens, start, self._cache, end)
 
 
 def _rounded(slots: int) -> int:
-    return -(-slots // SPAN) * SPAN
+    return -(-slots // 16) * 16

@@ -11,7 +11,6 @@ from torch import Tensor
 from specdec_engine.errors import OutOfMemory
 from specdec_engine.memory import free_bytes, gib, ran_out
 from specdec_engine.runtime import step_by_step
-from specdec_engine.runtime.blocks import SPAN
 from specdec_engine.runtime.decoder import Decoder, Taps
 from specdec_engine.runtime.shape import Unsupported
 
@@ -135,8 +134,7 @@ class LeanRuntime:
         return least
 
     def _rounded(self, tokens: int) -> int:
-        """To the span that attention looks at: then every row of a pass finds its places."""
-        return -(-tokens // SPAN) * SPAN
+        return -(-tokens // _ROOM) * _ROOM
 
     def _new_cache(self, capacity: int) -> Tensor:
         try:
@@ -156,3 +154,7 @@ class LeanRuntime:
             f"out of memory: the cache of {self._label} for {capacity} tokens needs {gib(capacity * self.token_bytes)}",
             f"{self._cached} tokens fit; lower --max-tokens, or shorten the prompt",
         )
+
+
+_ROOM = 16
+"""Tokens by which a cache is made larger at least."""

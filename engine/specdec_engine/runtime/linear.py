@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from specdec_engine.runtime.native import Kernels
+from specdec_engine.runtime.native import Kernels, Matrix
 from specdec_engine.weights import GROUP, Grouped
 
 Quantize = Literal["auto", "none", "int8", "int4"]
@@ -29,6 +29,8 @@ class Projection(Protocol):
 
     form: str
     """int4, int8, or the dtype's name."""
+    matrices: tuple[Matrix, ...]
+    """What kernels of our own multiply, side by side; none where torch does."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """[n, K] -> [n, N]"""
@@ -51,6 +53,8 @@ class Dense:
     for eight rows as for one (2 cores, AVX-512).
     """
 
+    matrices: tuple[Matrix, ...] = ()
+
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.form = str(weight.dtype).removeprefix("torch.")
         self._bias = bias
@@ -72,6 +76,7 @@ class Int8:
     """Symmetric int8 weights, one scale an output row; activations stay bfloat16. Wide passes unpack them."""
 
     form = "int8"
+    matrices: tuple[Matrix, ...] = ()
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._q = torch.empty(weight.shape, dtype=torch.int8)
@@ -98,6 +103,7 @@ class Int4:
     """
 
     form = "int4"
+    matrices: tuple[Matrix, ...] = ()
 
     def __init__(self, weight: Grouped, bias: Tensor | None) -> None:
         q, scale, offset = weight.q.int(), weight.scale, weight.offset
@@ -142,32 +148,29 @@ class NativePacked:
 
     def __init__(self, weight: Grouped, bias: Tensor | None, kernels: Kernels) -> None:
         self.form = f"int{weight.bits}"
-        self._kernels = kernels
-        self._layout = weight.layout
-        self._rows, self._columns = weight.q.shape
+        self._kernels, self._bias, self._layout = kernels, bias, weight.layout
         self._words, self._constants = kernels.pack(weight)
-        self._bias = bias
+        data = (self._words.data_ptr(), self._constants.data_ptr(), None if bias is None else bias.data_ptr())
+        self.matrices: tuple[Matrix, ...] = (Matrix(*weight.layout, *weight.q.shape, *data),)
 
     def __call__(self, x: Tensor) -> Tensor:
+        matrix = self.matrices[0]
         if x.shape[0] >= WIDE and self._kernels.unpacks_wide:
-            return _biased(_product(x.bfloat16(), self._unpacked(), self._rows).float(), self._bias)
-        bits, group, offsets = self._layout
-        y = self._kernels.packed_multiply(x, self._rows, bits, group, self._words, self._constants, offsets)
-        return _biased(y, self._bias)
+            return _biased(_product(x.bfloat16(), self._unpacked(), matrix.N).float(), self._bias)
+        return self._kernels.multiply(x, matrix)
 
     def _unpacked(self) -> Iterator[Tensor]:
         """[K, n] bfloat16 at a time, of all N columns."""
-        lanes = self._kernels.lanes
-        step = max(1, _AT_ONCE // (self._columns * lanes)) * lanes
-        for first in range(0, self._rows, step):
-            rows = range(first, min(first + step, self._rows))
-            yield self._kernels.unpack(rows, self._columns, self._layout, self._words, self._constants).T
+        matrix, lanes = self.matrices[0], self._kernels.lanes
+        step = max(1, _AT_ONCE // (matrix.K * lanes)) * lanes
+        for first in range(0, matrix.N, step):
+            yield self._kernels.unpack(range(first, min(first + step, matrix.N)), matrix).T
 
     def dense_rows(self, order: Tensor) -> Tensor:
         """[n] -> [n, K] float32: rows of the matrix, as an embedding that shares it wants them."""
         bits, group, offsets = self._layout
-        lanes, per = self._kernels.lanes, 16 // bits
-        blocks = self._words.view(-1, self._columns // group, group // (2 * per), lanes, 2)
+        lanes, per, columns = self._kernels.lanes, 16 // bits, self.matrices[0].K
+        blocks = self._words.view(-1, columns // group, group // (2 * per), lanes, 2)
         words = blocks[order // lanes, :, :, order % lanes].int()  # [n, groups, words a group, parities]
         nibbles = torch.stack([words >> bits * t & (1 << bits) - 1 for t in range(per)], -2)
         q = nibbles.to(torch.uint8) if bits == 4 else nibbles.to(torch.uint8).view(torch.int8)
@@ -183,9 +186,11 @@ class NativeDense:
 
     def __init__(self, weight: Tensor, bias: Tensor | None, kernels: Kernels) -> None:
         self._weight, self._bias, self._kernels = weight.bfloat16().contiguous(), bias, kernels
+        data = (self._weight.data_ptr(), None, None if bias is None else bias.data_ptr())
+        self.matrices: tuple[Matrix, ...] = (Matrix(16, 0, 0, *weight.shape, *data),)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return _biased(self._kernels.dense_multiply(x, self._weight), self._bias)
+        return self._kernels.multiply(x, self.matrices[0])
 
     def dense_rows(self, order: Tensor) -> Tensor:
         """[n] -> [n, K] float32"""
@@ -197,6 +202,7 @@ class Joined:
 
     def __init__(self, parts: Sequence[Projection]) -> None:
         self.form = "+".join(sorted({part.form for part in parts}))
+        self.matrices = () if any(not p.matrices for p in parts) else tuple(m for p in parts for m in p.matrices)
         self._parts = parts
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Kernels of our own for a CPU, compiled once by the machine's C compiler; where there is none, torch's are taken.
+"""Kernels of our own for a CPU, compiled once by the machine's C compiler; where there is none, torch's operations are taken.
 
 torch multiplies packed weights well at one row and badly at four, and only with AVX-512 quickly at all. Here four rows cost
 1.7 times one (106M weights in 4 bits on two cores with AVX2: 4.1 and 7.0 ms; torch's 9.7 and 19.1), which is what verifying a
@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ from torch import Tensor
 from specdec_engine.folders import cache_folder
 from specdec_engine.machine import cpu_flags
 from specdec_engine.weights import Grouped
+
+if TYPE_CHECKING:  # which imports this file
+    from specdec_engine.runtime.ops import HeadNorms
 
 SOURCE = Path(__file__).with_name("native.c")
 _FLAGS = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-tree-reassoc", "-fopenmp", "-fPIC")
@@ -36,6 +40,38 @@ _COMPILE_S = 60
 
 class NativeUnavailable(Exception):
     """Why there are no kernels of our own here."""
+
+
+class Matrix(ctypes.Structure):
+    """`matrix` in `native.c`. Whoever makes one keeps what it points at."""
+
+    _fields_ = (
+        *((name, ctypes.c_int) for name in ("bits", "group", "offsets")),
+        *((name, ctypes.c_long) for name in ("N", "K")),
+        *((name, ctypes.c_void_p) for name in ("words", "constants", "bias")),
+    )
+
+
+class PassFields(ctypes.Structure):
+    """`pass` in `native.c`."""
+
+    _fields_ = (
+        *((name, ctypes.c_long) for name in ("n", "heads", "groups", "size", "capacity")),
+        ("narrow", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in ("rotation", "positions")),
+    )
+
+
+class LayerFields(ctypes.Structure):
+    """`layer` in `native.c`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm")),
+        ("eps", ctypes.c_float),
+        *((name, ctypes.c_long) for name in ("window", "hidden", "inner", "widest")),
+        ("many", ctypes.c_long * 4),
+        ("matrices", Matrix * 8),
+    )
 
 
 class Kernels:
@@ -49,18 +85,18 @@ class Kernels:
         self.lanes = int(self._library.lanes())
         self.unpacks_wide = False
         """Whether torch multiplies a prompt's passes faster with unpacked bfloat16 weights, as with AMX."""
-        address, size, small = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
-        self._pack = self._library.pack
-        self._pack.argtypes = [small, small, *[address] * 3, size, size, address, address, small]
-        self._pack.restype = None
-        self._packed_mm = self._library.packed_mm
-        self._packed_mm.argtypes = [small, small, small, address, size, size, size, *[address] * 3, small]
-        self._unpack = self._library.unpack
-        self._unpack.argtypes = [small, small, small, address, address, size, size, size, address, small]
-        self._unpack.restype = None
-        self._bfloat16_mm = self._library.bfloat16_mm
-        self._bfloat16_mm.argtypes = [address, size, size, size, address, address, small]
-        self._bfloat16_mm.restype = None
+        address, size, small, single = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+        for name, arguments in {
+            "pack": (small, small, *[address] * 3, size, size, address, address, small),
+            "multiply": (address, address, size, address, small),
+            "unpack": (small, small, small, address, address, size, size, size, address, small),
+            "add_norm": (*[address] * 3, single, size, size, small, address, small),
+            "gate": (address, size, size, small, address, small),
+            "rotate": (address, address, small, address, address, single, address, address, small),
+            "attend": (*[address] * 3, size, address, small, small),
+            "block": (*[address] * 5, small),
+        }.items():
+            getattr(self._library, name).argtypes = arguments
 
     def unpacking(self, wide: bool) -> Kernels:
         """The same, with `unpacks_wide` so."""
@@ -69,7 +105,7 @@ class Kernels:
         return other
 
     def pack(self, weight: Grouped) -> tuple[Tensor, Tensor]:
-        """The words, and the float16 scales and offsets, as `packed_multiply` wants them."""
+        """The words, and the float16 scales and offsets, as `multiply` wants them."""
         rows, columns = weight.q.shape
         padded = -(-rows // self.lanes) * self.lanes
         sets = 1 if weight.offset is None else 2
@@ -77,12 +113,12 @@ class Kernels:
         constants = torch.empty(padded * columns // weight.group * sets, dtype=torch.float16)
         q, scale = weight.q.contiguous(), weight.scale.half().contiguous()
         offset = None if weight.offset is None else weight.offset.half().contiguous()
-        self._pack(
+        self._library.pack(
             weight.bits,
             weight.group,
             q.data_ptr(),
             scale.data_ptr(),
-            None if offset is None else offset.data_ptr(),
+            _address(offset),
             rows,
             columns,
             words.data_ptr(),
@@ -91,63 +127,112 @@ class Kernels:
         )
         return words, constants
 
-    def packed_multiply(
-        self, x: Tensor, rows: int, bits: int, group: int, words: Tensor, constants: Tensor, offsets: bool
-    ) -> Tensor:
-        """[n, K] float32 -> [n, rows] float32."""
-        n, columns = x.shape
+    def multiply(self, x: Tensor, matrix: Matrix) -> Tensor:
+        """[n, K] float32 -> [n, N] float32."""
         x = x.contiguous()
-        out = torch.empty(n, rows)
-        failed = self._packed_mm(
-            bits,
-            group,
-            offsets,
-            x.data_ptr(),
-            n,
-            columns,
-            rows,
-            words.data_ptr(),
-            constants.data_ptr(),
-            out.data_ptr(),
-            torch.get_num_threads(),
-        )
-        if failed:
-            raise MemoryError(f"no memory for the activations of {n} rows")
+        out = torch.empty(x.shape[0], matrix.N)
+        threads = torch.get_num_threads()
+        failed = self._library.multiply(ctypes.byref(matrix), x.data_ptr(), x.shape[0], out.data_ptr(), threads)
+        _check_memory(failed, x.shape[0])
         return out
 
-    def unpack(
-        self, rows: range, columns: int, layout: tuple[int, int, bool], words: Tensor, constants: Tensor
-    ) -> Tensor:
-        """[n, K] bfloat16: so many rows of the matrix, from a multiple of `lanes` on."""
+    def unpack(self, rows: range, matrix: Matrix) -> Tensor:
+        """[n, K] bfloat16: so many rows of a packed matrix, from a multiple of `lanes` on."""
         padded = -(-len(rows) // self.lanes) * self.lanes
-        out = torch.empty(padded, columns, dtype=torch.bfloat16)
-        self._unpack(
-            *layout,
-            words.data_ptr(),
-            constants.data_ptr(),
+        out = torch.empty(padded, matrix.K, dtype=torch.bfloat16)
+        self._library.unpack(
+            matrix.bits,
+            matrix.group,
+            matrix.offsets,
+            matrix.words,
+            matrix.constants,
             rows.start,
             padded,
-            columns,
+            matrix.K,
             out.data_ptr(),
             torch.get_num_threads(),
         )
         return out[: len(rows)]
 
-    def dense_multiply(self, x: Tensor, weight: Tensor) -> Tensor:
-        """[n, K] float32, [N, K] bfloat16 -> [n, N] float32."""
-        n, columns = x.shape
-        x = x.contiguous()
-        out = torch.empty(n, weight.shape[0])
-        self._bfloat16_mm(
-            x.data_ptr(),
-            n,
-            columns,
-            weight.shape[0],
-            weight.data_ptr(),
-            out.data_ptr(),
-            torch.get_num_threads(),
+    def add_norm(self, x: Tensor, more: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        """See `ops.Ops`; dtype: float32 or bfloat16, as `more`."""
+        out = torch.empty(x.shape, dtype=dtype)
+        more = None if more is None else more.to(dtype).contiguous()
+        narrow, threads = dtype == torch.bfloat16, torch.get_num_threads()
+        self._library.add_norm(
+            x.data_ptr(), _address(more), weight.data_ptr(), eps, *x.shape, narrow, out.data_ptr(), threads
         )
         return out
+
+    def gate(self, gate_up: Tensor) -> Tensor:
+        """See `ops.Ops`."""
+        n, columns = gate_up.shape
+        gate_up = gate_up.contiguous()
+        out = torch.empty(n, columns // 2, dtype=gate_up.dtype)
+        narrow = gate_up.dtype == torch.bfloat16
+        self._library.gate(gate_up.data_ptr(), n, columns // 2, narrow, out.data_ptr(), torch.get_num_threads())
+        return out
+
+    def rotate(self, qkv: Tensor, rotation: Tensor, positions: Tensor, kept: Tensor, norms: HeadNorms | None) -> Tensor:
+        """See `ops.Ops`; the queries are float32."""
+        size = kept.shape[2]
+        qkv = qkv.contiguous()
+        queries = torch.empty(len(qkv), qkv.shape[1] // size - kept.shape[0], size)
+        q, k, eps = (None, None, 0.0) if norms is None else (norms.q, norms.k, norms.eps)
+        self._library.rotate(
+            ctypes.byref(pass_fields(queries.shape[1], rotation, positions, kept)),
+            qkv.data_ptr(),
+            qkv.dtype == torch.bfloat16,
+            _address(q),
+            _address(k),
+            eps,
+            queries.data_ptr(),
+            kept.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return queries
+
+    def attend(
+        self, dtype: torch.dtype, queries: Tensor, kept: Tensor, positions: Tensor, window: int | None
+    ) -> Tensor:
+        """See `ops.Ops`; dtype: of what is seen, float32 or bfloat16. Positions never decrease."""
+        n, heads, size = queries.shape
+        out = torch.empty(n, heads * size, dtype=dtype)
+        failed = self._library.attend(
+            ctypes.byref(pass_fields(heads, None, positions, kept)),
+            queries.data_ptr(),
+            kept.data_ptr(),
+            window or 0,
+            out.data_ptr(),
+            dtype == torch.bfloat16,
+            torch.get_num_threads(),
+        )
+        _check_memory(failed, n)
+        return out
+
+    def block(self, layer: LayerFields, fields: PassFields, x: Tensor, inputs: Tensor | None, kept: Tensor) -> None:
+        """A whole layer: adds to x [n, hidden] float32. inputs: see `ops.Pass.block`."""
+        threads = torch.get_num_threads()
+        at = ctypes.byref(layer), ctypes.byref(fields)
+        failed = self._library.block(*at, x.data_ptr(), _address(inputs), kept.data_ptr(), threads)
+        _check_memory(failed, fields.n)
+
+
+def pass_fields(heads: int, rotation: Tensor | None, positions: Tensor, kept: Tensor) -> PassFields:
+    """Of tensors that live as long as it; kept: see `ops.Ops`."""
+    groups, capacity, size = kept.shape[0] // 2, kept.shape[1], kept.shape[2]
+    narrow = kept.dtype == torch.bfloat16
+    return PassFields(len(positions), heads, groups, size, capacity, narrow, _address(rotation), positions.data_ptr())
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _check_memory(failed: int, rows: int) -> None:
+    """Raises MemoryError."""
+    if failed:
+        raise MemoryError(f"no memory for what {rows} rows are worked out in")
 
 
 @cache

@@ -1,24 +1,43 @@
-"""Decoder blocks on a GPU: what lies between their matrices, in as few kernels as can be.
+"""A pass through decoder blocks, and what it does between their matrices, in as few kernels as can be.
 
-There a small kernel costs some 2 µs whatever it does (H100), and all four matrices of a 1B model's layer 50. So it is kernels
-that are saved, where on a CPU (`blocks`) it is time in Python. `Ops` are those kernels.
+A small kernel costs some 2 µs on a GPU whatever it does (H100), where all four matrices of a 1B model's layer take 50; on a
+CPU an operation of torch costs as much. So it is kernels that are saved. `Ops` are those kernels: torch's (`TORCH`), our own
+in Triton for a GPU (`fused`), or our own in C for a CPU (`cpu`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
+from specdec_engine.runtime.linear import Projection
+from specdec_engine.runtime.native import LayerFields
 from specdec_engine.runtime.shape import Shape
 
-if TYPE_CHECKING:  # which imports this file
-    from specdec_engine.runtime.blocks import Layer
+FEW_ROWS = 16
+"""Rows up to which query heads that share keys are rows of one head, whose keys are read once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One block; the norms' weights are float32."""
+
+    attention_norm: Tensor
+    qkv: Projection
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    out: Projection
+    mlp_norm: Tensor
+    gate_up: Projection
+    down: Projection
+    window: int | None
+    fields: LayerFields | None = None
+    """All this for our own kernels on a CPU, where they multiply all its matrices."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +58,14 @@ class Ops:
     """(x [n, hidden] float32, what is added to it in place, the norm's weight [hidden], eps, dtype) -> x normed, in dtype."""
     rotate: Callable[[Tensor, Tensor, Tensor, Tensor, HeadNorms | None], Tensor]
     """(qkv [n, (heads + 2 · kv_heads) · head_size], rotation [n, head_size / 2] complex, positions [n], cache of the layer
-    [2 · kv_heads, capacity, head_size], norms) -> queries [n, heads, head_size] in the cache's dtype, rotated. Writes keys,
-    rotated, and values into the cache at the positions. May use qkv for its own ends."""
+    [2 · kv_heads, capacity, head_size], norms) -> queries [n, heads, head_size], rotated, as `attend` takes them. Writes
+    keys, rotated, and values into the cache at the positions. May use qkv for its own ends."""
     gate: Callable[[Tensor], Tensor]
     """[n, 2 · m] -> [n, m]: silu of the first half, times the second."""
     attend: Callable[[Tensor, Tensor, Tensor, int | None], Tensor] | None = None
-    """(queries, cache of the layer, positions, window) -> [n, heads · head_size] for few rows, up to `FEW_ROWS`. Reads on the
-    device how far to look, so that a recording fits every length. None: torch's attention, over a span."""
+    """(queries, cache of the layer, positions, window) -> [n, heads · head_size] for up to `few` rows. Reads on the device
+    how far to look, so that a recording fits every length. None: torch's attention, over a span."""
+    few: int = FEW_ROWS
     remark: str = ""
     """Why better ones were not taken."""
 
@@ -57,24 +77,24 @@ class Pass:
         self,
         ops: Ops,
         shape: Shape,
-        frequencies: Tensor,
+        rotation: Tensor,
         dtype: torch.dtype,
         positions: Tensor,
         cache: Tensor,
         span: int,
         start: int | None,
     ) -> None:
-        """span: places of the cache that take in all positions. start: the first position, where the host knows it."""
+        """rotation: see `Blocks.rotation`. span: places of the cache that take in all positions. start: the first position,
+        where the host knows it."""
         self._ops, self._eps, self._dtype, self._positions = ops, shape.eps, dtype, positions
         n = len(positions)
         self._x = torch.empty(n, shape.hidden, device=positions.device)
         self._more: Tensor | None = None
-        angles = positions[:, None] * frequencies
-        self._rotation = torch.polar(torch.full_like(angles, shape.rope_scale), angles)
+        self._rotation = rotation
         self._kept = cache.unbind(0)
         self._end = span if start is None else start + n
         self._causal = None if start is None else causal_lower_right(n, self._end)
-        self._attend_few = ops.attend if n <= FEW_ROWS else None
+        self._attend_few = ops.attend if n <= ops.few else None
         self._grouped = n <= FEW_ROWS and start is None
         together = shape.heads // shape.kv_heads if self._grouped else 1
         self._masks = {w: self._mask(w, together, cache.dtype) for w in self._masked(shape.windows)}
@@ -92,9 +112,10 @@ class Pass:
         more, self._more = self._more, None
         return self._ops.add_norm(self._x, more, weight, self._eps, self._dtype)
 
-    def block(self, i: int, layer: Layer, inputs: Tensor) -> None:
-        """Layer i, whose attention reads `inputs` [n, ...], already normed: adds to the residual stream."""
+    def block(self, i: int, layer: Layer, inputs: Tensor | None = None) -> None:
+        """Layer i, whose attention reads `inputs` [n, ...], already normed, or else the residual stream: adds to that."""
         kept, norms = self._kept[i], None
+        inputs = self.normed(layer.attention_norm) if inputs is None else inputs
         if layer.q_norm is not None and layer.k_norm is not None:
             norms = HeadNorms(layer.q_norm, layer.k_norm, self._eps)
         queries = self._ops.rotate(layer.qkv(inputs), self._rotation, self._positions, kept, norms)
@@ -104,9 +125,10 @@ class Pass:
     def _attended(self, queries: Tensor, kept: Tensor, window: int | None) -> Tensor:
         """[n, heads, head_size] -> [n, heads · head_size]"""
         if self._attend_few is not None:
-            return self._attend_few(queries, kept, self._positions, window)
+            return self._attend_few(queries, kept, self._positions, window).to(self._dtype)
         attend = attend_grouped if self._grouped else attend_in_groups
-        return attend(queries, kept[:, : self._end], self._masks.get(window, self._causal))
+        mask = self._masks.get(window, self._causal)
+        return attend(queries.to(kept.dtype), kept[:, : self._end], mask).to(self._dtype)
 
     def _masked(self, windows: Sequence[int | None]) -> set[int | None]:
         """The windows that need a mask: without one, rows in order look at all that comes before them, which attention knows
@@ -120,10 +142,6 @@ class Pass:
         on a Hopper, may find no plan for one that is spread over several rows."""
         mask = causal_mask(self._positions, self._end, window, dtype)
         return mask[:, None].expand(-1, together, -1).reshape(-1, self._end)
-
-
-FEW_ROWS = 16
-"""Rows up to which query heads that share keys are rows of one head, whose keys are read once."""
 
 
 def causal_mask(positions: Tensor, span: int, window: int | None, dtype: torch.dtype) -> Tensor:
@@ -194,16 +212,3 @@ def gate(gate_up: Tensor) -> Tensor:
 
 TORCH = Ops(add_norm, rotate, gate)
 """Torch's own kernels."""
-
-
-def ops_for(shape: Shape, dtype: torch.dtype, device: torch.device) -> Ops | None:
-    """The best that run there; None on a CPU, whose way `blocks` has."""
-    if device.type != "cuda":
-        return None if device.type == "cpu" else TORCH
-    try:
-        from specdec_engine.runtime.fused import checked  # Triton may not be there
-
-        return checked(shape, dtype, device)
-    except Exception as error:  # no compiler, an unknown card: in as many ways as there are lines in Triton
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        return replace(TORCH, remark=f"our own kernels do not run here: {reason}")
