@@ -6,6 +6,7 @@ import os
 import sys
 from importlib import import_module
 from itertools import pairwise
+from types import ModuleType
 from typing import Annotated, Any
 
 import typer
@@ -29,6 +30,18 @@ COMMANDS = {
 """What `--help` says of each: the first paragraph of the docstring of the function NAME in `commands/NAME.py`."""
 
 
+class Helped:
+    """A command whose help is written by Typer without what of it we do not use."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        _import_help()
+        super().format_help(ctx, formatter)  # type: ignore[misc]
+
+
+class Real(Helped, TyperCommand):
+    """A command that was imported."""
+
+
 class Deferred(TyperCommand):
     """A command by its name and its line of help. Its module is imported once something is asked of the command itself."""
 
@@ -39,11 +52,11 @@ class Deferred(TyperCommand):
     def _command(self) -> Any:
         name = str(self.name)
         alone = typer.Typer(add_completion=False)
-        alone.command(name)(getattr(import_module(f"specdec_cli.commands.{name}"), name))
+        alone.command(name, cls=Real)(getattr(import_module(f"specdec_cli.commands.{name}"), name))
         return typer.main.get_command(alone)
 
 
-class Commands(TyperGroup):
+class Commands(Helped, TyperGroup):
     """All commands, none of them imported."""
 
     def __init__(self, **settings: Any) -> None:
@@ -56,6 +69,20 @@ class Commands(TyperGroup):
         for switch in switches:
             switch.default = switch.default or False
         return switches
+
+
+def _import_help() -> None:
+    """What Typer writes help with, but for rich's Markdown: we write none, and its parser is half of the time of `--help`."""
+    name = "rich.markdown"
+    if name in sys.modules or "typer.rich_utils" in sys.modules:
+        return
+    unused = ModuleType(name)
+    unused.Markdown = None  # type: ignore[attr-defined]
+    sys.modules[name] = unused
+    try:
+        import_module("typer.rich_utils")
+    finally:
+        del sys.modules[name]
 
 
 app = typer.Typer(

@@ -17,7 +17,6 @@ from specdec_cli.commands.replay import replay
 from specdec_cli.exits import ExitCode
 from specdec_cli.prompts import read_prompt
 from specdec_cli.startup import quieten, uncollected
-from specdec_engine.control import Controls
 from specdec_engine.errors import UsageError
 from specdec_engine.stopping import Stop
 from specdec_tui.live import LiveSource, Request
@@ -61,6 +60,8 @@ def watch(
         return
     sampling = how.sampling
     typed = opt.k_of(how.k or "auto")
+    from specdec_engine.control import Controls
+
     Controls(3 if typed == "auto" else typed, sampling, how.draft_temperature)
     stops = Stop(how.max_tokens, strings=tuple(how.stop or ())).strings
     if prompt is None and file is None and sys.stdin.isatty():
