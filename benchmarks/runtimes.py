@@ -192,8 +192,8 @@ ARMS: dict[str, Callable[[argparse.Namespace, dict[str, Any]], Arm]] = {
     "specdec packed by torch": lambda o, m: ours(our_pair(o, m, "none", "auto", "bfloat16"), 0),
     "specdec float32, ngram,builtin": lambda o, m: ours(our_pair(o, m, "ngram,builtin", "auto", "float32"), "auto"),
     "specdec float32": lambda o, m: ours(our_pair(o, m, "none", "auto", "float32"), 0),
-    "specdec bfloat16": lambda o, m: ours(our_pair(o, m, "none", "none"), 0),
-    "specdec bfloat16, ngram k 8": lambda o, m: ours(our_pair(o, m, "ngram", "none"), 8),
+    "specdec bfloat16": lambda o, m: ours(our_pair(o, m, "none", "none", "bfloat16"), 0),
+    "specdec bfloat16, ngram k 8": lambda o, m: ours(our_pair(o, m, "ngram", "none", "bfloat16"), 8),
     "transformers bfloat16": lambda o, m: with_transformers(their_model(o, m)),
     "transformers bfloat16, prompt lookup 3": lambda o, m: with_transformers(
         their_model(o, m), prompt_lookup_num_tokens=3
@@ -207,7 +207,7 @@ ARMS: dict[str, Callable[[argparse.Namespace, dict[str, Any]], Arm]] = {
 ASSISTED: dict[str, Callable[[argparse.Namespace, dict[str, Any]], Arm]] = {
     "specdec packed, two models": lambda o, m: ours(our_pair(o, m, str(o.draft), "auto"), "auto"),
     "specdec packed, lookup and two models": lambda o, m: ours(our_pair(o, m, f"ngram,{o.draft}", "auto"), "auto"),
-    "specdec bfloat16, two models": lambda o, m: ours(our_pair(o, m, str(o.draft), "none"), "auto"),
+    "specdec bfloat16, two models": lambda o, m: ours(our_pair(o, m, str(o.draft), "none", "bfloat16"), "auto"),
     "transformers bfloat16, two models": lambda o, m: with_transformers(
         their_model(o, m), assistant_model=widened(o.draft, their_model(o, m).config.vocab_size)
     ),

@@ -58,7 +58,7 @@ Dtype = Annotated[
     str,
     typer.Option(
         rich_help_panel=_MODELS,
-        help="auto (bfloat16 where the hardware computes in it), float32, bfloat16, float16.",
+        help="auto (on a GPU bfloat16 where it computes in it, on a CPU as measured), float32, bfloat16, float16.",
     ),
 ]
 Runtime = Annotated[

@@ -50,7 +50,8 @@ def _compute(device: torch.device) -> None:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The named dtype; for `auto` bfloat16 where a GPU computes in it, else float16. A CPU's is measured (`arithmetic.py`).
+    """The named dtype; for `auto` bfloat16 where a GPU computes in it, else float16. On a CPU `auto` is
+    measured (`arithmetic.py`).
 
     Raises UsageError for a name that is none."""
     if name != "auto":

@@ -22,7 +22,7 @@ from specdec_engine.errors import ModelUnavailable, OutOfMemory, SpecdecError, U
 from specdec_engine.memory import Need, check_fits, estimate, free_bytes, kept_bytes, kv_bytes, ran_out
 from specdec_engine.pretrained import DeviceMap, generation_config, load_config, load_tokenizer, load_weights, stop_ids
 from specdec_engine.progress import Progress, Report, silent
-from specdec_engine.runtime import Runtime
+from specdec_engine.runtime import Runtime, native
 from specdec_engine.runtime.arithmetic import Arithmetic, Matrices, choose
 from specdec_engine.runtime.blocks import cache_dtype
 from specdec_engine.runtime.decoder import Decoder
@@ -149,7 +149,8 @@ class Candidate:
                 raise UsageError(
                     f"{self.name} cannot run on the {self.options.runtime} runtime: {reason}", "leave out --runtime"
                 ) from None
-            return self._generic(placement, str(reason))
+            dense = choose(_matrices(self.config, False, False), self.options.dtype, "none", self.device)
+            return replace(self, shape=reason, arithmetic=dense)._generic(placement, str(reason))
 
     def _lean(self, shape: Shape) -> Loaded:
         packing = _packing(self.options, self.arithmetic)
@@ -157,6 +158,8 @@ class Candidate:
         decoder = Decoder(shape, self._weights(), dtype, self.device, packing, kernels=kernels)
         runtime: LeanRuntime | None = None
         remark = decoder.ops.remark
+        if self.device.type == "cpu" and self.options.dtype == "auto" and (missing := native.why_none()):
+            remark = f"there are no kernels of our own: {missing}"
         if self.device.type == "cuda" and self.options.runtime != "lean":
             runtime, why = self._graphs(decoder)
             remark = "; ".join(filter(None, (remark, why)))
@@ -274,6 +277,8 @@ def find_model(name: str, options: LoadOptions) -> Candidate:
         config: Any = gguf_files.plain_config(folder) if found else load_config(folder, options.trust_remote_code)
         shape = lean_shape(config, options, device)
         packed = any(e.kind in PACKED for e in found.values())
+        if device.type == "cpu" and not native.is_ready():
+            options.report(Progress("compile", "kernels for this CPU, once"))
         matrices = _matrices(config, packed, isinstance(shape, Shape))
         arithmetic = choose(matrices, options.dtype, options.quantize, device)
         need = _need(path, found, config, shape, arithmetic, device, options)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-Stage = Literal["download", "convert", "load"]
+Stage = Literal["download", "convert", "compile", "load"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Progress:
         return f"{of}{self.total / scale:,.0f} {unit}"
 
 
-_DOING: dict[Stage, str] = {"download": "fetching", "convert": "converting", "load": "loading"}
+_DOING: dict[Stage, str] = {"download": "fetching", "convert": "converting", "compile": "compiling", "load": "loading"}
 
 Report = Callable[[Progress], None]
 

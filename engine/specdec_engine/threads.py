@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from functools import cache
 from time import perf_counter
@@ -22,6 +23,15 @@ def set_threads(threads: Threads, device: torch.device) -> None:
         threads = free_threads(cores) if device.type == "cpu" else cores
     if threads is not None:
         torch.set_num_threads(threads)
+    _asked.append(torch.get_num_threads())
+
+
+def asked() -> int:
+    """Torch's threads as `set_threads` left them last, whatever a model took since."""
+    return _asked[-1] if _asked else torch.get_num_threads()
+
+
+_asked: deque[int] = deque(maxlen=1)
 
 
 def use_fewer_threads(most: int | None) -> None:

@@ -140,3 +140,10 @@ def test_third_parties_can_add_a_drafter(monkeypatch):
         lambda group, name: [entry] if (group, name) == (drafters.ENTRY_POINTS, "mine") else [],
     )
     assert drafters.build_drafter("mine:5", host()).name == "ngram"
+
+
+def test_a_pair_on_a_cpu_imports_no_compiler_of_torchs():
+    """`torch._dynamo` takes 1.4 s of a start; more than one harmless import brings it along."""
+    code = "import sys, specdec_engine.pair, specdec_engine.runtime.lean\nprint(*sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch._dynamo", "torch._inductor", "sympy"} & set(found)

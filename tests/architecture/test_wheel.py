@@ -31,7 +31,8 @@ def test_top_level_names_are_ours_alone(wheel):
 def test_every_module_on_disk_is_in_it_with_its_type_marker(wheel):
     names = set(wheel.namelist())
     for package, parent in PACKAGES.items():
-        on_disk = {p.relative_to(parent).as_posix() for p in (parent / package).rglob("*.py")}
+        modules = [p for kind in ("*.py", "*.c") for p in (parent / package).rglob(kind)]
+        on_disk = {p.relative_to(parent).as_posix() for p in modules}
         assert on_disk <= names
         assert f"{package}/py.typed" in names
 

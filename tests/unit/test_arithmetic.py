@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import os
+import shutil
+import subprocess
+from collections import deque
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from specdec_engine import threads
 from specdec_engine.errors import UsageError
-from specdec_engine.machine import cpu_name
-from specdec_engine.runtime import arithmetic, native
+from specdec_engine.machine import cpu_flags, cpu_name
+from specdec_engine.runtime import arithmetic, compiled, native
 from specdec_engine.runtime.arithmetic import FORMS, Matrices, Measurement, Timing, choose
 from tests.fakes import CPU
 
@@ -22,7 +28,7 @@ META = torch.device("meta")
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
-    native.key.cache_clear()
+    monkeypatch.setattr(arithmetic, "keep_step", lambda threads: True)
     arithmetic._measured.cache_clear()
     yield tmp_path
     arithmetic._measured.cache_clear()
@@ -75,7 +81,6 @@ def test_a_dtype_that_is_named_is_not_measured(monkeypatch):
 
 def test_a_measurement_is_made_once_and_remembered(folder, monkeypatch):
     """Every form that can run is timed; the next process reads it, another torch measures anew."""
-    monkeypatch.setattr(arithmetic, "usable_cores", torch.get_num_threads)
     first = arithmetic.measured(900, 300)
     assert (first.rows, first.columns) == (1024, 512)
     assert {t.form for t in first.timings} == {f.name for f in FORMS if arithmetic.usable(f)}
@@ -94,9 +99,8 @@ def test_a_measurement_is_made_once_and_remembered(folder, monkeypatch):
     assert arithmetic.current() == ()
 
 
-def test_what_older_kernels_took_is_forgotten(folder, monkeypatch):
+def test_what_older_kernels_took_is_forgotten(folder):
     """And `info` does not show it. What another CPU took stays: a home may be shared."""
-    monkeypatch.setattr(arithmetic, "usable_cores", torch.get_num_threads)
     older = replace(timings(int4_own=1.0), cpu=cpu_name() or "", torch=torch.__version__, kernels="older")
     elsewhere = replace(older, cpu="another")
     arithmetic.remember([older, elsewhere])
@@ -106,12 +110,40 @@ def test_what_older_kernels_took_is_forgotten(folder, monkeypatch):
 
 
 def test_what_was_found_beside_other_programs_is_not_kept(folder, monkeypatch):
-    monkeypatch.setattr(arithmetic, "usable_cores", lambda: torch.get_num_threads() + 1)
+    steps = iter([True, False])
+    monkeypatch.setattr(arithmetic, "keep_step", lambda threads: next(steps))
     arithmetic.measured(1024, 512)
     assert arithmetic.remembered() == ()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '[{"cpu": ""}]', "null"])
+def test_a_draft_is_measured_on_as_many_threads_as_its_target(folder, monkeypatch):
+    """And once: a target that takes fewer threads, as fastest, had it measured again at every start."""
+    monkeypatch.setattr(threads, "_asked", deque([3]))
+    calls = []
+    monkeypatch.setattr(arithmetic, "measure", lambda *size: calls.append(size) or timings(int4_own=1.0))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        arithmetic.measured(1024, 512)
+        arithmetic.measured(1024, 512)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+    assert calls == [(1024, 512)]
+    assert arithmetic._measured.cache_info().currsize == 1
+
+
+WRONG = {
+    "milliseconds": {"timings": [{"form": FORMS[0].name, "one_ms": None, "four_ms": 1.0}]},
+    "no milliseconds": {"timings": []},
+    "an unknown form": {"timings": [{"form": "int3", "one_ms": 1.0, "four_ms": 1.0}]},
+    "threads": {"fastest_threads": 0},
+}
+DAMAGED = ["", "{", "[1]", '[{"cpu": ""}]', "null", "[" * 9999]
+DAMAGED += [json.dumps([asdict(timings(int4_own=1.0)) | wrong]) for wrong in WRONG.values()]
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=lambda text: text[:20])
 def test_a_damaged_memory_is_none(folder, content):
     (folder / "measured.json").write_text(content)
     assert arithmetic.remembered() == ()
@@ -128,19 +160,117 @@ def test_more_threads_than_help_are_not_taken(monkeypatch):
     assert now == [8]
 
 
-@pytest.mark.parametrize("cc", ["", "/no/such/compiler", "false"])
-def test_without_a_compiler_torchs_kernels_are_taken(folder, monkeypatch, cc):
-    """And why is told."""
-    monkeypatch.setenv("CC", cc)
+@pytest.fixture
+def compiling(folder, monkeypatch):
+    """As in a process that has not looked yet; with $CC as given."""
+    kept = (compiled._compiler, native.kernels, native._attempt, arithmetic._measured)
+
+    def forget(cc=None):
+        if cc is not None:
+            monkeypatch.setenv("CC", cc)
+        for each in kept:
+            each.cache_clear()
+
+    forget()
+    yield forget
+    monkeypatch.undo()
+    forget()
+
+
+@pytest.mark.parametrize(
+    ("cc", "why"),
+    [
+        ("", "no C compiler"),
+        ("/no/such/compiler", "no such compiler"),
+        ("false", "compiler failed"),
+        ('"gcc', "is no command"),
+    ],
+)
+def test_without_a_compiler_torchs_kernels_are_taken(compiling, monkeypatch, cc, why):
+    """And why is told, with the value; $CC is not a model's fault."""
+    compiling(cc)
     monkeypatch.setenv("PATH", "/nowhere" if cc != "false" else "/bin:/usr/bin")
-    native._compiler.cache_clear()
-    native.kernels.cache_clear()
-    try:
-        assert native.kernels() is None
-        assert "compiler" in native.why_none()
-        found = choose(PACKED, "auto", "auto", CPU)
-        assert found.kernels is None
-    finally:
-        monkeypatch.undo()
-        for remembered in (native._compiler, native.kernels, native.key, arithmetic._measured):
-            remembered.cache_clear()
+    assert native.kernels() is None
+    assert why in native.why_none()
+    assert choose(PACKED, "auto", "auto", CPU).kernels is None
+    monkeypatch.setattr(arithmetic, "torch_packs", lambda: False)
+    with pytest.raises(UsageError, match=f"of our own there are none .*{why}"):
+        arithmetic.refuse_packing("int4", "auto", CPU)
+
+
+def test_what_does_not_compile_is_tried_once(compiling, folder):
+    compiling("false")
+    assert "compiler failed" in native.why_none()
+    (why,) = (folder / "native").glob("*.why")
+    why.write_text("as before")
+    compiling("false")
+    assert native.why_none() == "as before"
+
+
+needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc")
+
+
+@needs_gcc
+@pytest.mark.parametrize("rest", [0, 5000])
+def test_a_damaged_library_is_compiled_again(compiling, folder, rest):
+    """A truncated one killed the process."""
+    assert not native.is_ready()
+    assert native.kernels() is not None
+    assert native.is_ready()
+    (library,) = (folder / "native").glob("*.so")
+    whole = library.read_bytes()
+    library.unlink()  # it is mapped
+    library.write_bytes(whole[:rest])
+    compiling()
+    assert not native.is_ready()
+    assert native.kernels() is not None
+    assert library.read_bytes()[:4] == b"\x7fELF"
+    assert native.is_ready()
+
+
+@needs_gcc
+def test_what_was_compiled_once_needs_no_compiler(compiling, monkeypatch):
+    """As in an image that was built on another."""
+    assert native.kernels() is not None
+    monkeypatch.setenv("PATH", "/nowhere")
+    compiling("")
+    assert native.is_ready()
+    assert native.kernels() is not None
+
+
+@needs_gcc
+def test_kernels_that_are_wrong_are_not_taken(compiling, monkeypatch, tmp_path):
+    """As by a compiler's fault, or on instructions that no one has tried."""
+    wrong = tmp_path / "native.c"
+    wrong.write_text(
+        native.SOURCE.read_text("utf-8").replace("each(scale[r * G + g])", "each(2 * scale[r * G + g])"), "utf-8"
+    )
+    monkeypatch.setattr(native, "SOURCE", wrong)
+    assert native.kernels() is None
+    assert native.why_none() == "they were compiled, and their products with 4 bits are wrong"
+
+
+@needs_gcc
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written_is_told(compiling, folder):
+    folder.chmod(0o500)
+    assert "denied" in native.why_none()
+
+
+@needs_gcc
+@pytest.mark.skipif(not {"avx2", "fma", "f16c"} <= set(cpu_flags().split()), reason="no AVX2")
+def test_kernels_for_avx2_are_right_on_every_processor_that_has_it(tmp_path):
+    """On one with AVX-512 they are not what runs, and most users' are."""
+    library = tmp_path / "other.so"
+    command = ["gcc", *_UNOPTIMISED, "-march=haswell", "-shared", str(native.SOURCE), "-lm", "-o", str(library)]
+    subprocess.run(command, check=True)
+    other = native.Kernels(library)
+    assert other.lanes == 8
+    native.check(other)
+
+
+def test_openmp_is_found_under_a_path_with_spaces(monkeypatch):
+    path = "/home/me/My Projects/.venv/lib/torch.libs/libgomp-98b21ff3.so.1.0.0"
+    lines = [f"7f0-7f1 r-xp 0 fe:00 1 {path}", "7f1-7f2 r--p 0 fe:00 2 /usr/lib/libm.so.6", "7f2-7f3 rw-p 0 00:00 0 "]
+    monkeypatch.setattr(Path, "read_text", lambda *_: "\n".join(lines))
+    assert compiled.openmp() == path

@@ -126,6 +126,16 @@ def test_own_kernels_multiply_bfloat16(own, shape):
     assert found._weight.data_ptr() == dense.data_ptr()  # read where it lies: a tied table is not kept twice
 
 
+@pytest.mark.parametrize("size", [1e-6, 1e-4, 0.02, 30.0])
+@pytest.mark.parametrize(("packing", "off"), [("int8", 0.012), ("int4", 0.15)])
+def test_tiny_weights_are_packed_as_well_as_large_ones_or_not_at_all(own, size, packing, off):
+    """Scales in float16 would lose them."""
+    dense = size * weight()
+    x = torch.randn(5, COLUMNS)
+    found, expected = project([dense], None, torch.float32, CPU, packing, own)(x), x @ dense.T
+    assert (found - expected).norm() < off * expected.norm()
+
+
 def test_rows_that_are_no_numbers_give_none(own):
     """An integer would hide them."""
     found = project([weight()], None, torch.float32, CPU, "int4", own)
@@ -137,6 +147,7 @@ def test_rows_that_are_no_numbers_give_none(own):
         assert y[1].isnan().all()
         assert torch.equal(y[[0, 2]], clean[[0, 2]])
     assert torch.equal(found(torch.zeros(2, COLUMNS)), torch.zeros(2, ROWS))
+    assert found(torch.full((1, COLUMNS), 1e-38)).abs().max() < 1e-36  # too small to be scaled
 
 
 def test_matrices_packed_in_different_ways_are_joined(tmp_path, own):

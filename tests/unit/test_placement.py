@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention.bias import CausalBias
 from transformers import LlamaConfig
 
 from specdec_engine import devices, loading
@@ -22,7 +23,7 @@ from specdec_engine.pair import _judge
 from specdec_engine.runtime.arithmetic import Matrices, choose
 from specdec_engine.runtime.decoder import Decoder
 from specdec_engine.runtime.graphs import room_for
-from specdec_engine.runtime.ops import TORCH
+from specdec_engine.runtime.ops import TORCH, _causal
 from specdec_engine.runtime.shape import shape_of
 from specdec_engine.transfer import upload
 from specdec_engine.weights import Entry
@@ -161,8 +162,9 @@ class FakeController:
 def test_rows_in_order_need_no_mask_and_others_one_each():
     """8k rows of a prompt need none of 128 MB, and cuDNN may know no plan for a row that is spread over several."""
     decoder = lean(tiny_llama(max_position_embeddings=1024), ops=TORCH).decoder
-    cache, positions = decoder.new_cache(512), torch.arange(100, 140)
-    assert decoder.begin(positions, cache, 512, start=100)._masks == {}
+    cache, positions = decoder.new_cache(512), torch.arange(40)
+    assert decoder.begin(positions, cache, 512, start=0)._masks == {}
+    assert isinstance(_causal(40, 140, CUDA), CausalBias)
     (mask,) = decoder.begin(positions[:4], cache, 512)._masks.values()
     assert mask.shape[0] == 4 * 2  # heads that share keys
     assert mask.stride(0) != 0

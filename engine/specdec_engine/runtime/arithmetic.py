@@ -8,6 +8,7 @@ second, where bfloat16 gave 26 and packed weights 40. So each form of the weight
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -17,7 +18,6 @@ from functools import cache
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,10 +25,11 @@ from torch import Tensor
 from specdec_engine.devices import pick_dtype
 from specdec_engine.errors import UsageError
 from specdec_engine.folders import cache_folder
-from specdec_engine.machine import cpu_name, usable_cores
+from specdec_engine.machine import cpu_name
 from specdec_engine.runtime import native
 from specdec_engine.runtime.linear import Packing, Projection, project, quantized, torch_packs
 from specdec_engine.runtime.native import Kernels
+from specdec_engine.threads import asked, keep_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +128,7 @@ def usable(form: Form) -> bool:
 
 def measured(rows: int, columns: int) -> Measurement:
     """For matrices of about this size; from the cache folder, or measured now, for half a second, and put there."""
-    return _measured(*_bucket(rows, columns), torch.get_num_threads())
+    return _measured(*_bucket(rows, columns), asked())
 
 
 @cache
@@ -135,8 +136,14 @@ def _measured(rows: int, columns: int, threads: int) -> Measurement:
     known = {(one.threads, one.rows, one.columns): one for one in current()}
     if (threads, rows, columns) in known:
         return known[threads, rows, columns]
-    fresh = measure(rows, columns)
-    if threads == usable_cores():  # beside other programs, what was found holds for this hour only
+    now = torch.get_num_threads()
+    try:
+        quiet = keep_step(threads)
+        fresh = measure(rows, columns)
+        quiet = quiet and keep_step(threads)
+    finally:
+        torch.set_num_threads(now)
+    if quiet:  # beside other programs, what was found holds for this hour only
         others = (one for one in remembered() if (one.cpu, one.torch) != (fresh.cpu, fresh.torch))
         remember([*others, *known.values(), fresh])  # without what older kernels took
     return fresh
@@ -256,13 +263,20 @@ def choose(matrices: Matrices, dtype: str, packing: Packing, device: torch.devic
             return replace(best, kernels=kernels, threads=found.fastest_threads)
     if must and matrices.lean:  # else the loader says what is in the way
         refuse_packing(packing, dtype, device)
-    packs = device.type == "cpu" and dtype == "bfloat16" and torch_packs() and matrices.lean and packing != "none"
+    may = packing != "none" and (matrices.packed or packing != "auto")
+    packs = device.type == "cpu" and dtype == "bfloat16" and torch_packs() and matrices.lean and may
     named = pick_dtype(dtype, device)
     return Arithmetic(named, named, packs)
 
 
 def refuse_packing(packing: Packing, dtype: str, device: torch.device) -> None:
     """Raises UsageError unless torch's kernels pack weights there."""
+    if device.type == "cpu" and dtype == "auto":
+        raise UsageError(
+            f"weights cannot be packed to {packing}: torch has no kernels for that on this CPU, "
+            f"and of our own there are none ({native.why_none()})",
+            "leave out --quantize and --draft-quantize",
+        )
     if device.type != "cpu" or dtype != "bfloat16" or not torch_packs():
         raise UsageError(
             f"weights cannot be packed to {packing} on {device} in dtype {dtype}",
@@ -272,10 +286,25 @@ def refuse_packing(packing: Packing, dtype: str, device: torch.device) -> None:
 
 def remembered() -> tuple[Measurement, ...]:
     """All that the cache folder holds; a file that cannot be read holds nothing."""
-    with suppress(OSError, ValueError, TypeError, KeyError):
-        entries: list[dict[str, Any]] = json.loads(_file().read_text("utf-8"))
-        return tuple(Measurement(**{**e, "timings": tuple(Timing(**t) for t in e["timings"])}) for e in entries)
-    return ()
+    found = list[Measurement]()
+    with suppress(OSError, ValueError, TypeError, RecursionError):
+        for entry in json.loads(_file().read_text("utf-8")):
+            with suppress(TypeError, KeyError):
+                one = Measurement(**{**entry, "timings": tuple(Timing(**timing) for timing in entry["timings"])})
+                found += [one] if _is_sane(one) else []
+    return tuple(found)
+
+
+def _is_sane(one: Measurement) -> bool:
+    """Whether it can be what was written: a file may be damaged, or somebody's own work."""
+    names, numbers = {form.name for form in FORMS}, [ms for t in one.timings for ms in (t.one_ms, t.four_ms)]
+    return (
+        bool(one.timings)
+        and {timing.form for timing in one.timings} <= names
+        and all(isinstance(ms, float) and 0 < ms < math.inf for ms in numbers)
+        and all(isinstance(n, int) for n in (one.threads, one.rows, one.columns, one.fastest_threads))
+        and 1 <= one.fastest_threads <= one.threads
+    )
 
 
 def current() -> tuple[Measurement, ...]:

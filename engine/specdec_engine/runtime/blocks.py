@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from specdec_engine.runtime import cpu, native
-from specdec_engine.runtime.linear import WIDE
 from specdec_engine.runtime.native import Kernels
 from specdec_engine.runtime.ops import TORCH, Layer, Ops, Pass
 from specdec_engine.runtime.shape import Shape
@@ -82,10 +81,9 @@ class Blocks:
         it.
         """
         parts = (self.ops, self.shape, self.rotation(positions), self.dtype, positions, cache, span, start)
-        own, n = self._whole, len(positions)
-        if own is None or n > self.ops.few or (n >= WIDE and own.unpacks_wide):
+        if self._whole is None or len(positions) > self.ops.few:
             return Pass(*parts)
-        return cpu.WholePass(own, *parts)
+        return cpu.WholePass(self._whole, *parts)
 
     def rotation(self, positions: Tensor) -> Tensor:
         """[n] -> [n, head_size / 2] complex: what pairs of a query's or a key's numbers are multiplied by."""

@@ -263,9 +263,10 @@ def _native(
     if packed and (quantize in ("auto", "light") or quantize == f"int{packed[0].bits}"):
         return NativePacked(_stacked(packed), bias, kernels)
     dense = _dense(weights)
-    if quantize == "int4" and dense.shape[1] % GROUP == 0:
+    packs = dense.abs().max() > _LEAST_WEIGHT
+    if packs and quantize == "int4" and dense.shape[1] % GROUP == 0:
         return NativePacked(quantized(dense), bias, kernels)
-    if quantize in ("int8", "int4", "light") and dense.shape[1] % _LEAST_GROUP == 0:
+    if packs and quantize in ("int8", "int4", "light") and dense.shape[1] % _LEAST_GROUP == 0:
         return NativePacked(quantized_to_8_bits(dense), bias, kernels)
     return NativeDense(dense, bias, kernels)
 
@@ -318,6 +319,8 @@ def quantized_to_8_bits(weight: Tensor) -> Grouped:
 
 
 _LEAST_GROUP = 16
+_LEAST_WEIGHT = 2e-3
+"""A matrix whose largest weight is smaller stays dense: its groups' scales, in float16, would be off by 0.2 % and more."""
 
 
 def packs_int4(rows: int, columns: int) -> bool:

@@ -21,9 +21,15 @@ columns of all LANES output columns. */
 #else
 #define LANES 8
 #endif
-#define TILE 4    /* rows that share the unpacking of a weight; with eight the registers do not suffice */
+#define TILE 4    /* rows that share what is read of a dense matrix */
+#define MOST 6    /* of a packed one, and of a cache; with eight the registers do not suffice */
 #define CHUNK 64  /* rows whose activations stay in the second-level cache */
-#define UNROLLED _Pragma("GCC unroll 4")
+#define UNROLLED _Pragma("GCC unroll 8")
+#if defined(__AVX2__)
+#define IN_REGISTER(x) __asm__("" : "+x"(x)) /* the compiler neither reads it from memory again nor works it out later */
+#else
+#define IN_REGISTER(x)
+#endif
 #define MANY_ROWS 16 /* from which on a second thread is worth its waking, between two products */
 #define AHEAD 5120 /* bytes: two groups of columns further, or a matrix of 3072 x 576 takes a half longer for one row */
 #define INLINE static inline __attribute__((always_inline))
@@ -162,7 +168,7 @@ static void round_row(int group, const float *x, long K, int16_t *q, float *scal
       most = size > most ? size : most;
       broken += x[i] * 0;
     }
-    const float inverse = most > 0 && broken == 0 ? 32767.f / most : 0;
+    const float inverse = most > 1e-30f && broken == 0 ? 32767.f / most : 0; /* of less it would be infinite */
     for (int i = 0; i < group; i++) {
       const int value = inverse > 0 ? (int)rintf(x[i] * inverse) : 0;
       q[i] = (int16_t)value;
@@ -178,22 +184,24 @@ INLINE void packed_tile(const int R, const int bits, const int group, const int 
                         const float *bias, long wide, float *out, long apart) {
   const long G = K / group, step = words(bits, group);
   const int per = 16 / bits;
-  floats acc[TILE];
+  floats acc[MOST];
   for (int r = 0; r < R; r++) acc[r] = (floats){};
   for (long g = 0; g < G; g++, w += step, constants += (1 + offsets) * LANES) {
-    ints dot[TILE];
+    ints dot[MOST];
     for (int r = 0; r < R; r++) dot[r] = (ints){};
     for (long at = 0; at < step; at += 32) __builtin_prefetch(w + AHEAD / 2 + at);
+#pragma GCC unroll 1 /* or sums are put off until their products no longer fit the registers */
     for (int j = 0; j < group / (2 * per); j++) {
       lanes16 word;
       memcpy(&word, w + j * LANES * 2, sizeof word);
-#pragma GCC unroll 4
-      for (int t = 0; t < per; t++) {
-        const pairs weights = bits == 4 ? (pairs)(word >> (4 * t)) & 15 : (pairs)(word << (8 - 8 * t)) >> 8;
-        for (int r = 0; r < R; r++) {
+      IN_REGISTER(word);
+      UNROLLED for (int t = 0; t < per; t++) {
+        pairs weights = bits == 4 ? (pairs)(word >> (4 * t)) & 15 : (pairs)(word << (8 - 8 * t)) >> 8;
+        UNROLLED for (int r = 0; r < R; r++) {
           int32_t two;
           memcpy(&two, x + r * K + g * group + 2 * (per * j + t), sizeof two);
-          dot[r] = plus_products(dot[r], weights, (pairs)((ints){} + two));
+          dot[r] = plus_products(dot[r], weights, (pairs)(two - (ints){}));
+          IN_REGISTER(dot[r]);
         }
       }
     }
@@ -211,6 +219,8 @@ INLINE void packed_tile(const int R, const int bits, const int group, const int 
 #define BY_ROWS(R, call) \
   switch (R) { case 1: { enum { T = 1 }; call; } break; case 2: { enum { T = 2 }; call; } break; \
                case 3: { enum { T = 3 }; call; } break; default: { enum { T = 4 }; call; } }
+#define BY_MORE_ROWS(R, call) \
+  switch (R) { case 5: { enum { T = 5 }; call; } break; case 6: { enum { T = 6 }; call; } break; default: BY_ROWS(R, call) }
 #define BY_FORM(bits, group, offsets, call) \
   if (bits == 4) { enum { S = 4, P = 32, O = 1 }; call; } \
   else if (group == 16) { enum { S = 8, P = 16, O = 0 }; call; } \
@@ -236,14 +246,15 @@ static void packed_products(matrix m, const float *x, long rows, char *room, flo
 #pragma omp for schedule(static)
   for (long r = 0; r < rows; r++) round_row(m.group, x + r * m.K, m.K, q + r * m.K, scale + r * G, sum + r * G);
   for (long first = 0; first < rows; first += CHUNK) {
-    const long end = first + CHUNK < rows ? first + CHUNK : rows;
+    const long end = first + CHUNK < rows ? first + CHUNK : rows, tiles = (end - first + MOST - 1) / MOST;
+    const long tile = (end - first + tiles - 1) / tiles;
 #pragma omp for schedule(static) nowait
     for (long b = 0; b < B; b++) {
       const long at = b * LANES, wide = m.N - at < LANES ? m.N - at : LANES;
       const half *c = m.constants + at * G * (1 + m.offsets);
-      for (long r = first; r < end; r += TILE)
+      for (long r = first; r < end; r += tile)
         BY_FORM(m.bits, m.group, m.offsets,
-                BY_ROWS(end - r, packed_tile(T, S, P, O, q + r * m.K, scale + r * G, sum + r * G, m.words + b * step, c, m.K,
+                BY_MORE_ROWS(end - r < tile ? end - r : tile, packed_tile(T, S, P, O, q + r * m.K, scale + r * G, sum + r * G, m.words + b * step, c, m.K,
                                              m.bias ? m.bias + at : 0, wide, out + r * apart + at, apart)))
     }
   }
@@ -488,7 +499,7 @@ typedef struct { long first, last; } view;
 [padded], and then the largest score and the sum of the exponentials. */
 INLINE void attend_part(const int R, const int narrow, const float *queries, const view *views, const void *keys,
                         const void *values, int fetch, long start, long size, long padded, float *parts) {
-  float weights[TILE][SPLIT];
+  float weights[MOST][SPLIT];
   long end = 0;
   for (int r = 0; r < R; r++) end = views[r].last + 1 > end ? views[r].last + 1 : end;
   const long count = end - start < SPLIT ? end - start : SPLIT;
@@ -496,11 +507,11 @@ INLINE void attend_part(const int R, const int narrow, const float *queries, con
   ints lane;
   for (int i = 0; i < LANES; i++) lane[i] = i;
   for (long j = 0; j < count; j += LANES) {
-    floats products[TILE][LANES];
+    floats products[MOST][LANES];
     for (int i = 0; i < LANES; i += 2) { /* two keys at once: one sum after another would wait for each */
       const long row = (start + (j + i < count ? j + i : count - 1)) * size;
       const long next = (start + (j + i + 1 < count ? j + i + 1 : count - 1)) * size;
-      floats sum[TILE], more[TILE];
+      floats sum[MOST], more[MOST];
       UNROLLED for (int r = 0; r < R; r++) sum[r] = more[r] = (floats){};
       for (long d = 0; fetch && d < 2 * size; d += 64 / width) __builtin_prefetch((const char *)values + (row + d) * width);
       UNROLLED for (long d = 0; d < size; d += LANES) {
@@ -534,7 +545,7 @@ INLINE void attend_part(const int R, const int narrow, const float *queries, con
     parts[r * (padded + 2) + padded + 1] = total(sum);
   }
   for (long d = 0; d < size; d += 2 * LANES) {
-    floats left[TILE], right[TILE];
+    floats left[MOST], right[MOST];
     UNROLLED for (int r = 0; r < R; r++) left[r] = right[r] = (floats){};
     const int both = size - d >= 2 * LANES;
     for (long j = 0; j < count; j++) {
@@ -617,13 +628,13 @@ static void attend_rows(const pass *p, share s, const float *queries, const void
     for (long at = 0; at < p->groups * s.splits; at++) {
       const long g = at / s.splits, start = at % s.splits * SPLIT, bytes = p->capacity * size * (p->narrow ? 2 : 4);
       const char *keys = (const char *)kept + g * bytes, *values = keys + p->groups * bytes;
-      for (long r = 0; r < many; r += TILE) {
-        const long past = (r + TILE < many ? r + TILE : many) - 1; /* views move on from row to row */
+      for (long r = 0; r < many; r += MOST) {
+        const long past = (r + MOST < many ? r + MOST : many) - 1; /* views move on from row to row */
         if (views[past].last < start || views[r].first >= start + SPLIT) continue;
         const float *q = asked + (g * s.rows + r) * padded;
         float *to = parts + at * step + r * (padded + 2);
-        if (p->narrow) BY_ROWS(past - r + 1, attend_part(T, 1, q, views + r, keys, values, r == 0, start, size, padded, to))
-        else BY_ROWS(past - r + 1, attend_part(T, 0, q, views + r, keys, values, r == 0, start, size, padded, to))
+        if (p->narrow) BY_MORE_ROWS(past - r + 1, attend_part(T, 1, q, views + r, keys, values, r == 0, start, size, padded, to))
+        else BY_MORE_ROWS(past - r + 1, attend_part(T, 0, q, views + r, keys, values, r == 0, start, size, padded, to))
       }
     }
 #pragma omp for schedule(static)

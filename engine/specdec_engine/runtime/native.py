@@ -9,37 +9,22 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import hashlib
-import os
-import re
-import shlex
-import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
-from specdec_engine.folders import cache_folder
-from specdec_engine.machine import cpu_flags
+from specdec_engine.runtime import compiled
+from specdec_engine.runtime.compiled import Unavailable
 from specdec_engine.weights import Grouped
 
 if TYPE_CHECKING:  # which imports this file
     from specdec_engine.runtime.ops import HeadNorms
 
 SOURCE = Path(__file__).with_name("native.c")
-_FLAGS = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-tree-reassoc", "-fopenmp", "-fPIC")
-"""The compiler neither reorders sums nor fuses where the source does not: a row must have the same bits in every tile."""
-_COMPILE_S = 60
-
-
-class NativeUnavailable(Exception):
-    """Why there are no kernels of our own here."""
 
 
 class Matrix(ctypes.Structure):
@@ -79,7 +64,7 @@ class Kernels:
 
     def __init__(self, library: Path) -> None:
         """Raises OSError for a library that this machine cannot load."""
-        for runtime in _openmp():
+        if (runtime := compiled.openmp()) is not None:
             ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)
         self._library = ctypes.CDLL(str(library))
         self.lanes = int(self._library.lanes())
@@ -106,6 +91,7 @@ class Kernels:
 
     def pack(self, weight: Grouped) -> tuple[Tensor, Tensor]:
         """The words, and the float16 scales and offsets, as `multiply` wants them."""
+        assert weight.bits == 8 or weight.layout == (4, 32, True)
         rows, columns = weight.q.shape
         padded = -(-rows // self.lanes) * self.lanes
         sets = 1 if weight.offset is None else 2
@@ -129,6 +115,8 @@ class Kernels:
 
     def multiply(self, x: Tensor, matrix: Matrix) -> Tensor:
         """[n, K] float32 -> [n, N] float32."""
+        assert x.dtype == torch.float32
+        assert x.shape[1] == matrix.K
         x = x.contiguous()
         out = torch.empty(x.shape[0], matrix.N)
         threads = torch.get_num_threads()
@@ -238,78 +226,61 @@ def _check_memory(failed: int, rows: int) -> None:
 @cache
 def kernels() -> Kernels | None:
     """Those of this machine, compiled at the first call ever; None where there are none (`why_none`)."""
-    try:
-        return load()
-    except NativeUnavailable:
-        return None
+    found = _attempt()
+    return None if isinstance(found, Unavailable) else found
 
 
 def why_none() -> str:
     """Why there are no kernels of our own; empty where there are."""
-    try:
-        load()
-    except NativeUnavailable as reason:
-        return str(reason)
-    return ""
+    found = _attempt()
+    return str(found) if isinstance(found, Unavailable) else ""
+
+
+def is_ready() -> bool:
+    """Whether `kernels` has nothing to compile, which takes 6 s."""
+    return compiled.is_ready(SOURCE)
 
 
 @cache
+def _attempt() -> Kernels | Unavailable:
+    try:
+        return Kernels(compiled.library(SOURCE, lambda library: check(Kernels(library))))
+    except OSError as error:  # of a library that was sound once
+        return Unavailable(str(error).partition("\n")[0])
+    except Unavailable as reason:
+        return reason
+
+
 def key() -> str:
-    """What the compiled library depends on: the source, the compiler and the processor's instructions."""
-    return hashlib.sha256(repr((SOURCE.read_bytes(), _FLAGS, _compiler(), cpu_flags())).encode()).hexdigest()[:16]
+    """Of the library: other kernels have another one."""
+    return compiled.key(SOURCE)
 
 
-def load() -> Kernels:
-    """The library from the cache, or compiled into it. Raises NativeUnavailable where that cannot be."""
-    if not sys.platform.startswith("linux"):
-        raise NativeUnavailable("they are compiled on Linux only")
-    library = cache_folder() / "native" / f"{key()}.so"
-    try:
-        if not library.is_file():
-            _compile(library)
-        return Kernels(library)
-    except (OSError, subprocess.SubprocessError) as error:
-        raise NativeUnavailable(_first_line(error)) from error
+@torch.inference_mode()
+def check(kernels: Kernels) -> None:
+    """Raises Unavailable for kernels that do not compute what torch does. On sizes that leave a rest everywhere, some ms."""
+    some = torch.Generator().manual_seed(0)
+    rows, columns, n = 2 * kernels.lanes + 5, 96, 7
+    x = torch.randn(n, columns, generator=some)
+    for bits, group, offsets in ((4, 32, True), (8, 32, True), (8, 32, False), (8, 16, False)):
+        q = torch.randint(0, 16, (rows, columns), generator=some, dtype=torch.int8)
+        scale, offset = (torch.rand(rows, columns // group, generator=some).half().float() for _ in range(2))
+        weight = Grouped(q, scale, offset if offsets else None, bits)
+        words, constants = kernels.pack(weight)
+        matrix = Matrix(bits, group, offsets, rows, columns, words.data_ptr(), constants.data_ptr(), None)
+        _check_close(f"products with {bits} bits", kernels.multiply(x, matrix), x @ weight.dense().T)
+    dense = torch.randn(rows, columns, generator=some).bfloat16()
+    matrix = Matrix(16, 0, 0, rows, columns, dense.data_ptr(), None, None)
+    _check_close("products in bfloat16", kernels.multiply(x, matrix), x @ dense.float().T)
+    kept, queries = torch.randn(4, 140, 24, generator=some).bfloat16(), torch.randn(n, 6, 24, generator=some)
+    positions = torch.arange(133, 140)
+    seen = kernels.attend(torch.float32, queries, kept, positions, None)
+    keys, values = (part.float().repeat_interleave(3, 0) for part in kept.chunk(2))
+    mask = torch.arange(140) <= positions[:, None]
+    expected = scaled_dot_product_attention(queries.transpose(0, 1), keys, values, mask)
+    _check_close("attention", seen, expected.transpose(0, 1).reshape(n, -1))
 
 
-def _compile(library: Path) -> None:
-    """Atomically: two processes may do it at once. Linked without the compiler's own OpenMP: torch's is in the process, and
-    the threads of two such pools would wait for each other."""
-    compiler = _compiler()
-    if not compiler:
-        raise NativeUnavailable("there is no C compiler (cc, gcc or clang)")
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent, prefix=".scratch-") as scratch:
-        made = Path(scratch) / "native.so"
-        compiled = Path(scratch) / "native.o"
-        tune = "-march=native" if os.uname().machine in ("x86_64", "i686") else "-mcpu=native"
-        _run([*compiler, *_FLAGS, tune, "-c", str(SOURCE), "-o", str(compiled)])
-        _run([*compiler, "-shared", str(compiled), "-lm", "-o", str(made)])
-        made.replace(library)
-
-
-def _run(command: Sequence[str]) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=_COMPILE_S, stdin=subprocess.DEVNULL)
-
-
-@cache
-def _compiler() -> tuple[str, ...]:
-    """The command, `$CC` first; empty where there is none."""
-    named = shlex.split(os.environ.get("CC", ""))
-    for command in [named] if named else [["cc"], ["gcc"], ["clang"]]:
-        if (path := shutil.which(command[0])) is not None:
-            return (path, *command[1:])
-    return ()
-
-
-def _openmp() -> Iterator[str]:
-    """The OpenMP library that torch has loaded, whose functions ours is to find."""
-    maps = Path("/proc/self/maps").read_text("utf-8")
-    yield from sorted(set(re.findall(r"(/\S*lib(?:gomp|iomp5|omp)[^/\s]*\.so\S*)", maps)))
-
-
-def _first_line(error: Exception) -> str:
-    if isinstance(error, subprocess.CalledProcessError):
-        lines = [line for line in error.stderr.splitlines() if "error" in line] or error.stderr.splitlines()
-        return f"the compiler failed: {lines[0] if lines else f'exit code {error.returncode}'}"
-    return str(error).partition("\n")[0]
+def _check_close(what: str, found: Tensor, expected: Tensor) -> None:
+    if not (found - expected).abs().max() <= 1e-3 * expected.abs().max():
+        raise Unavailable(f"they were compiled, and their {what} are wrong")

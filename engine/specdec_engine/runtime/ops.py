@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from specdec_engine.runtime.linear import Projection
@@ -66,6 +66,8 @@ class Ops:
     """(queries, cache of the layer, positions, window) -> [n, heads · head_size] for up to `few` rows. Reads on the device
     how far to look, so that a recording fits every length. None: torch's attention, over a span."""
     few: int = FEW_ROWS
+    wide_dtype: torch.dtype | None = None
+    """In which torch's attention of more rows works; by default the cache's."""
     remark: str = ""
     """Why better ones were not taken."""
 
@@ -93,11 +95,12 @@ class Pass:
         self._rotation = rotation
         self._kept = cache.unbind(0)
         self._end = span if start is None else start + n
-        self._causal = None if start is None else causal_lower_right(n, self._end)
+        self._causal = None if start is None else _causal(n, self._end, positions.device)
         self._attend_few = ops.attend if n <= ops.few else None
         self._grouped = n <= FEW_ROWS and start is None
         together = shape.heads // shape.kv_heads if self._grouped else 1
-        self._masks = {w: self._mask(w, together, cache.dtype) for w in self._masked(shape.windows)}
+        masked = ops.wide_dtype or cache.dtype
+        self._masks = {w: self._mask(w, together, masked) for w in self._masked(shape.windows)}
 
     @property
     def x(self) -> Tensor:
@@ -126,9 +129,11 @@ class Pass:
         """[n, heads, head_size] -> [n, heads · head_size]"""
         if self._attend_few is not None:
             return self._attend_few(queries, kept, self._positions, window).to(self._dtype)
-        attend = attend_grouped if self._grouped else attend_in_groups
-        mask = self._masks.get(window, self._causal)
-        return attend(queries.to(kept.dtype), kept[:, : self._end], mask).to(self._dtype)
+        dtype = self._ops.wide_dtype or kept.dtype
+        queries, kept = queries.to(dtype), kept[:, : self._end].to(dtype)
+        if self._grouped:
+            return attend_grouped(queries, kept, self._masks[window]).to(self._dtype)
+        return attend_in_groups(queries, kept, self._masks.get(window, self._causal)).to(self._dtype)
 
     def _masked(self, windows: Sequence[int | None]) -> set[int | None]:
         """The windows that need a mask: without one, rows in order look at all that comes before them, which attention knows
@@ -153,7 +158,7 @@ def causal_mask(positions: Tensor, span: int, window: int | None, dtype: torch.d
     return torch.zeros(seen.shape, dtype=dtype, device=positions.device).masked_fill_(~seen, float("-inf"))
 
 
-def attend_grouped(queries: Tensor, kept: Tensor, mask: Tensor | None) -> Tensor:
+def attend_grouped(queries: Tensor, kept: Tensor, mask: Tensor) -> Tensor:
     """[n, heads, head_size] queries, [2 · kv_heads, span, head_size] keys and values -> [n, heads · head_size].
 
     mask: [n · heads a group, span], for heads that share keys are rows of one.
@@ -166,8 +171,8 @@ def attend_grouped(queries: Tensor, kept: Tensor, mask: Tensor | None) -> Tensor
     return attended.view(groups, n, -1, size).transpose(0, 1).reshape(n, -1)
 
 
-def attend_in_groups(queries: Tensor, kept: Tensor, mask: Tensor | None) -> Tensor:
-    """The same for many rows; mask: [n, span], or what torch takes for one.
+def attend_in_groups(queries: Tensor, kept: Tensor, mask: Tensor | Literal["causal"] | None) -> Tensor:
+    """The same for many rows; mask: [n, span], what torch takes for one, or `causal` for a span of n.
 
     Groups are a batch, and a group's keys are repeated without a copy: not all of torch's kernels know of heads that share
     keys, and the one that is left works in float32.
@@ -178,9 +183,25 @@ def attend_in_groups(queries: Tensor, kept: Tensor, mask: Tensor | None) -> Tens
     grouped = queries.view(n, groups, -1, size).permute(1, 2, 0, 3)
     shared = (-1, heads // groups, -1, -1)
     attended: Tensor = scaled_dot_product_attention(
-        grouped, keys[:, None].expand(shared), values[:, None].expand(shared), mask, scale=size**-0.5
+        grouped,
+        keys[:, None].expand(shared),
+        values[:, None].expand(shared),
+        None if mask == "causal" else mask,
+        is_causal=mask == "causal",
+        scale=size**-0.5,
     )
     return attended.permute(2, 0, 1, 3).reshape(n, -1)
+
+
+def _causal(n: int, end: int, device: torch.device) -> Tensor | Literal["causal"] | None:
+    """What makes each of the last n rows look at all before it, without a mask; None where that needs one."""
+    if n == end:
+        return "causal"
+    if device.type == "cpu":  # where torch would make a mask of it, and its import takes 1.4 s
+        return None
+    from torch.nn.attention.bias import causal_lower_right
+
+    return causal_lower_right(n, end)
 
 
 def add_norm(x: Tensor, more: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
