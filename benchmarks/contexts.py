@@ -42,7 +42,7 @@ def main() -> None:
         "conditions": {
             "processor": cpu_name(),
             "cores": usable_cores(),
-            "instructions": sorted(cpu_flags()),
+            "instructions": cpu_flags(),
             **{key: str(value) for key, value in vars(options).items()},
         },
         "contexts": found,

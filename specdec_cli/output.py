@@ -97,6 +97,30 @@ def working() -> Iterator[Callable[[str], None]]:
         yield lambda text: doing.say(text, text.partition(",")[0])
 
 
+def reading(events: Iterator[Event], prompt_tokens: int) -> Iterator[Event]:
+    """The events; while a long prompt is read, before the first cycle, a line says so."""
+    doing = f"reading the prompt, {prompt_tokens:,} tokens"
+    if prompt_tokens < _LONG_PROMPT:
+        yield from events
+    elif not live():
+        note(doing)
+        yield from events
+    else:
+        with _spinner(doing):
+            for event in events:
+                if isinstance(event, Cycle):
+                    break
+                yield event
+            else:
+                return
+        yield event
+        yield from events
+
+
+_LONG_PROMPT = 512
+"""Tokens: a second or more."""
+
+
 @dataclass
 class _Doing:
     """A line that says what is being done, and for how many seconds already: it is drawn anew while the work goes on."""

@@ -173,6 +173,9 @@ class Loader:
 def _paired(models: Loader, draft: str | None) -> Pair:
     found, target = models.found, models.found.name
     drafts, notes = dict[str, Loaded](), list[str]()
+    asked, cores = models.options.threads, usable_cores()
+    if isinstance(asked, int) and asked > cores:
+        notes.append(f"{asked} threads on {cores} cores wait for each other, and may take ten times as long")
     if models.options.device == "auto" and (idle := idle_gpu(found.device)) is not None:
         notes.append(idle)
 

@@ -84,7 +84,7 @@ def generate(
     controls = pair.controls(drafted, told, how.draft_temperature)
     events = pair.decode(ids, controls=controls, rule=how.rule, max_tokens=how.max_tokens, stop=stops, seed=how.seed)
     try:
-        summary = _consume(events, sink, recorder)
+        summary = _consume(output.reading(events, len(ids)), sink, recorder)
     except BrokenPipeError:
         # Here and not in main: Typer would turn it into exit code 1. The reader has had enough, and that is no failure.
         output.silence_stdout()

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from specdec_cli import output
 from specdec_engine.threads import free_threads
 from specdec_engine.trace import from_json, read_trace
 from tests.fakes import cycles, emitted
@@ -257,6 +258,24 @@ def test_fewer_threads_than_cores_are_told(generate, monkeypatch):
         assert said in generate("-n", "3").err
     free_threads.cache_clear()
     torch.set_num_threads(before)
+
+
+def test_more_threads_than_cores_are_told(generate, monkeypatch):
+    monkeypatch.setattr("specdec_engine.pair.usable_cores", lambda: 1)
+    before = torch.get_num_threads()
+    assert "2 threads on 1 cores wait for each other" in generate("-n", "3", "--threads", "2").err
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_while_a_long_prompt_is_read_a_line_says_so(capsys, monkeypatch, live):
+    monkeypatch.setattr(output, "live", lambda: live)
+    monkeypatch.setattr(output, "Cycle", int)
+    for events in (["started", 1, 2, "finished"], ["started", "failed"]):
+        assert list(output.reading(iter(events), 5143)) == events
+    assert live or capsys.readouterr().err == 2 * "specdec: reading the prompt, 5,143 tokens\n"
+    assert list(output.reading(iter(["started", 1]), 40)) == ["started", 1]
+    assert "reading" not in capsys.readouterr().err.replace("reading the prompt, 5,143 tokens", "")
 
 
 def test_version_and_bare_command(specdec):

@@ -160,9 +160,14 @@ def test_more_threads_than_help_are_not_taken(monkeypatch):
     assert now == [8]
 
 
+_UNOPTIMISED = ("-O1", *compiled._FLAGS[1:])
+"""Compiled in a third of the time."""
+
+
 @pytest.fixture
 def compiling(folder, monkeypatch):
     """As in a process that has not looked yet; with $CC as given."""
+    monkeypatch.setattr(compiled, "_FLAGS", _UNOPTIMISED)
     kept = (compiled._compiler, native.kernels, native._attempt, arithmetic._measured)
 
     def forget(cc=None):

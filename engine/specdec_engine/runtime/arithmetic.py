@@ -25,7 +25,7 @@ from torch import Tensor
 from specdec_engine.devices import pick_dtype
 from specdec_engine.errors import UsageError
 from specdec_engine.folders import cache_folder
-from specdec_engine.machine import cpu_name
+from specdec_engine.machine import cpu_name, usable_cores
 from specdec_engine.runtime import native
 from specdec_engine.runtime.linear import Packing, Projection, project, quantized, torch_packs
 from specdec_engine.runtime.native import Kernels
@@ -128,7 +128,7 @@ def usable(form: Form) -> bool:
 
 def measured(rows: int, columns: int) -> Measurement:
     """For matrices of about this size; from the cache folder, or measured now, for half a second, and put there."""
-    return _measured(*_bucket(rows, columns), asked())
+    return _measured(*_bucket(rows, columns), min(asked(), usable_cores()))
 
 
 @cache

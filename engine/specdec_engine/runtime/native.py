@@ -1,8 +1,8 @@
 """Kernels of our own for a CPU, compiled once by the machine's C compiler; where there is none, torch's operations are taken.
 
-torch multiplies packed weights well at one row and badly at four, and only with AVX-512 quickly at all. Here four rows cost
-1.7 times one (106M weights in 4 bits on two cores with AVX2: 4.1 and 7.0 ms; torch's 9.7 and 19.1), which is what verifying a
-draft lives on. Whether they are taken is measured (`arithmetic.py`), like everything else about a CPU.
+torch multiplies packed weights well at one row and badly at four, and only with AVX-512 quickly at all: 106M weights in
+4 bits on two cores with AVX2 take 9.7 and 19.1 ms, and here 3.0 and 7.1. Whether they are taken is measured
+(`arithmetic.py`), like everything else about a CPU.
 """
 
 from __future__ import annotations
