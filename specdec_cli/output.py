@@ -72,7 +72,7 @@ def narrated() -> Iterator[Report]:
 
     def tell_once(progress: Progress) -> None:
         key = (progress.stage, progress.what)
-        if progress.stage != "load" and key not in told:
+        if progress.stage not in ("compile", "load") and key not in told:
             told.add(key)
             note(_sentence(progress))
 

@@ -16,7 +16,7 @@ import torch
 
 from specdec_engine import gguf_files
 from specdec_engine.context import context_limit
-from specdec_engine.devices import pick_device
+from specdec_engine.devices import pick_device, pick_dtype
 from specdec_engine.draft_files import read_draft
 from specdec_engine.errors import ModelUnavailable, OutOfMemory, SpecdecError, UsageError
 from specdec_engine.memory import Need, check_fits, estimate, free_bytes, kept_bytes, kv_bytes, ran_out
@@ -277,6 +277,8 @@ def find_model(name: str, options: LoadOptions) -> Candidate:
         config: Any = gguf_files.plain_config(folder) if found else load_config(folder, options.trust_remote_code)
         shape = lean_shape(config, options, device)
         packed = any(e.kind in PACKED for e in found.values())
+        if options.dtype != "auto":
+            pick_dtype(options.dtype, device)  # what is refused is refused before anything is compiled
         if device.type == "cpu" and not native.is_ready():
             options.report(Progress("compile", "kernels for this CPU, once"))
         matrices = _matrices(config, packed, isinstance(shape, Shape))

@@ -9,7 +9,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from specdec_engine.runtime import fused, gpu
+from specdec_engine.runtime import fused, ops
 from specdec_engine.runtime.blocks import Blocks
 from specdec_engine.runtime.ops import HeadNorms
 from specdec_engine.runtime.shape import Unsupported
@@ -62,7 +62,7 @@ def test_add_norm(numbers, n, size, dtype, adds):
     x, more, weight = numbers(n, size), numbers(n, size, dtype=dtype) if adds else None, numbers(size)
     mine, theirs = x.clone(), x.clone()
     assert close(
-        fused.add_norm(mine, more, weight, 1e-5, dtype), gpu.add_norm(theirs, more, weight, 1e-5, dtype), dtype
+        fused.add_norm(mine, more, weight, 1e-5, dtype), ops.add_norm(theirs, more, weight, 1e-5, dtype), dtype
     )
     assert torch.equal(mine, theirs)
 
@@ -80,7 +80,7 @@ def test_rotate(numbers, n, heads, groups, size, dtype, normed):
     mine = numbers(2 * groups, 40, size, dtype=dtype)
     theirs = mine.clone()
     queries = fused.rotate(qkv.clone(), rotation, positions, mine, norms)
-    assert close(queries, gpu.rotate(qkv.clone(), rotation, positions, theirs, norms), dtype)
+    assert close(queries, ops.rotate(qkv.clone(), rotation, positions, theirs, norms), dtype)
     assert close(mine, theirs, dtype)
 
 
@@ -88,7 +88,7 @@ def test_rotate(numbers, n, heads, groups, size, dtype, normed):
 @pytest.mark.parametrize(("n", "size"), [(1, 96), (4, 1536)])
 def test_gate(numbers, n, size, dtype):
     gate_up = numbers(n, 2 * size, dtype=dtype)
-    assert close(fused.gate(gate_up), gpu.gate(gate_up), dtype)
+    assert close(fused.gate(gate_up), ops.gate(gate_up), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -111,8 +111,8 @@ def test_attend(numbers, n, heads, groups, size, end, window, dtype):
     queries, kept = numbers(n, heads, size, dtype=dtype), numbers(2 * groups, end + 70, size, dtype=dtype)
     kept[:, end:] = torch.nan
     positions = torch.arange(end - n, end)
-    mask = gpu.causal_mask(positions, end, window, torch.float32)
-    expected = gpu.attend_in_groups(queries.float(), kept[:, :end].float(), mask).to(dtype)
+    mask = ops.causal_mask(positions, end, window, torch.float32)
+    expected = ops.attend_in_groups(queries.float(), kept[:, :end].float(), mask).to(dtype)
     assert close(fused.attend(queries, kept, positions, window), expected, dtype)
 
 
@@ -121,8 +121,8 @@ def test_positions_need_not_be_known_to_the_host(numbers):
     queries, kept, positions = numbers(2, 4, 64), numbers(4, 512, 64), torch.tensor([3, 4])
     for end in (5, 77, 512):
         positions.copy_(torch.arange(end - 2, end))
-        mask = gpu.causal_mask(positions, end, None, torch.float32)
-        assert close(fused.attend(queries, kept, positions, None), gpu.attend_in_groups(queries, kept[:, :end], mask))
+        mask = ops.causal_mask(positions, end, None, torch.float32)
+        assert close(fused.attend(queries, kept, positions, None), ops.attend_in_groups(queries, kept[:, :end], mask))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -142,7 +142,7 @@ def test_a_models_logits(config, options, dtype, monkeypatch):
     tokens = torch.randint(0, 97, (40,), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         scratch = model(tokens[None], use_cache=False).logits[0]
-    ours, theirs = (lean(model, capacity=128, dtype=dtype, ops=ops) for ops in (fused.FUSED, gpu.TORCH))
+    ours, theirs = (lean(model, capacity=128, dtype=dtype, ops=way) for way in (fused.FUSED, ops.TORCH))
     assert ours.decoder.reads_length_on_device
     assert not theirs.decoder.reads_length_on_device
     for start, end in ((0, 20), (20, 21), (21, 26), (26, 40)):
@@ -162,7 +162,7 @@ def test_the_check_at_load_passes_what_is_right_and_refuses_what_is_not(monkeypa
     for dtype in (torch.float32, torch.bfloat16):
         assert fused.checked(shape, dtype, CPU) is fused.FUSED
     monkeypatch.setattr(
-        fused, "FUSED", gpu.Ops(fused.add_norm, fused.rotate, lambda x: gpu.gate(x) * 1.2, fused.attend)
+        fused, "FUSED", ops.Ops(fused.add_norm, fused.rotate, lambda x: ops.gate(x) * 1.2, fused.attend)
     )
     with pytest.raises(Unsupported, match="gate of 1 rows is not what torch computes"):
         fused.checked(shape, torch.bfloat16, CPU)
@@ -171,4 +171,4 @@ def test_the_check_at_load_passes_what_is_right_and_refuses_what_is_not(monkeypa
 
 
 def test_blocks_of_a_cpu_have_none_of_it():
-    assert Blocks(lean(tiny_llama()).decoder.shape, torch.float32, CPU).ops is None
+    assert Blocks(lean(tiny_llama()).decoder.shape, torch.float32, CPU).ops.attend is not fused.attend
