@@ -1,4 +1,4 @@
-"""What a pass costs after a short text and after a long one, by how keys and values are kept and attended to on a CPU.
+"""Time a pass after a short text and after a long one, by how keys and values are kept and attended to on a CPU.
 
     python benchmarks/contexts.py [--target builtin] [--contexts 512,4096,8000] [--rows 1,4,512] [--rounds 5]
 
@@ -79,7 +79,7 @@ def arms_of(decoder: Decoder, context: int) -> Mapping[str, LeanRuntime]:
 
 
 def measured(arms: Mapping[str, LeanRuntime], context: int, options: argparse.Namespace) -> dict[str, Any]:
-    """By rows: the arms' milliseconds, and their ratios to the first."""
+    """Milliseconds of the arms by rows, and their ratios to the first."""
     found = dict[str, Any]()
     for rows in options.rows:
         seconds: dict[str, list[float]] = {name: [] for name in arms}
@@ -100,7 +100,7 @@ def measured(arms: Mapping[str, LeanRuntime], context: int, options: argparse.Na
 
 
 def pass_s(runtime: LeanRuntime, rows: int, context: int) -> float:
-    """Of narrow passes the median of nine."""
+    """Seconds of a pass; of narrow ones the median of nine."""
     took = list[float]()
     for _ in range(9 if rows < 64 else 1):
         tokens = torch.arange(rows)

@@ -23,15 +23,15 @@ def set_threads(threads: Threads, device: torch.device) -> None:
         threads = free_threads(cores) if device.type == "cpu" else cores
     if threads is not None:
         torch.set_num_threads(threads)
-    _asked.append(torch.get_num_threads())
+    _initial.append(torch.get_num_threads())
 
 
-def asked() -> int:
+def initial_threads() -> int:
     """Torch's threads as `set_threads` left them last, whatever a model took since."""
-    return _asked[-1] if _asked else torch.get_num_threads()
+    return _initial[-1] if _initial else torch.get_num_threads()
 
 
-_asked: deque[int] = deque(maxlen=1)
+_initial: deque[int] = deque(maxlen=1)
 
 
 def use_fewer_threads(most: int | None) -> None:

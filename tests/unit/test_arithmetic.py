@@ -118,7 +118,7 @@ def test_what_was_found_beside_other_programs_is_not_kept(folder, monkeypatch):
 
 def test_a_draft_is_measured_on_as_many_threads_as_its_target(folder, monkeypatch):
     """And once: a target that takes fewer threads, as fastest, had it measured again at every start."""
-    monkeypatch.setattr(threads, "_asked", deque([3]))
+    monkeypatch.setattr(threads, "_initial", deque([3]))
     calls = []
     monkeypatch.setattr(arithmetic, "measure", lambda *size: calls.append(size) or timings(int4_own=1.0))
     before = torch.get_num_threads()

@@ -29,7 +29,7 @@ from specdec_engine.machine import cpu_name, usable_cores
 from specdec_engine.runtime import native
 from specdec_engine.runtime.linear import Packing, Projection, project, quantized, torch_packs
 from specdec_engine.runtime.native import Kernels
-from specdec_engine.threads import asked, keep_step
+from specdec_engine.threads import initial_threads, keep_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ def usable(form: Form) -> bool:
 
 def measured(rows: int, columns: int) -> Measurement:
     """For matrices of about this size; from the cache folder, or measured now, for half a second, and put there."""
-    return _measured(*_bucket(rows, columns), min(asked(), usable_cores()))
+    return _measured(*_bucket(rows, columns), min(initial_threads(), usable_cores()))
 
 
 @cache
@@ -296,7 +296,7 @@ def remembered() -> tuple[Measurement, ...]:
 
 
 def _is_sane(one: Measurement) -> bool:
-    """Whether it can be what was written: a file may be damaged, or somebody's own work."""
+    """Check that an entry can be what was written: a file may be damaged, or somebody's own work."""
     names, numbers = {form.name for form in FORMS}, [ms for t in one.timings for ms in (t.one_ms, t.four_ms)]
     return (
         bool(one.timings)
@@ -308,7 +308,7 @@ def _is_sane(one: Measurement) -> bool:
 
 
 def current() -> tuple[Measurement, ...]:
-    """Of those, what holds for this CPU, torch and kernels of our own."""
+    """Measurements that hold for this CPU, torch and kernels of our own."""
     here = (cpu_name() or "", torch.__version__, _kernels_key())
     return tuple(one for one in remembered() if (one.cpu, one.torch, one.kernels) == here)
 

@@ -65,9 +65,8 @@ class Blocks:
         size = (s.layers, 2 * s.kv_heads, capacity, s.head_size)
         if self.device.type != "cpu":
             return torch.zeros(size, dtype=self.cache_dtype, device=self.device)
-        room = np.zeros(
-            size, np.int16 if self.cache_dtype.itemsize == 2 else np.int32
-        )  # torch's zeros would be written
+        narrow = self.cache_dtype.itemsize == 2
+        room = np.zeros(size, np.int16 if narrow else np.int32)  # torch's zeros would be written
         return torch.from_numpy(room).view(self.cache_dtype)
 
     def norm_weight(self, weight: Tensor) -> Tensor:
@@ -80,10 +79,8 @@ class Blocks:
         span: places of the cache that take in all positions. start: the first of consecutive positions, where the host knows
         it.
         """
-        parts = (self.ops, self.shape, self.rotation(positions), self.dtype, positions, cache, span, start)
-        if self._whole is None or len(positions) > self.ops.few:
-            return Pass(*parts)
-        return cpu.WholePass(self._whole, *parts)
+        kernels = self._whole if len(positions) <= self.ops.few else None
+        return Pass(self.ops, self.shape, self.rotation(positions), self.dtype, positions, cache, span, start, kernels)
 
     def rotation(self, positions: Tensor) -> Tensor:
         """[n] -> [n, head_size / 2] complex: what pairs of a query's or a key's numbers are multiplied by."""
@@ -92,7 +89,7 @@ class Blocks:
 
 
 def cache_dtype(dtype: torch.dtype, device: torch.device, kernels: Kernels | None) -> torch.dtype:
-    """What keys and values are kept in: the activations' dtype; on a CPU bfloat16 where our own kernels multiply.
+    """The dtype of keys and values: the activations'; on a CPU bfloat16 where our own kernels multiply.
 
     They read it as fast as memory gives it, half as many bytes as float32. Without them it is float32, in which torch's
     attention of few rows takes half the time.

@@ -64,7 +64,7 @@ def library(source: Path, check: Callable[[Path], None]) -> Path:
 
 
 def is_ready(source: Path) -> bool:
-    """Whether `library` has nothing to compile."""
+    """True where `library` has nothing to compile."""
     try:
         return _sound(cache_folder() / "native" / f"{key(source)}.so")
     except (OSError, ValueError, Unavailable):

@@ -6,12 +6,11 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from specdec_engine.runtime import native
 from specdec_engine.runtime.linear import WIDE
-from specdec_engine.runtime.native import Kernels, LayerFields, Matrix
-from specdec_engine.runtime.ops import TORCH, Layer, Ops, Pass
+from specdec_engine.runtime.native import LayerFields, Matrix
+from specdec_engine.runtime.ops import TORCH, Layer, Ops
 from specdec_engine.runtime.shape import Shape
 
 
@@ -43,33 +42,6 @@ def whole(layer: Layer, shape: Shape) -> Layer:
         (Matrix * 8)(*matrices),
     )
     return replace(layer, fields=fields)
-
-
-class WholePass(Pass):
-    """A pass whose layers are each one call, not nine: an operation takes 9 µs of Python, and 1 µs of work for few rows."""
-
-    def __init__(
-        self,
-        kernels: Kernels,
-        ops: Ops,
-        shape: Shape,
-        rotation: Tensor,
-        dtype: torch.dtype,
-        positions: Tensor,
-        cache: Tensor,
-        span: int,
-        start: int | None,
-    ) -> None:
-        """kernels: that multiply; the others as in `Pass`."""
-        super().__init__(ops, shape, rotation, dtype, positions, cache, span, start)
-        self._kernels = kernels
-        self._fields = native.pass_fields(shape.heads, rotation, positions, cache[0])
-
-    def block(self, i: int, layer: Layer, inputs: Tensor | None = None) -> None:
-        if layer.fields is None:
-            super().block(i, layer, inputs)
-        else:
-            self._kernels.block(layer.fields, self._fields, self.x, inputs, self._kept[i])
 
 
 def _tiled() -> bool:
