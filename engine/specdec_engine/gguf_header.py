@@ -16,6 +16,8 @@ from typing import Any
 import gguf
 import numpy as np
 
+from specdec_engine.errors import ModelUnavailable
+
 Count = Callable[[int, int], None]
 """Is told how many tokens of the vocabulary are read, and how many there are."""
 _EACH = 20_000
@@ -89,3 +91,118 @@ def given_to_transformers(header: Header, file: Path) -> Iterator[None]:
         yield
     finally:
         gguf.GGUFReader = usual  # type: ignore[misc]
+
+
+def check_header(header: Header, file: Path) -> None:
+    """What no reader here would survive, or read rightly. Raises ModelUnavailable, before anything large is made of it."""
+    if header.byte_order == "S":
+        raise ModelUnavailable(f"{file} is big-endian, which is not read", "use a little-endian file, as most are")
+    parts = _value(header, "split.count", 1)
+    if parts > 1:
+        raise ModelUnavailable(
+            f"{file} is part {_value(header, 'split.no', 0) + 1} of a GGUF of {parts} files, which is not read in parts",
+            f"join them first: llama-gguf-split --merge {file.name} whole.gguf",
+        )
+    arch = _value(header, "general.architecture", "")
+    if not isinstance(arch, str) or not arch:
+        raise ModelUnavailable(f"{file} does not say its architecture", "it holds no language model")
+    layers = _value(header, f"{arch}.block_count", 0)
+    if not header.tensors:
+        raise ModelUnavailable(f"{file} has no tensors", "it holds a vocabulary alone, and no model")
+    if not isinstance(layers, int) or layers > max(_MANY, len(header.tensors)):
+        raise ModelUnavailable(
+            f"{file} says that it has {layers} layers, and has {len(header.tensors)} tensors", DAMAGED
+        )
+
+
+_MANY = 1000
+"""Layers: what is made of so many costs nothing, and what has more has a tensor for each."""
+DAMAGED = "the file is damaged; get it again from where it is from"
+
+
+def check_computed(header: Header, file: Path, config: Any) -> None:
+    """That what the header says of this architecture is in the config. transformers leaves out what it does not know, and
+    would compute another function. Raises ModelUnavailable with the first key that is not."""
+    from transformers.modeling_gguf_pytorch_utils import GGUF_TO_TRANSFORMERS_MAPPING
+
+    arch = _value(header, "general.architecture", "")
+    mapped = GGUF_TO_TRANSFORMERS_MAPPING["config"]
+    names = {arch, arch.replace("-", "_"), config.model_type, arch.replace("moe", "_moe")}
+    taken = {key for name in names for key, to in mapped.get(name, {}).items() if to is not None and to != -1}
+    for field in header.fields.values():
+        prefix, _, key = field.name.partition(".")
+        if prefix != arch or key in taken or key in _SAYS_NOTHING:
+            continue
+        value = _value(header, field.name, None)
+        if not _is_neutral(key, value) and not _agrees(key, value, config):
+            raise ModelUnavailable(
+                f"{file} says {field.name} = {value}, which is not read from GGUF files",
+                "use the model's safetensors checkpoint, whose config says how",
+            )
+
+
+_SAYS_NOTHING = frozenset(
+    {"tensor_data_layout", "vocab_size", "context_length", "rope.scaling.original_context_length"}
+)
+_MEANS = {
+    "attention.key_length": ("head_dim",),
+    "attention.value_length": ("v_head_dim", "head_dim"),
+    "attention.sliding_window": ("sliding_window",),
+    "attention.layer_norm_epsilon": ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),
+    "attention.layer_norm_rms_epsilon": ("rms_norm_eps", "norm_eps"),
+    "attn_logit_softcapping": ("attn_logit_softcapping",),
+    "final_logit_softcapping": ("final_logit_softcapping",),
+    "logit_scale": ("logit_scale",),
+    "rope.freq_base": ("rope_theta", "default_theta"),
+    "feed_forward_length": ("intermediate_size", "n_inner"),
+    "expert_feed_forward_length": ("moe_intermediate_size", "intermediate_size"),
+}
+"""Keys that transformers may leave to the class, and the config's names for them."""
+
+
+def _agrees(key: str, value: Any, config: Any) -> bool:
+    """Whether the config has the same by itself."""
+    text = config.get_text_config()
+    head = getattr(text, "head_dim", None) or int(text.hidden_size) // int(text.num_attention_heads)
+    if key == "rope.dimension_count":
+        rope = getattr(text, "rope_parameters", None) or {}
+        share = rope.get("partial_rotary_factor") or getattr(text, "partial_rotary_factor", None) or 1.0
+        return bool(value == int(head * share))
+    if key in ("attention.key_length", "attention.value_length") and value == head:
+        return True
+    if key == "attention.sliding_window" and not isinstance(value, list):
+        limit = getattr(text, "max_position_embeddings", None)
+        if limit is not None and value >= limit:
+            return True
+    if key == "attention.head_count_kv" and value == text.num_attention_heads:
+        return True
+    found = [other for name in _MEANS.get(key, ()) if (other := getattr(text, name, None)) is not None]
+    if key.endswith("epsilon") and not found:  # of the other kind of norm than the model's
+        return True
+    return any(_close(value, other) for other in found)
+
+
+def _close(a: Any, b: Any) -> bool:
+    return isinstance(a, int | float) and isinstance(b, int | float) and abs(a - b) <= 1e-6 * max(abs(a), abs(b))
+
+
+def _is_neutral(key: str, value: Any) -> bool:
+    """A value that changes nothing: none at all, no scaling, a causal model that is said to be one."""
+    if key == "attention.causal":
+        return bool(value)
+    if key.endswith(("scale", "factor")) and value == 1.0:
+        return True
+    return not value or value == "none"
+
+
+def _value(header: Header, key: str, otherwise: Any) -> Any:
+    """As Python has it."""
+    field = header.fields.get(key)
+    found = otherwise if field is None else field.contents()
+    return found.item() if isinstance(found, np.generic) else found
+
+
+def end_ids(header: Header) -> list[int]:
+    """The tokens that end a text, a turn or a message, by the header: one model has several."""
+    keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
+    return [found for key in keys if isinstance(found := _value(header, key, None), int)]

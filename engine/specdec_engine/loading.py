@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from specdec_engine.draft_files import read_draft
 from specdec_engine.errors import ModelUnavailable, OutOfMemory, SpecdecError, UsageError
 from specdec_engine.memory import Need, check_fits, estimate, free_bytes, kept_bytes, kv_bytes, ran_out
 from specdec_engine.pretrained import DeviceMap, generation_config, load_config, load_tokenizer, load_weights, stop_ids
+from specdec_engine.processors import Asked, asked_by, left_out_of
 from specdec_engine.progress import Progress, Report, silent
 from specdec_engine.runtime import Runtime, native
 from specdec_engine.runtime.arithmetic import Arithmetic, Matrices, choose
@@ -80,7 +81,11 @@ class Loaded:
     """How the layers' weights are kept: int4, int8, or a dtype."""
     parameters: int
     stop_ids: frozenset[int]
-    """All end-of-sequence ids of the generation config, the config and the tokenizer."""
+    """All that ends a text or a turn."""
+    asked: Asked = field(default_factory=Asked)
+    """What the checkpoint's generation config does to logits."""
+    left_out: tuple[str, ...] = ()
+    """What else it says, and is not done."""
     spread: bool = False
     """Over several devices, by accelerate."""
     remark: str = ""
@@ -212,6 +217,7 @@ class Candidate:
     def _loaded(
         self, runtime: Runtime, weights: str, parameters: int, spread: bool = False, remark: str = ""
     ) -> Loaded:
+        generation, where = generation_config(self.folder), f"generation_config.json of {self.name}"
         return Loaded(
             name=self.name,
             runtime=runtime,
@@ -220,7 +226,9 @@ class Candidate:
             dtype=str(self.dtype).removeprefix("torch."),
             weights=weights,
             parameters=parameters,
-            stop_ids=stop_ids(generation_config(self.folder), self.config, self.tokenizer),
+            stop_ids=stop_ids(self.folder, self.config, self.tokenizer),
+            asked=asked_by(generation, where),
+            left_out=tuple(left_out_of(generation)),
             spread=spread,
             remark=remark,
             weight_bytes=self.need.weights,
@@ -396,7 +404,7 @@ def _explained(name: str, path: Path) -> Iterator[None]:
             ) from error
         if path.is_file():
             raise ModelUnavailable(
-                f"{name} cannot be read as GGUF: {first_line(error)}", "download it again"
+                f"{name} cannot be read as GGUF: {first_line(error)}", "run with --debug for the traceback"
             ) from error
         raise ModelUnavailable(
             f"{name} cannot be loaded: {first_line(error)}", "run with --debug for the traceback"

@@ -17,6 +17,7 @@ from specdec_engine.errors import GenerationFailed, OutOfMemory, SpecdecError, U
 from specdec_engine.events import Cycle, End, Event, Failed, Finished, FinishReason, SettingChanged, Started
 from specdec_engine.judge import Awaited, Judge
 from specdec_engine.memory import peak_bytes, ran_out
+from specdec_engine.processors import Asked, Processed, process
 from specdec_engine.randomness import Randomness
 from specdec_engine.stopping import Clipped, Clipper, Stop
 from specdec_engine.target import Target
@@ -38,14 +39,16 @@ def decode(
     timer: Timer | None = None,
     environment: Mapping[str, Any] | None = None,
     ahead: bool | None = None,
+    asked: Asked | None = None,
 ) -> Iterator[Event]:
     """Emit up to `stop.max_tokens` tokens after `prompt`, yielding Started, a Cycle a draft, then Finished.
 
     With a lossless rule the emitted tokens have exactly the target's distribution, for any drafter and any k (Leviathan
     et al. 2023); at temperature 0 they are the target's greedy tokens. `judge` holds the rule (the token rule unless
-    given). `tokenizer` is needed for stop strings only. With `ahead`, the default on a GPU, the next cycle is launched
-    before this one's event is yielded, so that the consumer works while the device does; settings that it changes then
-    reach the cycle after that one.
+    given). `tokenizer` is needed for stop strings only. `asked` changes
+    the target's logits, and with them its distribution. With `ahead`, the default on a GPU, the next cycle is launched before
+    this one's event is yielded, so that the consumer works while the device does; settings that it changes then reach the
+    cycle after that one.
 
     Raises UsageError for a prompt that is empty or fills the target's context, before any event; any error after that is
     yielded as Failed, for traces, and then raised.
@@ -54,9 +57,13 @@ def decode(
     ahead = target.device.type == "cuda" if ahead is None else ahead
     clipper = Clipper(stop, _room(prompt, stop, target.limit), tokenizer)
     run = _Run(target, drafter, list(prompt), controls, clipper, random, judge, timer)
+    if asked:
+        run.process = process(asked, len(prompt), sorted(stop.ids), target.device)
     coupling = controls.settings.sampling.coupling
     names = {"target": target.name, "draft": drafter.name, "rule": judge.rule.name, "coupling": coupling}
     limits = {"max_tokens": stop.max_tokens, "stop": list(stop.strings)}
+    if asked:
+        limits["generation_config"] = asked.named()
     yield Started(tuple(prompt), {**names, **run.settings.named(), **limits}, random.seed, dict(environment or {}))
     try:
         yield from run.ahead() if ahead else run.in_turn()
@@ -95,6 +102,7 @@ class _Run:
         self._target, self._drafter, self._context = target, drafter, context
         self._controls, self._clipper, self._random = controls, clipper, random
         self._judge, self._timer = judge, timer
+        self.process: Processed | None = None
         self._prompt_tokens, self._launched, self._landed = len(context), 0, 0
 
     def in_turn(self) -> Iterator[Event]:
@@ -146,6 +154,8 @@ class _Run:
             draft = replace(draft, cut=True)
         marks.append(self._timer.mark())
         logits = target.score(context[-1], draft)
+        if self.process is not None:
+            logits = self.process(context, draft.tokens, logits)
         awaited = self._judge.start(logits, draft, sampling, self._random, len(context))
         marks.append(self._timer.mark())
         return _Flight(changed, k, draft, awaited, marks)

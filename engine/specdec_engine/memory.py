@@ -37,7 +37,7 @@ def estimate(files: Sequence[Path], config: Any, dtype: torch.dtype, cache: int,
 
     Raises SafetensorError for a file whose size is not what its header says: a truncated download.
     """
-    packed = files[0].suffix == ".gguf"
+    packed = files[0].suffix != ".safetensors"
     numbers = _parameters(config) if packed else sum(_stored_numbers(file) for file in files)
     return Need(int(numbers * PACKED_BYTES.get(quantize, dtype.itemsize)), cache)
 

@@ -16,6 +16,7 @@ import transformers
 import specdec_engine
 from specdec_engine.acceptance import RULES, AcceptanceRule, SyntheticRule
 from specdec_engine.auto import AutoK
+from specdec_engine.chat import chat_ids, raw_ids, special_in, stop_id
 from specdec_engine.control import Controls
 from specdec_engine.devices import idle_gpu, pick_device
 from specdec_engine.draft_files import read_draft
@@ -30,7 +31,7 @@ from specdec_engine.machine import usable_cores
 from specdec_engine.memory import kv_bytes
 from specdec_engine.pace import Pace
 from specdec_engine.pairing import check_pair
-from specdec_engine.pretrained import chat_ids
+from specdec_engine.processors import Asked
 from specdec_engine.randomness import KeyedRandomness
 from specdec_engine.runtime import Runtime
 from specdec_engine.runtime.graphs import GraphRuntime
@@ -53,6 +54,8 @@ class Pair:
     pace: Pace
     tokenizer: Any
     stop_ids: frozenset[int]
+    asked: Asked
+    """What the target's generation config does to logits; part of its distribution here."""
     environment: Mapping[str, Any]
     notes: tuple[str, ...] = field(default=())
     """What a user should know about this pair, in sentences."""
@@ -86,7 +89,14 @@ class Pair:
         if chat:
             return chat_ids(self.tokenizer, prompt, system, history)
         whole = "\n\n".join([*(text for turn in history for text in turn), prompt])
-        return list(self.tokenizer(whole)["input_ids"])
+        return raw_ids(self.tokenizer, whole)
+
+    def marks_in(self, prompt: str, chat: bool | None = None) -> str:
+        """What a user should know of the special tokens typed into a prompt, in a sentence; empty for none."""
+        typed = [m for m in special_in(self.tokenizer, prompt) if m != getattr(self.tokenizer, "bos_token", None)]
+        chat = self.has_chat_template if chat is None else chat
+        how = "as text, as the prompt has them" if chat else "as the marks that they are"
+        return f"special tokens in the prompt ({', '.join(typed)}) are sent {how}" if typed else ""
 
     def controls(
         self,
@@ -121,6 +131,9 @@ class Pair:
         if rule not in self.judges:
             raise UsageError(f"the rule {rule!r} is not known", f"one of {', '.join(self.judges)}")
         seed = secrets.randbits(32) if seed is None else seed
+        special = {text: stop_id(self.tokenizer, text) for text in stop}
+        ids = frozenset(i for i in special.values() if i is not None)
+        strings = tuple(text for text, i in special.items() if i is None)
         if controls is None:
             controls = self.controls(k, sampling)
         self.pace.controller = controls.auto
@@ -130,7 +143,8 @@ class Pair:
             self.drafter,
             prompt,
             controls=controls,
-            stop=Stop(max_tokens, self.stop_ids, tuple(stop)),
+            stop=Stop(max_tokens, self.stop_ids | ids, strings),
+            asked=self.asked,
             random=KeyedRandomness(seed),
             judge=self.judges[rule],
             tokenizer=self.tokenizer,
@@ -211,6 +225,11 @@ def _paired(models: Loader, draft: str | None) -> Pair:
         made_for = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if model.runtime.limit != made_for:
             notes.append(f"{model.name} is used up to {model.runtime.limit} tokens, where its LongRoPE changes over")
+    if loaded.asked:
+        said = ", ".join(f"{key} {value}" for key, value in loaded.asked.named().items())
+        notes.append(f"followed, of {target}'s generation_config.json: {said}")
+    if loaded.left_out:
+        notes.append(f"not followed, of {target}'s generation_config.json: {', '.join(loaded.left_out)}")
     return Pair(
         target=ModelTarget(loaded.runtime, target),
         drafter=drafter,
@@ -219,6 +238,7 @@ def _paired(models: Loader, draft: str | None) -> Pair:
         pace=host.pace,
         tokenizer=loaded.tokenizer,
         stop_ids=loaded.stop_ids,
+        asked=loaded.asked,
         environment=_environment(loaded, host.parts),
         notes=tuple(notes),
         remarks=(

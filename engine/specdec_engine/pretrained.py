@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
-from jinja2 import TemplateError
 
-from specdec_engine.errors import ModelUnavailable, UsageError
+from specdec_engine.chat import turn_ends
+from specdec_engine.errors import ModelUnavailable
+from specdec_engine.files import read_json
 from specdec_engine.sources import first_line
 
 DeviceMap = Literal["auto"]
+LACKING = "its config and its weights are not of one model: compare config.json with what the weights' owner gives"
 
 
 def load_config(path: Path, trust_remote_code: bool) -> Any:
@@ -43,13 +45,21 @@ def load_weights(
         config = load_config(folder, trust_remote_code)
         made = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         model, info = made.from_pretrained(None, config=config, state_dict=state, **common)
+    elif path.is_file():
+        from specdec_engine.gguf_header import Header, given_to_transformers
+
+        # Our config: it says what the header does not. Read once more for the tensors, by the reader that is fast.
+        with given_to_transformers(Header(path, lambda done, total: None), path):
+            model, info = AutoModelForCausalLM.from_pretrained(
+                **_source(path, trust_remote_code), **common, config=load_config(folder, trust_remote_code)
+            )
     else:
         model, info = AutoModelForCausalLM.from_pretrained(
             **_source(path, trust_remote_code), **common, use_safetensors=True
         )
     if missing := sorted(info["missing_keys"]):  # transformers would go on with random numbers in their place
         raise ModelUnavailable(
-            f"{path} lacks {len(missing)} tensors that its config asks for, the first {missing[0]}", "download it again"
+            f"{path} lacks {len(missing)} tensors that its config asks for, the first {missing[0]}", LACKING
         )
     if isinstance(placement, torch.device):
         model = model.to(placement)
@@ -57,12 +67,19 @@ def load_weights(
 
 
 def generation_config(folder: Path) -> Any:
-    """None where there is none."""
+    """None where there is none. Raises ModelUnavailable for one that cannot be read: its ends and penalties would be left
+    out without a word."""
     from transformers import GenerationConfig
 
-    with suppress(OSError, ValueError):  # it need not be there
-        return GenerationConfig.from_pretrained(folder, local_files_only=True)
-    return None
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return None
+    try:
+        return GenerationConfig.from_dict(read_json(file))
+    except Exception as error:  # what is not JSON, or what transformers does not take for a setting
+        raise ModelUnavailable(
+            f"{file} cannot be read: {first_line(error)}", "get that one file again: it is small"
+        ) from error
 
 
 def _source(path: Path, trust_remote_code: bool) -> dict[str, Any]:
@@ -97,27 +114,18 @@ def _tokenizer_class(path: Path) -> Any:
     return transformers.AutoTokenizer
 
 
-def stop_ids(*holders: Any) -> frozenset[int]:
-    """The end-of-sequence ids of configs and tokenizers together."""
-    ids: set[int] = set()
-    for holder in holders:
-        text = holder.get_text_config() if hasattr(holder, "get_text_config") else holder
-        value = getattr(text, "eos_token_id", None)
-        ids |= {value} if isinstance(value, int) else set(value or ())
+def stop_ids(folder: Path, config: Any, tokenizer: Any) -> frozenset[int]:
+    """All that ends a text: the end-of-sequence ids of generation config, config and tokenizer, and the ends of a turn.
+    Raises ModelUnavailable for an id that is none."""
+    ids = set(turn_ends(tokenizer))
+    for where, holder in (
+        ("generation_config.json", generation_config(folder)),
+        ("config.json", config.get_text_config()),
+        ("the tokenizer", tokenizer),
+    ):
+        value = getattr(holder, "eos_token_id", None)
+        found = value if isinstance(value, list | tuple) else [] if value is None else [value]
+        if wrong := [i for i in found if not isinstance(i, int) or isinstance(i, bool)]:
+            raise ModelUnavailable(f"eos_token_id in {where} of {folder} is {wrong[0]!r}", "it is a token's number")
+        ids |= set(found)
     return frozenset(ids)
-
-
-def chat_ids(tokenizer: Any, prompt: str, system: str | None, history: Sequence[tuple[str, str]] = ()) -> list[int]:
-    """The prompt as the next user turn of the tokenizer's chat template, the assistant's turn opened. history: what was said
-    before, user and assistant."""
-    turns = [{"role": "system", "content": system}] if system else []
-    for user, assistant in history:
-        turns += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
-    turns.append({"role": "user", "content": prompt})
-    try:
-        encoded = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=True)
-    except TemplateError as error:  # some templates refuse a system turn, in their own words
-        raise UsageError(
-            f"the chat template refuses this prompt: {error}", "leave out --system, or use --raw"
-        ) from error
-    return cast("list[int]", list(encoded["input_ids"]))

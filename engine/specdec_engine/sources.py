@@ -7,13 +7,13 @@ files are refused. With `offline` nothing leaves the machine.
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from specdec_engine.builtin import builtin_gguf
-from specdec_engine.errors import ModelUnavailable
+from specdec_engine.errors import ModelUnavailable, reason
+from specdec_engine.files import read_json
 from specdec_engine.progress import Progress, Report, silent
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -26,56 +26,121 @@ def resolve(name: str, *, offline: bool = False, trust_remote_code: bool = False
     path = Path(name).expanduser()
     if name == "builtin":
         return builtin_gguf(offline, report)
-    if path.suffix == ".gguf":
-        return _checked_gguf(path)
     if path.is_dir():
         return _checked_folder(path)
+    if path.is_file() and (_is_gguf(path) or path.suffix.lower() == ".gguf"):
+        return _checked_gguf(path)
+    if path.suffix.lower() == ".gguf":
+        raise ModelUnavailable(f"no file {str(path)!r}", "give the path of a .gguf file")
     if meant := difflib.get_close_matches(name, _WORDS, cutoff=0.75):
         raise ModelUnavailable(f"no model {name!r}", f"did you mean {meant[0]}? A hub id is org/name")
     if not _HUB_ID.fullmatch(name) or path.exists():
         raise ModelUnavailable(
-            f"no model at {name!r}: it is no folder and no .gguf file",
+            f"no model at {name!r}: it is no folder and no GGUF file",
             "give a folder with config.json and *.safetensors, a .gguf file, a hub id such as org/name, or builtin",
         )
     return _checked_folder(_fetch(name, offline, trust_remote_code, report))
 
 
+def _is_gguf(path: Path) -> bool:
+    """By its first bytes, whatever its name: ollama's blobs have none."""
+    return _begins(path) == b"GGUF"
+
+
+def _begins(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(4)
+    except OSError as error:
+        raise ModelUnavailable(f"{path} cannot be read: {reason(error)}", "check its permissions") from error
+
+
 def _checked_gguf(path: Path) -> Path:
-    if not path.is_file():
-        raise ModelUnavailable(f"no file {str(path)!r}", "give the path of a .gguf file")
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic != b"GGUF":
-        raise ModelUnavailable(f"{path} is not a GGUF file: it begins with {magic!r}", "download it again")
+    if not _is_gguf(path):
+        raise ModelUnavailable(
+            f"{path} is not a GGUF file: it begins with {_begins(path)!r}",
+            "a file of text there is an error page or a Git LFS pointer: fetch the file itself",
+        )
     return path
 
 
 def _checked_folder(folder: Path) -> Path:
-    """Only safetensors, and all shards that the index names."""
+    """A checkpoint in safetensors, whole, or the one GGUF in it."""
     if not (folder / "config.json").is_file():
-        raise ModelUnavailable(f"{folder} has no config.json", "give the folder that save_pretrained wrote")
-    if not list(folder.glob("*.safetensors")):
-        pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl") for p in folder.glob(pattern))
-        found = f", only pickled ones ({pickled[0]})" if pickled else ""
+        ggufs = sorted(file for file in folder.iterdir() if file.suffix.lower() == ".gguf")
+        if len(ggufs) == 1:
+            return _checked_gguf(ggufs[0])
+        if ggufs:
+            raise ModelUnavailable(
+                f"{folder} has {len(ggufs)} GGUF files", f"name one of them, such as {folder / ggufs[0].name}"
+            )
+        adapter = (folder / "adapter_config.json").is_file()
         raise ModelUnavailable(
-            f"{folder} has no safetensors weights{found}",
-            "pickled weights can run code when read, and are not; where you trust them, load them once with transformers "
-            "and save them again with save_pretrained, which writes safetensors",
+            f"{folder} has no config.json" + (": it is an adapter, and no model" if adapter else ""),
+            "merge it into its model (merge_and_unload) and give that"
+            if adapter
+            else "give the folder that save_pretrained wrote",
         )
-    if missing := [file.name for file in weight_files(folder) if not file.is_file()]:
-        raise ModelUnavailable(f"{folder} lacks the weights file {missing[0]}", "download it again")
+    if (folder / "adapter_config.json").is_file():
+        raise ModelUnavailable(
+            f"{folder} has an adapter beside its weights, which is not applied",
+            "merge it (merge_and_unload) and save the whole, or move adapter_config.json away",
+        )
+    if missing := [file for file in weight_files(folder) if not file.is_file()]:
+        raise _no_weights(folder, missing[0])
     return folder
 
 
+def _no_weights(folder: Path, missing: Path) -> ModelUnavailable:
+    pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl") for p in folder.glob(pattern))
+    if others := sorted(file.name for file in folder.glob("*.safetensors")):
+        return ModelUnavailable(
+            f"{folder} lacks the weights file {missing.name}; it has {others[0]}",
+            "give a folder as save_pretrained writes it; a file that was not fetched is fetched by `hf download`",
+        )
+    if pickled:
+        return ModelUnavailable(
+            f"{folder} has no safetensors weights, only pickled ones ({pickled[0]})",
+            "pickled weights can run code when read, and are not; where you trust them, load them once with transformers "
+            "and save them again with save_pretrained, which writes safetensors",
+        )
+    return ModelUnavailable(
+        f"{folder} has no safetensors weights", "give a folder with model.safetensors, as save_pretrained writes it"
+    )
+
+
 def weight_files(path: Path) -> list[Path]:
-    """The files transformers will read: a GGUF, the shards of the index, or the one model.safetensors."""
-    index = path / "model.safetensors.index.json"
-    if path.is_file() or not index.is_file():
-        return [path if path.is_file() else path / "model.safetensors"]
+    """The files that transformers reads, of which it takes the first kind that is there: what the config names as
+    `transformers_weights`, model.safetensors, the shards of an index. Raises ModelUnavailable for one that cannot be
+    read."""
+    if path.is_file():
+        return [path]
+    named = raw_config(path).get("transformers_weights")
+    if named is not None and (not isinstance(named, str) or Path(named).name != named):
+        raise ModelUnavailable(f"{path / 'config.json'} names its weights {named!r}", "it must be a file of the folder")
+    first = path / (named or "model.safetensors")
+    index = first if first.name.endswith(".index.json") else path / "model.safetensors.index.json"
+    if first != index and (first.is_file() or not index.is_file()):
+        return [first]
     try:
-        return sorted(path / name for name in set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ModelUnavailable(f"{index} cannot be read: {error}", "download it again") from error
+        shards = read_json(index)["weight_map"].values()
+        if not all(isinstance(name, str) and Path(name).name == name for name in shards):
+            raise ValueError("weight_map names what are no files of the folder")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        said = "it has no weight_map" if isinstance(error, KeyError | AttributeError) else reason(error)
+        raise ModelUnavailable(f"{index} cannot be read: {said}", "get that one file again: it is small") from error
+    return sorted(path / name for name in set(shards))
+
+
+def raw_config(folder: Path) -> dict[str, Any]:
+    """config.json as it is. Raises ModelUnavailable for one that is no JSON object."""
+    file = folder / "config.json"
+    try:
+        return read_json(file)
+    except (OSError, ValueError) as error:
+        raise ModelUnavailable(
+            f"{file} cannot be read: {reason(error)}", "get that one file again: it is small"
+        ) from error
 
 
 def _fetch(name: str, offline: bool, trust_remote_code: bool, report: Report) -> Path:

@@ -19,8 +19,9 @@ from specdec_cli.exits import ExitCode
 from specdec_cli.options import QUANTIZED
 from specdec_cli.startup import interruptible, quieten
 from specdec_engine.bench import report
-from specdec_engine.bench.plan import Arm, Cell, Plan, builtin_questions, chosen, ks_of, read_questions
+from specdec_engine.bench.plan import Arm, Cell, Plan, builtin_questions, chosen, ks_of
 from specdec_engine.errors import OutOfMemory, UsageError
+from specdec_engine.prompt_files import read_questions
 from specdec_engine.types import Sampling
 
 if TYPE_CHECKING:
@@ -51,7 +52,9 @@ Rules = Annotated[str, _option(_WHAT, "token, block or both, by commas.")]
 Prompts = Annotated[
     Path | None,
     _option(
-        _WHAT, "JSONL with prompt or turns (Spec-Bench, SPEED-Bench), or a prompt a line.", show_default="12 of our own"
+        _WHAT,
+        "A prompt a line, or JSON: turns, messages, conversations, prompt, question.",
+        show_default="12 of our own",
     ),
 ]
 Categories = Annotated[str | None, _option(_WHAT, "Only prompts of these categories, by commas.")]

@@ -73,8 +73,9 @@ def generate(
         tokens = len(text + (how.system or "")) // 3 + how.max_tokens
         pair = load_pair(target, setting.draft, where.loading(tokens, report))
     ids = pair.encode(text, chat=how.chat, system=how.system)
-    for sentence in (*pair.notes, *(pair.remarks if verbose else ())):
-        output.note(sentence)
+    for sentence in (*pair.notes, pair.marks_in(text, how.chat), *(pair.remarks if verbose else ())):
+        if sentence:
+            output.note(sentence)
 
     stream = TextStream(pair.tokenizer, stops)
     text_of = TokenText(pair.tokenizer)

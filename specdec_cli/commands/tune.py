@@ -17,8 +17,9 @@ from specdec_cli import output, profiles
 from specdec_cli.startup import interruptible, quieten
 from specdec_cli.tables import one_line, threads
 from specdec_engine.bench.figures import FEWEST
-from specdec_engine.bench.plan import Question, builtin_questions, chosen, read_questions
+from specdec_engine.bench.plan import builtin_questions, chosen
 from specdec_engine.errors import SpecdecError, UsageError, reason
+from specdec_engine.prompt_files import Question, read_questions
 from specdec_engine.tune.answers import ROOM, Answer, cut, evenly, recorded
 from specdec_engine.tune.servers import Launch, Wanted, launches, served
 from specdec_engine.tune.whatif import best_of
@@ -230,7 +231,10 @@ class _Sources:
             return [answer for answer in spread if len(answer.context) <= room]
         if any(len(q.turns) > 1 for q in self.questions):
             output.note("of conversations the first turn is asked")
-        found, prompts = [], (pair.encode(question.turns[0]) for question in self.questions)
+        found, prompts = (
+            [],
+            (pair.encode(question.turns[0], system=question.system or None) for question in self.questions),
+        )
         for answer in written(pair, prompts, sampling, max_tokens, seed):
             found.append(answer)
             say(f"writing answers, {len(found)} of {len(self.questions)}")

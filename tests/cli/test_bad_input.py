@@ -161,9 +161,23 @@ def test_a_truncated_download(refused, checkpoint, tmp_path):
 
 def test_a_missing_shard(refused, checkpoint, tmp_path):
     folder = shutil.copytree(checkpoint, tmp_path / "shards")
-    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     assert "model-00002-of-00002.safetensors" in refused(3, "hello", "-t", folder)
+
+
+def test_the_weights_are_those_that_transformers_reads(checkpoint, tmp_path, specdec):
+    """A left-over index beside model.safetensors: its shards are not looked at, and need not be there."""
+    folder = shutil.copytree(checkpoint, tmp_path / "stale")
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "old-00001-of-00001.safetensors"}})
+    )
+    assert specdec("generate", "hello", "-t", folder, "-n", 2).code == 0
+
+
+def test_a_prompt_that_begins_with_a_dash(refused):
+    assert "put -- before it" in refused(2, "- list the days")
 
 
 def test_weights_that_do_not_fit_the_config(refused, checkpoint, tmp_path):

@@ -224,3 +224,17 @@ def test_no_files_appear_in_the_working_directory(checkpoint, tmp_path):
     assert done.returncode == 0
     assert list(tmp_path.iterdir()) == []
     assert (ROOT / "pyproject.toml").exists()
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "1>&-", "0<&-"])
+def test_a_closed_standard_stream_is_survived(closed, checkpoint):
+    """As services and cron start programs; what is said on stderr must not come on stdout."""
+    run = command("generate", "hello", "-t", checkpoint, "--json", "-n", 2)
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {closed}', "sh", *run],
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert closed == "1>&-" or json.loads(done.stdout)["emitted"] > 0

@@ -34,8 +34,8 @@ def write(file, architecture, sentencepiece):
     writer.add_embedding_length(32)
     writer.add_feed_forward_length(64)
     writer.add_head_count(2)
-    writer.add_head_count_kv(1)
-    writer.add_key_length(16)
+    writer.add_head_count_kv(2 if architecture == "gpt2" else 1)
+    writer.add_key_length(128 if architecture == "qwen3" else 16)  # which a config leaves to its class
     writer.add_rope_freq_base(10000.0)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_tags(["one", "two"])

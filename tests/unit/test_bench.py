@@ -11,8 +11,9 @@ import pytest
 
 from specdec_engine.bench import report
 from specdec_engine.bench.figures import Interval, Sample, bootstrap, by_question, costs, geometric, recommend
-from specdec_engine.bench.plan import Arm, Plan, Question, builtin_questions, chosen, ks_of, read_questions
+from specdec_engine.bench.plan import Arm, Plan, builtin_questions, chosen, ks_of
 from specdec_engine.errors import UsageError
+from specdec_engine.prompt_files import Question, read_questions
 
 QUESTIONS = tuple(Question(kind, (f"{kind} {i}",)) for kind in ("a", "b") for i in range(3))
 
@@ -132,7 +133,7 @@ def test_prompts_come_in_the_formats_of_the_field(tmp_path):
         Question("prompts", ("three",)),
         Question("text", ("plain text",)),
     ]
-    for wrong in ('{"turns": []}', '{"a": 1}', "{", ""):
+    for wrong in ('{"turns": []}', '{"a": 1}', '{"a": 1}\n{', ""):
         file.write_text(wrong)
         with pytest.raises(UsageError):
             read_questions(file)

@@ -18,6 +18,7 @@ from specdec_engine.judge import Judge
 from specdec_engine.loading import LoadOptions, find_model
 from specdec_engine.pace import Pace
 from specdec_engine.pair import Pair
+from specdec_engine.processors import Asked
 from specdec_engine.randomness import KeyedRandomness
 from specdec_engine.runtime.decoder import Decoder
 from specdec_engine.runtime.graphs import repeatable, room_for, span_for
@@ -432,7 +433,7 @@ def test_a_made_up_acceptance_rate_is_recorded_too():
     """`Pair.synthetic`, which bench uses."""
     recorder = TapeRecorder()
     target, drafter = pair(recorder)
-    whole = Pair(target, drafter, {}, AutoK(), Pace(), None, frozenset(), {}).synthetic(0.7)
+    whole = Pair(target, drafter, {}, AutoK(), Pace(), None, frozenset(), Asked(), {}).synthetic(0.7)
     judge, plain = whole.judges["synthetic"], Judge(SyntheticRule(0.7), CPU)
     options = {"k": 4, "sampling": Sampling(0.9), "max_tokens": 40}
     expected = emitted(run(target, drafter, PROMPT, judge=plain, **options))

@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from specdec_engine.errors import SpecdecError, UsageError
+from specdec_engine.files import replace_file
 from specdec_tui.app import SpecdecApp
 from specdec_tui.frame import Frame, View, steps
 from specdec_tui.pieces import Name
@@ -33,7 +34,7 @@ def export(frame: Frame, name: Name, path: Path) -> None:
     }  # fmt: skip
     if path.suffix not in writers:
         raise UsageError(f"{path} has no ending that can be exported", f"one of {', '.join(writers)}")
-    path.write_bytes(writers[path.suffix](frame, name))
+    replace_file(path, writers[path.suffix](frame, name))
 
 
 def shots(frame: Frame) -> list[tuple[View, int]]:

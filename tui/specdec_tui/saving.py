@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from time import strftime
 
 from specdec_engine.errors import UsageError
+from specdec_engine.files import replace_file
 from specdec_engine.trace import TraceWriter
 from specdec_tui.frame import Frame
 from specdec_tui.narrate import script
@@ -32,9 +33,9 @@ def save(frame: Frame, name: Name, kind: str, path: Path) -> None:
             for event in frame.events():
                 writer.write(event)
     elif kind == "text":
-        path.write_bytes(b"".join(as_bytes(name(token)) for cycle in frame.cycles for token in cycle.emitted))
+        replace_file(path, b"".join(as_bytes(name(token)) for cycle in frame.cycles for token in cycle.emitted))
     else:
-        path.write_text(markdown(frame, name), "utf-8")
+        replace_file(path, markdown(frame, name).encode())
 
 
 async def animate(frame: Frame, name: Name, path: Path) -> None:

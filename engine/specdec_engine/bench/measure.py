@@ -10,13 +10,19 @@ from itertools import accumulate, pairwise
 import torch
 
 from specdec_engine.bench.figures import Sample
-from specdec_engine.bench.plan import Arm, Cell, Question
+from specdec_engine.bench.plan import Arm, Cell
 from specdec_engine.drafters.base import nothing
 from specdec_engine.errors import CheckFailed
 from specdec_engine.events import Cycle
 from specdec_engine.pair import Pair
+from specdec_engine.prompt_files import Question
 from specdec_engine.stats import Summary
 from specdec_engine.types import Sampling
+
+
+def asked(pair: Pair, question: Question, turn: str, history: Sequence[tuple[str, str]] = ()) -> list[int]:
+    """A turn's token ids, after what was said before."""
+    return pair.encode(turn, history=history, system=question.system or None)
 
 
 def run(pair: Pair, arm: Arm | None, cell: Cell, question: Question, max_tokens: int, seed: int) -> list[Sample]:
@@ -26,7 +32,7 @@ def run(pair: Pair, arm: Arm | None, cell: Cell, question: Question, max_tokens:
     for turn in question.turns:
         said = list[int]()
         for event in pair.decode(
-            question.ids or pair.encode(turn, history=history),
+            question.ids or asked(pair, question, turn, history),
             k=0 if arm is None else arm.k,
             sampling=Sampling(cell.temperature),
             rule="token" if arm is None else arm.rule,
@@ -108,7 +114,7 @@ def explained(pair: Pair, question: Question, plain: Sample, arm: Sample) -> Div
     history, begin = list[tuple[str, str]](), 0
     for turn, (ours, theirs) in zip(question.turns, zip(_answers(plain), _answers(arm), strict=True), strict=True):
         if ours != theirs:
-            return _divergence(pair, pair.encode(turn, history=history), plain.question, begin, ours, theirs)
+            return _divergence(pair, asked(pair, question, turn, history), plain.question, begin, ours, theirs)
         history.append((turn, pair.tokenizer.decode(ours, skip_special_tokens=True)))
         begin += len(ours)
     return None

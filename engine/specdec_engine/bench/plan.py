@@ -12,20 +12,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-from specdec_engine.errors import UsageError, reason
+from specdec_engine.errors import UsageError
+from specdec_engine.prompt_files import Question
+from specdec_engine.prompt_files import read_questions as read_questions  # a plan's, for whoever writes one
 
 BUILTIN_PROMPTS = Path(__file__).parent / "prompts.json"
 MOST_K = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """One conversation: the user's turns."""
-
-    category: str
-    turns: tuple[str, ...]
-    ids: tuple[int, ...] = ()
-    """Of a prompt that came as token ids; it has one turn, whose text is not looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +85,7 @@ class Plan:
 
 def _named(part: Question | Arm) -> dict[str, Any]:
     """Without what is empty, as in records from before there was such a field."""
-    return {key: value for key, value in asdict(part).items() if key not in ("ids", "quantize") or value}
+    return {key: value for key, value in asdict(part).items() if key not in ("ids", "quantize", "system") or value}
 
 
 def ks_of(text: str) -> tuple[int | Literal["auto"], ...]:
@@ -126,33 +118,6 @@ def builtin_questions() -> list[Question]:
     """Two of each of six kinds, written for this."""
     found: dict[str, list[str]] = json.loads(BUILTIN_PROMPTS.read_text("utf-8"))
     return [Question(category, (prompt,)) for category, prompts in found.items() for prompt in prompts]
-
-
-def read_questions(path: Path) -> list[Question]:
-    """Spec-Bench and SPEED-Bench JSONL (`turns`, `category`), JSONL with `prompt`, or a prompt a line. Raises UsageError."""
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"the prompts in {path} cannot be read: {reason(error)}", "give a JSONL or a text file"
-        ) from error
-    found = [_question(line, f"line {n} of {path}") for n, line in enumerate(lines, 1) if line.strip()]
-    if not found:
-        raise UsageError(f"{path} has no prompts", "give JSONL with `prompt` or `turns`, or a prompt a line")
-    return found
-
-
-def _question(line: str, where: str) -> Question:
-    if not line.lstrip().startswith("{"):
-        return Question("text", (line,))
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise UsageError(f"{where} is not JSON: {error}", "each line is one object, or plain text") from error
-    turns = record.get("turns") or [record.get("prompt") or record.get("question")]
-    if not isinstance(turns, list) or not all(isinstance(turn, str) and turn.strip() for turn in turns):
-        raise UsageError(f"{where} has neither `prompt` nor `turns`", "give the prompt as text")
-    return Question(str(record.get("category", "prompts")), tuple(turns))
 
 
 def chosen(questions: Sequence[Question], categories: Sequence[str], limit: int | None) -> tuple[Question, ...]:

@@ -20,6 +20,7 @@ from specdec_engine.bench.figures import (
 )
 from specdec_engine.bench.plan import Arm, Plan
 from specdec_engine.errors import UsageError, reason
+from specdec_engine.files import parse_json, replace_file
 
 SCHEMA = "specdec.bench/1"
 
@@ -206,18 +207,16 @@ def memory_bound(costs: Costs, draft: str | None, environment: Mapping[str, Any]
 
 def write(path: Path, found: Mapping[str, Any]) -> None:
     """Whole or not at all. Raises UsageError for a place that cannot be written."""
-    beside = path.with_name(path.name + ".part")
     try:
-        beside.write_text(json.dumps(found, indent=1), "utf-8")
-        beside.replace(path)
+        replace_file(path, json.dumps(found, indent=1).encode())
     except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror}", "choose another --out") from error
+        raise UsageError(f"{path} cannot be written: {reason(error)}", "choose another --out") from error
 
 
 def read(path: Path) -> dict[str, Any]:
     """Raises UsageError for what is no such record."""
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{path} cannot be read: {reason(error)}", "give a file that specdec bench --out wrote"

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
 from specdec_engine.distill import shards
-from specdec_engine.distill.prompts import read_prompts
 from specdec_engine.distill.recipe import Recipe, taps
 from specdec_engine.distill.students import SIZES
 from specdec_engine.distill.synthesis import Example, synthesise
@@ -22,6 +21,7 @@ from specdec_engine.distill.vocabulary import draft_ids
 from specdec_engine.draft_files import read_draft
 from specdec_engine.errors import UsageError
 from specdec_engine.loading import Candidate, Loaded
+from specdec_engine.prompt_files import Question, read_questions
 from specdec_engine.runtime.decoder import Decoder
 from specdec_engine.runtime.lean import LeanRuntime
 
@@ -71,10 +71,9 @@ def distill(found: Candidate, target: Loaded, recipe: Recipe) -> Iterator[Writin
         raise UsageError(
             f"{target.name} is a draft itself, with ids of its own", "distill from the target it was made for"
         )
-    if recipe.data is not None and not list(read_prompts(recipe.data)):  # a bad line is found before an hour is spent
-        raise UsageError(f"{recipe.data} has no prompts", "one a line, or leave out --data")
+    asked = None if recipe.data is None else read_questions(recipe.data)  # a bad line is found before an hour is spent
     recipe.work.claim(target.name, target.tokenizer)
-    yield from _write_text(target, decoder, recipe)
+    yield from _write_text(target, decoder, recipe, asked)
     files = sorted(recipe.work.text.glob("*.safetensors"))
     if not files:
         raise UsageError("the target finished no conversation in this time", "give more --minutes, or --tokens")
@@ -92,7 +91,9 @@ def _split(read: list[shards.Shard]) -> tuple[list[shards.Shard], list[shards.Sh
     return [read[0].part(held)], [read[0].part([i for i in range(n) if i % 10] or held), *read[1:]]
 
 
-def _write_text(target: Loaded, decoder: Decoder, recipe: Recipe) -> Iterator[Writing]:
+def _write_text(
+    target: Loaded, decoder: Decoder, recipe: Recipe, asked: Sequence[Question] | None
+) -> Iterator[Writing]:
     work = recipe.work
     spent, files = work.spent(), list(work.text.glob("*.safetensors"))
     written = sum(len(shards.read(file).tokens) for file in files)
@@ -108,7 +109,7 @@ def _write_text(target: Loaded, decoder: Decoder, recipe: Recipe) -> Iterator[Wr
         return
     # Another seed than before, or a second run would write the same text again.
     seed = recipe.seed + len(files)
-    prompts = None if recipe.data is None else read_prompts(recipe.data)
+    prompts = None if asked is None else (question.turns[0] for question in asked)
     examples = synthesise(target, _SLOTS, taps(decoder.shape.layers), seed, prompts=prompts)
     for tokens in shards.collect(work.text, _until(examples, lambda: share() >= 1.0)):
         written += tokens

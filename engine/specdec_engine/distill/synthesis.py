@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdec_engine.chat import chat_ids
 from specdec_engine.distill.batch import Batch
 from specdec_engine.errors import UsageError
 from specdec_engine.loading import Loaded
-from specdec_engine.pretrained import chat_ids
 from specdec_engine.transfer import upload
 
 _MARK = "⟦prompt⟧"

@@ -8,11 +8,12 @@ from functools import partial
 from typing import Literal
 
 from specdec_engine.bench.figures import FEWEST, Interval, Recommendation, recommend
-from specdec_engine.bench.plan import Arm, Plan, Question
+from specdec_engine.bench.plan import Arm, Plan
 from specdec_engine.bench.report import ArmFigures, figures_of
 from specdec_engine.bench.session import Session
 from specdec_engine.errors import UsageError
 from specdec_engine.pair import Pair
+from specdec_engine.prompt_files import Question
 from specdec_engine.tune.answers import Answer
 from specdec_engine.tune.passes import MOST_K, looked_at, unit_costs
 from specdec_engine.tune.whatif import Member, Setting, UnitCosts, best_of, curves

@@ -1,0 +1,150 @@
+"""What a checkpoint's generation_config.json asks for beside a temperature, as a function of the target's logits.
+
+Each row is processed as transformers' `generate` processes it, with the tokens that come before that row: the context, and
+the drafted tokens up to it. What comes out *is* the target's logits from there on, so every rule stays lossless; a draft's
+own distribution is left as it is, and is none the less exact for being accepted less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdec_engine.errors import ModelUnavailable
+from specdec_engine.transfer import upload
+
+Process = Callable[[Tensor, Tensor], Tensor]
+"""[n] ids before a row, [1, V] logits of it -> [1, V] logits."""
+
+
+Processed = Callable[[Sequence[int], Tensor, Tensor], Tensor]
+"""The context, [k] drafted tokens, [k + 1, V] logits -> [k + 1, V] logits, float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The part of a generation config that changes logits, by transformers' names; as it is where it changes nothing."""
+
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    no_repeat_ngram_size: int = 0
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    min_length: int = 0
+    min_new_tokens: int = 0
+    suppress_tokens: tuple[int, ...] = ()
+    begin_suppress_tokens: tuple[int, ...] = ()
+
+    def __bool__(self) -> bool:
+        return self != Asked()
+
+    def named(self) -> dict[str, Any]:
+        """Those that change something."""
+        usual = Asked()
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != getattr(usual, f.name)}
+
+
+def asked_by(config: Any, where: str) -> Asked:
+    """Of a transformers GenerationConfig, or of none. Raises ModelUnavailable for a value of another kind."""
+    found = dict[str, Any]()
+    for field in fields(Asked):
+        value = getattr(config, field.name, None)
+        if value is None:
+            continue
+        try:
+            found[field.name] = _taken(value, field.default)
+        except (TypeError, ValueError) as error:
+            raise ModelUnavailable(
+                f"{where} says {field.name} = {value!r}, which is no such value", "correct that line, or take it out"
+            ) from error
+    if found.get("repetition_penalty", 1.0) <= 0:
+        raise ModelUnavailable(f"{where} says repetition_penalty = {found['repetition_penalty']}", "it is above 0")
+    return Asked(**found)
+
+
+_LEFT_OUT = {
+    "sequence_bias": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+    "guidance_scale": 1.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "num_beams": 1,
+    "penalty_alpha": None,
+    "watermarking_config": None,
+    "stop_strings": None,
+    "encoder_repetition_penalty": 1.0,
+}
+"""What else can stand there and is not done, with the value that changes nothing."""
+
+
+def left_out_of(config: Any) -> list[str]:
+    """Settings of a generation config that are not followed."""
+    found = ((name, getattr(config, name, None), usual) for name, usual in _LEFT_OUT.items())
+    return [f"{name} {value}" for name, value, usual in found if value is not None and value != usual]
+
+
+def _taken(value: Any, usual: Any) -> Any:
+    """As the field's default has it. Raises TypeError or ValueError."""
+    if isinstance(usual, tuple):
+        return tuple(tuple(map(int, v)) if isinstance(v, list) else int(v) for v in value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError
+    return type(usual)(value)
+
+
+def process(asked: Asked, prompt: int, ends: Sequence[int], device: torch.device) -> Processed:
+    """For a run whose prompt has so many tokens."""
+    steps = list(_steps(asked, prompt, list(ends), device))
+
+    def processed(context: Sequence[int], drafted: Tensor, logits: Tensor) -> Tensor:
+        ids = torch.cat([upload(torch.tensor(context), device), drafted])
+        rows = (_through(steps, ids[: len(context) + i], row[None]) for i, row in enumerate(logits.float()))
+        return torch.cat(list(rows))
+
+    return processed
+
+
+def _through(steps: Sequence[Process], ids: Tensor, row: Tensor) -> Tensor:
+    for step in steps:
+        row = step(ids, row)
+    return row
+
+
+def _steps(asked: Asked, prompt: int, ends: list[int], device: torch.device) -> list[Process]:
+    """In the order in which `generate` has them; the two penalties that it has not follow vLLM, and come after its own."""
+    from transformers.generation import logits_process as of
+
+    made = list[Any]()
+    if asked.repetition_penalty != 1.0:
+        made.append(of.RepetitionPenaltyLogitsProcessor(asked.repetition_penalty))
+    if asked.no_repeat_ngram_size > 0:
+        made.append(of.NoRepeatNGramLogitsProcessor(asked.no_repeat_ngram_size))
+    if asked.bad_words_ids:
+        words = [list(word) for word in asked.bad_words_ids]
+        made.append(of.NoBadWordsLogitsProcessor(words, ends or None))
+    if asked.min_length > 0 and ends:
+        made.append(of.MinLengthLogitsProcessor(asked.min_length, ends, str(device)))
+    if asked.min_new_tokens > 0 and ends:
+        made.append(of.MinNewTokensLengthLogitsProcessor(prompt, asked.min_new_tokens, ends, str(device)))
+    if asked.suppress_tokens:
+        made.append(of.SuppressTokensLogitsProcessor(list(asked.suppress_tokens), str(device)))
+    if asked.begin_suppress_tokens:
+        begin = list(asked.begin_suppress_tokens)
+        made.append(of.SuppressTokensAtBeginLogitsProcessor(begin, prompt, str(device)))
+    steps: list[Process] = [lambda ids, row, step=step: step(ids[None], row) for step in made]  # type: ignore[misc]
+    if asked.presence_penalty or asked.frequency_penalty:
+        steps.append(lambda ids, row: _penalised(ids[prompt:], row, asked))
+    return steps
+
+
+def _penalised(emitted: Tensor, row: Tensor, asked: Asked) -> Tensor:
+    """Less for every token that the answer has, and less again each time (OpenAI's API)."""
+    counts = torch.zeros_like(row[0]).index_add_(0, emitted, torch.ones_like(emitted, dtype=row.dtype))
+    return row - asked.frequency_penalty * counts - asked.presence_penalty * (counts > 0)

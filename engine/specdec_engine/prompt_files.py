@@ -1,0 +1,201 @@
+"""Prompts from a file, in the shapes that people have them in: the one reader of all commands. No torch.
+
+A file is text, with a prompt a line; or JSON: a document with an array, or a value a line. A value is a prompt's text, a
+list of a conversation's turns, or an object with one of `turns` (Spec-Bench, SPEED-Bench), `messages` (OpenAI),
+`conversations` (ShareGPT), `prompt`, `question`, `instruction` and `input` (Alpaca) or `text`, or with such an object as its
+`body` (an OpenAI batch). Answers that stand in a conversation are left out: the target gives its own.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from reprlib import repr as brief
+from typing import Any
+
+from specdec_engine.errors import UsageError, reason
+from specdec_engine.files import parse_json
+
+SHAPES = "turns, messages, conversations, prompt, question, instruction, text or body"
+_HINT = f"give a prompt a line, or JSON with one of {SHAPES}"
+_JSON = (".json", ".jsonl", ".ndjson")
+_TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx", ".gz", ".zip", ".zst")
+_USER, _SYSTEM, _ASSISTANT = ("user", "human"), ("system", "developer"), ("assistant", "gpt", "model", "chatgpt", "bot")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One conversation: the user's turns."""
+
+    category: str
+    turns: tuple[str, ...]
+    ids: tuple[int, ...] = ()
+    """Of a prompt that came as token ids; it has one turn, whose text is not looked at."""
+    system: str = ""
+    """What the conversation begins with; empty for none."""
+
+
+class _NoPrompt(ValueError):
+    """Says what is wrong with a value."""
+
+
+def read_questions(path: Path) -> list[Question]:
+    """All that is in the file. Raises UsageError with the number of the line that is neither a prompt nor blank."""
+    if path.suffix.lower() in _TABLES:
+        raise UsageError(f"{path} is a {path.suffix[1:]} file, which is not read", "write its prompts as JSONL")
+    try:
+        text = _decoded(path.read_bytes())
+    except OSError as error:
+        raise UsageError(f"the prompts in {path} cannot be read: {reason(error)}", "check the path") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"the prompts in {path} are not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}",
+            f"convert them first, for example: iconv -f latin1 -t utf-8 {path}",
+        ) from error
+    found = list(_questions(text, path))
+    if not found:
+        raise UsageError(f"{path} has no prompts", _HINT)
+    return found
+
+
+def _decoded(data: bytes) -> str:
+    """UTF-8, with its mark or without; UTF-16 where that has its mark, as Windows' shell writes it."""
+    sixteen = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return data.decode("utf-16" if sixteen else "utf-8-sig")
+
+
+def _questions(text: str, path: Path) -> Iterator[Question]:
+    for where, value in _values(text, path):
+        try:
+            yield _question(value)
+        except _NoPrompt as error:
+            raise UsageError(f"{where} {error}", _HINT) from error
+
+
+def _values(text: str, path: Path) -> Iterator[tuple[str, Any]]:
+    """Each prompt's value and where it stands. Lines end at line feeds alone: JSON's strings may hold Unicode's own ends of
+    lines, and texts form feeds."""
+    numbered = enumerate(text.split("\n"), 1)
+    lines = [(n, line.removesuffix("\r")) for n, line in numbered if line.strip()]
+    suffix = path.suffix.lower()
+    if not lines or not (suffix in _JSON or _is_json(lines[0][1]) or _is_array(text)):
+        for n, line in lines:
+            yield f"line {n} of {path}", {"text": line, "category": "text"}
+        return
+    if suffix not in (".jsonl", ".ndjson"):
+        try:
+            whole = parse_json(text)
+        except ValueError:  # a value a line, under whatever name
+            whole = None
+        if isinstance(whole, list) or (isinstance(whole, Mapping) and len(lines) > 1):
+            every = whole if isinstance(whole, list) else [whole]
+            yield from ((f"item {n} of {path}", value) for n, value in enumerate(every, 1))
+            return
+        if text.lstrip()[:1] == "[" and not _is_json(lines[0][1]):
+            _refuse_json(text, str(path))
+    for n, line in lines:
+        where = f"line {n} of {path}"
+        if suffix not in _JSON and not line.lstrip().startswith("{"):
+            yield where, {"text": line, "category": "text"}
+        else:
+            yield where, _refuse_json(line, where)
+
+
+def _refuse_json(text: str, where: str) -> Any:
+    """The value; as UsageError what it is not."""
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise UsageError(
+            f"{where} cannot be read: {error}", "each line is one JSON value, or the file one array"
+        ) from error
+
+
+def _is_json(line: str) -> bool:
+    """Whether a line of a file that does not call itself JSON is an object of it; braces alone do not make one."""
+    try:
+        return line.lstrip().startswith("{") and isinstance(parse_json(line), dict)
+    except ValueError:
+        return False
+
+
+def _is_array(text: str) -> bool:
+    """The same for an array over the whole of it."""
+    try:
+        return text.lstrip().startswith("[") and isinstance(parse_json(text), list)
+    except ValueError:
+        return False
+
+
+def _question(value: Any) -> Question:
+    """Raises _NoPrompt."""
+    if isinstance(value, str):
+        return Question("prompts", (_text(value, "the prompt"),))
+    if isinstance(value, list):
+        value = {"turns": value}
+    if not isinstance(value, Mapping):
+        raise _NoPrompt(f"is {brief(value)}, and no prompt")
+    body = value.get("body")
+    system, turns = _conversation(body if isinstance(body, Mapping) else value)
+    named = value.get("category")
+    category = ", ".join(map(str, named)) if isinstance(named, list) else str(named or "prompts")
+    return Question(category, turns, system=system)
+
+
+def _conversation(record: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
+    """The system prompt, and the user's turns."""
+    for name in ("turns", "messages", "conversations", "conversation", "prompt", "question", "text"):
+        if not (value := record.get(name)):
+            continue
+        if isinstance(value, str):
+            return "", (_text(value, name),)
+        if isinstance(value, list) and all(isinstance(turn, str) for turn in value):
+            return "", tuple(_text(turn, name) for turn in value)
+        if isinstance(value, list):
+            return _spoken(value, name)
+        raise _NoPrompt(f"has {name} that is neither text nor a list")
+    if record.get("instruction"):
+        parts = [record["instruction"], record.get("input") or ""]
+        return "", ("\n\n".join(_text(part, "instruction") for part in parts if part),)
+    raise _NoPrompt(f"has no prompt: its keys are {', '.join(map(str, list(record)[:8])) or 'none'}")
+
+
+def _spoken(messages: list[Any], name: str) -> tuple[str, tuple[str, ...]]:
+    """Of messages with `role` and `content`, or ShareGPT's `from` and `value`."""
+    system, turns = list[str](), list[str]()
+    for message in messages:
+        if not isinstance(message, Mapping):
+            raise _NoPrompt(f"has {name} with {brief(message)}, which is no message")
+        role = message.get("role", message.get("from"))
+        if role in _ASSISTANT:
+            continue
+        if role not in (*_USER, *_SYSTEM):
+            raise _NoPrompt(f"has a message of the role {brief(role)}, which is not asked with")
+        (system if role in _SYSTEM else turns).append(_content(message.get("content", message.get("value")), name))
+    if not turns:
+        raise _NoPrompt(f"has {name} without a user's turn")
+    return "\n\n".join(system), tuple(turns)
+
+
+def _content(content: Any, name: str) -> str:
+    """A message's text; of several parts, joined."""
+    if not isinstance(content, list):
+        return _text(content, name)
+    kinds = [part.get("type", "text") if isinstance(part, Mapping) else part for part in content]
+    if others := [kind for kind in kinds if kind not in ("text", "input_text")]:
+        raise _NoPrompt(f"has a part of the kind {brief(others[0])} where only text can be read")
+    return _text("\n".join(_text(part.get("text"), name) for part in content), name)
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise _NoPrompt(f"has {name} that is {brief(value)}, and no text")
+    if not value.strip():
+        raise _NoPrompt(f"has an empty {name}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:  # half of a pair that a program cut in two; no tokenizer takes it
+        raise _NoPrompt(f"has half a character, \\u{ord(value[error.start]):04x}, in its {name}") from error
+    return value

@@ -1,0 +1,97 @@
+"""A checkpoint's own penalties: transformers' `generate` token for token, and lossless with every rule."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from specdec_engine.errors import ModelUnavailable
+from specdec_engine.events import Cycle, Started
+from specdec_engine.loading import LoadOptions
+from specdec_engine.pair import load_pair
+from specdec_engine.processors import Asked, asked_by, left_out_of, process
+from tests.exact.test_lossless import LENGTH, LOSSLESS, VOCAB, deviation, enumerate_emitted
+from tests.fakes import CPU, save_checkpoint, table_probs
+
+PROMPT = [5, 9, 7, 9, 5, 9]
+SETTINGS = {
+    "repetition": {"repetition_penalty": 1.3},
+    "n-grams": {"no_repeat_ngram_size": 2},
+    "suppressed": {"suppress_tokens": [11, 12, 13], "begin_suppress_tokens": [40]},
+    "words": {"bad_words_ids": [[17], [9, 5]]},
+    "at least": {"min_new_tokens": 20},
+    "at least, with the prompt": {"min_length": 25},
+    "all": {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "suppress_tokens": [8], "min_new_tokens": 9},
+}
+
+
+def folder_with(tmp_path, settings):
+    folder = save_checkpoint(tmp_path, seed=3)
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+    return folder
+
+
+@pytest.mark.parametrize("draft", ["none", "ngram", "self:1"])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_greedy_text_is_transformers_own_under_the_same_config(settings, draft, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    folder = folder_with(tmp_path, settings)
+    pair = load_pair(str(folder), draft, LoadOptions(dtype="float32"))
+    events = list(pair.decode(PROMPT, k=4, max_tokens=24))
+    ours = [token for e in events if isinstance(e, Cycle) for token in e.emitted]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    said = model.generate(torch.tensor([PROMPT]), do_sample=False, max_new_tokens=24, pad_token_id=3)
+    assert ours == said[0, len(PROMPT) :].tolist()
+    assert any("followed" in note for note in pair.notes)
+    assert isinstance(events[0], Started)
+    assert set(events[0].settings["generation_config"]) == set(settings)
+
+
+def test_a_row_is_what_plain_decoding_gets():
+    """Whatever is drafted, and however long the draft is."""
+    asked = Asked(
+        1.3, 0.4, 0.2, no_repeat_ngram_size=2, min_new_tokens=4, suppress_tokens=(3,), begin_suppress_tokens=(4,)
+    )
+    step, logits = process(asked, 3, [1], CPU), torch.randn(5, 8)
+    context, drafted = [2, 5, 6, 5], [6, 7, 7, 1]
+    rows = step(context, torch.tensor(drafted), logits)
+    for i in range(5):
+        alone = step([*context, *drafted[:i]], torch.tensor([], dtype=torch.long), logits[i : i + 1])
+        assert torch.equal(rows[i], alone[0])
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["sampled", "deterministic"])
+@pytest.mark.parametrize("rule", LOSSLESS, ids=lambda rule: rule.name)
+def test_the_emitted_text_has_exactly_that_distribution(rule, deterministic):
+    asked, none = Asked(1.5, 0.3, 0.6, no_repeat_ngram_size=2), torch.tensor([], dtype=torch.long)
+    step = process(asked, 1, [], CPU)
+
+    def p(context):
+        logits = table_probs(context, VOCAB, 4).log().float()
+        return step([0, *context], none, logits[None])[0].double().softmax(-1)
+
+    def q(context):
+        return table_probs(context, VOCAB, 5)
+
+    found = enumerate_emitted(rule, p, q, 2, LENGTH, deterministic=deterministic)
+    assert deviation(found, p, LENGTH) < 1e-12
+    assert deviation(found, lambda context: table_probs(context, VOCAB, 4), LENGTH) > 1e-3  # and not the one without
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"repetition_penalty": "1.2"}, {"suppress_tokens": "all"}, {"repetition_penalty": 0}, {"bad_words_ids": 3}],
+)
+def test_a_value_that_is_none_is_named(settings):
+    config = type("Config", (), settings)
+    with pytest.raises(ModelUnavailable, match=next(iter(settings))):
+        asked_by(config, "generation_config.json")
+
+
+def test_what_is_not_followed_is_named():
+    config = type("Config", (), {"num_beams": 4, "sequence_bias": [[[1], 2.0]], "guidance_scale": None})
+    assert left_out_of(config) == ["sequence_bias [[[1], 2.0]]", "num_beams 4"]
