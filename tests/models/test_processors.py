@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from specdec_engine.bench.measure import _gap
 from specdec_engine.errors import ModelUnavailable
 from specdec_engine.events import Cycle, Started
 from specdec_engine.loading import LoadOptions
@@ -80,6 +81,13 @@ def test_the_emitted_text_has_exactly_that_distribution(rule, deterministic):
     found = enumerate_emitted(rule, p, q, 2, LENGTH, deterministic=deterministic)
     assert deviation(found, p, LENGTH) < 1e-12
     assert deviation(found, lambda context: table_probs(context, VOCAB, 4), LENGTH) > 1e-3  # and not the one without
+
+
+def test_texts_are_told_apart_by_what_they_were_chosen_by(tmp_path):
+    """Two tokens as likely as each other, one of which may not come: no rounding makes it come."""
+    pair = load_pair(str(folder_with(tmp_path, {"suppress_tokens": [8]})), "none", LoadOptions(dtype="float32"))
+    gap, rounding = _gap(pair, PROMPT, [7], 8, 9)
+    assert gap == float("inf") > rounding
 
 
 @pytest.mark.parametrize(

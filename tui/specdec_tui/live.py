@@ -177,7 +177,8 @@ class LiveSource(Threaded):
             return None if self._closing else request
 
     def _run(self, pair: Pair, request: Request) -> None:
-        self.stage = Stage("measuring plain decoding", "; ".join([f"{PLAIN_TOKENS} tokens", *pair.notes]))
+        said = [f"{PLAIN_TOKENS} tokens", *pair.notes, pair.marks_in(request.prompt, request.chat)]
+        self.stage = Stage("measuring plain decoding", "; ".join(filter(None, said)))
         ids = pair.encode(request.prompt, chat=request.chat, system=request.system)
         plain = self._plain(pair, ids)
         controls = self._controls = pair.controls(request.k, request.sampling, request.draft_temperature)

@@ -15,6 +15,7 @@ from specdec_engine.drafters.base import nothing
 from specdec_engine.errors import CheckFailed
 from specdec_engine.events import Cycle
 from specdec_engine.pair import Pair
+from specdec_engine.processors import process
 from specdec_engine.prompt_files import Question
 from specdec_engine.stats import Summary
 from specdec_engine.types import Sampling
@@ -143,10 +144,14 @@ def _gap(pair: Pair, prompt: Sequence[int], answer: Sequence[int], a: int, b: in
     computed with; 0.5 for the built-in target in bfloat16, where 0.25 was seen."""
     pair.target.prefill(prompt[:-1])
     for newest in (prompt[-1], *answer):
-        logits = pair.target.score(newest, nothing(pair.target.device))[-1].float()
+        row = pair.target.score(newest, nothing(pair.target.device))
+    if pair.asked:  # penalties are part of what the two were chosen by
+        step = process(pair.asked, len(prompt), sorted(pair.stop_ids), pair.target.device)
+        row = step([*prompt, *answer], nothing(pair.target.device).tokens, row)
+    logits = row[-1].float()
     precision = torch.finfo(getattr(torch, pair.environment["dtype"])).eps
     units = 4 if precision > 1e-4 else 256
-    return abs(float(logits[a] - logits[b])), units * precision * max(float(logits.abs().max()), 1.0)
+    return abs(float(logits[a] - logits[b])), units * precision * max(float(logits[logits.isfinite()].abs().max()), 1.0)
 
 
 def bandwidth(device: torch.device) -> float | None:
