@@ -214,7 +214,7 @@ def test_text_is_conversations_with_their_features(made, target):
 
 def test_prompts_may_be_given_and_come_to_an_end(target, tmp_path):
     file = tmp_path / "prompts.jsonl"
-    file.write_text('{"prompt": "one"}\n{"turns": ["two", "x"]}\nthree\n')
+    file.write_text('{"prompt": "one"}\n{"turns": ["two", "x"]}\n"three"\n')
     found = find_model(str(target), OPTIONS)
     recipe = Recipe(tmp_path / "draft", "head", "small", tokens=1_000_000, data=file)
     next(distill(found, found.load(), recipe))
@@ -242,10 +242,10 @@ def test_prompts_serve_a_target_without_a_chat_template(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "rubbish", [b"one\n{broken\n", b'{"prompt": 5}\n', b"\xff\xfe\n", b"[]\n{}\n", b'{"turns": "hello"}\n']
+    "rubbish", [b"one\n{broken\n", b'{"prompt": 5}\n', b"\xff\xfe\n", b"[]\n{}\n", b'{"turns": 7}\n']
 )
 def test_rubbish_for_prompts_is_refused(target, tmp_path, rubbish):
-    file = tmp_path / "prompts"
+    file = tmp_path / "prompts.jsonl"
     file.write_bytes(rubbish)
     found = find_model(str(target), OPTIONS)
     with pytest.raises(UsageError, match="prompts"):
