@@ -283,6 +283,7 @@ def find_model(name: str, options: LoadOptions) -> Candidate:
         folder = gguf_files.beside(path, name, options.report) if path.is_file() else path
         found = gguf_files.entries(folder) if path.is_file() else {}
         config: Any = gguf_files.plain_config(folder) if found else load_config(folder, options.trust_remote_code)
+        _check_kind(config, name)
         shape = lean_shape(config, options, device)
         packed = any(e.kind in PACKED for e in found.values())
         if options.dtype != "auto":
@@ -300,6 +301,41 @@ def find_model(name: str, options: LoadOptions) -> Candidate:
     return Candidate(name, path, folder, config, shape, tokenizer, need, device, arithmetic, options)
 
 
+def _check_kind(config: Any, name: str) -> None:
+    """Raises ModelUnavailable for what is no causal decoder: transformers would run it, on text without meaning, and a draft
+    would change what it says."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelUnavailable(
+            f"{name} is an encoder-decoder ({config.model_type})", "choose a decoder alone, such as Llama or Qwen"
+        )
+    if config.model_type in _BIDIRECTIONAL and not getattr(config, "is_decoder", False):
+        raise ModelUnavailable(
+            f"{name} is a bidirectional model ({config.model_type}): each token sees those after it",
+            "choose a causal model; one of this kind that was trained as a decoder has is_decoder in its config",
+        )
+
+
+_BIDIRECTIONAL = frozenset(
+    [
+        "bert",
+        "bert-generation",
+        "big_bird",
+        "camembert",
+        "data2vec-text",
+        "electra",
+        "ernie",
+        "megatron-bert",
+        "rembert",
+        "roberta",
+        "roberta-prelayernorm",
+        "roc_bert",
+        "roformer",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "xmod",
+    ]
+)
+"""Those of transformers' causal models whose class attends both ways unless the config says otherwise."""
 _SPREAD = "it is spread over devices"
 
 

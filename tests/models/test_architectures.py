@@ -7,14 +7,15 @@ import torch
 import transformers
 
 from specdec_engine.drafters.on_runtime import RuntimeDrafter
-from specdec_engine.errors import PairIncompatible
+from specdec_engine.errors import ModelUnavailable, PairIncompatible
+from specdec_engine.loading import LoadOptions, find_model
 from specdec_engine.runtime.generic import GenericRuntime
 from specdec_engine.runtime.graphs import GraphRuntime
 from specdec_engine.runtime.shape import Unsupported
 from specdec_engine.runtime.static import StaticForward
 from specdec_engine.target import ModelTarget
 from specdec_engine.types import Draft
-from tests.fakes import CPU, ScriptedDrafter, cycles, emitted, host, run
+from tests.fakes import CPU, ScriptedDrafter, byte_tokenizer, cycles, emitted, host, run
 from tests.tape import TapeRecorder
 
 COMMON = {
@@ -179,3 +180,21 @@ def test_what_cannot_be_recorded_says_why():
     model._can_compile_fullgraph = False
     with pytest.raises(Unsupported, match="cannot compile llama"):
         StaticForward(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "said"),
+    [
+        ("T5", {}, "an encoder-decoder"),
+        ("Bart", {"encoder_layers": 2, "decoder_layers": 2}, "an encoder-decoder"),
+        ("Bert", {}, "a bidirectional model"),
+        ("XLMRoberta", {}, "a bidirectional model"),
+    ],
+)
+def test_what_is_no_causal_decoder_is_refused_by_kind(kind, more, said, tmp_path):
+    """transformers runs them: with a draft they say something else than without."""
+    (tmp_path / "model.safetensors").touch()
+    getattr(transformers, f"{kind}Config")(**more).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelUnavailable, match=said):
+        find_model(str(tmp_path), LoadOptions())
