@@ -102,7 +102,7 @@ def _turns(prompt: str, system: str | None, history: Sequence[tuple[str, str]]) 
 
 
 def _rendered(tokenizer: Any, turns: Sequence[Turn]) -> str:
-    """By the template, with contents as text or, where it wants them so, as parts."""
+    """The turns by the template, with contents as text or, where it wants them so, as parts. Raises UsageError."""
     wanted = [turn["content"] for turn in (turns[-1], *(t for t in turns if t["role"] == "system"))]
     failed: UsageError | None = None
     for form in (turns, [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]):
@@ -122,7 +122,7 @@ def _rendered(tokenizer: Any, turns: Sequence[Turn]) -> str:
 
 
 def _holds(text: str, words: str) -> bool:
-    """Whether the words are in the text, however it spaces or quotes them."""
+    """Say whether the words are in the text, however it spaces or quotes them."""
     told, *forms = ("".join(t.split()) for t in (text, words, json.dumps(words)[1:-1]))
     return any(form in told for form in forms)
 

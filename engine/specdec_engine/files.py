@@ -53,14 +53,14 @@ def replace_file(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())  # some file systems tell of a full disk only here
         Path(scratch).chmod(_mode(place))
         Path(scratch).replace(place)
-    except BaseException:
+    except BaseException:  # an interrupt, too, must not leave the scratch file behind
         with suppress(OSError):
             Path(scratch).unlink()
         raise
 
 
 def _mode(place: Path) -> int:
-    """As it is; for a new file as the user's mask has it, where mkstemp's is for the owner alone."""
+    """The permissions that the file has; a new one gets what the user's mask leaves, mkstemp's are the owner's alone."""
     with suppress(FileNotFoundError):
         return stat.S_IMODE(place.stat().st_mode)
     mask = os.umask(0)

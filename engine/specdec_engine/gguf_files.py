@@ -162,7 +162,7 @@ def _alone(gguf: Path) -> Iterator[Path]:
 
 
 def _gemma3_scalar(config: Any) -> int:
-    """What a query is divided by the root of: the size of a head, in the 27B, of 62 layers, that of an even share."""
+    """The number whose root divides a query: a head's size; in the 27B, of 62 layers, the share of hidden size a head has."""
     return int(config.hidden_size // config.num_attention_heads if config.num_hidden_layers == 62 else config.head_dim)
 
 

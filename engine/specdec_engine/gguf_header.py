@@ -94,7 +94,8 @@ def given_to_transformers(header: Header, file: Path) -> Iterator[None]:
 
 
 def check_header(header: Header, file: Path) -> None:
-    """What no reader here would survive, or read rightly. Raises ModelUnavailable, before anything large is made of it."""
+    """Refuse what no reader here would survive, or read rightly, before anything large is made of it. Raises
+    ModelUnavailable."""
     if header.byte_order == "S":
         raise ModelUnavailable(f"{file} is big-endian, which is not read", "use a little-endian file, as most are")
     parts = _value(header, "split.count", 1)
@@ -121,8 +122,8 @@ DAMAGED = "the file is damaged; get it again from where it is from"
 
 
 def check_computed(header: Header, file: Path, config: Any) -> None:
-    """That what the header says of this architecture is in the config. transformers leaves out what it does not know, and
-    would compute another function. Raises ModelUnavailable with the first key that is not."""
+    """Look whether what the header says of this architecture is in the config: transformers leaves out what it does not know,
+    and would compute another function. Raises ModelUnavailable with the first key that is not."""
     from transformers.modeling_gguf_pytorch_utils import GGUF_TO_TRANSFORMERS_MAPPING
 
     arch = _value(header, "general.architecture", "")
@@ -153,7 +154,7 @@ _MEANS = {
     "attn_logit_softcapping": ("attn_logit_softcapping",),
     "final_logit_softcapping": ("final_logit_softcapping",),
     "logit_scale": ("logit_scale",),
-    "rope.freq_base": ("rope_theta", "default_theta"),
+    "use_parallel_residual": ("use_parallel_residual",),
     "feed_forward_length": ("intermediate_size", "n_inner"),
     "expert_feed_forward_length": ("moe_intermediate_size", "intermediate_size"),
 }
@@ -161,7 +162,7 @@ _MEANS = {
 
 
 def _agrees(key: str, value: Any, config: Any) -> bool:
-    """Whether the config has the same by itself."""
+    """Say whether the config has the same by itself."""
     text = config.get_text_config()
     head = getattr(text, "head_dim", None) or int(text.hidden_size) // int(text.num_attention_heads)
     if key == "rope.dimension_count":
@@ -174,6 +175,13 @@ def _agrees(key: str, value: Any, config: Any) -> bool:
         limit = getattr(text, "max_position_embeddings", None)
         if limit is not None and value >= limit:
             return True
+    if key in ("rope.freq_base", "rope.freq_base_swa"):
+        thetas = _thetas(text)  # none for a model that does not rotate
+        return not thetas or any(_close(value, theta) for theta in thetas)
+    if key == "attention.sliding_window_pattern":
+        kinds = [kind == "sliding_attention" for kind in getattr(text, "layer_types", None) or ()]
+        every = value if isinstance(value, list) else [bool((i + 1) % value) for i in range(len(kinds))]
+        return kinds == list(map(bool, every))
     if key == "attention.head_count_kv" and value == text.num_attention_heads:
         return True
     found = [other for name in _MEANS.get(key, ()) if (other := getattr(text, name, None)) is not None]
@@ -182,12 +190,21 @@ def _agrees(key: str, value: Any, config: Any) -> bool:
     return any(_close(value, other) for other in found)
 
 
+def _thetas(text: Any) -> list[float]:
+    """The rotary bases of a config, which has one or one for each kind of layer."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]
+    named = [part.get("rope_theta") for part in parts]
+    named += [getattr(text, name, None) for name in ("rope_theta", "rope_local_base_freq")]
+    return [theta for theta in named if theta is not None]
+
+
 def _close(a: Any, b: Any) -> bool:
     return isinstance(a, int | float) and isinstance(b, int | float) and abs(a - b) <= 1e-6 * max(abs(a), abs(b))
 
 
 def _is_neutral(key: str, value: Any) -> bool:
-    """A value that changes nothing: none at all, no scaling, a causal model that is said to be one."""
+    """Say whether a value changes nothing: none at all, no scaling, a causal model that is called one."""
     if key == "attention.causal":
         return bool(value)
     if key.endswith(("scale", "factor")) and value == 1.0:
@@ -196,7 +213,7 @@ def _is_neutral(key: str, value: Any) -> bool:
 
 
 def _value(header: Header, key: str, otherwise: Any) -> Any:
-    """As Python has it."""
+    """A field's value as a Python object."""
     field = header.fields.get(key)
     found = otherwise if field is None else field.contents()
     return found.item() if isinstance(found, np.generic) else found

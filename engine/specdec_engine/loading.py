@@ -19,6 +19,7 @@ from specdec_engine.context import context_limit
 from specdec_engine.devices import pick_device, pick_dtype
 from specdec_engine.draft_files import read_draft
 from specdec_engine.errors import ModelUnavailable, OutOfMemory, SpecdecError, UsageError
+from specdec_engine.kinds import check_kind, check_rollback
 from specdec_engine.memory import Need, check_fits, estimate, free_bytes, kept_bytes, kv_bytes, ran_out
 from specdec_engine.pretrained import DeviceMap, generation_config, load_config, load_tokenizer, load_weights, stop_ids
 from specdec_engine.processors import Asked, asked_by, left_out_of
@@ -81,7 +82,7 @@ class Loaded:
     """How the layers' weights are kept: int4, int8, or a dtype."""
     parameters: int
     stop_ids: frozenset[int]
-    """All that ends a text or a turn."""
+    """Tokens that end a text or a turn."""
     asked: Asked = field(default_factory=Asked)
     """What the checkpoint's generation config does to logits."""
     left_out: tuple[str, ...] = ()
@@ -283,7 +284,7 @@ def find_model(name: str, options: LoadOptions) -> Candidate:
         folder = gguf_files.beside(path, name, options.report) if path.is_file() else path
         found = gguf_files.entries(folder) if path.is_file() else {}
         config: Any = gguf_files.plain_config(folder) if found else load_config(folder, options.trust_remote_code)
-        _check_kind(config, name)
+        check_kind(config, name)
         shape = lean_shape(config, options, device)
         packed = any(e.kind in PACKED for e in found.values())
         if options.dtype != "auto":
@@ -296,46 +297,11 @@ def find_model(name: str, options: LoadOptions) -> Candidate:
         if isinstance(_placement(name, need, device, options), str):
             shape = Unsupported(_SPREAD)
         if isinstance(shape, Unsupported):
-            _check_rollback(load_config(folder, options.trust_remote_code), name)
+            check_rollback(load_config(folder, options.trust_remote_code), name)
         tokenizer = load_tokenizer(folder, options.trust_remote_code)
     return Candidate(name, path, folder, config, shape, tokenizer, need, device, arithmetic, options)
 
 
-def _check_kind(config: Any, name: str) -> None:
-    """Raises ModelUnavailable for what is no causal decoder: transformers would run it, on text without meaning, and a draft
-    would change what it says."""
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelUnavailable(
-            f"{name} is an encoder-decoder ({config.model_type})", "choose a decoder alone, such as Llama or Qwen"
-        )
-    if config.model_type in _BIDIRECTIONAL and not getattr(config, "is_decoder", False):
-        raise ModelUnavailable(
-            f"{name} is a bidirectional model ({config.model_type}): each token sees those after it",
-            "choose a causal model; one of this kind that was trained as a decoder has is_decoder in its config",
-        )
-
-
-_BIDIRECTIONAL = frozenset(
-    [
-        "bert",
-        "bert-generation",
-        "big_bird",
-        "camembert",
-        "data2vec-text",
-        "electra",
-        "ernie",
-        "megatron-bert",
-        "rembert",
-        "roberta",
-        "roberta-prelayernorm",
-        "roc_bert",
-        "roformer",
-        "xlm-roberta",
-        "xlm-roberta-xl",
-        "xmod",
-    ]
-)
-"""Those of transformers' causal models whose class attends both ways unless the config says otherwise."""
 _SPREAD = "it is spread over devices"
 
 
@@ -349,13 +315,6 @@ def _matrices(config: Any, packed: bool, lean: bool) -> Matrices:
     text = config.get_text_config()
     hidden = int(getattr(text, "hidden_size", 0) or 1024)
     return Matrices(2 * int(getattr(text, "intermediate_size", 0) or 4 * hidden), hidden, packed, lean)
-
-
-def _check_rollback(config: Any, name: str) -> None:
-    """Raises PairIncompatible before the weights are read."""
-    from specdec_engine.cache import new_cache  # 0.5 s of imports that the lean forward does without
-
-    new_cache(config, name)
 
 
 def _need(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
 import pytest
+import transformers
 
 from specdec_engine import gguf_files, gguf_header
 from specdec_engine.errors import ModelUnavailable
@@ -154,3 +156,53 @@ def test_a_conversion_that_broke_leaves_nothing_and_the_next_one_is_whole(tmp_pa
     assert gguf.GGUFReader.__name__ == "GGUFReader"
     assert not list((tmp_path / "specdec-cache" / "gguf").iterdir())
     assert (beside(file, "tiny", silent) / "tokenizer.json").is_file()
+
+
+class Said:
+    """A field of a header."""
+
+    def __init__(self, name, value):
+        self.name, self.value = name, value
+
+    def contents(self):
+        return self.value
+
+
+SLIDING = {"layer_types": ["sliding_attention"] * 5 + ["full_attention"], "num_hidden_layers": 6}
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "key", "value", "computed"),
+    [
+        ("Llama", {}, "expert_count", 0, True),
+        ("Llama", {}, "expert_count", 8, False),
+        ("Llama", {}, "rope.scaling.type", "none", True),
+        ("Llama", {}, "rope.scaling.type", "yarn", False),
+        ("Llama", {}, "rope.scaling.attn_factor", 1.0, True),
+        ("Llama", {}, "attention.causal", True, True),
+        ("Llama", {}, "attention.causal", False, False),
+        ("Llama", {}, "attention.key_length", 8, True),
+        ("Llama", {}, "attention.key_length", 16, False),
+        ("Llama", {}, "attention.sliding_window", 64, False),
+        ("Llama", {}, "attention.sliding_window", 2048, True),
+        ("Llama", {}, "logit_scale", 0.5, False),
+        ("Llama", {}, "a.key.of.tomorrow", 3, False),
+        ("Gemma2", {}, "attn_logit_softcapping", 50.0, True),
+        ("Gemma2", {}, "attn_logit_softcapping", 30.0, False),
+        ("Gemma3Text", SLIDING, "rope.freq_base_swa", 10000.0, True),
+        ("Gemma3Text", SLIDING, "rope.freq_base_swa", 20000.0, False),
+        ("Gemma3Text", SLIDING, "attention.sliding_window_pattern", 6, True),
+        ("Gemma3Text", SLIDING, "attention.sliding_window_pattern", [True] * 5 + [False], True),
+        ("Gemma3Text", SLIDING, "attention.sliding_window_pattern", [True] * 6, False),
+    ],
+)
+def test_what_a_header_says_is_in_the_config_or_is_refused(kind, config, key, value, computed, tmp_path):
+    arch = {"Llama": "llama", "Gemma2": "gemma2", "Gemma3Text": "gemma3"}[kind]
+    made = getattr(transformers, f"{kind}Config")(
+        hidden_size=32, num_attention_heads=4, max_position_embeddings=2048, **{"head_dim": 8, **config}
+    )
+    said = (Said("general.architecture", arch), Said(f"{arch}.{key}", value), Said("tokenizer.ggml.model", "gpt2"))
+    header = SimpleNamespace(fields={field.name: field for field in said})
+    refused = nullcontext() if computed else pytest.raises(ModelUnavailable, match=key)
+    with refused:
+        gguf_header.check_computed(header, tmp_path / "f.gguf", made)
