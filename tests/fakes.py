@@ -228,6 +228,9 @@ class StateWeights:
     def names(self) -> frozenset[str]:
         return frozenset(self._state)
 
+    def size(self, name: str) -> tuple[int, ...]:
+        return tuple(self._state[name].shape)
+
     def dense(self, name: str) -> Tensor:
         return self._state[name]
 

@@ -6,6 +6,7 @@ raises since; a negative count means "remove that many" in all of them.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -26,12 +27,28 @@ def new_cache(config: Any, name: str) -> DynamicCache:
     cache.layers = [DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer for layer in cache.layers]
     stuck = [i for i, layer in enumerate(cache.layers) if not getattr(layer, "is_croppable", _is_attention(layer))]
     if stuck:
-        kinds = sorted({type(cache.layers[i]).__name__ for i in stuck})
+        kinds = ", ".join(sorted({type(cache.layers[i]).__name__ for i in stuck}))
+        which = f"layer {stuck[0]} is a" if len(stuck) == 1 else f"layers {_ranges(stuck)} are"
         raise PairIncompatible(
-            f"{name} ({config.model_type}) cannot be rolled back: layers {_ranges(stuck)} are {', '.join(kinds)}",
+            f"{name} ({config.model_type}) cannot be rolled back: {which} {kinds}",
             "speculation needs full or sliding-window attention in every layer; choose another model",
         )
     return cache
+
+
+def check_stateless(model: Any, config: Any, name: str) -> None:
+    """Look whether a model, or its class, keeps all its state in a key-value cache. Raises PairIncompatible."""
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ())
+    stateful = getattr(model, "_is_stateful", False) and not (kinds and kinds <= _ATTENTION)
+    if stateful or "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise PairIncompatible(
+            f"{name} ({config.model_type}) cannot be rolled back: it keeps state outside a key-value cache",
+            "choose a model with attention in every layer",
+        )
+
+
+_ATTENTION = frozenset({"attention", "full_attention", "sliding_attention"})
+"""Of a hybrid's kinds of layers, those that keep keys and values and nothing else."""
 
 
 def truncate(cache: DynamicCache, to: int) -> None:

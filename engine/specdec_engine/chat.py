@@ -12,8 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from specdec_engine.errors import UsageError
-from specdec_engine.sources import first_line
+from specdec_engine.errors import UsageError, first_line
 
 _SECONDS = 10.0
 """Far more than any template takes: the longest in use are done in a few ms."""

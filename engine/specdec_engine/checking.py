@@ -48,9 +48,9 @@ class Fit:
 
 
 def check(target: str, draft: str, options: LoadOptions) -> Fit:
-    """draft: as after `--draft`; of several, joined by commas, each is looked at. Raises ModelUnavailable for a model that
-    cannot be had, OutOfMemory for one that cannot fit, alone or beside the other."""
-    ours = find_model(target, options)
+    """draft: as after `--draft`; of several, joined by commas, each is looked at. Raises what loading them would:
+    ModelUnavailable for a model that cannot be had, OutOfMemory for one that cannot fit, alone or beside the other."""
+    ours = find_model(target, options).rehearsed()
     findings, figures = list[Finding](), dict[str, Any]()
     for name in draft.split(","):
         found, of_model = _member(ours, name, options)
@@ -70,7 +70,7 @@ def _member(ours: Candidate, draft: str, options: LoadOptions) -> tuple[list[Fin
     if made is not None and made.kind == "head":
         return [_head(ours, draft, made)], {}
     try:
-        theirs = find_model(draft, options.for_draft())
+        theirs = find_model(draft, options.for_draft()).rehearsed()
     except PairIncompatible as error:
         return [Finding("cache", "bad", f"{error.message}; {error.hint}")], {}
     figures = _figures(ours, theirs)

@@ -1,4 +1,4 @@
-"""How long a context a model was made for."""
+"""What a config says of contexts and layers, in whatever way its kind of model says it."""
 
 from __future__ import annotations
 
@@ -21,3 +21,18 @@ def context_limit(config: Any) -> int | None:
             )
             limit = min(filter(None, (limit, original)), default=None)
     return limit
+
+
+def layer_configs(config: Any) -> list[Any]:
+    """One a layer of the text model: its own where layers differ (Gemma 4's heads), else the config itself."""
+    text = config.get_text_config()
+    layers = int(getattr(text, "num_hidden_layers", 0) or 0)
+    views = getattr(text, "per_layer_config", None)
+    return [text] * layers if views is None else [views[i] for i in range(layers)]
+
+
+def kv_size(layer: Any) -> tuple[int, int]:
+    """Key-value heads, and numbers in each, of one of the `layer_configs`."""
+    heads = getattr(layer, "num_attention_heads", 0) or 1
+    kv_heads = getattr(layer, "num_key_value_heads", None) or heads
+    return kv_heads, getattr(layer, "head_dim", None) or getattr(layer, "hidden_size", 0) // heads

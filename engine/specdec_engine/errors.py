@@ -29,6 +29,16 @@ def reason(error: Exception) -> str:
     return str(getattr(error, "strerror", None) or error)
 
 
+def first_line(error: BaseException) -> str:
+    """What another library says, which may take a page for it, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    if isinstance(error, KeyError):
+        return f"there is no {lines[0]}"
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
 class UsageError(SpecdecError):
     """A value that cannot be used: a negative temperature, an empty prompt, a prompt longer than the context."""
 

@@ -10,15 +10,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from specdec_engine import gguf_files
-from specdec_engine.context import context_limit
+from specdec_engine.context import context_limit, layer_configs
 from specdec_engine.devices import pick_device, pick_dtype
 from specdec_engine.draft_files import read_draft
-from specdec_engine.errors import ModelUnavailable, OutOfMemory, SpecdecError, UsageError
+from specdec_engine.errors import ModelUnavailable, OutOfMemory, SpecdecError, UsageError, first_line
 from specdec_engine.kinds import check_kind, check_rollback
 from specdec_engine.memory import Need, check_fits, estimate, free_bytes, kept_bytes, kv_bytes, ran_out
 from specdec_engine.pretrained import DeviceMap, generation_config, load_config, load_tokenizer, load_weights, stop_ids
@@ -27,14 +27,17 @@ from specdec_engine.progress import Progress, Report, silent
 from specdec_engine.runtime import Runtime, native
 from specdec_engine.runtime.arithmetic import Arithmetic, Matrices, choose
 from specdec_engine.runtime.blocks import cache_dtype
-from specdec_engine.runtime.decoder import Decoder
+from specdec_engine.runtime.decoder import Decoder, check_tensors
 from specdec_engine.runtime.graphs import CudaRecorder, GraphRuntime, room_for
 from specdec_engine.runtime.lean import Forward, LeanRuntime
 from specdec_engine.runtime.linear import Packing, Quantize
 from specdec_engine.runtime.shape import Shape, Unsupported, shape_of
-from specdec_engine.sources import first_line, resolve, weight_files
+from specdec_engine.sources import resolve, weight_files
 from specdec_engine.threads import Threads
 from specdec_engine.weights import PACKED, Entry, GgufWeights, SafetensorsWeights, Weights
+
+if TYPE_CHECKING:
+    from specdec_engine.runtime.generic import GenericRuntime
 
 RuntimeName = Literal["auto", "lean", "graph", "generic"]
 
@@ -133,9 +136,30 @@ class Candidate:
         placement = _placement(self.name, self.need, self.device, self.options)
         report(Progress("load", self.name, 0, size))
         with _explained(self.name, self.path):
-            loaded = self._on_runtime(placement)
+            try:
+                loaded = self._on_runtime(placement)
+            except RuntimeError as error:
+                if "ignore_mismatched_sizes" in str(error):  # says no more than that some have another size
+                    self.rehearsed()
+                raise
         report(Progress("load", self.name, size, size))
         return loaded
+
+    def rehearsed(self) -> Candidate:
+        """As `load` would take it, by names and sizes of the tensors: on the lean forward, or the generic one and why. Raises
+        what `load` does for a checkpoint that lacks some or is of another kind; what a GGUF of transformers' names holds is
+        looked at by `load` alone."""
+        with _explained(self.name, self.path):
+            try:
+                if isinstance(self.shape, Unsupported):
+                    raise self.shape
+                check_tensors(self._weights(), self.shape)
+            except Unsupported as reason:
+                dense = self._dense(reason)
+                if self.path.is_dir():
+                    dense._generic_runtime(torch.device("meta"))
+                return dense
+        return self
 
     def _on_runtime(self, placement: torch.device | DeviceMap) -> Loaded:
         """The lean forward, on a GPU as recorded graphs; or the generic one, and why."""
@@ -146,17 +170,21 @@ class Candidate:
                 raise Unsupported(_SPREAD)
             return self._lean(self.shape)
         except Unsupported as reason:  # of the config, or now of the checkpoint
-            if self.options.quantize in ("int8", "int4"):
-                raise UsageError(
-                    f"the weights of {self.name} cannot be packed: that needs the lean runtime, and {reason}",
-                    "leave out --quantize or --draft-quantize, and --runtime and --device-map if you gave them",
-                ) from None
-            if self.options.runtime == "lean" or (self.options.runtime == "graph" and self.device.type != "cuda"):
-                raise UsageError(
-                    f"{self.name} cannot run on the {self.options.runtime} runtime: {reason}", "leave out --runtime"
-                ) from None
-            dense = choose(_matrices(self.config, False, False), self.options.dtype, "none", self.device)
-            return replace(self, shape=reason, arithmetic=dense)._generic(placement, str(reason))
+            return self._dense(reason)._generic(placement, str(reason))
+
+    def _dense(self, reason: Unsupported) -> Candidate:
+        """For the generic forward. Raises UsageError if what was asked for is the lean one's."""
+        if self.options.quantize in ("int8", "int4"):
+            raise UsageError(
+                f"the weights of {self.name} cannot be packed: that needs the lean runtime, and {reason}",
+                "leave out --quantize or --draft-quantize, and --runtime and --device-map if you gave them",
+            ) from None
+        if self.options.runtime == "lean" or (self.options.runtime == "graph" and self.device.type != "cuda"):
+            raise UsageError(
+                f"{self.name} cannot run on the {self.options.runtime} runtime: {reason}", "leave out --runtime"
+            ) from None
+        dense = choose(_matrices(self.config, False, False), self.options.dtype, "none", self.device)
+        return replace(self, shape=reason, arithmetic=dense)
 
     def _lean(self, shape: Shape) -> Loaded:
         packing = _packing(self.options, self.arithmetic)
@@ -191,17 +219,21 @@ class Candidate:
             raise UsageError(f"{self.name} cannot run on the graph runtime: {reason}", "leave out --runtime") from None
 
     def _generic(self, placement: torch.device | DeviceMap, remark: str) -> Loaded:
-        from specdec_engine.runtime.generic import GenericRuntime  # its imports take 2 s
-
-        model = load_weights(
-            self.path, self.folder, self._gguf_state, self.arithmetic.weights, placement, self.options.trust_remote_code
-        )
+        generic = self._generic_runtime(placement)
+        runtime: Runtime = generic
+        model = generic.model
         form = str(self.arithmetic.weights).removeprefix("torch.")
         spread = getattr(model, "hf_device_map", None) is not None  # not so where there is but one device
-        runtime: Runtime = GenericRuntime(model, self.name)
         if self.device.type == "cuda" and not spread and self.options.runtime != "generic":
             runtime, remark = self._recorded(model, runtime, remark)
         return self._loaded(runtime, form, model.num_parameters(), spread, remark)
+
+    def _generic_runtime(self, placement: torch.device | DeviceMap) -> GenericRuntime:
+        from specdec_engine.runtime.generic import GenericRuntime  # its imports take 2 s
+
+        dtype, own_code = self.arithmetic.weights, self.options.trust_remote_code
+        model = load_weights(self.path, self.folder, self._gguf_state, dtype, placement, own_code)
+        return GenericRuntime(model, self.name)
 
     def _recorded(self, model: Any, otherwise: Runtime, remark: str) -> tuple[Runtime, str]:
         """The transformers forward as graphs, where it can be recorded; and why it is not the lean one, or not even that."""
@@ -284,7 +316,7 @@ def find_model(name: str, options: LoadOptions) -> Candidate:
         folder = gguf_files.beside(path, name, options.report) if path.is_file() else path
         found = gguf_files.entries(folder) if path.is_file() else {}
         config: Any = gguf_files.plain_config(folder) if found else load_config(folder, options.trust_remote_code)
-        check_kind(config, name)
+        check_kind(config, name, _own_code(config, options))
         shape = lean_shape(config, options, device)
         packed = any(e.kind in PACKED for e in found.values())
         if options.dtype != "auto":
@@ -305,6 +337,10 @@ def find_model(name: str, options: LoadOptions) -> Candidate:
 _SPREAD = "it is spread over devices"
 
 
+def _own_code(config: Any, options: LoadOptions) -> bool:
+    return options.trust_remote_code and bool(getattr(config, "auto_map", None))
+
+
 def _packing(options: LoadOptions, arithmetic: Arithmetic) -> Packing:
     """What was asked for, or `none` where no weights are packed."""
     return options.quantize if arithmetic.packs else "none"
@@ -312,9 +348,10 @@ def _packing(options: LoadOptions, arithmetic: Arithmetic) -> Packing:
 
 def _matrices(config: Any, packed: bool, lean: bool) -> Matrices:
     """By the projection into the feed-forward network, half of most models' weights."""
-    text = config.get_text_config()
-    hidden = int(getattr(text, "hidden_size", 0) or 1024)
-    return Matrices(2 * int(getattr(text, "intermediate_size", 0) or 4 * hidden), hidden, packed, lean)
+    hidden = int(getattr(config.get_text_config(), "hidden_size", 0) or 1024)
+    sizes = [getattr(layer, "intermediate_size", 0) for layer in layer_configs(config)]
+    widest = max((max(size) if isinstance(size, list) else size or 0 for size in sizes), default=0)
+    return Matrices(2 * int(widest or 4 * hidden), hidden, packed, lean)
 
 
 def _need(
@@ -397,10 +434,16 @@ def _explained(name: str, path: Path) -> Iterator[None]:
                 f"{name} brings its own code, which is not run unless you ask for it",
                 "read the code, and pass --trust-remote-code if you trust it",
             ) from error
+        if isinstance(error, ImportError):
+            raise ModelUnavailable(
+                f"{name} cannot be loaded: {first_line(error)}",
+                "install that, or choose a checkpoint that is not quantized",
+            ) from error
         if path.is_file():
             raise ModelUnavailable(
                 f"{name} cannot be read as GGUF: {first_line(error)}", "run with --debug for the traceback"
             ) from error
         raise ModelUnavailable(
-            f"{name} cannot be loaded: {first_line(error)}", "run with --debug for the traceback"
+            f"{name} cannot be loaded: {first_line(error)}",
+            "compare its config.json with what the model's owner gives; --debug shows the traceback",
         ) from error

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import psutil
 import torch
 from safetensors import safe_open
 
+from specdec_engine.context import kv_size, layer_configs
 from specdec_engine.errors import OutOfMemory
 from specdec_engine.runtime.linear import Packing
 from specdec_engine.weights import PACKED, Entry
@@ -49,7 +50,7 @@ embeddings, a quarter of a small model."""
 
 def kept_bytes(name: str, entry: Entry, dtype: torch.dtype, quantize: Packing) -> int:
     """What a GGUF's tensor takes once loaded: packed, its bits and the constants of its groups; else one `dtype` a number."""
-    numbers = prod(entry.shape)
+    numbers = math.prod(entry.shape)
     if quantize == "none" or len(entry.shape) == 1:
         return numbers * dtype.itemsize
     if quantize in ("auto", "light") and entry.kind in PACKED:
@@ -70,16 +71,12 @@ def peak_bytes(device: torch.device) -> int | None:
 
 def kv_bytes(config: Any, dtype: torch.dtype, tokens: int) -> int:
     """Keys and values of `tokens` tokens: 2 · layers · KV heads · head size · bytes."""
-    text = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", 0) or 1
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    head_size = getattr(text, "head_dim", None) or getattr(text, "hidden_size", 0) // heads
-    return int(2 * getattr(text, "num_hidden_layers", 0) * kv_heads * head_size * dtype.itemsize * tokens)
+    return sum(2 * math.prod(kv_size(layer)) for layer in layer_configs(config)) * dtype.itemsize * tokens
 
 
 def _stored_numbers(file: Path) -> int:
     with safe_open(file, "pt") as tensors:
-        return int(sum(prod(tensors.get_slice(name).get_shape()) for name in tensors.keys()))  # noqa: SIM118
+        return int(sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys()))  # noqa: SIM118
 
 
 def _parameters(config: Any) -> int:

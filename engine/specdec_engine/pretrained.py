@@ -11,19 +11,31 @@ from typing import Any, Literal
 import torch
 
 from specdec_engine.chat import turn_ends
-from specdec_engine.errors import ModelUnavailable
+from specdec_engine.errors import ModelUnavailable, first_line
 from specdec_engine.files import read_json
-from specdec_engine.sources import first_line
+from specdec_engine.kinds import causal_class, check_sizes
+from specdec_engine.sources import raw_config
 
 DeviceMap = Literal["auto"]
-LACKING = "its config and its weights are not of one model: compare config.json with what the weights' owner gives"
+_NOT_OF_ONE = "its config and its weights are not of one model: compare config.json with what the weights' owner gives"
 
 
 def load_config(path: Path, trust_remote_code: bool) -> Any:
-    """The config, for the architecture that it names."""
-    from transformers import AutoConfig
+    """The config, for the architecture that it names. Raises ModelUnavailable for absurd counts of layers or heads, and for a
+    type that transformers does not know."""
+    from transformers import AutoConfig, __version__
 
-    return AutoConfig.from_pretrained(**_source(path, trust_remote_code))
+    check_sizes(path)
+    try:
+        return AutoConfig.from_pretrained(**_source(path, trust_remote_code))
+    except ValueError as error:
+        if "does not recognize this architecture" not in str(error):
+            raise
+        kind = raw_config(path).get("model_type")
+        raise ModelUnavailable(
+            f"{path} is of the type {kind!r}, which transformers {__version__} does not know",
+            "a newer one may: pip install -U transformers",
+        ) from error
 
 
 def load_weights(
@@ -34,17 +46,20 @@ def load_weights(
     placement: torch.device | DeviceMap,
     trust_remote_code: bool,
 ) -> Any:
-    """The model in evaluation mode, from safetensors or a GGUF's tensors. Raises ModelUnavailable if a tensor is missing."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+    """The model in evaluation mode, from safetensors or a GGUF's tensors; on the meta device, the names and sizes of its
+    tensors alone. Raises ModelUnavailable for a tensor that is missing or has another size than its config asks for."""
+    from transformers import AutoModelForCausalLM
 
     state = gguf_state() if path.is_file() else None
-    common: dict[str, Any] = {"device_map": placement} if isinstance(placement, str) else {}
-    common |= {"dtype": dtype, "output_loading_info": True}
+    common: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    if isinstance(placement, str):
+        common["device_map"] = placement
+    elif placement.type == "meta":
+        common |= {"device_map": placement, "ignore_mismatched_sizes": True}
     model: Any
     if state is not None:
         config = load_config(folder, trust_remote_code)
-        made = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        model, info = made.from_pretrained(None, config=config, state_dict=state, **common)
+        model, info = causal_class(config).from_pretrained(None, config=config, state_dict=state, **common)
     elif path.is_file():
         from specdec_engine.gguf_header import Header, given_to_transformers
 
@@ -57,13 +72,28 @@ def load_weights(
         model, info = AutoModelForCausalLM.from_pretrained(
             **_source(path, trust_remote_code), **common, use_safetensors=True
         )
-    if missing := sorted(info["missing_keys"]):  # transformers would go on with random numbers in their place
-        raise ModelUnavailable(
-            f"{path} lacks {len(missing)} tensors that its config asks for, the first {missing[0]}", LACKING
-        )
+    _check_tensors(path, folder, info)
     if isinstance(placement, torch.device):
         model = model.to(placement)
     return model.eval()
+
+
+def _check_tensors(path: Path, folder: Path, info: dict[str, Any]) -> None:
+    """transformers goes on with random numbers in their place."""
+    if missing := sorted(info["missing_keys"]):
+        made = next(iter(raw_config(folder).get("architectures") or ()), "")
+        what, hint = "its config asks for", _NOT_OF_ONE
+        if made and "CausalLM" not in str(made) and "LMHead" not in str(made):
+            what, hint = (
+                f"a text model of its kind has (it is a {made})",
+                "choose the causal model that it was made from",
+            )
+        count = f"{len(missing)} tensors that {what}, the first" if len(missing) > 1 else f"a tensor that {what},"
+        raise ModelUnavailable(f"{path} lacks {count} {missing[0]}", hint)
+    if differing := sorted(info["mismatched_keys"]):
+        name, stored, wanted = differing[0]
+        sizes = f"has the size {tuple(stored)}, and its config asks for {tuple(wanted)}"
+        raise ModelUnavailable(f"{name} of {path} {sizes}", _NOT_OF_ONE)
 
 
 def generation_config(folder: Path) -> Any:

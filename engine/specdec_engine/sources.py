@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from specdec_engine.builtin import builtin_gguf
-from specdec_engine.errors import ModelUnavailable, reason
+from specdec_engine.errors import ModelUnavailable, first_line, reason
 from specdec_engine.files import read_json
 from specdec_engine.progress import Progress, Report, silent
 
@@ -212,8 +212,3 @@ def _reporting_tqdm(name: str, report: Report) -> type[Any]:
                 report(Progress("download", name, self._seen, int(self.total) if self.total else None))
 
     return Reporting
-
-
-def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(": ") if lines else type(error).__name__

@@ -63,6 +63,10 @@ class Weights(Protocol):
     @property
     def names(self) -> frozenset[str]: ...
 
+    def size(self, name: str) -> tuple[int, ...]:
+        """Rows first. Reads no more than the file's header. Raises KeyError for a name that is not there."""
+        ...
+
     def dense(self, name: str) -> Tensor:
         """As stored, or as float32 where it is packed. Raises KeyError for a name that is not there."""
         ...
@@ -82,6 +86,9 @@ class SafetensorsWeights:
     @property
     def names(self) -> frozenset[str]:
         return frozenset(self._where)
+
+    def size(self, name: str) -> tuple[int, ...]:
+        return tuple(self._where[name].get_slice(name).get_shape())
 
     def dense(self, name: str) -> Tensor:
         tensor: Tensor = self._where[name].get_tensor(name)
@@ -115,6 +122,9 @@ class GgufWeights:
     @property
     def names(self) -> frozenset[str]:
         return frozenset(self._entries)
+
+    def size(self, name: str) -> tuple[int, ...]:
+        return self._entries[name].shape
 
     def dense(self, name: str) -> Tensor:
         stored = self.stored(name)

@@ -257,6 +257,7 @@ def test_a_full_acceptance_costs_no_extra_pass():
 
     target = ModelTarget(GenericRuntime(TARGET, "tiny"), "tiny")
     drafter = build_drafter("model:x", host(VOCAB, lambda name: Counting(TARGET, name)))
+    passes.clear()  # of those that tried the model out
     run(target, drafter, [5, 6, 7], k=3, max_tokens=12)
     assert passes == [2, 1, 1, 1, 2, 1, 1, 2, 1, 1]  # the prompt's first 2; then 3 a cycle, 2 tokens pending at first
 

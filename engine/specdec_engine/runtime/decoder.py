@@ -46,7 +46,7 @@ class Decoder(Blocks):
 
         Raises Unsupported if the checkpoint has tensors that this forward does not know, or lacks one.
         """
-        _check_names(weights.names, shape)
+        check_tensors(weights, shape)
         take = _Taker(weights)
         if (factors := take.optional("rope_freqs.weight")) is not None:  # how GGUF keeps Llama 3's stretched rotation
             shape = replace(shape, frequencies=shape.frequencies / factors)
@@ -203,13 +203,19 @@ class _Taker:
         return project(matrices, torch.cat(known) if known else None, dtype, device, quantize, kernels)
 
 
-def _check_names(names: frozenset[str], shape: Shape) -> None:
-    """Raises Unsupported for a checkpoint that lacks a tensor, or has one that would have to be left out."""
-    wanted = shape.tensors if shape.tied else shape.tensors | {"lm_head.weight"}
-    if missing := sorted(wanted - names):
+def check_tensors(weights: Weights, shape: Shape) -> None:
+    """Look whether a checkpoint has the tensors of this shape, without reading them. Raises Unsupported if it lacks one, if
+    one has another size, or if one would have to be left out."""
+    names, wanted = weights.names, dict(shape.tensors)
+    if not shape.tied:
+        wanted["lm_head.weight"] = wanted["model.embed_tokens.weight"]
+    if missing := sorted(wanted.keys() - names):
         raise Unsupported(f"its checkpoint has no {missing[0]}")
+    for name, size in wanted.items():
+        if weights.size(name) != size:
+            raise Unsupported(f"its {name} has the size {weights.size(name)}, and its config asks for {size}")
     ignored = {"lm_head.weight", "rope_freqs.weight"}
-    left = sorted(n for n in names - wanted - ignored if not n.endswith("rotary_emb.inv_freq"))
+    left = sorted(n for n in names - wanted.keys() - ignored if not n.endswith("rotary_emb.inv_freq"))
     if left:
         raise Unsupported(f"its checkpoint has {len(left)} tensors this forward does not know, the first {left[0]}")
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec_engine.cache import new_cache, truncate
+from specdec_engine.cache import check_stateless, new_cache, truncate
 from specdec_engine.context import context_limit
-from specdec_engine.errors import PairIncompatible
+from specdec_engine.errors import PairIncompatible, first_line
+from specdec_engine.memory import ran_out
 from specdec_engine.runtime import step_by_step
 
 
@@ -24,17 +25,32 @@ class GenericRuntime:
 
     def __init__(self, model: Any, label: str) -> None:
         self._cache = new_cache(model.config, label)
-        accepts = inspect.signature(model.forward).parameters
-        if "past_key_values" not in accepts or getattr(model, "_is_stateful", False):
-            raise PairIncompatible(
-                f"{label} ({model.config.model_type}) cannot be rolled back: it keeps state outside a key-value cache",
-                "choose a model with attention in every layer",
-            )
+        check_stateless(model, model.config, label)
         self.model = model
         self.vocab = _logits_size(model)
         self.limit = context_limit(model.config)
         self.device = model.device
-        self._keeps_rows = "logits_to_keep" in accepts
+        self._keeps_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._try(f"{label} ({model.config.model_type})")
+
+    def _try(self, label: str) -> None:
+        """Two tokens after two, and all taken back: whether this forward takes them so, and counts them."""
+        tokens = torch.zeros(2, dtype=torch.long, device=self.device)
+        try:
+            self.forward(tokens, 2)
+            self.forward(tokens, 2)
+            counted = self.cached
+            self.rollback(0)
+        except Exception as error:
+            if ran_out(error):
+                raise
+            if self.device.type == "meta" and not isinstance(error, AssertionError | TypeError | ValueError):
+                return  # it asks for numbers where there are only sizes: experts are chosen by them
+            raise PairIncompatible(
+                f"{label} cannot be told several tokens after others: {first_line(error)}", _OTHER
+            ) from error
+        if counted != 4:
+            raise PairIncompatible(f"{label} cannot be rolled back: its cache has {counted} rows for 4 tokens", _OTHER)
 
     @property
     def cached(self) -> int:
@@ -51,6 +67,9 @@ class GenericRuntime:
         truncate(self._cache, to)
 
     unroll = step_by_step
+
+
+_OTHER = "choose a model with attention in every layer, such as Llama or Qwen"
 
 
 def _logits_size(model: Any) -> int:

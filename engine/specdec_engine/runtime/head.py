@@ -37,7 +37,7 @@ def head_shape(config: Mapping[str, Any]) -> Shape:
         vocab=config["vocab_size"],
         eps=config["rms_norm_eps"],
         tied=False,
-        tensors=frozenset(),
+        tensors={},
         windows=(None,),
         frequencies=1.0 / config["rope_theta"] ** steps,
         rope_scale=1.0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +29,8 @@ class Shape:
     vocab: int
     eps: float
     tied: bool
-    tensors: frozenset[str]
-    """What a checkpoint must have, all of it and nothing else, but for an untied head."""
+    tensors: Mapping[str, tuple[int, ...]]
+    """What a checkpoint must have, and of which sizes: all of it and nothing else, but for an untied head."""
     windows: tuple[int | None, ...]
     """Per layer: how many positions back it sees; None for all."""
     frequencies: Tensor
@@ -47,6 +48,8 @@ def shape_of(config: Any) -> Shape:
     """Raises Unsupported, with the reason, for a model that this forward would not compute exactly."""
     if config.model_type not in FAMILY:
         raise Unsupported(f"{config.model_type} is not one of {', '.join(FAMILY)}")
+    if getattr(config, "quantization_config", None) is not None:
+        raise Unsupported("its weights are quantized")
     if config.hidden_act != "silu":
         raise Unsupported(f"its activation is {config.hidden_act}")
     heads, layers = config.num_attention_heads, config.num_hidden_layers
@@ -61,7 +64,7 @@ def shape_of(config: Any) -> Shape:
         vocab=config.vocab_size,
         eps=config.rms_norm_eps,
         tied=config.tie_word_embeddings,
-        tensors=_tensors(config),
+        tensors=_tensors(config, head_size),
         windows=_windows(config, layers),
         frequencies=frequencies,
         rope_scale=scale,
@@ -96,22 +99,35 @@ def _windows(config: Any, layers: int) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in config.layer_types)
 
 
-def _tensors(config: Any) -> frozenset[str]:
-    """Names of all tensors that transformers' model of this config has, but for an untied head's."""
+def _tensors(config: Any, head_size: int) -> dict[str, tuple[int, ...]]:
+    """Names and sizes of all tensors that transformers' model of this config has, but for an untied head's."""
     biased = getattr(config, "attention_bias", False)
-    queries, out, mlp = {
+    of_queries, of_out, of_mlp = {
         "llama": (biased, biased, getattr(config, "mlp_bias", False)),
         "mistral": (False, False, False),
         "qwen2": (True, False, False),
         "qwen3": (biased, biased, False),
     }[config.model_type]
-    parts = {f"self_attn.{part}_proj": queries for part in "qkv"} | {"self_attn.o_proj": out}
-    parts |= {f"mlp.{part}_proj": mlp for part in ("gate", "up", "down")}
-    parts |= {"input_layernorm": False, "post_attention_layernorm": False}
+    hidden, inner, queries = config.hidden_size, config.intermediate_size, config.num_attention_heads * head_size
+    keys = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_size
+    matrices = {
+        "self_attn.q_proj": (queries, hidden, of_queries),
+        "self_attn.k_proj": (keys, hidden, of_queries),
+        "self_attn.v_proj": (keys, hidden, of_queries),
+        "self_attn.o_proj": (hidden, queries, of_out),
+        "mlp.gate_proj": (inner, hidden, of_mlp),
+        "mlp.up_proj": (inner, hidden, of_mlp),
+        "mlp.down_proj": (hidden, inner, of_mlp),
+    }
+    layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+    }
+    for name, (rows, columns, has_bias) in matrices.items():
+        layer[f"{name}.weight"] = (rows, columns)
+        if has_bias:
+            layer[f"{name}.bias"] = (rows,)
     if config.model_type == "qwen3":
-        parts |= {"self_attn.q_norm": False, "self_attn.k_norm": False}
-    names = {"model.embed_tokens.weight", "model.norm.weight"}
-    for i in range(config.num_hidden_layers):
-        for part, bias in parts.items():
-            names |= {f"model.layers.{i}.{part}.{kind}" for kind in (("weight", "bias") if bias else ("weight",))}
-    return frozenset(names)
+        layer |= {"self_attn.q_norm.weight": (head_size,), "self_attn.k_norm.weight": (head_size,)}
+    sizes = {f"model.layers.{i}.{name}": size for i in range(config.num_hidden_layers) for name, size in layer.items()}
+    return sizes | {"model.embed_tokens.weight": (config.vocab_size, hidden), "model.norm.weight": (hidden,)}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from specdec_engine.context import kv_size, layer_configs
 from specdec_engine.runtime.shape import Unsupported
 
 
@@ -33,9 +34,11 @@ class StaticForward:
         self._model = model
         self._by_kind = hasattr(config, "layer_types")
         self._window = getattr(config, "sliding_window", None)
-        self._kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        self._head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self._layers = config.num_hidden_layers
+        layers = layer_configs(model.config)
+        sizes = {kv_size(layer) for layer in layers}
+        if len(sizes) > 1:
+            raise Unsupported(f"its layers keep keys of different sizes: {', '.join(map(str, sorted(sizes)))}")
+        (self._kv_heads, self._head_size), self._layers = sizes.pop(), len(layers)
         self.device, self.cache_dtype = model.device, model.dtype
         self.vocab = int(model.get_output_embeddings().weight.shape[0])
         self._try()

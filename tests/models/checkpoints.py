@@ -1,0 +1,151 @@
+"""A tiny checkpoint of every kind that transformers makes text with, and of those that people hand in by mistake: random
+weights, nothing is downloaded. `python -m tests.models.checkpoints` writes docs/models.md.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from specdec_engine.checking import check
+from specdec_engine.errors import SpecdecError
+from specdec_engine.events import Cycle
+from specdec_engine.loading import LoadOptions
+from specdec_engine.pair import load_pair
+from tests.fakes import byte_tokenizer
+
+OPTIONS = LoadOptions(device="cpu", dtype="float32", threads=1)
+PROMPT = [5, 9, 7, 9, 5, 9]
+TOKENS = 8
+
+_KINDS = json.loads(Path(__file__).with_name("kinds.json").read_text("utf-8"))
+COMMON = _KINDS["common"]
+"""Tried for all: each field where a config, or a part of it that is named below, has it."""
+CAUSAL, MISTAKES, SKIPPED = _KINDS["causal"], _KINDS["mistakes"], _KINDS["skipped"]
+"""What a kind is given beyond that; a class and what it is given; why a kind cannot be built or run here."""
+
+
+def _fields(kind: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """COMMON where a config has the field, then what is given; a part of a config in the same way."""
+    known = set(kind.__dataclass_fields__) | set(kind.attribute_map)
+    result = {name: value for name, value in COMMON.items() if name in known}
+    for name, value in given.items():
+        part = kind.sub_configs.get(name)
+        if isinstance(value, dict) and part is not None:
+            if part is transformers.AutoConfig:
+                named = value.get("model_type") or kind.sub_configs_defaults[name].model_type
+                value = {**_fields(CONFIG_MAPPING[named], value), "model_type": named}
+            else:
+                value = _fields(part, value)
+        if value is None:
+            result.pop(name, None)
+        else:
+            result[name] = value
+    return result
+
+
+def _causal(model_type: str) -> Any:
+    kind = CONFIG_MAPPING[model_type]
+    config = kind(**_fields(kind, CAUSAL.get(model_type, {})))
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def _mistake(name: str) -> Any:
+    made, given = MISTAKES[name]
+    kind = getattr(transformers, made)
+    return kind(kind.config_class(**_fields(kind.config_class, given)))
+
+
+def build(name: str) -> Any:
+    """The model of that kind, in evaluation mode."""
+    torch.manual_seed(0)
+    return (_mistake(name) if name in MISTAKES else _causal(name)).eval()
+
+
+def kinds() -> list[str]:
+    """All that this transformers can build, by model type, and the mistakes after them."""
+    return [*(name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in SKIPPED), *MISTAKES]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a checkpoint."""
+
+    runtime: str
+    """Empty for one that was refused."""
+    why: str
+    tokens: tuple[int, ...] | None = None
+
+
+def checked(folder: Path) -> Outcome:
+    """By `specdec check`."""
+    try:
+        fit = check(str(folder), "ngram", OPTIONS)
+    except SpecdecError as error:
+        return Outcome("", _words(error, folder))
+    (said,) = [finding.said for finding in fit.findings if finding.about == "runtime"]
+    return Outcome(said.removeprefix(f"{folder}: ").split(",")[0], "")
+
+
+def generated(folder: Path) -> Outcome:
+    """By the engine, greedily, with drafts."""
+    try:
+        pair = load_pair(str(folder), "ngram", OPTIONS)
+        events = list(pair.decode(PROMPT, k=2, max_tokens=TOKENS))
+    except SpecdecError as error:
+        return Outcome("", _words(error, folder))
+    tokens = [token for event in events if isinstance(event, Cycle) for token in event.emitted]
+    return Outcome(pair.target.runtime.name, "", tuple(tokens))
+
+
+def _words(error: SpecdecError, folder: Path) -> str:
+    return f"{type(error).__name__}: {error.message}".replace(str(folder), "it")
+
+
+def save(name: str, folder: Path) -> Any:
+    """The model, saved there with a tokenizer."""
+    model = build(name)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return model
+
+
+def table() -> Iterator[str]:
+    """docs/models.md, line by line."""
+    yield from _HEAD.splitlines()
+    for name in kinds():
+        with tempfile.TemporaryDirectory() as scratch:
+            yield row(name, save(name, Path(scratch)), checked(Path(scratch)))
+
+
+def row(name: str, model: Any, found: Outcome) -> str:
+    """One line of the table."""
+    kind = model.config.model_type if name in MISTAKES else name
+    return f"| {kind} | {type(model).__name__} | {found.runtime or found.why.split(': ', 1)[1].replace('|', ' ')} |"
+
+
+_HEAD = """\
+# Which models run
+
+Every kind of model that transformers makes text with, and below them what people hand in by mistake: tiny checkpoints with
+random weights, each given to `specdec check` and to `specdec generate`, which end alike. Greedy text with drafts is that of
+transformers' own forward, for all that run. The table is written by `python -m tests.models.checkpoints`, and held true by
+`tests/models/test_checkpoints.py`.
+
+| model type | class | runtime, or why it is refused |
+|---|---|---|"""
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    Path("docs/models.md").write_text("\n".join(table()) + "\n", "utf-8")
