@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from importlib import import_module
@@ -14,7 +15,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from specdec_cli.exits import ExitCode, exit_code
 from specdec_engine import __version__
-from specdec_engine.errors import SpecdecError, reason
+from specdec_engine.errors import SpecdecError, UsageError, reason
 
 COMMANDS = {
     "generate": "Generate text from a draft/target pair, losslessly.",
@@ -40,6 +41,13 @@ class Helped:
 
 class Real(Helped, TyperCommand):
     """A command that was imported."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Raises UsageError for a number that is none: every bound of an option lets it through."""
+        for name, value in ctx.params.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UsageError(f"--{name.replace('_', '-')} is {value}", "give a finite number")
+        return super().invoke(ctx)
 
 
 class Deferred(TyperCommand):

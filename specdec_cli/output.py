@@ -45,6 +45,16 @@ def note(message: str) -> None:
     print(f"specdec: {printable(message)}", file=sys.stderr)  # noqa: T201
 
 
+def say(line: str) -> None:
+    """A line of a result, on stdout; what is in it may be anybody's text."""
+    print(one_line(line))  # noqa: T201
+
+
+def one_line(text: str) -> str:
+    """Prompts, tokens and paths come from elsewhere, and must not steer the terminal."""
+    return printable(text).replace("\n", " ")
+
+
 def interrupted() -> None:
     """Ctrl-C while loading: the live line is wiped and the cursor shown again."""
     wipe = "\r\x1b[2K\x1b[?25h" if sys.stderr.isatty() else ""

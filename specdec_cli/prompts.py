@@ -10,6 +10,7 @@ from pathlib import Path
 
 from specdec_cli import output
 from specdec_engine.errors import UsageError
+from specdec_engine.files import RECODE, decode
 
 EXAMPLES = """for example:
   specdec generate "Explain how a lighthouse works."
@@ -58,9 +59,6 @@ def _read_file(file: Path) -> bytes:
 
 def _decoded(data: bytes, name: str) -> str:
     try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"{name} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}",
-            f"convert it first, for example: iconv -f latin1 -t utf-8 {name}",
-        ) from error
+        return decode(data)
+    except ValueError as error:
+        raise UsageError(f"{name} cannot be read: {error}", RECODE) from error

@@ -13,8 +13,9 @@ from typing import Any
 
 import typer
 
+from specdec_cli.output import one_line
 from specdec_engine.errors import UsageError
-from specdec_engine.text import printable
+from specdec_engine.text import as_markdown, printable
 
 _COLUMNS = (
     "draft",
@@ -41,11 +42,6 @@ def counted(n: int, what: str) -> str:
     return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
-def one_line(text: str) -> str:
-    """Prompts, tokens and paths come from elsewhere, and must not steer the terminal."""
-    return printable(text).replace("\n", " ")
-
-
 def show(found: Mapping[str, Any], format: str) -> None:
     """On stdout."""
     match format:
@@ -55,9 +51,9 @@ def show(found: Mapping[str, Any], format: str) -> None:
             for arm in found["arms"]:
                 typer.echo(json.dumps({key: value for key, value in arm.items() if key != "samples"}))
         case "csv":
-            typer.echo(_csv(found), nl=False)
+            typer.echo(printable(_csv(found)), nl=False)
         case "md":
-            typer.echo(_markdown(found), nl=False)
+            typer.echo(printable(_markdown(found)), nl=False)
         case _:
             _table(found)
 
@@ -141,8 +137,12 @@ def _table(found: Mapping[str, Any]) -> None:
 
 def _markdown(found: Mapping[str, Any]) -> str:
     lines = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
-    lines += ["| " + " | ".join(_row(arm)) + " |" for arm in found["arms"]]
-    return "\n".join([*lines, "", *(f"{line}  " for line in notes(found))]) + "\n"
+    lines += ["| " + " | ".join(map(_cell, _row(arm))) + " |" for arm in found["arms"]]
+    return "\n".join([*lines, "", *(f"{_cell(line)}  " for line in notes(found))]) + "\n"
+
+
+def _cell(text: str) -> str:
+    return as_markdown(one_line(text))
 
 
 def _csv(found: Mapping[str, Any]) -> str:

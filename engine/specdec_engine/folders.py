@@ -10,4 +10,5 @@ from platformdirs import user_cache_path
 
 def cache_folder() -> Path:
     """$SPECDEC_CACHE, or the platform's cache folder for this user."""
-    return Path(os.environ["SPECDEC_CACHE"]) if os.environ.get("SPECDEC_CACHE") else user_cache_path("specdec")
+    named = os.environ.get("SPECDEC_CACHE")
+    return Path(named).expanduser() if named else user_cache_path("specdec")

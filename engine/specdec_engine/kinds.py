@@ -9,7 +9,8 @@ from typing import Any
 
 from specdec_engine.errors import ModelUnavailable
 from specdec_engine.runtime.shape import FAMILY
-from specdec_engine.sources import raw_config
+from specdec_engine.sources import raw_config, weight_files
+from specdec_engine.weights import SafetensorsWeights
 
 _MANY = 10_000
 """Layers, heads or experts of which no model has as many: transformers would make a list of each before it is looked at."""
@@ -19,10 +20,21 @@ _COUNTED = re.compile(r"(n|num)_(\w+_)?(layers?|heads?|experts?|blocks?)|(encode
 def check_sizes(folder: Path) -> None:
     """Look for absurd counts in config.json, before memory is taken for them. Raises ModelUnavailable."""
     for name, value in _numbers(raw_config(folder)):
-        if _COUNTED.fullmatch(name) and not 0 <= value <= _MANY:
+        least = 1 if name in ("num_hidden_layers", "n_layer", "num_layers") else 0
+        if _COUNTED.fullmatch(name) and not least <= value <= _MANY:
             raise ModelUnavailable(
                 f"{folder / 'config.json'} says {name} = {value}", "get that one file again: it is small"
             )
+
+
+def check_plain(folder: Path, name: str) -> None:
+    """Look whether weights are stored as numbers, and not as codes that a config of quantization would explain: the codes
+    would be multiplied as they are. Raises ModelUnavailable."""
+    if coded := SafetensorsWeights(weight_files(folder)).coded:
+        raise ModelUnavailable(
+            f"{name} stores {coded}, and its config.json has no quantization_config that says how",
+            "choose the checkpoint that it was made from, or a GGUF",
+        )
 
 
 def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:

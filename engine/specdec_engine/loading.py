@@ -19,7 +19,7 @@ from specdec_engine.context import context_limit, layer_configs
 from specdec_engine.devices import pick_device, pick_dtype
 from specdec_engine.draft_files import read_draft
 from specdec_engine.errors import ModelUnavailable, OutOfMemory, SpecdecError, UsageError, first_line
-from specdec_engine.kinds import check_kind, check_rollback
+from specdec_engine.kinds import check_kind, check_plain, check_rollback
 from specdec_engine.memory import Need, check_fits, estimate, free_bytes, kept_bytes, kv_bytes, ran_out
 from specdec_engine.pretrained import DeviceMap, generation_config, load_config, load_tokenizer, load_weights, stop_ids
 from specdec_engine.processors import Asked, asked_by, left_out_of
@@ -260,7 +260,7 @@ class Candidate:
             weights=weights,
             parameters=parameters,
             stop_ids=stop_ids(self.folder, self.config, self.tokenizer),
-            asked=asked_by(generation, where),
+            asked=asked_by(generation, where, runtime.vocab),
             left_out=tuple(left_out_of(generation)),
             spread=spread,
             remark=remark,
@@ -317,6 +317,8 @@ def find_model(name: str, options: LoadOptions) -> Candidate:
         found = gguf_files.entries(folder) if path.is_file() else {}
         config: Any = gguf_files.plain_config(folder) if found else load_config(folder, options.trust_remote_code)
         check_kind(config, name, _own_code(config, options))
+        if not path.is_file() and not getattr(config, "quantization_config", None):
+            check_plain(path, name)
         shape = lean_shape(config, options, device)
         packed = any(e.kind in PACKED for e in found.values())
         if options.dtype != "auto":

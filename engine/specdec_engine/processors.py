@@ -7,8 +7,10 @@ own distribution is left as it is, and is none the less exact for being accepted
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from reprlib import repr as brief
 from typing import Any
 
 import torch
@@ -48,55 +50,93 @@ class Asked:
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != getattr(usual, f.name)}
 
 
-def asked_by(config: Any, where: str) -> Asked:
-    """Of a transformers GenerationConfig, or of none. Raises ModelUnavailable for a value of another kind."""
+def asked_by(config: Any, where: str, vocab: int) -> Asked:
+    """Of a transformers GenerationConfig, or of none, for logits of that size. Raises ModelUnavailable for a value that is of
+    another kind or out of bounds."""
     found = dict[str, Any]()
     for field in fields(Asked):
         value = getattr(config, field.name, None)
-        if value is None:
+        if value is None or value == []:
             continue
         try:
-            found[field.name] = _taken(value, field.default)
+            found[field.name] = _taken(field.name, value, field.default, vocab)
         except (TypeError, ValueError) as error:
+            why = str(error) or "which is no such value"
             raise ModelUnavailable(
-                f"{where} says {field.name} = {value!r}, which is no such value", "correct that line, or take it out"
+                f"{where} says {field.name} = {brief(value)}, {why}", "correct that line, or take it out"
             ) from error
-    if found.get("repetition_penalty", 1.0) <= 0:
-        raise ModelUnavailable(f"{where} says repetition_penalty = {found['repetition_penalty']}", "it is above 0")
     return Asked(**found)
 
 
-_LEFT_OUT = {
-    "sequence_bias": None,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "exponential_decay_length_penalty": None,
-    "guidance_scale": 1.0,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "num_beams": 1,
-    "penalty_alpha": None,
-    "watermarking_config": None,
-    "stop_strings": None,
-    "encoder_repetition_penalty": 1.0,
-}
-"""What else can stand there and is not done, with the value that changes nothing."""
+_FOLLOWED_ELSEWHERE = frozenset(
+    {
+        "bos_token_id",
+        "pad_token_id",
+        "eos_token_id",
+        "decoder_start_token_id",
+        "do_sample",
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "max_length",
+        "max_new_tokens",
+        "use_cache",
+        "cache_implementation",
+        "cache_config",
+        "return_dict_in_generate",
+        "output_attentions",
+        "output_hidden_states",
+        "output_scores",
+        "output_logits",
+        "num_return_sequences",
+        "transformers_version",
+        "_from_model_config",
+        "early_stopping",
+        "length_penalty",
+        "num_beam_groups",
+        "diversity_penalty",
+        "renormalize_logits",
+        "remove_invalid_values",
+        "disable_compile",
+    }
+)
+"""What a command line says instead (the sampling), what is done anyway, and what says nothing without beams."""
 
 
 def left_out_of(config: Any) -> list[str]:
-    """Settings of a generation config that are not followed."""
-    found = ((name, getattr(config, name, None), usual) for name, usual in _LEFT_OUT.items())
-    return [f"{name} {value}" for name, value, usual in found if value is not None and value != usual]
+    """Settings of a generation config that would change the text, and are not followed."""
+    said = config.to_diff_dict() if config is not None else {}
+    known = _FOLLOWED_ELSEWHERE | {field.name for field in fields(Asked)}
+    return [f"{name} {brief(value)}" for name, value in said.items() if value is not None and name not in known]
 
 
-def _taken(value: Any, usual: Any) -> Any:
+def _taken(name: str, value: Any, usual: Any, vocab: int) -> Any:
     """As the field's default has it. Raises TypeError or ValueError."""
+    if name == "bad_words_ids":
+        return tuple(_ids(word, vocab) for word in value)
     if isinstance(usual, tuple):
-        return tuple(tuple(map(int, v)) if isinstance(v, list) else int(v) for v in value)
+        ids = _ids(value, vocab)
+        if len(set(ids)) == vocab:
+            raise ValueError("which is every token: none could come")
+        return ids
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError
+    if (
+        not math.isfinite(value)
+        or (name == "repetition_penalty" and value <= 0)
+        or (isinstance(usual, int) and value < 0)
+    ):
+        raise ValueError("which is out of bounds")
     return type(usual)(value)
+
+
+def _ids(value: Any, vocab: int) -> tuple[int, ...]:
+    if not isinstance(value, list | tuple) or not value or not all(type(i) is int for i in value):
+        raise TypeError
+    if outside := [i for i in value if not 0 <= i < vocab]:
+        raise ValueError(f"of which {outside[0]} is no token: there are {vocab:,}")
+    return tuple(value)
 
 
 def process(asked: Asked, prompt: int, ends: Sequence[int], device: torch.device) -> Processed:

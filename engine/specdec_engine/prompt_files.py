@@ -8,7 +8,7 @@ list of a conversation's turns, or an object with one of `turns` (Spec-Bench, SP
 
 from __future__ import annotations
 
-import codecs
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from reprlib import repr as brief
 from typing import Any
 
 from specdec_engine.errors import UsageError, reason
-from specdec_engine.files import parse_json
+from specdec_engine.files import RECODE, decode, parse_json
 
 SHAPES = "turns, messages, conversations, prompt, question, instruction, text or body"
 _HINT = f"give a prompt a line, or JSON with one of {SHAPES}"
@@ -46,24 +46,16 @@ def read_questions(path: Path) -> list[Question]:
     if path.suffix.lower() in _TABLES:
         raise UsageError(f"{path} is a {path.suffix[1:]} file, which is not read", "write its prompts as JSONL")
     try:
-        text = _decoded(path.read_bytes())
+        text = decode(path.read_bytes())
     except OSError as error:
-        raise UsageError(f"the prompts in {path} cannot be read: {reason(error)}", "check the path") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"the prompts in {path} are not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}",
-            f"convert them first, for example: iconv -f latin1 -t utf-8 {path}",
-        ) from error
+        hint = "check the path" if str(path) != "-" else "give /dev/stdin for standard input"
+        raise UsageError(f"the prompts in {path} cannot be read: {reason(error)}", hint) from error
+    except ValueError as error:
+        raise UsageError(f"the prompts in {path} cannot be read: {error}", RECODE) from error
     found = list(_questions(text, path))
     if not found:
         raise UsageError(f"{path} has no prompts", _HINT)
     return found
-
-
-def _decoded(data: bytes) -> str:
-    """UTF-8, with its mark or without; UTF-16 where that has its mark, as Windows' shell writes it."""
-    sixteen = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    return data.decode("utf-16" if sixteen else "utf-8-sig")
 
 
 def _questions(text: str, path: Path) -> Iterator[Question]:
@@ -81,6 +73,10 @@ def _values(text: str, path: Path) -> Iterator[tuple[str, Any]]:
     lines = [(n, line.removesuffix("\r")) for n, line in numbered if line.strip()]
     suffix = path.suffix.lower()
     if not lines or not (suffix in _JSON or _is_json(lines[0][1]) or _is_array(text)):
+        if _BROKEN_ARRAY.match(text):
+            _refuse_json(text, str(path))
+        if lines and lines[0][1].lstrip().startswith("{") and any(_is_json(line) for _, line in lines):
+            _refuse_json(lines[0][1], f"line {lines[0][0]} of {path}")
         for n, line in lines:
             yield f"line {n} of {path}", {"text": line, "category": "text"}
         return
@@ -101,6 +97,10 @@ def _values(text: str, path: Path) -> Iterator[tuple[str, Any]]:
             yield where, {"text": line, "category": "text"}
         else:
             yield where, _refuse_json(line, where)
+
+
+_BROKEN_ARRAY = re.compile(r"\s*\[\s*[\[{\"].*\]\s*\Z", re.DOTALL)
+"""What begins and ends as an array of prompts does, and is none."""
 
 
 def _refuse_json(text: str, where: str) -> Any:
@@ -138,7 +138,10 @@ def _question(value: Any) -> Question:
     if not isinstance(value, Mapping):
         raise _NoPrompt(f"is {brief(value)}, and no prompt")
     body = value.get("body")
-    system, turns = _conversation(body if isinstance(body, Mapping) else value)
+    record = body if isinstance(body, Mapping) else value
+    system, turns = _conversation(record)
+    if not system and (given := record.get("system") or record.get("system_prompt")):
+        system = _text(given, "system")
     named = value.get("category")
     category = ", ".join(map(str, named)) if isinstance(named, list) else str(named or "prompts")
     return Question(category, turns, system=system)
@@ -159,7 +162,10 @@ def _conversation(record: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
     if record.get("instruction"):
         parts = [record["instruction"], record.get("input") or ""]
         return "", ("\n\n".join(_text(part, "instruction") for part in parts if part),)
-    raise _NoPrompt(f"has no prompt: its keys are {', '.join(map(str, list(record)[:8])) or 'none'}")
+    if named := [name for name in record if name in SHAPES.replace(",", "").split()]:
+        raise _NoPrompt(f"has an empty {named[0]}")
+    keys = [" ".join(str(key).split())[:40] for key in list(record)[:8]]
+    raise _NoPrompt(f"has no prompt: its keys are {', '.join(keys)}" if keys else "has no prompt: it is empty")
 
 
 def _spoken(messages: list[Any], name: str) -> tuple[str, tuple[str, ...]]:

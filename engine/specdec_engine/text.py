@@ -119,6 +119,11 @@ def _visible(char: str) -> str:
     return "·" if unicodedata.category(char) in {"Cc", "Cf", "Cs", "Zl", "Zp"} else char
 
 
+def as_markdown(line: str) -> str:
+    """Markdown that shows the line as it is: HTML, links, images, emphasis and columns in it stay text."""
+    return re.sub(r"([\\`*_\[\]<>|&~])", r"\\\1", line)
+
+
 class TokenText:
     """One token's own bytes as text; bytes that are no UTF-8 by themselves become lone surrogates (PEP 383).
 

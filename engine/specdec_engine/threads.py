@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 
+from specdec_engine.errors import UsageError
 from specdec_engine.machine import usable_cores
 
 Threads = int | Literal["auto"] | None
@@ -17,10 +18,12 @@ Threads = int | Literal["auto"] | None
 
 
 def set_threads(threads: Threads, device: torch.device) -> None:
-    """For a target on `device`."""
+    """For a target on `device`. Raises UsageError for more than any machine has: OpenMP's stacks would not fit."""
     if threads == "auto":
         cores = usable_cores()
         threads = free_threads(cores) if device.type == "cpu" else cores
+    if threads is not None and threads > (most := 4 * max(64, usable_cores())):
+        raise UsageError(f"--threads {threads} is more than {most}", "more threads than cores only wait for each other")
     if threads is not None:
         torch.set_num_threads(threads)
     _initial.append(torch.get_num_threads())

@@ -7,14 +7,15 @@ text of the token ids that this trace has not named yet, so that it can be read 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any, Self, TypedDict
 
-from specdec_engine.errors import TraceError
-from specdec_engine.events import TRACE_SCHEMA, Cycle, Event, Failed, Finished, Raw, SettingChanged, Source, Started
+from specdec_engine.errors import TraceError, reason
+from specdec_engine.events import TRACE_SCHEMA, Cycle, Event, Failed, Finished, SettingChanged, Started
+from specdec_engine.files import lock, parse_record, typed
 
 _KINDS: dict[str, type[Event]] = {
     "started": Started,
@@ -23,6 +24,7 @@ _KINDS: dict[str, type[Event]] = {
     "finished": Finished,
     "failed": Failed,
 }
+_Pieces = dict[int, str]
 
 
 def to_json(event: Event) -> dict[str, Any]:
@@ -31,44 +33,96 @@ def to_json(event: Event) -> dict[str, Any]:
     return {"kind": record.pop("kind"), **record}
 
 
-def from_json(record: dict[str, Any]) -> Event:
-    """The event a record holds; keys it does not know are ignored. Raises KeyError, TypeError or ValueError otherwise."""
-    if record["kind"] == "started" and record.get("schema") != TRACE_SCHEMA:
+def from_json(record: Mapping[str, Any]) -> Event:
+    """The event a record holds; keys it does not know are ignored. Raises ValueError for what is none, and for one that
+    contradicts itself, so that its readers need not look."""
+    cls = _KINDS.get(str(record.get("kind")))
+    if cls is None:
+        raise ValueError(f"there is no kind {record.get('kind')!r}")
+    if cls is Started and record.get("schema") != TRACE_SCHEMA:
         raise ValueError(f"schema {record.get('schema')!r} is not {TRACE_SCHEMA!r}")
-    cls = _KINDS[record["kind"]]
-    known = {f.name: _frozen(record[f.name]) for f in fields(cls) if f.name in record}
-    if cls is Cycle and "source" in known:
-        known["source"] = Source(**record["source"])
-    for side in {"raw_p", "raw_q"} & known.keys():
-        known[side] = None if record[side] is None else _raw(record[side])
-    event = cls(**known)
-    if isinstance(event, Cycle):
-        _check(event)
+    event = typed(record, cls)
+    match event:
+        case Started():
+            typed(event.settings, _Settings)
+            typed(event.environment, _Environment)
+            _check_tokens(event.prompt)
+        case SettingChanged():
+            typed({event.name: event.old}, _Settings)
+            typed({event.name: event.new}, _Settings)
+        case Finished():
+            _check_numbers(
+                "finished", event.emitted, event.cycles, event.prefill_s, event.peak_bytes, event.recording_s
+            )
+        case Cycle():
+            _check_cycle(event)
     return event
 
 
-def _check(cycle: Cycle) -> None:
-    """Raises ValueError for one that contradicts itself, so that its readers need not look."""
+class _Settings(TypedDict, total=False):
+    """Those of `Started.settings` that are read again."""
+
+    target: str | None
+    draft: str | None
+    rule: str
+    coupling: str
+    k: int
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    draft_temperature: float | None
+    adaptive: bool
+    max_tokens: int
+
+
+class _Part(TypedDict, total=False):
+    weight_bytes: int | None
+    token_bytes: int | None
+
+
+class _Environment(TypedDict, total=False):
+    """Those of `Started.environment` that are read again."""
+
+    target: _Part
+    drafts: dict[str, _Part] | None
+    plain_tokens_per_second: float | None
+
+
+_MOST = 2**63
+"""No token's id, count of bytes or number of seconds is as large."""
+
+
+def _check_cycle(cycle: Cycle) -> None:
+    """Raises ValueError."""
     k = len(cycle.drafted)
-    raw = [
-        values for side in (cycle.raw_p, cycle.raw_q) if side is not None for values in (side.drafted, side.likeliest)
-    ]
-    told = (cycle.p, cycle.q, cycle.u, cycle.overlap, *raw)
+    raw = [side for side in (cycle.raw_p, cycle.raw_q) if side is not None]
+    told = (cycle.p, cycle.q, cycle.u, cycle.overlap, *(values for r in raw for values in (r.drafted, r.likeliest)))
     if any(len(values) != k for values in told) or not 0 <= cycle.accepted <= k:
         raise ValueError(f"cycle {cycle.index} has {k} drafted tokens and other numbers of verdicts")
+    if len(cycle.emitted) > cycle.accepted + 1:
+        raise ValueError(f"cycle {cycle.index} accepts {cycle.accepted} tokens and emits {len(cycle.emitted)}")
+    rows = [*cycle.residual, *((token, mass) for r in raw for row in r.likeliest for token, mass, _ in row)]
+    _check_tokens((*cycle.drafted, *cycle.emitted, *(token for token, _ in rows)))
+    _check_numbers("cycle", cycle.index, cycle.k, cycle.context, cycle.draft_s, cycle.verify_s, cycle.other_s)
+    untempered = [value for r in raw for value in r.drafted]
+    chances = (*cycle.p, *cycle.q, *cycle.u, *cycle.overlap, *(mass for _, mass in rows), *untempered)
+    if any(value is not None and not -_ROUNDING <= value <= 1 + _ROUNDING for value in chances):
+        raise ValueError(f"cycle {cycle.index} has a probability that is not from 0 to 1")
 
 
-def _raw(record: dict[str, Any]) -> Raw:
-    """Raises KeyError, TypeError or ValueError for what is none."""
-    drafted = tuple(None if value is None else float(value) for value in record["drafted"])
-    rows = [
-        tuple((int(token), float(before), float(after)) for token, before, after in row) for row in record["likeliest"]
-    ]
-    return Raw(drafted, tuple(rows))
+_ROUNDING = 1e-3
+"""By how much a sum of bfloat16 probabilities may pass 1."""
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(_frozen(v) for v in value) if isinstance(value, list) else value
+def _check_tokens(tokens: Sequence[int]) -> None:
+    if any(not 0 <= token < _MOST for token in tokens):
+        raise ValueError(f"{next(t for t in tokens if not 0 <= t < _MOST)} is no token's id")
+
+
+def _check_numbers(what: str, *values: float | None) -> None:
+    if any(value is not None and not 0 <= value < _MOST for value in values):
+        raise ValueError(f"a {what} has a count or a time below 0 or beyond all bounds")
 
 
 class Records:
@@ -101,9 +155,10 @@ class Records:
 
 
 class TraceWriter:
-    """Appends events to a file, one flushed line each.
+    """Appends events to a file, one flushed line each, which is locked meanwhile: the lines of two runs would mix.
 
-    Raises TraceError when the file cannot be opened or a line cannot be written (no such folder, disk full).
+    Raises TraceError when the file cannot be opened, another process writes to it, or a line cannot be written (no such
+    folder, disk full).
     """
 
     def __init__(self, path: Path | str, describe: Callable[[int], str] | None = None) -> None:
@@ -111,6 +166,8 @@ class TraceWriter:
         self.records = Records(describe)
         try:
             self._file: IO[str] = self.path.open("a", encoding="utf-8")
+            if not lock(self._file):
+                raise TraceError(f"another run is writing to {self.path}", "give each a --trace of its own")
             # A killed run's last line stays the only damaged one; written with the first event, so that a start that
             # fails leaves the file as it was.
             self._before = "\n" if _ends_inside_a_line(self.path) else ""
@@ -166,16 +223,20 @@ def read_pieces(path: Path | str) -> dict[int, str]:
 
 def _records(path: Path) -> Iterator[tuple[int, Event, dict[int, str]]]:
     damaged: tuple[int, Exception] | None = None
+    begun = False
     try:
         with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue
                 try:
-                    record = json.loads(line)
+                    record = parse_record(line)
                     event = from_json(record)
-                    pieces = {int(token): str(piece) for token, piece in record.get("pieces", {}).items()}
-                except (ValueError, TypeError, KeyError, AttributeError) as error:
+                    pieces = typed(record.get("pieces", {}), _Pieces)
+                    if not (begun or isinstance(event, Started)):
+                        raise ValueError(f"a {event.kind} comes before any run has started")
+                    begun = True
+                except ValueError as error:
                     if damaged:
                         raise _unreadable(path, *damaged) from error
                     damaged = number, error
@@ -186,21 +247,19 @@ def _records(path: Path) -> Iterator[tuple[int, Event, dict[int, str]]]:
                 yield number, event, pieces
     except OSError as error:
         raise TraceError(
-            f"cannot read {path}: {error.strerror}", "give the path of a file written by --trace"
+            f"cannot read {path}: {reason(error)}", "give the path of a file written by --trace"
         ) from error
     if damaged and line.endswith(b"\n"):
         raise _unreadable(path, *damaged)
 
 
 def _unreadable(path: Path, number: int, error: Exception) -> TraceError:
-    said = "it is not JSON" if isinstance(error, json.JSONDecodeError) else str(error)
-    said = f"no {error}" if isinstance(error, KeyError) else said
-    return TraceError(f"{path}, line {number} is not an event of {TRACE_SCHEMA}: {said}", "was it written by --trace?")
+    return TraceError(f"{path}, line {number} is not an event of {TRACE_SCHEMA}: {error}", "was it written by --trace?")
 
 
 def _unwritable(path: Path, error: OSError) -> TraceError:
     return TraceError(
-        f"cannot write the trace {path}: {error.strerror}", "choose another path with --trace, or free some space"
+        f"cannot write the trace {path}: {reason(error)}", "choose another path with --trace, or free some space"
     )
 
 

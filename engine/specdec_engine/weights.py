@@ -84,6 +84,16 @@ class SafetensorsWeights:
         self._where: dict[str, Any] = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
 
     @property
+    def coded(self) -> str:
+        """A matrix that is stored in integers or 8-bit floats, which mean nothing without scales, and in what; empty if there
+        is none."""
+        kinds = ((name, file.get_slice(name)) for name, file in self._where.items())
+        found = (
+            f"{name} in {part.get_dtype()}" for name, part in kinds if len(part.get_shape()) > 1 and _is_coded(part)
+        )
+        return next(found, "")
+
+    @property
     def names(self) -> frozenset[str]:
         return frozenset(self._where)
 
@@ -95,6 +105,10 @@ class SafetensorsWeights:
         return tensor
 
     stored = dense
+
+
+def _is_coded(part: Any) -> bool:
+    return str(part.get_dtype()).startswith(("I", "U", "F8", "F4"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ def check(
         typer.echo(jsonlib.dumps(found, indent=1))
     else:
         for finding in fit.findings:
-            typer.echo(f"{_MARKS[finding.level]} {finding.about}: {finding.said}")
-        typer.echo(f"{'✓' if fit.fits else '×'} {draft} {'can' if fit.fits else 'cannot'} draft for {target}")
+            output.say(f"{_MARKS[finding.level]} {finding.about}: {finding.said}")
+        output.say(f"{'✓' if fit.fits else '×'} {draft} {'can' if fit.fits else 'cannot'} draft for {target}")
     if not fit.fits:
         raise typer.Exit(ExitCode.INCOMPATIBLE)

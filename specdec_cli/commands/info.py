@@ -14,7 +14,6 @@ import typer
 
 from specdec_cli import options as opt
 from specdec_cli import output, profiles
-from specdec_cli.tables import one_line
 from specdec_engine import __version__
 from specdec_engine.errors import UsageError
 
@@ -42,33 +41,33 @@ def info(json: opt.Json = False) -> None:
     if json:
         typer.echo(jsonlib.dumps(found, indent=1))
         return
-    typer.echo(f"specdec {found['specdec']} · Python {found['python']} · {found['platform']}")
-    typer.echo(" · ".join(f"{name} {number}" for name, number in found["packages"].items() if number is not None))
+    output.say(f"specdec {found['specdec']} · Python {found['python']} · {found['platform']}")
+    output.say(" · ".join(f"{name} {number}" for name, number in found["packages"].items() if number is not None))
     for device in found["devices"]:
         free = "" if device["free_bytes"] is None else f", {device['free_bytes'] / 2**30:.1f} GiB free"
-        typer.echo(f"{device['name']}: {device['about']}{free}")
-    typer.echo(f"runtime: {found['runtime']['name']} on {found['runtime']['device']}, {found['runtime']['why']}")
+        output.say(f"{device['name']}: {device['about']}{free}")
+    output.say(f"runtime: {found['runtime']['name']} on {found['runtime']['device']}, {found['runtime']['why']}")
     for line in _measured(found["runtime"]):
-        typer.echo(line)
-    typer.echo(f"built-in target: {'in the cache' if found['builtin_cached'] else 'fetched at the first use, 98 MB'}")
+        output.say(line)
+    output.say(f"built-in target: {'in the cache' if found['builtin_cached'] else 'fetched at the first use, 98 MB'}")
     for model in found["models"]:
         fits = f" · drafts for it: {', '.join(model['drafts'])}" if model["drafts"] else ""
-        typer.echo(f"{model['name']}: {model['model_type']}, {model['size'] / 1e9:.1f} GB{fits}")
+        output.say(f"{model['name']}: {model['model_type']}, {model['size'] / 1e9:.1f} GB{fits}")
     if not found["models"]:
-        typer.echo("no other models are in the hub's cache")
+        output.say("no other models are in the hub's cache")
     config = found["config"]
     if config["error"]:
-        typer.echo(one_line(f"× config: {config['error']}"))
+        output.say(f"× config: {config['error']}")
     for block in config["profiles"]:
-        typer.echo(one_line(f"profile: {profiles.of_block(block).said} · {config['file']}"))
+        output.say(f"profile: {profiles.of_block(block).said} · {config['file']}")
     if not config["profiles"] and not config["error"]:
-        typer.echo(f"no profiles in {config['file']}: drafts and k are the defaults; specdec tune --save writes one")
+        output.say(f"no profiles in {config['file']}: drafts and k are the defaults; specdec tune --save writes one")
 
 
 def _measured(runtime: dict[str, Any]) -> Iterator[str]:
     """Milliseconds for 100 million weights, of each form that was timed on this machine."""
     if runtime.get("own_kernels", "compiled") != "compiled":
-        yield one_line(f"no kernels of our own: {runtime['own_kernels']}")
+        yield f"no kernels of our own: {runtime['own_kernels']}"
     for one in runtime.get("measured", ()):
         forms = sorted(one["timings"], key=lambda form: form["one_ms"] + form["four_ms"])
         figures = " · ".join(f"{form['form']} {form['one_ms']:.1f} and {form['four_ms']:.1f}" for form in forms)

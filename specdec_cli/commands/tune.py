@@ -15,10 +15,11 @@ import typer
 from specdec_cli import options as opt
 from specdec_cli import output, profiles
 from specdec_cli.startup import interruptible, quieten
-from specdec_cli.tables import one_line, threads
+from specdec_cli.tables import threads
 from specdec_engine.bench.figures import FEWEST
 from specdec_engine.bench.plan import builtin_questions, chosen
 from specdec_engine.errors import SpecdecError, UsageError, reason
+from specdec_engine.files import RECODE, decode
 from specdec_engine.prompt_files import Question, read_questions
 from specdec_engine.tune.answers import ROOM, Answer, cut, evenly, recorded
 from specdec_engine.tune.servers import Launch, Wanted, launches, served
@@ -142,7 +143,7 @@ def tune(
     record = _record(target, found, loaded, sampling, profile)
     try:
         for line in [jsonlib.dumps(record, indent=1)] if json else _lines(found, record, profile, bool(trace)):
-            typer.echo(line if json else one_line(line))
+            typer.echo(line) if json else output.say(line)
     except BrokenPipeError:  # the reader has had enough, and that is no failure
         output.silence_stdout()
     if save and profile is not None:
@@ -152,9 +153,9 @@ def tune(
 def _text(path: Path) -> str:
     """Raises UsageError for what is no text."""
     try:
-        found = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--text {path} cannot be read: {reason(error)}", "give a text file in UTF-8") from error
+        found = decode(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--text {path} cannot be read: {reason(error)}", RECODE) from error
     if not found.strip():
         raise UsageError(f"--text {path} is empty", "give a text of some hundred words")
     return found

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from specdec_engine.bench.measure import _gap
 from specdec_engine.errors import ModelUnavailable
@@ -92,14 +93,29 @@ def test_texts_are_told_apart_by_what_they_were_chosen_by(tmp_path):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"repetition_penalty": "1.2"}, {"suppress_tokens": "all"}, {"repetition_penalty": 0}, {"bad_words_ids": 3}],
+    [
+        {"repetition_penalty": "1.2"},
+        {"repetition_penalty": 0},
+        {"repetition_penalty": float("nan")},
+        {"presence_penalty": float("inf")},
+        {"no_repeat_ngram_size": -2},
+        {"suppress_tokens": "all"},
+        {"suppress_tokens": [50]},
+        {"suppress_tokens": list(range(50))},
+        {"bad_words_ids": 3},
+        {"bad_words_ids": [1, 2]},
+        {"bad_words_ids": [[-1]]},
+    ],
+    ids=str,
 )
 def test_a_value_that_is_none_is_named(settings):
     config = type("Config", (), settings)
     with pytest.raises(ModelUnavailable, match=next(iter(settings))):
-        asked_by(config, "generation_config.json")
+        asked_by(config, "generation_config.json", 50)
 
 
 def test_what_is_not_followed_is_named():
-    config = type("Config", (), {"num_beams": 4, "sequence_bias": [[[1], 2.0]], "guidance_scale": None})
-    assert left_out_of(config) == ["sequence_bias [[[1], 2.0]]", "num_beams 4"]
+    config = GenerationConfig(
+        num_beams=4, sequence_bias=[[[1], 2.0]], temperature=0.7, dola_layers="high", suppress_tokens=[1]
+    )
+    assert sorted(left_out_of(config)) == ["dola_layers 'high'", "num_beams 4", "sequence_bias [[[1], 2.0]]"]

@@ -59,7 +59,10 @@ def test_no_token_reaches_the_terminal_unseen(trace, size):
 
     evil = "\x1b]52;c;YQ==\x07evil\n\u202e[/]"
     begun, *rest = events(60)
-    begun = replace(begun, settings={**begun.settings, "target": evil, "draft": evil, "k": evil, "temperature": None})
+    begun = replace(
+        begun,
+        settings={**begun.settings, "target": evil, "draft": evil, "rule": evil, "coupling": evil, "temperature": None},
+    )
     rest = [replace(e, reason=evil) if isinstance(e, SettingChanged) else e for e in rest[:-1]]
     path = trace([begun, *rest, Failed("X", evil, evil)], named)
     for line in script(*read_frame(path)):

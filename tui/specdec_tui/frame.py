@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from specdec_engine.events import Cycle, Event, Failed, Finished, SettingChanged, Started
 from specdec_engine.stats import Summary
+from specdec_tui.pieces import plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,7 @@ class Frame:
     @property
     def rule(self) -> str:
         """The verification rule's name."""
-        return str(self.settings.get("rule", "token"))
+        return plain(self.settings.get("rule", "token"))
 
     def summary(self) -> Summary:
         found = self.summaries[-1]

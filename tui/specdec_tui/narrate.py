@@ -106,7 +106,7 @@ def script(frame: Frame, name: Name) -> list[str]:
         lines.append(narrate(cycle, name, frame.rule))
     text = [token for cycle in frame.cycles for token in cycle.emitted]
     lines += [f"Text: {_said(text, name)}"] if text else []
-    return [*lines, ending(frame)]
+    return [*map(one_line, lines), ending(frame)]
 
 
 def _said(tokens: Sequence[int], name: Name) -> str:

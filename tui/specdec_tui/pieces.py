@@ -7,6 +7,7 @@ token that was rejected has no successor: its unfinished bytes are shown as such
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Callable
 
 from specdec_engine.text import printable
@@ -23,13 +24,13 @@ class Committed:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def __call__(self, token: int) -> str:
-        return printable(self._decoder.decode(as_bytes(self._name(token))))
+        return _shown(self._decoder.decode(as_bytes(self._name(token))))
 
 
 def alone(token: int, name: Name) -> str:
     """One token by itself, on one line: printable, newlines as ⏎, bytes without a character as ⟨hex⟩."""
     text = "".join(f"⟨{ord(c) - 0xDC00:02x}⟩" if "\udc80" <= c <= "\udcff" else c for c in name(token))
-    return printable(text).replace("\n", "⏎").replace("\t", "⇥") or f"⟨id {token}⟩"
+    return _shown(text).replace("\n", "⏎").replace("\t", "⇥") or f"⟨id {token}⟩"
 
 
 def as_bytes(piece: str) -> bytes:
@@ -42,8 +43,21 @@ def _escaped(piece: str) -> bool:
 
 
 def one_line(text: str) -> str:
-    """Any text of a trace, on one line."""
-    return printable(text).replace("\n", "⏎").replace("\t", " ")
+    """Any text that is not ours, on one line: the door before every panel."""
+    if text.isascii() and text.isprintable():
+        return text
+    return _shown(text).replace("\n", "⏎").replace("\t", " ")
+
+
+def _shown(text: str) -> str:
+    """Printable, and of a width that all terminals agree on: they do not about variation selectors, skin tones, keycaps,
+    joined emoji and flags, and a border would stand elsewhere than it is drawn."""
+    plain = _UNSTEADY.sub("", text)
+    return printable(_FLAG.sub(lambda match: chr(ord(match[0]) - 0x1F1E6 + ord("A")), plain))
+
+
+_UNSTEADY = re.compile("[\ufe0e\ufe0f\u20e3\U0001f3fb-\U0001f3ff]|\u200d(?=[\u2190-\u2bff\U0001f000-\U0001faff])")
+_FLAG = re.compile("[\U0001f1e6-\U0001f1ff]")
 
 
 def plain(value: object) -> str:

@@ -11,6 +11,7 @@ from time import strftime
 
 from specdec_engine.errors import UsageError
 from specdec_engine.files import replace_file
+from specdec_engine.text import as_markdown
 from specdec_engine.trace import TraceWriter
 from specdec_tui.frame import Frame
 from specdec_tui.narrate import script
@@ -61,4 +62,4 @@ async def animate(frame: Frame, name: Name, path: Path) -> None:
 
 def markdown(frame: Frame, name: Name) -> str:
     """The narration as a list."""
-    return "".join(f"- {line}\n" for line in script(frame, name))
+    return "".join(f"- {as_markdown(line)}\n" for line in script(frame, name))

@@ -10,6 +10,7 @@ from textual.style import Style
 from textual.theme import Theme
 
 from specdec_tui.panels import Line
+from specdec_tui.pieces import one_line
 
 _DARK = {"draft": "#56B4E9", "target": "#E69F00", "bonus": "#CC79A7", "refused": "#E8743B", "ratio": "#F0E442"}
 _LIGHT = {"draft": "#0072B2", "target": "#A65300", "bonus": "#8C3A70", "refused": "#A33E00", "ratio": "#7A6A00"}
@@ -63,7 +64,9 @@ LIGHT = Theme(
 
 def content(lines: list[Line]) -> Content:
     """Lines of a panel as Textual draws them."""
-    return Content("\n").join(Content.assemble(*((text, STYLES[style]) for text, style in line)) for line in lines)
+    return Content("\n").join(
+        Content.assemble(*((one_line(text), STYLES[style]) for text, style in line)) for line in lines
+    )
 
 
 def styles(variables: Mapping[str, str]) -> dict[str, Style]:

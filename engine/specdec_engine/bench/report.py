@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict
 
 from specdec_engine.bench.figures import (
     Costs,
@@ -20,7 +20,7 @@ from specdec_engine.bench.figures import (
 )
 from specdec_engine.bench.plan import Arm, Plan
 from specdec_engine.errors import UsageError, reason
-from specdec_engine.files import parse_json, replace_file
+from specdec_engine.files import parse_record, replace_file, typed
 
 SCHEMA = "specdec.bench/1"
 
@@ -215,15 +215,61 @@ def write(path: Path, found: Mapping[str, Any]) -> None:
 
 def read(path: Path) -> dict[str, Any]:
     """Raises UsageError for what is no such record."""
+    hint = "give a file that specdec bench --out wrote"
     try:
-        found = parse_json(path.read_bytes())
+        found = parse_record(path.read_bytes())
+        if found.get("schema") != SCHEMA:
+            raise UsageError(f"{path} is not {SCHEMA}", hint)
+        _check(typed(found, _Record))
     except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{path} cannot be read: {reason(error)}", "give a file that specdec bench --out wrote"
-        ) from error
-    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
-        raise UsageError(f"{path} is not {SCHEMA}", "give a file that specdec bench --out wrote")
+        raise UsageError(f"{path} cannot be read: {reason(error)}", hint) from error
     return found
+
+
+class _Plan(TypedDict):
+    digest: str
+
+
+class _Environment(TypedDict):
+    threads: int
+
+
+class _Measured(TypedDict):
+    samples: list[Sample]
+
+
+class _Arm(_Measured):
+    draft: str | None
+    k: int | Literal["auto"]
+    temperature: float
+    rule: str
+    quantize: NotRequired[str | None]
+    speedup: float
+    speedup_low: float | None
+    speedup_high: float | None
+
+
+class _Record(TypedDict):
+    """What of a record is read again."""
+
+    plan: _Plan
+    environment: _Environment
+    baseline: _Measured
+    arms: list[_Arm]
+    unpaired: NotRequired[list[Sample]]
+
+
+def _check(found: _Record) -> None:
+    """Raises ValueError for figures that cannot be divided by."""
+    if any(arm["speedup"] <= 0 for arm in found["arms"]):
+        raise ValueError("an arm's speedup is not above 0")
+    if any(sample.emitted < 1 or sample.decode_s <= 0 for sample in _samples(found)):
+        raise ValueError("it holds a run of no tokens, or in no time")
+
+
+def _samples(found: _Record) -> list[Sample]:
+    parts = (found["baseline"], *found["arms"])
+    return [*(sample for part in parts for sample in part["samples"]), *found.get("unpaired", [])]
 
 
 def samples_of(found: Mapping[str, Any], plan: Plan, threads: int) -> list[Sample]:
@@ -237,19 +283,7 @@ def samples_of(found: Mapping[str, Any], plan: Plan, threads: int) -> list[Sampl
             f"the file to resume was begun on {then} threads, and it is {threads} now",
             "resume when other programs leave as much of the machine as then, or give another --out",
         )
-    runs = [s for part in (found["baseline"], *found["arms"]) for s in part["samples"]]
-    runs += found.get("unpaired", [])
-    return [
-        Sample(
-            **{
-                **s,
-                "passes": {w: tuple(p) for w, p in s["passes"].items()},
-                "token_ids": tuple(s["token_ids"]),
-                "turns": tuple(s["turns"]),
-            }
-        )
-        for s in runs
-    ]
+    return _samples(typed(found, _Record))
 
 
 def _finite(value: Any) -> Any:

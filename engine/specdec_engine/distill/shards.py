@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from specdec_engine.distill.synthesis import Example
-from specdec_engine.errors import GenerationFailed
+from specdec_engine.errors import GenerationFailed, UsageError, first_line
 
 SHARD_TOKENS = 16_384
 
@@ -39,7 +39,7 @@ class Shard:
 def write(folder: Path, examples: Sequence[Example]) -> Path:
     """Atomically, under the next number."""
     folder.mkdir(parents=True, exist_ok=True)
-    number = len(list(folder.glob("*.safetensors")))
+    number = 1 + max((int(file.stem) for file in folder.glob("*.safetensors") if file.stem.isdecimal()), default=-1)
     starts = torch.tensor([0, *(len(e.tokens) for e in examples)]).cumsum(0)
     tensors = {
         "tokens": torch.cat([e.tokens for e in examples]),
@@ -76,6 +76,11 @@ def collect(folder: Path, examples: Iterable[Example]) -> Iterator[int]:
 
 
 def read(path: Path) -> Shard:
-    """Memory-mapped."""
-    with safe_open(path, "pt") as file:
-        return Shard(**{name: file.get_tensor(name) for name in ("tokens", "starts", "answers", "features")})
+    """Memory-mapped. Raises UsageError for one that is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            return Shard(**{name: file.get_tensor(name) for name in ("tokens", "starts", "answers", "features")})
+    except (OSError, SafetensorError) as error:
+        raise UsageError(
+            f"{path} cannot be read: {first_line(error)}", "remove that file: its text is written anew"
+        ) from error

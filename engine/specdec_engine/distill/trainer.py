@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
@@ -17,8 +16,9 @@ from specdec_engine.distill.recipe import Recipe, taps
 from specdec_engine.distill.shards import Shard
 from specdec_engine.distill.students import SIZES, HeadStudent, ModelStudent
 from specdec_engine.distill.training import Batch, Estimate, Student, Teacher, batches, estimate, loss_of
-from specdec_engine.distill.work import Spent
+from specdec_engine.distill.work import Spent, Trained, read, write
 from specdec_engine.draft_files import inverse
+from specdec_engine.errors import UsageError, first_line
 from specdec_engine.loading import Candidate, Loaded
 from specdec_engine.runtime.decoder import Decoder
 
@@ -87,8 +87,7 @@ class Trainer:
         for left in (partial, old):
             shutil.rmtree(left, ignore_errors=True)
         self._accelerator.save_state(str(partial))
-        done = {"step": self._spent.step, "training_s": self.spent.training_s}
-        (partial / "trained.json").write_text(json.dumps(done), "utf-8")
+        write(partial / "trained.json", Trained(self._spent.step, self.spent.training_s))
         if self._state.is_dir():
             self._state.rename(old)
         partial.rename(self._state)
@@ -117,9 +116,15 @@ class Trainer:
             old.rename(self._state)
         if not self._state.is_dir():
             return spent
-        self._accelerator.load_state(str(self._state))
-        trained = json.loads((self._state / "trained.json").read_text("utf-8"))
-        return replace(spent, step=trained["step"], training_s=trained["training_s"])
+        try:
+            self._accelerator.load_state(str(self._state))
+        except Exception as error:  # of pickles and safetensors, in whatever way they are damaged
+            raise UsageError(
+                f"the training in {self._state} cannot be taken up: {first_line(error)}",
+                "remove that folder to train anew",
+            ) from error
+        trained = read(self._state / "trained.json", Trained)
+        return replace(spent, step=trained.step, training_s=trained.training_s)
 
     def _new_student(self, found: Candidate, features: int) -> Student:
         torch.manual_seed(self._recipe.seed)

@@ -6,10 +6,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from specdec_engine.distill.shards import Shard
+from specdec_engine.errors import UsageError, first_line
 
 _SAMPLED = 60_000
 """Positions looked at."""
@@ -23,7 +25,12 @@ def draft_ids(rows: Tensor, text: list[Shard], n: int, folder: Path) -> Tensor:
     """
     kept = folder / f"ids-{n}.safetensors"
     if kept.is_file():
-        return load_file(kept)["ids"]
+        try:
+            return load_file(kept)["ids"]
+        except (OSError, KeyError, SafetensorError) as error:
+            raise UsageError(
+                f"{kept} cannot be read: {first_line(error)}", "remove that file: it is made anew"
+            ) from error
     rows, generator = rows.to(torch.bfloat16), torch.Generator().manual_seed(0)
     total = torch.zeros(rows.shape[0], dtype=torch.float64)
     each = max(1, _SAMPLED // len(text))

@@ -8,10 +8,13 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from specdec_engine.draft_files import fingerprint
-from specdec_engine.errors import UsageError
+from specdec_engine.errors import UsageError, reason
+from specdec_engine.files import parse_record, replace_file, typed
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +25,23 @@ class Spent:
     training_s: float = 0.0
     """Of the training at hand."""
     step: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """How far the training beside it is."""
+
+    step: int
+    training_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Whose text a folder holds."""
+
+    name: str
+    tokenizer: str
+    """Fingerprint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,25 +56,33 @@ class Work:
 
     def claim(self, name: str, tokenizer: Any) -> None:
         """Begin in it for this target. Raises UsageError where it belongs to another."""
-        owner, ours = self.folder / "target.json", {"name": name, "tokenizer": fingerprint(tokenizer)}
+        owner, ours = self.folder / "target.json", Owner(name, fingerprint(tokenizer))
         if owner.is_file():
-            theirs = json.loads(owner.read_text("utf-8"))
+            theirs = read(owner, Owner)
             if theirs != ours:
-                raise UsageError(f"{self.folder} holds text of {theirs['name']}, not of {name}", "choose another --out")
+                raise UsageError(f"{self.folder} holds text of {theirs.name}, not of {name}", "choose another --out")
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write(owner, ours)
+        write(owner, ours)
 
     def spent(self) -> Spent:
         file = self.folder / "progress.json"
-        return Spent(**json.loads(file.read_text("utf-8"))) if file.is_file() else Spent()
+        return read(file, Spent) if file.is_file() else Spent()
 
     def record(self, spent: Spent) -> None:
-        _write(self.folder / "progress.json", asdict(spent))
+        write(self.folder / "progress.json", spent)
 
 
-def _write(file: Path, content: Any) -> None:
-    """Atomically."""
-    partial = file.with_suffix(".part")
-    partial.write_text(json.dumps(content), "utf-8")
-    partial.replace(file)
+def read(file: Path, kind: type[T]) -> T:
+    """What `write` wrote. Raises UsageError for what is damaged."""
+    try:
+        return typed(parse_record(file.read_bytes()), kind)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{file} cannot be read: {reason(error)}", "choose another --out, or remove that folder to begin anew"
+        ) from error
+
+
+def write(file: Path, content: Any) -> None:
+    """Whole or not at all: a dataclass, as JSON."""
+    replace_file(file, json.dumps(asdict(content)).encode())

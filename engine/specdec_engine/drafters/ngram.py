@@ -17,6 +17,9 @@ from specdec_engine.runtime import Enough
 from specdec_engine.transfer import upload
 from specdec_engine.types import Draft, Sampling, Verdict
 
+_MOST = 64
+"""Every token is entered once for each length."""
+
 
 class NgramDrafter:
     """Looks up the last n tokens, n from `longest` down to `shortest`, in everything before them.
@@ -27,9 +30,9 @@ class NgramDrafter:
     name = "ngram"
 
     def __init__(self, host: DraftHost, longest: int = 3, shortest: int = 1) -> None:
-        if not 1 <= shortest <= longest:
+        if not 1 <= shortest <= longest <= _MOST:
             raise UsageError(
-                f"ngram:{longest} is not at least {shortest}", "the number is the longest n-gram to look up"
+                f"ngram:{longest} is not from {shortest} to {_MOST}", "the number is the longest n-gram to look up"
             )
         self._device, self._pace = host.device, host.pace
         self._lengths = range(longest, shortest - 1, -1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from specdec_engine.cache import check_stateless, new_cache, truncate
 from specdec_engine.context import context_limit
-from specdec_engine.errors import PairIncompatible, first_line
+from specdec_engine.errors import ModelUnavailable, PairIncompatible, first_line
 from specdec_engine.memory import ran_out
 from specdec_engine.runtime import step_by_step
 
@@ -46,6 +46,11 @@ class GenericRuntime:
                 raise
             if self.device.type == "meta" and not isinstance(error, AssertionError | TypeError | ValueError):
                 return  # it asks for numbers where there are only sizes: experts are chosen by them
+            if getattr(self.model.config, "quantization_config", None) is not None:
+                raise ModelUnavailable(
+                    f"{label} is quantized, and does not run on {self.device}: {first_line(error)}",
+                    "choose the checkpoint that it was made from, or a GGUF",
+                ) from error
             raise PairIncompatible(
                 f"{label} cannot be told several tokens after others: {first_line(error)}", _OTHER
             ) from error

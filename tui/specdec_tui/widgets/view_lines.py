@@ -17,6 +17,7 @@ from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
 from specdec_tui.frame import View
+from specdec_tui.pieces import one_line
 from specdec_tui.theme import styles
 
 Cell = tuple[str, str, tuple[int, int] | None]
@@ -117,7 +118,7 @@ class ViewLines(ScrollView, can_focus=True, inherit_bindings=False):  # home and
     def _segment(self, cell: Cell) -> Segment:
         text, name, token = cell
         style = self._styles[name]
-        return Segment(text, style if token is None else style + RichStyle.from_meta({"token": token}))
+        return Segment(one_line(text), style if token is None else style + RichStyle.from_meta({"token": token}))
 
     def on_click(self, event: events.Click) -> None:
         if (token := event.style.meta.get("token")) is not None:
