@@ -7,17 +7,20 @@ are typed into them are sent as text; and it has so many seconds.
 from __future__ import annotations
 
 import ctypes
+import html
 import json
+import re
 import threading
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any
 
 from specdec_engine.errors import UsageError, first_line
 
 _SECONDS = 10.0
 """Far more than any template takes: the longest in use are done in a few ms."""
-_MARK = "\ue000prompt\ue001"
-"""Stands for the prompt while the template is rendered; characters of no script, that no text has and none trims."""
+_MARK = "\ue000{}\ue001"
+"""Stands for a turn's words while the template is rendered; characters of no script, that no text has and none trims."""
 _ENDS = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end_of_turn|>")
 """Special tokens that end a turn wherever they are known, whether a config says so or not (Llama 3 came without)."""
 
@@ -26,19 +29,33 @@ Turn = dict[str, Any]
 
 def chat_ids(tokenizer: Any, prompt: str, system: str | None, history: Sequence[tuple[str, str]] = ()) -> list[int]:
     """The prompt as the next user turn of the tokenizer's chat template, the assistant's turn opened. history: what was said
-    before, user and assistant. Raises UsageError for a template that fails, or leaves the prompt out."""
-    typed = special_in(tokenizer, prompt)
-    text = _rendered(tokenizer, _turns(_MARK if typed else prompt, system, history))
+    before, user and assistant. Raises UsageError for a template that fails, or leaves words out."""
+    turns = _turns(prompt, system, history)
+    text, shown = _rendered(tokenizer, turns)
+    typed = [token for turn in turns for token in special_in(tokenizer, turn["content"])]
     if not typed:
         return _ids(tokenizer, text)
-    before, found, after = text.partition(_MARK)
-    if not found or _MARK in after:
-        raise UsageError(
-            f"the prompt holds {typed[0]}, and the chat template does not show where a user's words go",
-            "take it out, or use --raw",
-        )
-    # In parts: the template's marks are marks, the prompt's are text, as of whoever wrote it.
-    return [*_ids(tokenizer, before), *_ids(tokenizer, prompt, split_special_tokens=True), *_ids(tokenizer, after)]
+    for words in (_said(turns), [content.strip() for content in _said(turns)]):
+        parts = [words[int(part)] if i % 2 else part for i, part in enumerate(re.split("\ue000(\\d+)\ue001", shown))]
+        if "".join(parts) == text:
+            return _as_text(tokenizer, parts)
+    raise UsageError(
+        f"the prompt holds {typed[0]}, and the chat template does not show where a user's words go",
+        "take it out, or use --raw",
+    )
+
+
+def _as_text(tokenizer: Any, parts: Sequence[str]) -> list[int]:
+    """Every second part is somebody's words, whose marks are text and not marks. Encoded as a whole, so that all other ids
+    are those of the whole; then the marks that were typed are taken apart."""
+    known = _specials(tokenizer)
+    a_mark = re.compile("|".join(re.escape(token) for token in sorted(filter(None, known), key=len, reverse=True)))
+    marks = [(mark, i % 2 == 1) for i, part in enumerate(parts) for mark in a_mark.findall(part)]
+    ids, found, numbers = list[int](), iter(marks), set(known.values())
+    for token in _ids(tokenizer, "".join(parts)):
+        mark, typed = next(found, ("", False)) if token in numbers else ("", False)
+        ids += _ids(tokenizer, mark, split_special_tokens=True) if typed and known[mark] == token else [token]
+    return ids
 
 
 def raw_ids(tokenizer: Any, text: str) -> list[int]:
@@ -59,13 +76,15 @@ def turn_ends(tokenizer: Any) -> frozenset[int]:
     known = _specials(tokenizer)
     ends = {known[name] for name in _ENDS if name in known}
     if getattr(tokenizer, "chat_template", None):
-        try:
-            turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
-            text = _within(_SECONDS, lambda: tokenizer.apply_chat_template(turns, tokenize=False))
-        except Exception:  # it does not show it; a prompt that it fails for says so
-            text = ""
-        after = text.partition(_MARK)[2].lstrip() if isinstance(text, str) else ""
-        ends |= {i for token, i in known.items() if token and after.startswith(token)}
+        mark = _MARK.format(1)
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
+        for form in (turns, _in_parts(turns)):
+            try:
+                text = _within(_SECONDS, partial(tokenizer.apply_chat_template, form, tokenize=False))
+            except Exception:  # it does not show it; a prompt that it fails for says so
+                continue
+            after = text.partition(mark)[2].lstrip() if isinstance(text, str) else ""
+            ends |= {i for token, i in known.items() if token and after.startswith(token)}
     return frozenset(ends)
 
 
@@ -100,34 +119,55 @@ def _turns(prompt: str, system: str | None, history: Sequence[tuple[str, str]]) 
     return [*turns, {"role": "user", "content": prompt}]
 
 
-def _rendered(tokenizer: Any, turns: Sequence[Turn]) -> str:
-    """The turns by the template, with contents as text or, where it wants them so, as parts. Raises UsageError."""
-    wanted = [turn["content"] for turn in (turns[-1], *(t for t in turns if t["role"] == "system"))]
+def _said(turns: Sequence[Turn]) -> list[str]:
+    return [turn["content"] for turn in turns]
+
+
+def _in_parts(turns: Sequence[Turn]) -> list[Turn]:
+    """As templates of vision-language models want them."""
+    return [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+
+
+def _rendered(tokenizer: Any, turns: Sequence[Turn]) -> tuple[str, str]:
+    """The turns by the template, with contents as text or, where it wants them so, as parts; and the same with a mark for
+    each turn's words. Raises UsageError if it fails, or one of the marks is not in it."""
+    marked = [{**turn, "content": _MARK.format(i)} for i, turn in enumerate(turns)]
     failed: UsageError | None = None
-    for form in (turns, [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]):
+    for form in (list, _in_parts):
         try:
-            text = _applied(tokenizer, form)
+            text, shown = _applied(tokenizer, form(turns)), _applied(tokenizer, form(marked))
         except UsageError as error:
+            if isinstance(error.__cause__, TimeoutError):
+                raise
             failed = failed or error
             continue
-        lost = [words for words in wanted if not _holds(text, words)]
+        lost = [turn for turn, mark in zip(turns, marked, strict=True) if mark["content"] not in shown]
+        lost += [turn for turn in turns if turn["role"] != "assistant" and not _holds(text, turn["content"])]
         if not lost:
-            return text
-        said = "the system prompt" if lost[0] != turns[-1]["content"] else "the prompt"
-        remedy = "leave out --system" if said != "the prompt" else "use --raw"
+            return text, shown
+        said, remedy = _of_lost(turns, lost[0])
         failed = failed or UsageError(f"the chat template leaves {said} out of what is sent", remedy)
     assert failed is not None
     raise failed
 
 
+def _of_lost(turns: Sequence[Turn], lost: Turn) -> tuple[str, str]:
+    """What it is called, and what to do."""
+    if lost["role"] == "system":
+        return "the system prompt", "leave out --system"
+    return ("the prompt", "use --raw") if lost is turns[-1] else ("earlier turns", "ask each by itself, or use --raw")
+
+
 def _holds(text: str, words: str) -> bool:
-    """Say whether the words are in the text, however it spaces or quotes them."""
-    told, *forms = ("".join(t.split()) for t in (text, words, json.dumps(words)[1:-1]))
+    """Say whether the words are in the text, however it spaces, quotes, escapes or lowers them."""
+    quoted = (json.dumps(words)[1:-1], json.dumps(words, ensure_ascii=False)[1:-1], html.escape(words))
+    told, *forms = ("".join(t.split()).casefold() for t in (text, words, *quoted))
     return any(form in told for form in forms)
 
 
 def _applied(tokenizer: Any, turns: Sequence[Turn]) -> str:
     def render() -> str:
+        _check_bounds(str(getattr(tokenizer, "chat_template", "")))
         return str(tokenizer.apply_chat_template(list(turns), add_generation_prompt=True, tokenize=False))
 
     try:
@@ -137,6 +177,25 @@ def _applied(tokenizer: Any, turns: Sequence[Turn]) -> str:
     except Exception as error:  # jinja2's, and whatever a program can raise
         remedy = "leave out --system, or use --raw" if any(t["role"] == "system" for t in turns) else "use --raw"
         raise UsageError(f"the chat template refuses this prompt: {first_line(error)}", remedy) from error
+
+
+@cache
+def _check_bounds(template: str) -> None:
+    """Look for what would fill the memory in one step, which no time limit ends: powers, and products with literals. Raises
+    ValueError; a template that cannot be parsed says so when it is applied."""
+    from jinja2 import Environment, TemplateSyntaxError, nodes
+
+    try:
+        tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+    except TemplateSyntaxError:
+        return
+    for product in tree.find_all((nodes.Mul, nodes.Pow)):
+        literals = [value.value for value in product.find_all(nodes.Const)]
+        if isinstance(product, nodes.Pow) or any(not isinstance(v, int) or abs(v) > _SMALL for v in literals):
+            raise ValueError(f"it multiplies or raises numbers or texts without bounds, in its line {product.lineno}")
+
+
+_SMALL = 1000
 
 
 def _within(seconds: float, work: Callable[[], str]) -> str:

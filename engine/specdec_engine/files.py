@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import json
 import math
 import os
@@ -118,12 +119,14 @@ def replace_file(path: Path, data: bytes) -> None:
     A link is followed, what belongs to the file stays so (its mode), and what is no regular file, such as a pipe or a
     device, is written to in place: renaming would put a file where it was.
     """
-    place = path.resolve()
     with suppress(FileNotFoundError):
-        if not stat.S_ISREG(place.stat().st_mode):
-            with place.open("wb") as there:
+        if not stat.S_ISREG(path.stat().st_mode):  # asked before it is resolved: a pipe has no name of its own
+            with path.open("wb") as there:
                 there.write(data)
             return
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    place = path.resolve()
     handle, scratch = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name[:32]}-", suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -21,16 +21,18 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from specdec_engine.errors import ModelUnavailable, reason
+from specdec_engine.files import read_json
 from specdec_engine.folders import cache_folder
 from specdec_engine.progress import Progress, Report, silent
 
 if TYPE_CHECKING:
     from specdec_engine.weights import Entry
 
-LAYOUT = 3
+LAYOUT = 4
 """Version of the folder; raise it when its contents change."""
 SCRATCH = ".scratch-"
 _INDEX = "index.json"
+_DIGEST = "sha256"
 _SLOW = 10_000_000
 """Bytes from which on a file has a vocabulary that takes long to read."""
 _INTERLEAVED = ("llama",)
@@ -50,7 +52,7 @@ def beside(gguf: Path, name: str, report: Report) -> Path:
     known = f"{gguf.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{version('transformers')}:{version('gguf')}"
     key = hashlib.sha256(known.encode()).hexdigest()[:12]
     folder = cache_folder() / "gguf" / f"{key}-{LAYOUT}"
-    if (folder / _INDEX).is_file():
+    if _is_whole(folder):
         return folder
     with _writing(name, folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -59,15 +61,32 @@ def beside(gguf: Path, name: str, report: Report) -> Path:
     try:
         _make(gguf, scratch, name, report if stat.st_size > _SLOW else silent)
         with _writing(name, folder.parent):
-            if folder.exists() and not (folder / _INDEX).is_file():  # not ours, or damaged
+            if folder.exists() and not _is_whole(folder):  # not ours, or damaged
                 shutil.rmtree(folder)
             scratch.replace(folder)
     except ModelUnavailable:
-        if not (folder / _INDEX).is_file():  # no other process was faster, either
+        if not _is_whole(folder):  # no other process was faster, either
             raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether it is as it was written: one that was damaged since is made anew."""
+    try:
+        return (folder / _DIGEST).read_text("ascii") == _digest(folder)
+    except (OSError, ValueError):
+        return False
+
+
+def _digest(folder: Path) -> str:
+    """SHA-256 of all files but the one that holds it, 20 ms for 30 MB."""
+    found = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.name != _DIGEST:
+            found.update(file.name.encode() + b"\0" + file.read_bytes())
+    return found.hexdigest()
 
 
 @contextmanager
@@ -102,8 +121,7 @@ def plain_config(folder: Path) -> PlainConfig:
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
-    index: dict[str, Any] = json.loads((folder / _INDEX).read_text("utf-8"))
-    return index
+    return read_json(folder / _INDEX)
 
 
 def sweep(folder: Path) -> None:
@@ -151,6 +169,7 @@ def _make(gguf: Path, into: Path, name: str, report: Report) -> None:
     tokenizer.save_pretrained(into)
     # All values, defaults too: `config.json` leaves them to the class.
     (into / _INDEX).write_text(json.dumps({"config": config.to_dict(), "tensors": tensors}), "utf-8")
+    (into / _DIGEST).write_text(_digest(into), "ascii")
 
 
 @contextmanager

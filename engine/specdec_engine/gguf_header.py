@@ -72,10 +72,16 @@ class Header(gguf.GGUFReader):
 
     def _numbers(self, at: int, n: int, dtype: Any) -> tuple[int, list[Any]]:
         numbers = self._get(at, dtype, n)
+        if n > _MOST_NUMBERS:
+            raise ValueError(f"an array has {n} numbers, and no vocabulary has {_MOST_NUMBERS}")
         if len(numbers) < n:
             raise ValueError(f"an array has {len(numbers)} of its {n} numbers")
         view = np.array(numbers).data  # a copy: views of a mapped array take ten times as long to make
         return at + numbers.nbytes, [view[i : i + 1] for i in range(n)]
+
+
+_MOST_NUMBERS = 2_000_000
+"""Each becomes an object of some 300 bytes, as transformers wants them."""
 
 
 @contextmanager
@@ -107,6 +113,11 @@ def check_header(header: Header, file: Path) -> None:
     arch = _value(header, "general.architecture", "")
     if not isinstance(arch, str) or not arch:
         raise ModelUnavailable(f"{file} does not say its architecture", "it holds no language model")
+    if arch not in _STRETCHED and (found := [t.name for t in header.tensors if str(t.name).startswith("rope_f")]):
+        raise ModelUnavailable(
+            f"{file} stretches its rotary embedding by the tensor {found[0]}, which is not read for {arch}",
+            "use the model's safetensors checkpoint, whose config says how",
+        )
     layers = _value(header, f"{arch}.block_count", 0)
     if not header.tensors:
         raise ModelUnavailable(f"{file} has no tensors", "it holds a vocabulary alone, and no model")
@@ -116,6 +127,8 @@ def check_header(header: Header, file: Path) -> None:
         )
 
 
+_STRETCHED = ("llama", "qwen2", "qwen3")
+"""Architectures whose forward of ours takes such a tensor."""
 _MANY = 1000
 """Layers: what is made of so many costs nothing, and what has more has a tensor for each."""
 DAMAGED = "the file is damaged; get it again from where it is from"
@@ -135,7 +148,7 @@ def check_computed(header: Header, file: Path, config: Any) -> None:
         if prefix != arch or key in taken or key in _SAYS_NOTHING:
             continue
         value = _value(header, field.name, None)
-        if not _is_neutral(key, value) and not _agrees(key, value, config):
+        if not _agrees(key, value, config) and not (_is_neutral(key, value) and not _named(key, config)):
             raise ModelUnavailable(
                 f"{file} says {field.name} = {value}, which is not read from GGUF files",
                 "use the model's safetensors checkpoint, whose config says how",
@@ -157,6 +170,8 @@ _MEANS = {
     "use_parallel_residual": ("use_parallel_residual",),
     "feed_forward_length": ("intermediate_size", "n_inner"),
     "expert_feed_forward_length": ("moe_intermediate_size", "intermediate_size"),
+    "expert_weights_norm": ("norm_topk_prob",),
+    "expert_weights_scale": ("routed_scaling_factor",),
 }
 """Keys that transformers may leave to the class, and the config's names for them."""
 
@@ -176,7 +191,7 @@ def _agrees(key: str, value: Any, config: Any) -> bool:
         if limit is not None and value >= limit:
             return True
     if key in ("rope.freq_base", "rope.freq_base_swa"):
-        thetas = _thetas(text)  # none for a model that does not rotate
+        thetas = _thetas(text, local=key.endswith("swa"))  # none for a model that does not rotate
         return not thetas or any(_close(value, theta) for theta in thetas)
     if key == "attention.sliding_window_pattern":
         kinds = [kind == "sliding_attention" for kind in getattr(text, "layer_types", None) or ()]
@@ -184,15 +199,25 @@ def _agrees(key: str, value: Any, config: Any) -> bool:
         return kinds == list(map(bool, every))
     if key == "attention.head_count_kv" and value == text.num_attention_heads:
         return True
-    found = [other for name in _MEANS.get(key, ()) if (other := getattr(text, name, None)) is not None]
+    found = _named(key, config)
     if key.endswith("epsilon") and not found:  # of the other kind of norm than the model's
         return True
     return any(_close(value, other) for other in found)
 
 
-def _thetas(text: Any) -> list[float]:
-    """The rotary bases of a config, which has one or one for each kind of layer."""
+def _named(key: str, config: Any) -> list[Any]:
+    """The config's own values for it, of those that it has."""
+    text = config.get_text_config()
+    return [other for name in _MEANS.get(key, ()) if (other := getattr(text, name, None)) is not None]
+
+
+def _thetas(text: Any, local: bool) -> list[float]:
+    """The rotary bases of a config, which has one or one for each kind of layer; local: of layers with a window, if they have
+    their own."""
     rope = getattr(text, "rope_parameters", None) or {}
+    windowed = rope.get("sliding_attention")
+    if local and isinstance(windowed, dict):
+        return [windowed["rope_theta"]]
     parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]
     named = [part.get("rope_theta") for part in parts]
     named += [getattr(text, name, None) for name in ("rope_theta", "rope_local_base_freq")]

@@ -250,7 +250,7 @@ class Candidate:
     def _loaded(
         self, runtime: Runtime, weights: str, parameters: int, spread: bool = False, remark: str = ""
     ) -> Loaded:
-        generation, where = generation_config(self.folder), f"generation_config.json of {self.name}"
+        generation, where = generation_config(self.folder, self.config), f"generation_config.json of {self.name}"
         return Loaded(
             name=self.name,
             runtime=runtime,

@@ -45,10 +45,9 @@ def decode(
 
     With a lossless rule the emitted tokens have exactly the target's distribution, for any drafter and any k (Leviathan
     et al. 2023); at temperature 0 they are the target's greedy tokens. `judge` holds the rule (the token rule unless
-    given). `tokenizer` is needed for stop strings only. `asked` changes
-    the target's logits, and with them its distribution. With `ahead`, the default on a GPU, the next cycle is launched before
-    this one's event is yielded, so that the consumer works while the device does; settings that it changes then reach the
-    cycle after that one.
+    given). `tokenizer` is needed for stop strings only. `asked` changes the target's logits, and with them its
+    distribution. With `ahead`, the default on a GPU, the next cycle is launched before this one's event is yielded, so
+    that the consumer works while the device does; settings that it changes then reach the cycle after that one.
 
     Raises UsageError for a prompt that is empty or fills the target's context, before any event; any error after that is
     yielded as Failed, for traces, and then raised.
@@ -58,7 +57,7 @@ def decode(
     clipper = Clipper(stop, _room(prompt, stop, target.limit), tokenizer)
     run = _Run(target, drafter, list(prompt), controls, clipper, random, judge, timer)
     if asked:
-        run.process = process(asked, len(prompt), sorted(stop.ids), target.device)
+        run.process = process(asked, len(prompt), target.device)
     coupling = controls.settings.sampling.coupling
     names = {"target": target.name, "draft": drafter.name, "rule": judge.rule.name, "coupling": coupling}
     limits = {"max_tokens": stop.max_tokens, "stop": list(stop.strings)}

@@ -96,15 +96,15 @@ def _check_tensors(path: Path, folder: Path, info: dict[str, Any]) -> None:
         raise ModelUnavailable(f"{name} of {path} {sizes}", _NOT_OF_ONE)
 
 
-def generation_config(folder: Path) -> Any:
-    """None where there is none. Raises ModelUnavailable for one that cannot be read: its ends and penalties would be left
-    out without a word."""
+def generation_config(folder: Path, config: Any) -> Any:
+    """The file's, or where there is none, what config.json says of it, as older checkpoints do. Raises ModelUnavailable for
+    one that cannot be read: its ends and penalties would be left out without a word."""
     from transformers import GenerationConfig
 
     file = folder / "generation_config.json"
-    if not file.is_file():
-        return None
     try:
+        if not file.is_file():
+            return GenerationConfig.from_model_config(config) if hasattr(config, "to_dict") else None
         return GenerationConfig.from_dict(read_json(file))
     except Exception as error:  # what is not JSON, or what transformers does not take for a setting
         raise ModelUnavailable(
@@ -149,7 +149,7 @@ def stop_ids(folder: Path, config: Any, tokenizer: Any) -> frozenset[int]:
     Raises ModelUnavailable for an id that is none."""
     ids = set(turn_ends(tokenizer))
     for where, holder in (
-        ("generation_config.json", generation_config(folder)),
+        ("generation_config.json", generation_config(folder, config)),
         ("config.json", config.get_text_config()),
         ("the tokenizer", tokenizer),
     ):

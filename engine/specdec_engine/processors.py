@@ -40,21 +40,24 @@ class Asked:
     min_new_tokens: int = 0
     suppress_tokens: tuple[int, ...] = ()
     begin_suppress_tokens: tuple[int, ...] = ()
+    ends: tuple[int, ...] = ()
+    """Its own end-of-text ids, which minimum lengths hold back: of a run's other ends it knows nothing."""
 
     def __bool__(self) -> bool:
-        return self != Asked()
+        return bool(self.named())
 
     def named(self) -> dict[str, Any]:
         """Those that change something."""
         usual = Asked()
-        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != getattr(usual, f.name)}
+        named = (f.name for f in fields(self) if f.name != "ends")
+        return {name: value for name in named if (value := getattr(self, name)) != getattr(usual, name)}
 
 
 def asked_by(config: Any, where: str, vocab: int) -> Asked:
     """Of a transformers GenerationConfig, or of none, for logits of that size. Raises ModelUnavailable for a value that is of
     another kind or out of bounds."""
     found = dict[str, Any]()
-    for field in fields(Asked):
+    for field in fields(Asked)[:-1]:
         value = getattr(config, field.name, None)
         if value is None or value == []:
             continue
@@ -65,7 +68,8 @@ def asked_by(config: Any, where: str, vocab: int) -> Asked:
             raise ModelUnavailable(
                 f"{where} says {field.name} = {brief(value)}, {why}", "correct that line, or take it out"
             ) from error
-    return Asked(**found)
+    ends = getattr(config, "eos_token_id", None)
+    return Asked(**found, ends=() if ends is None else tuple(ends) if isinstance(ends, list) else (ends,))
 
 
 _FOLLOWED_ELSEWHERE = frozenset(
@@ -139,9 +143,9 @@ def _ids(value: Any, vocab: int) -> tuple[int, ...]:
     return tuple(value)
 
 
-def process(asked: Asked, prompt: int, ends: Sequence[int], device: torch.device) -> Processed:
+def process(asked: Asked, prompt: int, device: torch.device) -> Processed:
     """For a run whose prompt has so many tokens."""
-    steps = list(_steps(asked, prompt, list(ends), device))
+    steps = list(_steps(asked, prompt, device))
 
     def processed(context: Sequence[int], drafted: Tensor, logits: Tensor) -> Tensor:
         ids = torch.cat([upload(torch.tensor(context), device), drafted])
@@ -157,11 +161,11 @@ def _through(steps: Sequence[Process], ids: Tensor, row: Tensor) -> Tensor:
     return row
 
 
-def _steps(asked: Asked, prompt: int, ends: list[int], device: torch.device) -> list[Process]:
+def _steps(asked: Asked, prompt: int, device: torch.device) -> list[Process]:
     """In the order in which `generate` has them; the two penalties that it has not follow vLLM, and come after its own."""
     from transformers.generation import logits_process as of
 
-    made = list[Any]()
+    made, ends = list[Any](), list(asked.ends)
     if asked.repetition_penalty != 1.0:
         made.append(of.RepetitionPenaltyLogitsProcessor(asked.repetition_penalty))
     if asked.no_repeat_ngram_size > 0:

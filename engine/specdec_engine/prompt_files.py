@@ -149,7 +149,8 @@ def _question(value: Any) -> Question:
 
 def _conversation(record: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
     """The system prompt, and the user's turns."""
-    for name in ("turns", "messages", "conversations", "conversation", "prompt", "question", "text"):
+    names = ("turns", "messages", "conversations", "conversation", "prompt", "question")
+    for name in (*names, *(() if record.get("instruction") else ("text",))):  # Alpaca's has the answer in its text
         if not (value := record.get(name)):
             continue
         if isinstance(value, str):
@@ -189,7 +190,9 @@ def _content(content: Any, name: str) -> str:
     """A message's text; of several parts, joined."""
     if not isinstance(content, list):
         return _text(content, name)
-    kinds = [part.get("type", "text") if isinstance(part, Mapping) else part for part in content]
+    if no_parts := [part for part in content if not isinstance(part, Mapping)]:
+        raise _NoPrompt(f"has {name} with {brief(no_parts[0])}, which is no part of a message")
+    kinds = [part.get("type", "text") for part in content]
     if others := [kind for kind in kinds if kind not in ("text", "input_text")]:
         raise _NoPrompt(f"has a part of the kind {brief(others[0])} where only text can be read")
     return _text("\n".join(_text(part.get("text"), name) for part in content), name)

@@ -23,7 +23,10 @@ _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
 def resolve(name: str, *, offline: bool = False, trust_remote_code: bool = False, report: Report = silent) -> Path:
     """The folder or .gguf file that holds the model, fetched if need be. Raises ModelUnavailable."""
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:
+        raise ModelUnavailable(f"no model at {name!r}: there is no such user", "give the whole path") from error
     if name == "builtin":
         return builtin_gguf(offline, report)
     if path.is_dir():
@@ -116,20 +119,29 @@ def weight_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     named = raw_config(path).get("transformers_weights")
-    if named is not None and (not isinstance(named, str) or Path(named).name != named):
-        raise ModelUnavailable(f"{path / 'config.json'} names its weights {named!r}", "it must be a file of the folder")
+    if named is not None and not (_is_beside(named, ".safetensors") or _is_beside(named, ".index.json")):
+        raise ModelUnavailable(
+            f"{path / 'config.json'} names its weights {named!r}", "it must be a safetensors file of the folder"
+        )
     first = path / (named or "model.safetensors")
     index = first if first.name.endswith(".index.json") else path / "model.safetensors.index.json"
     if first != index and (first.is_file() or not index.is_file()):
         return [first]
     try:
         shards = read_json(index)["weight_map"].values()
-        if not all(isinstance(name, str) and Path(name).name == name for name in shards):
-            raise ValueError("weight_map names what are no files of the folder")
+        if wrong := [name for name in shards if not _is_beside(name, ".safetensors")]:
+            raise ValueError(f"it names {wrong[0]!r}, which is no safetensors file of the folder")
+        if not shards:
+            raise ValueError("its weight_map is empty")
     except (OSError, ValueError, KeyError, AttributeError) as error:
         said = "it has no weight_map" if isinstance(error, KeyError | AttributeError) else reason(error)
         raise ModelUnavailable(f"{index} cannot be read: {said}", "get that one file again: it is small") from error
     return sorted(path / name for name in set(shards))
+
+
+def _is_beside(name: Any, ending: str) -> bool:
+    """Whether it names a file of this kind in the same folder: never a pickle, nothing elsewhere."""
+    return isinstance(name, str) and Path(name).name == name and name.endswith(ending)
 
 
 def raw_config(folder: Path) -> dict[str, Any]:

@@ -47,11 +47,12 @@ def replay(
     if not sys.stdout.isatty() or not sys.stdin.isatty():
         raise UsageError("replay needs a terminal", "add --plain for the run in sentences")
     from specdec_tui.app import SpecdecApp
+    from specdec_tui.leaving import show
     from specdec_tui.player import REPLAY_SPEED
     from specdec_tui.source import ReplaySource
 
     source = ReplaySource(trace)
-    SpecdecApp(source, speed=REPLAY_SPEED).run()
+    show(SpecdecApp(source, speed=REPLAY_SPEED))
     if source.error is not None:
         raise source.error
     _several(trace, source.runs)

@@ -6,7 +6,7 @@ import math
 import os
 import sys
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from platformdirs import user_log_path
@@ -87,6 +87,7 @@ def watch(
             return load_pair(target, setting.draft, where.loading(tokens, report))
 
     from specdec_tui.app import SpecdecApp  # Textual takes 0.3 s
+    from specdec_tui.leaving import show
 
     request = Request(
         text,
@@ -101,13 +102,17 @@ def watch(
         how.system,
     )
     source = LiveSource(load, request, user_log_path("specdec") / "watch.log")
-    SpecdecApp(source, speed=math.inf).run()
+    try:
+        show(SpecdecApp(source, speed=math.inf))
+    except SystemExit as ended:
+        _left(source, int(ended.code or 0))
     _left(source)
 
 
 def _start(target: str, draft: str | None) -> Choice:
     """Ask what to run. Leaves where the user does."""
     from specdec_engine.cached import cached_models, drafts_for
+    from specdec_tui.leaving import show
     from specdec_tui.start import Entry, StartApp
 
     entries = [
@@ -125,7 +130,7 @@ def _start(target: str, draft: str | None) -> Choice:
         entries.append(
             Entry(model.name, f"{model.model_type}, {model.size / 1e9:.1f} GB · {fits}", "run", model.name, names)
         )
-    if (choice := StartApp(entries).run()) is None:
+    if (choice := show(StartApp(entries))) is None:
         raise typer.Exit
     return choice
 
@@ -145,14 +150,15 @@ def _teach() -> None:
     frame, name = read_frame(DEMO)
     if sys.stdout.isatty() and sys.stdin.isatty():
         from specdec_tui.app import SpecdecApp
+        from specdec_tui.leaving import show
 
-        SpecdecApp(FrameSource(frame, name), speed=REPLAY_SPEED, lesson=Lesson(frame)).run()
+        show(SpecdecApp(FrameSource(frame, name), speed=REPLAY_SPEED, lesson=Lesson(frame)))
         return
     for line in script(frame, name):
         typer.echo(line)
 
 
-def _left(source: LiveSource) -> None:
+def _left(source: LiveSource, code: int = ExitCode.OK) -> NoReturn:
     """The terminal is whole again: say what went wrong, and do not wait for a pass or a download that goes on."""
     stage = source.stage
     for sentence in source.notes:  # on the screen they were seen for a moment
@@ -162,9 +168,10 @@ def _left(source: LiveSource) -> None:
         raise typer.Exit(ExitCode.FAILED)
     if not source.closed:
         sys.stdout.flush()
-        os._exit(ExitCode.OK)
+        os._exit(code)
     if source.error is not None:
         raise source.error
+    raise typer.Exit(code)
 
 
 def _keys_from_the_terminal() -> None:

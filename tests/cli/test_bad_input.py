@@ -36,7 +36,7 @@ def refused(specdec):
         (["-k", "-1"], "k -1"),
         (["-k", "many"], "many"),
         (["--temperature", "-0.5"], "temperature -0.5"),
-        (["--temperature", "nan"], "temperature nan"),
+        (["--temperature", "nan"], "--temperature is nan"),
         (["--top-p", "0"], "top-p 0.0"),
         (["--top-p", "1.5"], "top-p 1.5"),
         (["--top-k", "-3"], "top-k -3"),
@@ -83,7 +83,9 @@ def test_a_prompt_file_that_is_not_utf8_or_not_there(refused, checkpoint, tmp_pa
 
 
 def test_an_argument_that_is_not_utf8(refused, checkpoint):
-    assert "the prompt is not UTF-8: byte 0xe9 at offset 3" in refused(2, "caf\udce9", "-t", checkpoint)
+    assert "the prompt cannot be read: it is not UTF-8: byte 0xe9 at offset 3" in refused(
+        2, "caf\udce9", "-t", checkpoint
+    )
 
 
 def test_a_prompt_longer_than_the_context(refused, checkpoint):

@@ -145,7 +145,7 @@ def test_prompts_from_stdin_a_file_and_the_argument_are_joined_in_this_order(che
     assert byte_tokenizer().decode(prompt) == "stdin\nfile\nargument"
     assert process("generate", "-", *options, stdin=b"stdin").returncode == 0
     bad = process("generate", *options, stdin=b"caf\xe9")
-    assert (bad.returncode, b"stdin is not UTF-8" in bad.stderr) == (2, True)
+    assert (bad.returncode, b"stdin cannot be read: it is not UTF-8" in bad.stderr) == (2, True)
 
 
 def in_a_terminal(argv, seconds=60, **extra):

@@ -189,6 +189,8 @@ def test_what_cannot_be_recorded_says_why():
         ("Bart", {"encoder_layers": 2, "decoder_layers": 2}, "an encoder-decoder"),
         ("Bert", {}, "a bidirectional model"),
         ("XLMRoberta", {}, "a bidirectional model"),
+        ("Llama", {"is_causal": False}, "a bidirectional model"),
+        ("Gemma3Text", {"use_bidirectional_attention": True}, "a bidirectional model"),
     ],
 )
 def test_what_is_no_causal_decoder_is_refused_by_kind(kind, more, said, tmp_path):

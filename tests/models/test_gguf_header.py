@@ -158,6 +158,17 @@ def test_a_conversion_that_broke_leaves_nothing_and_the_next_one_is_whole(tmp_pa
     assert (beside(file, "tiny", silent) / "tokenizer.json").is_file()
 
 
+@pytest.mark.parametrize("name", ["index.json", "tokenizer.json", "config.json"])
+def test_a_conversion_that_was_damaged_since_is_made_anew(name, tmp_path):
+    """By the same number of bytes, too."""
+    file = save_gguf(tmp_path / "tiny.gguf", "F16")
+    kept = beside(file, "tiny", silent) / name
+    whole = kept.read_bytes()
+    for damage in (whole[: len(whole) // 2], whole.replace(b":", b";", 1)):
+        kept.write_bytes(damage)
+        assert (beside(file, "tiny", silent) / name).read_bytes() == whole
+
+
 class Said:
     """A field of a header."""
 
@@ -189,8 +200,10 @@ SLIDING = {"layer_types": ["sliding_attention"] * 5 + ["full_attention"], "num_h
         ("Llama", {}, "a.key.of.tomorrow", 3, False),
         ("Gemma2", {}, "attn_logit_softcapping", 50.0, True),
         ("Gemma2", {}, "attn_logit_softcapping", 30.0, False),
+        ("Gemma2", {}, "attn_logit_softcapping", 0.0, False),
         ("Gemma3Text", SLIDING, "rope.freq_base_swa", 10000.0, True),
         ("Gemma3Text", SLIDING, "rope.freq_base_swa", 20000.0, False),
+        ("Gemma3Text", SLIDING, "rope.freq_base_swa", 1_000_000.0, False),
         ("Gemma3Text", SLIDING, "attention.sliding_window_pattern", 6, True),
         ("Gemma3Text", SLIDING, "attention.sliding_window_pattern", [True] * 5 + [False], True),
         ("Gemma3Text", SLIDING, "attention.sliding_window_pattern", [True] * 6, False),

@@ -56,9 +56,16 @@ def test_greedy_text_is_transformers_own_under_the_same_config(settings, draft, 
 def test_a_row_is_what_plain_decoding_gets():
     """Whatever is drafted, and however long the draft is."""
     asked = Asked(
-        1.3, 0.4, 0.2, no_repeat_ngram_size=2, min_new_tokens=4, suppress_tokens=(3,), begin_suppress_tokens=(4,)
+        1.3,
+        0.4,
+        0.2,
+        no_repeat_ngram_size=2,
+        min_new_tokens=4,
+        suppress_tokens=(3,),
+        begin_suppress_tokens=(4,),
+        ends=(1,),
     )
-    step, logits = process(asked, 3, [1], CPU), torch.randn(5, 8)
+    step, logits = process(asked, 3, CPU), torch.randn(5, 8)
     context, drafted = [2, 5, 6, 5], [6, 7, 7, 1]
     rows = step(context, torch.tensor(drafted), logits)
     for i in range(5):
@@ -70,7 +77,7 @@ def test_a_row_is_what_plain_decoding_gets():
 @pytest.mark.parametrize("rule", LOSSLESS, ids=lambda rule: rule.name)
 def test_the_emitted_text_has_exactly_that_distribution(rule, deterministic):
     asked, none = Asked(1.5, 0.3, 0.6, no_repeat_ngram_size=2), torch.tensor([], dtype=torch.long)
-    step = process(asked, 1, [], CPU)
+    step = process(asked, 1, CPU)
 
     def p(context):
         logits = table_probs(context, VOCAB, 4).log().float()

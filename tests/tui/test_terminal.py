@@ -115,15 +115,61 @@ def test_a_live_run_is_paused_stepped_turned_and_left(terminal, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_signals_restore_the_terminal(terminal, trace, number):
+def test_signals_restore_the_terminal_and_are_the_code(terminal, trace, number):
     terminal.type(f"{COMMAND} replay {trace}; echo code $?", "Enter")
     terminal.shows("cycles")
     (pid,) = subprocess.run(
         ["pgrep", "-f", f"specdec_cli replay {trace}$"], capture_output=True, text=True
     ).stdout.split()[-1:]
     os.kill(int(pid), number)
-    terminal.shows("code", "ready>")
+    terminal.shows(f"code {128 + number}", "ready>")
     restored(terminal)
+
+
+def test_ctrl_c_twice_is_an_interrupt(terminal, trace):
+    terminal.type(f"{COMMAND} replay {trace}; echo code $?", "Enter")
+    terminal.shows("cycles")
+    terminal.type("C-c")
+    terminal.shows("once more quits")
+    terminal.type("C-c")
+    terminal.shows("code 130", "ready>")
+    restored(terminal)
+
+
+def test_an_error_on_a_screen_is_one_line_and_a_code(terminal, trace, tmp_path):
+    """No traceback with all that the frames hold."""
+    (tmp_path / "broken.py").write_text(
+        "import sys\n"
+        "from specdec_tui.screens.watch import WatchScreen\n"
+        "def broken(self, *args): secret = 'held by the frame'; raise LookupError('of a panel')\n"
+        "WatchScreen.on_screen_resume = broken\n"
+        "from specdec_cli.main import main\n"
+        f"sys.argv = ['specdec', 'replay', '{trace}']\n"
+        "main()\n"
+    )
+    terminal.type(f"{sys.executable} broken.py; echo code $?", "Enter")
+    shown = terminal.shows("code 1", "LookupError: of a panel", "this is a bug")
+    assert "held by" not in shown
+    assert "Traceback" not in shown
+    restored(terminal)
+
+
+def test_a_terminal_that_nobody_reads_is_left(trace, tmp_path):
+    """Every byte written to it waits for a reader; a signal ends it all the same."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "specdec_cli", "replay", str(tmp_path / trace)]
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True) as process:
+        os.close(theirs)
+        shown = b""
+        while b"cycles" not in shown:
+            shown += os.read(ours, 1 << 16)
+        time.sleep(2)  # what it draws meanwhile fills the terminal
+        process.send_signal(signal.SIGTERM)
+        try:
+            assert process.wait(10) == 128 + signal.SIGTERM
+        finally:
+            process.kill()
+            os.close(ours)
 
 
 def test_a_terminal_that_goes_without_a_signal_ends_it(trace, tmp_path):

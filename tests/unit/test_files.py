@@ -5,10 +5,19 @@ from __future__ import annotations
 import os
 import stat
 import threading
+from pathlib import Path
 
 import pytest
 
 from specdec_engine.files import parse_json, read_json, replace_file
+
+
+def test_a_pipe_that_stands_for_a_file_is_written_to():
+    reading, writing = os.pipe()
+    replace_file(Path(f"/dev/fd/{writing}"), b"whole")
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        assert pipe.read() == b"whole"
 
 
 def test_a_link_is_followed_and_the_mode_stays(tmp_path):

@@ -41,6 +41,7 @@ READ = {
     "no turns, but a prompt": ("p.jsonl", lines({"prompt": "a", "turns": []}), [("a",)]),
     "GSM8K": ("p.jsonl", lines({"question": "Why?", "answer": "42"}), [("Why?",)]),
     "Alpaca": ("p.jsonl", lines({"instruction": "Do it", "input": "x", "output": "y"}), [("Do it\n\nx",)]),
+    "Alpaca with its text": ("p.jsonl", lines({"instruction": "Do it", "output": "y", "text": "All of it: y"}), [("Do it",)]),
     "OpenAI's messages": ("p.jsonl", lines({"messages": [HI, YO, HI]}), [("hi", "hi")]),
     "messages as a prompt": ("p.jsonl", lines({"prompt": [HI]}), [("hi",)]),
     "a message in parts": ("p.jsonl", lines({"messages": [{**HI, "content": [{"type": "text", "text": "hi"}]}]}), [("hi",)]),
@@ -56,13 +57,20 @@ def test_the_shapes_that_people_have(name, content, turns, tmp_path):
     assert [q.turns for q in read_questions(file)] == turns
 
 
-def test_windows_shell_writes_utf_16(tmp_path):
-    (file := tmp_path / "p.txt").write_bytes("hello\n".encode("utf-16"))
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-8-sig"])
+def test_windows_shell_writes_utf_16(encoding, tmp_path):
+    (file := tmp_path / "p.txt").write_bytes("hello\n".encode(encoding))
     assert read_questions(file) == [Question("text", ("hello",))]
 
 
 def test_what_a_conversation_begins_with_is_kept(tmp_path):
     (file := tmp_path / "p.jsonl").write_text(lines({"messages": [{"role": "system", "content": "Be brief."}, HI]}))
+    assert read_questions(file) == [Question("prompts", ("hi",), system="Be brief.")]
+
+
+@pytest.mark.parametrize("shape", [{"prompt": "hi"}, {"instruction": "hi"}, {"messages": [HI]}])
+def test_a_system_message_beside_a_prompt_is_kept(shape, tmp_path):
+    (file := tmp_path / "p.jsonl").write_text(lines({**shape, "system": "Be brief."}))
     assert read_questions(file) == [Question("prompts", ("hi",), system="Be brief.")]
 
 
@@ -73,6 +81,16 @@ def test_a_category_is_text(category, told, tmp_path):
 
 
 REFUSED = {
+    "no text": ("p.txt", b"a\0b\n", "zero characters"),
+    "UTF-16 without its mark": ("p.txt", "hello".encode("utf-16-le"), "UTF-16 without its mark"),
+    "a broken line first": ("p.txt", b'{"prompt": "a"\n{"prompt": "b"}\n', "line 1 .* not JSON"),
+    "a broken array": ("p.txt", b'[{"prompt": "a"},\n]\n', "not JSON"),
+    "a part that is no part": (
+        "p.jsonl",
+        lines({"messages": [{**HI, "content": ["hi"]}]}).encode(),
+        "no part of a message",
+    ),
+    "thousands of digits": ("p.jsonl", b'{"prompt": ' + b"1" * 9999 + b"}\n", "thousands of digits"),
     "half a character": ("p.jsonl", b'{"prompt": "a\\ud83d b"}\n', "line 1 .* half a character"),
     "a comment": ("p.jsonl", b'// mine\n{"prompt": "a"}\n', "line 1 .* not JSON"),
     "no shape": ("p.jsonl", b'{"prompt": "a"}\n{"note": "b"}\n', "line 2 .* its keys are note"),

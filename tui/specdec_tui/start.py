@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from textual import events
-from textual.app import App, ComposeResult
+from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.content import Content
 from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
 
-from specdec_tui.theme import DARK, LIGHT, STYLES
+from specdec_tui.leaving import TerminalApp
+from specdec_tui.pieces import one_line
+from specdec_tui.theme import STYLES
 
 EXAMPLE = "Explain step by step how a lighthouse works."
 
@@ -37,7 +39,7 @@ class Choice:
     prompt: str = ""
 
 
-class StartApp(App[Choice | None]):
+class StartApp(TerminalApp[Choice | None]):
     """Returns the choice; None where the user left."""
 
     TITLE = "specdec"
@@ -53,16 +55,14 @@ class StartApp(App[Choice | None]):
     """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "leave", "Back", id="start.back"),
-        Binding("ctrl+q,ctrl+c", "quit", "Quit", id="start.quit", priority=True),
+        Binding("ctrl+q", "quit", "Quit", id="start.quit", priority=True),
+        Binding("ctrl+c", "end(130)", "Quit", id="start.stop", priority=True),
     ]
 
     def __init__(self, entries: Sequence[Entry]) -> None:
         super().__init__()
         self._entries = entries
         self._chosen = entries[0]
-        for theme in (DARK, LIGHT):
-            self.register_theme(theme)
-        self.theme = DARK.name
 
     def compose(self) -> ComposeResult:
         title = Content.assemble((" specdec ", STYLES["brand"]), "  speculative decoding, cycle by cycle")
@@ -89,6 +89,9 @@ class StartApp(App[Choice | None]):
         if event.value.strip():
             self.exit(Choice(self._chosen, event.value))
 
+    def action_end(self, code: int) -> None:
+        self.end(code)
+
     def action_leave(self) -> None:
         """From the prompt to the list; from the list out."""
         entries = self.query_one("#entries", OptionList)
@@ -105,4 +108,5 @@ _KEYS = {
 
 
 def _shown(entry: Entry) -> Content:
-    return Content.assemble((entry.title, STYLES["strong"]), "\n", (f"  {entry.about}", STYLES["muted"]))
+    about = (f"  {one_line(entry.about)}", STYLES["muted"])
+    return Content.assemble((one_line(entry.title), STYLES["strong"]), "\n", about)

@@ -146,7 +146,7 @@ def _gap(pair: Pair, prompt: Sequence[int], answer: Sequence[int], a: int, b: in
     for newest in (prompt[-1], *answer):
         row = pair.target.score(newest, nothing(pair.target.device))
     if pair.asked:  # penalties are part of what the two were chosen by
-        step = process(pair.asked, len(prompt), sorted(pair.stop_ids), pair.target.device)
+        step = process(pair.asked, len(prompt), pair.target.device)
         row = step([*prompt, *answer], nothing(pair.target.device).tokens, row)
     logits = row[-1].float()
     precision = torch.finfo(getattr(torch, pair.environment["dtype"])).eps

@@ -89,8 +89,8 @@ def _has_turns(tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+def _ids(tokenizer: Any, text: str, **how: Any) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, **how)["input_ids"])
 
 
 def synthesise(
@@ -155,7 +155,7 @@ class _Scribe:
         prompt = next(self.prompts, None)
         if prompt is None:
             return None
-        words = _ids(self.target.tokenizer, prompt)[: self.limits.long_prompt]
+        words = _ids(self.target.tokenizer, prompt, split_special_tokens=True)[: self.limits.long_prompt]
         tokens = [*self.before, *words, *self.after]
         return _Slot(tokens, [], temperature, subject_end=len(tokens), prompt_end=len(tokens), answer=len(tokens))
 
