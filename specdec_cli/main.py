@@ -47,6 +47,8 @@ class Real(Helped, TyperCommand):
         for name, value in ctx.params.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise UsageError(f"--{name.replace('_', '-')} is {value}", "give a finite number")
+            if name == "seed" and value is not None and not 0 <= value < 2**64:
+                raise UsageError(f"--seed {value} is no seed", "give a number from 0 to 2^64 - 1")
         return super().invoke(ctx)
 
 

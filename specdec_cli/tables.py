@@ -15,7 +15,7 @@ import typer
 
 from specdec_cli.output import one_line
 from specdec_engine.errors import UsageError
-from specdec_engine.text import as_markdown, printable
+from specdec_engine.text import as_markdown, counted, printable
 
 _COLUMNS = (
     "draft",
@@ -36,10 +36,6 @@ def threads(made: Mapping[str, Any]) -> str:
     """Of an environment. Fewer than there are cores are left, where nobody asked for so few, by other programs."""
     n, cores = made["threads"], made.get("cores", 0)
     return f"{n} of {counted(cores, 'thread')}" if n < cores else counted(n, "thread")
-
-
-def counted(n: int, what: str) -> str:
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 def show(found: Mapping[str, Any], format: str) -> None:
@@ -79,6 +75,10 @@ def _row(arm: Mapping[str, Any]) -> list[str]:
     ]
 
 
+_DISTURBED = 1.05
+"""A pass gives its tokens at once, and cannot cost less than a plain one: what is above is noise of the machine."""
+
+
 def notes(found: Mapping[str, Any]) -> Iterator[str]:
     """What the table does not say."""
     plan, base, made = found["plan"], found["baseline"], found["environment"]
@@ -100,6 +100,11 @@ def notes(found: Mapping[str, Any]) -> Iterator[str]:
             f"{roof['share_of_bandwidth']:.0%} of what this memory gives"
         )
     for arm in found["arms"]:
+        if arm["speedup"] > _DISTURBED * arm["mean_emitted_per_cycle"]:
+            yield (
+                f"{arm['draft']} k {arm['k']}: {arm['speedup']:.2f}× from {arm['mean_emitted_per_cycle']:.2f} tokens a cycle "
+                "is impossible: plain decoding was disturbed; measure again, with nothing else running"
+            )
         for d in arm["first_divergences"]:
             gap = "" if d["gap"] is None else f", logits {d['gap']:.3f} apart"
             yield (

@@ -31,7 +31,7 @@ def new_cache(config: Any, name: str) -> DynamicCache:
         which = f"layer {stuck[0]} is a" if len(stuck) == 1 else f"layers {_ranges(stuck)} are"
         raise PairIncompatible(
             f"{name} ({config.model_type}) cannot be rolled back: {which} {kinds}",
-            "speculation needs full or sliding-window attention in every layer; choose another model",
+            "choose a model with full or sliding-window attention in every layer; no other runs yet, with a draft or without",
         )
     return cache
 

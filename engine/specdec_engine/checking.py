@@ -14,7 +14,6 @@ from specdec_engine.errors import OutOfMemory, PairIncompatible
 from specdec_engine.loading import Candidate, LoadOptions, find_model
 from specdec_engine.memory import free_bytes, gib
 from specdec_engine.pairing import compare_tokenizers
-from specdec_engine.pretrained import stop_ids
 from specdec_engine.runtime.shape import Unsupported
 from specdec_engine.series import expected_emitted
 
@@ -132,7 +131,7 @@ def _tokens(ours: Candidate, theirs: Candidate) -> Iterator[Finding]:
 
 
 def _ends(ours: Candidate, theirs: Candidate) -> Iterator[Finding]:
-    a, b = (stop_ids(m.folder, m.config, m.tokenizer) for m in (ours, theirs))
+    a, b = ours.stop_ids, theirs.stop_ids
     if a == b:
         yield Finding("end of text", "ok", f"ids {_ids(a)} end it for both")
     else:

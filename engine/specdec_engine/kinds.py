@@ -57,17 +57,20 @@ def check_kind(config: Any, name: str, own_code: bool = False) -> None:
         raise ModelUnavailable(
             f"{name} is an encoder-decoder ({config.model_type})", "choose a decoder alone, such as Llama or Qwen"
         )
-    text = config.get_text_config()
-    both_ways = getattr(text, "is_causal", True) is False or getattr(text, "use_bidirectional_attention", None)
-    if both_ways or (config.model_type in _BIDIRECTIONAL and not getattr(config, "is_decoder", False)):
-        raise ModelUnavailable(
-            f"{name} is a bidirectional model ({config.model_type}): each token sees those after it",
-            "choose a causal model; one of this kind that was trained as a decoder has is_decoder in its config",
-        )
     if config.model_type not in FAMILY and not own_code and causal_class(config) is None:
         kind, hint = _kind_of(config.model_type)
         raise ModelUnavailable(
             f"{name} is {kind} ({config.model_type}), and transformers has no text model of that type", hint
+        )
+    text = config.get_text_config()
+    both_ways = getattr(text, "is_causal", True) is False or getattr(text, "use_bidirectional_attention", None) in (
+        True,
+        "all",
+    )
+    if both_ways or (config.model_type in _BIDIRECTIONAL and not getattr(config, "is_decoder", False)):
+        raise ModelUnavailable(
+            f"{name} is a bidirectional model ({config.model_type}): each token sees those after it",
+            "choose a causal model; one of this kind that was trained as a decoder has is_decoder in its config",
         )
 
 

@@ -21,7 +21,15 @@ from specdec_engine.draft_files import read_draft
 from specdec_engine.errors import ModelUnavailable, OutOfMemory, SpecdecError, UsageError, first_line
 from specdec_engine.kinds import check_kind, check_plain, check_rollback
 from specdec_engine.memory import Need, check_fits, estimate, free_bytes, kept_bytes, kv_bytes, ran_out
-from specdec_engine.pretrained import DeviceMap, generation_config, load_config, load_tokenizer, load_weights, stop_ids
+from specdec_engine.pretrained import (
+    DeviceMap,
+    Read,
+    generation_config,
+    load_config,
+    load_tokenizer,
+    load_weights,
+    stop_ids,
+)
 from specdec_engine.processors import Asked, asked_by, left_out_of
 from specdec_engine.progress import Progress, Report, silent
 from specdec_engine.runtime import Runtime, native
@@ -90,6 +98,8 @@ class Loaded:
     """What the checkpoint's generation config does to logits."""
     left_out: tuple[str, ...] = ()
     """What else it says, and is not done."""
+    unused: tuple[str, ...] = ()
+    """Tensors of the checkpoint that no part of the model takes."""
     spread: bool = False
     """Over several devices, by accelerate."""
     remark: str = ""
@@ -119,6 +129,10 @@ class Candidate:
     device: torch.device
     arithmetic: Arithmetic
     options: LoadOptions
+    stop_ids: frozenset[int]
+    asked: Asked
+    left_out: tuple[str, ...]
+    """As `Loaded` has them."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -157,7 +171,7 @@ class Candidate:
             except Unsupported as reason:
                 dense = self._dense(reason)
                 if self.path.is_dir():
-                    dense._generic_runtime(torch.device("meta"))
+                    dense._read(torch.device("meta"))
                 return dense
         return self
 
@@ -219,21 +233,21 @@ class Candidate:
             raise UsageError(f"{self.name} cannot run on the graph runtime: {reason}", "leave out --runtime") from None
 
     def _generic(self, placement: torch.device | DeviceMap, remark: str) -> Loaded:
-        generic = self._generic_runtime(placement)
-        runtime: Runtime = generic
-        model = generic.model
+        runtime: Runtime
+        runtime, read = self._read(placement)
+        model = read.model
         form = str(self.arithmetic.weights).removeprefix("torch.")
         spread = getattr(model, "hf_device_map", None) is not None  # not so where there is but one device
         if self.device.type == "cuda" and not spread and self.options.runtime != "generic":
             runtime, remark = self._recorded(model, runtime, remark)
-        return self._loaded(runtime, form, model.num_parameters(), spread, remark)
+        return replace(self._loaded(runtime, form, model.num_parameters(), spread, remark), unused=read.unused)
 
-    def _generic_runtime(self, placement: torch.device | DeviceMap) -> GenericRuntime:
+    def _read(self, placement: torch.device | DeviceMap) -> tuple[GenericRuntime, Read]:
         from specdec_engine.runtime.generic import GenericRuntime  # its imports take 2 s
 
         dtype, own_code = self.arithmetic.weights, self.options.trust_remote_code
-        model = load_weights(self.path, self.folder, self._gguf_state, dtype, placement, own_code)
-        return GenericRuntime(model, self.name)
+        read = load_weights(self.path, self.folder, self._gguf_state, dtype, placement, own_code)
+        return GenericRuntime(read.model, self.name), read
 
     def _recorded(self, model: Any, otherwise: Runtime, remark: str) -> tuple[Runtime, str]:
         """The transformers forward as graphs, where it can be recorded; and why it is not the lean one, or not even that."""
@@ -250,7 +264,6 @@ class Candidate:
     def _loaded(
         self, runtime: Runtime, weights: str, parameters: int, spread: bool = False, remark: str = ""
     ) -> Loaded:
-        generation, where = generation_config(self.folder, self.config), f"generation_config.json of {self.name}"
         return Loaded(
             name=self.name,
             runtime=runtime,
@@ -259,9 +272,9 @@ class Candidate:
             dtype=str(self.dtype).removeprefix("torch."),
             weights=weights,
             parameters=parameters,
-            stop_ids=stop_ids(self.folder, self.config, self.tokenizer),
-            asked=asked_by(generation, where, runtime.vocab),
-            left_out=tuple(left_out_of(generation)),
+            stop_ids=self.stop_ids,
+            asked=self.asked,
+            left_out=self.left_out,
             spread=spread,
             remark=remark,
             weight_bytes=self.need.weights,
@@ -333,7 +346,23 @@ def find_model(name: str, options: LoadOptions) -> Candidate:
         if isinstance(shape, Unsupported):
             check_rollback(load_config(folder, options.trust_remote_code), name)
         tokenizer = load_tokenizer(folder, options.trust_remote_code)
-    return Candidate(name, path, folder, config, shape, tokenizer, need, device, arithmetic, options)
+        generation = generation_config(folder, config)
+        vocab = int(config.get_text_config().vocab_size)
+        return Candidate(
+            name,
+            path,
+            folder,
+            config,
+            shape,
+            tokenizer,
+            need,
+            device,
+            arithmetic,
+            options,
+            stop_ids=stop_ids(folder, config, generation, tokenizer),
+            asked=asked_by(generation, f"generation_config.json of {name}", vocab),
+            left_out=tuple(left_out_of(generation)),
+        )
 
 
 _SPREAD = "it is spread over devices"

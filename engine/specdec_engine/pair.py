@@ -38,6 +38,7 @@ from specdec_engine.runtime.graphs import GraphRuntime
 from specdec_engine.runtime.shape import Shape
 from specdec_engine.stopping import Stop
 from specdec_engine.target import ModelTarget
+from specdec_engine.text import counted
 from specdec_engine.threads import set_threads, use_fewer_threads
 from specdec_engine.types import Sampling
 
@@ -228,6 +229,10 @@ def _paired(models: Loader, draft: str | None) -> Pair:
     if loaded.asked:
         said = ", ".join(f"{key} {value}" for key, value in loaded.asked.named().items())
         notes.append(f"followed, of {target}'s generation_config.json: {said}")
+    if loaded.unused:
+        notes.append(
+            f"not used, of {target}'s weights: {counted(len(loaded.unused), 'tensor')}, the first {loaded.unused[0]}"
+        )
     if loaded.left_out:
         notes.append(f"not followed, of {target}'s generation_config.json: {', '.join(loaded.left_out)}")
     return Pair(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +39,15 @@ def load_config(path: Path, trust_remote_code: bool) -> Any:
         ) from error
 
 
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A transformers model as it was read."""
+
+    model: Any
+    unused: tuple[str, ...]
+    """Tensors of the checkpoint that the model has no place for."""
+
+
 def load_weights(
     path: Path,
     folder: Path,
@@ -45,7 +55,7 @@ def load_weights(
     dtype: torch.dtype,
     placement: torch.device | DeviceMap,
     trust_remote_code: bool,
-) -> Any:
+) -> Read:
     """The model in evaluation mode, from safetensors or a GGUF's tensors; on the meta device, the names and sizes of its
     tensors alone. Raises ModelUnavailable for a tensor that is missing or has another size than its config asks for."""
     from transformers import AutoModelForCausalLM
@@ -75,7 +85,7 @@ def load_weights(
     _check_tensors(path, folder, info)
     if isinstance(placement, torch.device):
         model = model.to(placement)
-    return model.eval()
+    return Read(model.eval(), tuple(sorted(info["unexpected_keys"])))
 
 
 def _check_tensors(path: Path, folder: Path, info: dict[str, Any]) -> None:
@@ -144,12 +154,12 @@ def _tokenizer_class(path: Path) -> Any:
     return transformers.AutoTokenizer
 
 
-def stop_ids(folder: Path, config: Any, tokenizer: Any) -> frozenset[int]:
+def stop_ids(folder: Path, config: Any, generation: Any, tokenizer: Any) -> frozenset[int]:
     """All that ends a text: the end-of-sequence ids of generation config, config and tokenizer, and the ends of a turn.
     Raises ModelUnavailable for an id that is none."""
     ids = set(turn_ends(tokenizer))
     for where, holder in (
-        ("generation_config.json", generation_config(folder, config)),
+        ("generation_config.json", generation),
         ("config.json", config.get_text_config()),
         ("the tokenizer", tokenizer),
     ):

@@ -119,6 +119,11 @@ def _visible(char: str) -> str:
     return "·" if unicodedata.category(char) in {"Cc", "Cf", "Cs", "Zl", "Zp"} else char
 
 
+def counted(n: int, what: str) -> str:
+    """So many of these, in English: 1 token, 2 tokens, 2 passes."""
+    return f"{n} {what}" if n == 1 else f"{n} {what}{'es' if what.endswith('s') else 's'}"
+
+
 def as_markdown(line: str) -> str:
     """Markdown that shows the line as it is: HTML, links, images, emphasis and columns in it stay text."""
     return re.sub(r"([\\`*_\[\]<>|&~])", r"\\\1", line)

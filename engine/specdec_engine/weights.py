@@ -108,7 +108,8 @@ class SafetensorsWeights:
 
 
 def _is_coded(part: Any) -> bool:
-    return str(part.get_dtype()).startswith(("I", "U", "F8", "F4"))
+    kind = str(part.get_dtype())
+    return kind != "I64" and kind.startswith(("I", "U", "F8", "F4"))  # I64 is for tables of indices
 
 
 @dataclass(frozen=True, slots=True)

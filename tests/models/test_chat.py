@@ -7,8 +7,8 @@ import pytest
 from specdec_engine import chat
 from specdec_engine.chat import chat_ids, raw_ids, stop_id, turn_ends
 from specdec_engine.errors import ModelUnavailable, UsageError
-from specdec_engine.pretrained import stop_ids
-from tests.fakes import CHAT_TEMPLATE, byte_tokenizer, save_checkpoint, tiny_llama
+from specdec_engine.loading import LoadOptions, find_model
+from tests.fakes import CHAT_TEMPLATE, byte_tokenizer, save_checkpoint
 
 PARTS = CHAT_TEMPLATE.replace("{{ m['content'] }}", "{% for c in m['content'] %}{{ c['text'] }}{% endfor %}")
 LOUD = CHAT_TEMPLATE.replace("m['content']", "m['content'] | trim | replace('\\n', ' ')")
@@ -154,4 +154,4 @@ def test_a_special_token_as_a_stop_text():
 def test_a_broken_generation_config_is_not_passed_over(content, tmp_path):
     (save_checkpoint(tmp_path) / "generation_config.json").write_text(content)
     with pytest.raises(ModelUnavailable, match="generation_config"):
-        stop_ids(tmp_path, tiny_llama().config, byte_tokenizer())
+        find_model(str(tmp_path), LoadOptions())

@@ -171,10 +171,10 @@ def pages(frame: Frame) -> tuple[Page, ...]:
         ),
         Page(
             "When it loses",
-            "A draft that is often wrong, a high temperature, which makes every guess less sure, or too large a "
-            "k: each makes more work than it saves. Then the best k is 0, plain decoding, and an honest tool says "
-            "so.",
-            "press T, a higher temperature, until plain decoding is best",
+            "A draft that is often wrong, or too large a k, makes more work than it saves. Then the best k is 0, "
+            "plain decoding, and an honest tool says so. A temperature can do either: it flattens p and q alike, so "
+            "α may fall or rise with it; only a measurement tells.",
+            "press T, which lowers α here, until plain decoding is best",
             lambda state: state.what.best == 0,
             View,
             "curve",

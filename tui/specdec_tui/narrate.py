@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from specdec_engine.events import Cycle, SettingChanged
+from specdec_engine.text import counted
 from specdec_tui.frame import Frame, View
 from specdec_tui.pieces import Committed, Name, alone, one_line, plain
 
@@ -17,7 +18,7 @@ def narrate(cycle: Cycle, name: Name, rule: str = "token") -> str:
         return f"Cycle {number}: nothing was drafted, so the pass gave one token, {last}.{_ended(cycle)}"
     if at == k:
         free = "" if _clipped(cycle) else f", and {last} comes free from the same pass"
-        return f"Cycle {number}: kept all {k}{free}.{_ended(cycle)}"
+        return f"Cycle {number}: kept {'the one guess' if k == 1 else f'all {k}'}{free}.{_ended(cycle)}"
     refused = repr_of(cycle.drafted[at], name)
     drawn = "" if _clipped(cycle) else f", {last} {_drawn(cycle, rule)} instead"
     if rule != "token":
@@ -96,7 +97,8 @@ def script(frame: Frame, name: Name) -> list[str]:
     settings = frame.settings
     lines = [
         f"Target {plain(settings.get('target'))}, draft {plain(settings.get('draft'))}, k {plain(settings.get('k'))}, "
-        f"temperature {plain(settings.get('temperature'))}, seed {frame.seed}; {len(frame.prompt)} tokens of prompt."
+        f"temperature {plain(settings.get('temperature'))}, seed {frame.seed}; "
+        f"{counted(len(frame.prompt), 'token')} of prompt."
     ]
     lines += [f"Prompt: {_said(frame.prompt, name)}"] if frame.prompt else []
     changes = list(frame.changes)
@@ -123,7 +125,8 @@ def ending(frame: Frame) -> str:
     if not s.cycles:
         return "Nothing was decoded."
     rate = "" if s.tokens_per_second is None else f", {s.tokens_per_second:.1f} tokens a second"
-    accepted = f"{s.accepted} of {s.drafted} drafted tokens were kept" if s.drafted else "nothing was drafted"
+    kept = f"{s.accepted} of {counted(s.drafted, 'drafted token')} {'was' if s.drafted == 1 else 'were'} kept"
+    accepted = kept if s.drafted else "nothing was drafted"
     spent = s.emitted == frame.settings.get("max_tokens", s.emitted)
     how = {
         "stop": "The text is complete",
@@ -131,4 +134,5 @@ def ending(frame: Frame) -> str:
         "cancelled": "The run was stopped",
     }
     state = how.get(s.finish_reason or "", "The trace ends here")
-    return f"{state}: {s.emitted} tokens in {s.cycles} target passes; {accepted}{rate}."
+    tokens, passes = counted(s.emitted, "token"), counted(s.cycles, "target pass")
+    return f"{state}: {tokens} in {passes}; {accepted}{rate}."

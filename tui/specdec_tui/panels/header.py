@@ -30,7 +30,7 @@ def figures(view: View, room: Room) -> Line:
     most = past.settings.get("max_tokens")
     parts = [
         (f" {number(s.tokens_per_second, 1)} tok/s", "strong"),
-        (f"  {number(speedup)}× plain", "strong" if speedup is not None and speedup >= 1 else "refused"),
+        (f"  {number(speedup)}× plain", "muted" if speedup is None else "strong" if speedup >= 1 else "refused"),
         (f"  α {number(s.alpha)}", ""),
         (f"  {number(s.mean_emitted_per_cycle)} a cycle", ""),
         (f"  cycle {s.cycles}", ""),

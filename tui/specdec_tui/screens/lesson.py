@@ -135,7 +135,7 @@ class LessonScreen(WatchScreen):
         self.draw()
 
     def action_temperature(self, by: float) -> None:
-        """The higher, the less often a guess is right."""
+        """Of the page's draft, the chance that a guess is kept: the key that is one for temperature in a run."""
         what = self._seen.what
         self._seen.what = replace(what, alpha=round(max(0.0, min(0.9, what.alpha - by)), 1))
         self.draw()

@@ -227,7 +227,8 @@ class WatchScreen(Screen[None]):
 
     def on_key(self, event: Key) -> None:
         """Of a recorded run nothing would tell that they are."""
-        if self._live is None and event.key in _ENGINE_KEYS:
+        action = _ENGINE_KEYS.get(event.key)
+        if self._live is None and action is not None and not self.check_action(action, ()):
             self._say("this run is recorded; the engine's keys are for live ones: specdec watch")
 
     def action_k(self, by: int) -> None:
@@ -296,7 +297,7 @@ class WatchScreen(Screen[None]):
 
 _ENGINE_ACTIONS = ("k", "adapt", "temperature", "prompt", "again", "race")
 _ENGINE_KEYS = {
-    key
+    key: binding.action.partition("(")[0]
     for binding in WatchScreen.BINDINGS
     if isinstance(binding, Binding) and binding.action.partition("(")[0] in _ENGINE_ACTIONS
     for key in binding.key.split(",")
