@@ -18,7 +18,7 @@ from rich.text import Text
 from specdec_engine.events import Cycle, Event, Started
 from specdec_engine.progress import Progress, Report
 from specdec_engine.stats import Summary
-from specdec_engine.text import TextStream, printable
+from specdec_engine.text import TextStream, counted, printable
 from specdec_engine.trace import Records
 
 Color = Literal["auto", "always", "never"]
@@ -270,7 +270,7 @@ def summary_line(summary: Summary, ending: str, state: str) -> str:
             f"{_number(summary.tokens_per_second, 1)} tok/s{compared}",
             f"{_number(summary.mean_emitted_per_cycle, 2)} emitted per cycle (plain: 1)",
             accepted,
-            f"{summary.emitted} tokens, {ending}",
+            f"{counted(summary.emitted, 'token')}, {ending}",
             f"seed {summary.seed if summary.seed is not None else '–'}",
             state,
         ]

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 from specdec_engine.errors import ModelUnavailable, reason
@@ -57,8 +58,24 @@ def builtin_gguf(offline: bool = False, report: Report = silent) -> Path:
 
 
 def is_cached() -> bool:
-    """Whether the target is there already."""
-    return _place().is_file() and _place().stat().st_size == SIZE
+    """Whether the target is there already, as it was fetched: one that was written to since is hashed, and one that is
+    damaged is none."""
+    path, note = _place(), _place().with_suffix(".checked")
+    try:
+        found = path.stat()
+        if found.st_size != SIZE:
+            return False
+        stamp = f"{found.st_size} {found.st_mtime_ns}"
+        if note.is_file() and note.read_text("ascii") == stamp:
+            return True
+        with path.open("rb") as file:
+            whole = hashlib.file_digest(file, "sha256").hexdigest() == SHA256
+    except (OSError, ValueError):
+        return False
+    if whole:
+        with suppress(OSError):  # a folder that cannot be written: it is hashed again, in 0.1 s
+            note.write_text(stamp, "ascii")
+    return whole
 
 
 def _place() -> Path:

@@ -7,7 +7,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from specdec_engine.files import read_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +43,16 @@ def cached_models() -> list[CachedModel]:
 
 
 def looked_at(name: str, folder: Path) -> list[CachedModel]:
-    """The model in a folder, or nothing: one that is not whole, or generates no text."""
-    config = _json(folder / "config.json")
-    weights = list(folder.glob("*.safetensors"))
-    if config is None or not weights or not any("CausalLM" in a for a in config.get("architectures") or ()):
+    """The model in a folder, or nothing: one that is not whole or damaged, or generates no text."""
+    try:
+        config, weights = read_json(folder / "config.json"), list(folder.glob("*.safetensors"))
+        architectures = config.get("architectures")
+        if not weights or not isinstance(architectures, list) or not any("CausalLM" in str(a) for a in architectures):
+            return []
+        size = sum(file.stat().st_size for file in weights)
+        return [CachedModel(name, folder, size, str(config.get("model_type")), _digest(folder))]
+    except (OSError, ValueError):
         return []
-    size = sum(file.stat().st_size for file in weights)
-    return [CachedModel(name, folder, size, str(config.get("model_type")), _digest(folder))]
 
 
 def drafts_for(target: CachedModel, models: Sequence[CachedModel]) -> list[CachedModel]:
@@ -57,13 +61,9 @@ def drafts_for(target: CachedModel, models: Sequence[CachedModel]) -> list[Cache
 
 
 def _digest(folder: Path) -> str | None:
-    vocab = ((_json(folder / "tokenizer.json") or {}).get("model") or {}).get("vocab")
-    return None if vocab is None else hashlib.sha256(json.dumps(vocab, sort_keys=True).encode()).hexdigest()
-
-
-def _json(file: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(file.read_text("utf-8"))
+        model = read_json(folder / "tokenizer.json").get("model")
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    return None if vocab is None else hashlib.sha256(json.dumps(vocab, sort_keys=True).encode()).hexdigest()

@@ -17,7 +17,7 @@ from specdec_engine.files import read_json
 from specdec_engine.progress import Progress, Report, silent
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_WORDS = ["builtin", "ngram", "none"]
+_WORDS = ["builtin", "ngram", "suffix", "none"]
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
 

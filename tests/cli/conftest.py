@@ -45,7 +45,7 @@ def command(*argv: object) -> list[str]:
 
 def environment(**extra: str) -> dict[str, str]:
     paths = os.pathsep.join(str(ROOT / p) for p in (".", "engine", "tui"))
-    return {**os.environ, "PYTHONPATH": paths, **extra}
+    return {**os.environ, "PYTHONPATH": paths, "PYTHONWARNINGS": "error", **extra}
 
 
 def process(*argv: object, stdin: bytes | None = None, **extra: str) -> subprocess.CompletedProcess[bytes]:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import time
 from pathlib import Path
 
+import pytest
+
+from specdec_engine import builtin
 from specdec_engine.cached import CachedModel, drafts_for, looked_at
 
 
@@ -39,3 +44,37 @@ def test_a_draft_speaks_the_same_tokens_and_is_smaller(tmp_path):
     assert (
         drafts_for(CachedModel("n", tmp_path, 9, "llama", None), [CachedModel("m", tmp_path, 1, "llama", None)]) == []
     )
+
+
+def test_a_built_in_target_that_was_damaged_is_none(tmp_path, monkeypatch):
+    """By the same number of bytes, too; what was found whole is not read again."""
+    whole = b"weights"
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
+    monkeypatch.setattr(builtin, "SIZE", len(whole))
+    monkeypatch.setattr(builtin, "SHA256", hashlib.sha256(whole).hexdigest())
+    place = builtin._place()
+    place.parent.mkdir(parents=True)
+    assert not builtin.is_cached()
+    place.write_bytes(whole)
+    assert builtin.is_cached()
+    assert builtin.is_cached()
+    time.sleep(0.01)
+    place.write_bytes(whole[::-1])
+    assert not builtin.is_cached()
+
+
+@pytest.mark.parametrize(
+    "config", ["", "[", "[]", "5", '{"architectures": 5}', '{"architectures": {"a": 1}}', "[" * 99_999]
+)
+def test_a_cached_model_with_an_odd_config_is_left_out_and_breaks_nothing(config, tmp_path):
+    made = folder(tmp_path / "a", {"x": 0})
+    (made / "config.json").write_text(config)
+    assert looked_at("org/odd", made) == []
+
+
+@pytest.mark.parametrize("tokenizer", ["", "[]", '{"model": []}', '{"model": 5}', "{" * 9])
+def test_an_odd_tokenizer_is_like_no_other(tokenizer, tmp_path):
+    made = folder(tmp_path / "a", {"x": 0})
+    (made / "tokenizer.json").write_text(tokenizer)
+    [model] = looked_at("org/odd", made)
+    assert model.tokens is None

@@ -23,7 +23,7 @@ def narrate(cycle: Cycle, name: Name, rule: str = "token") -> str:
     drawn = "" if _clipped(cycle) else f", {last} {_drawn(cycle, rule)} instead"
     if rule != "token":
         return f"Cycle {number}: kept {at} of {k} by {rule} verification{drawn}.{_ended(cycle)}"
-    dropped = f"; the {k - at - 1} after it dropped untested" if k - at > 1 else ""
+    dropped = f"; the {k - at - 1} after it untested" if k - at > 1 else ""
     return f"Cycle {number}: kept {at} of {k}. {refused} rejected ({held(cycle, at)}){drawn}{dropped}.{_ended(cycle)}"
 
 

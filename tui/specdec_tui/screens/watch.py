@@ -82,7 +82,8 @@ class WatchScreen(Screen[None]):
         self._word = ""
         self._racing = False
         self._ticked, self._thrift = monotonic(), Thrift()
-        self._drawn: tuple[View, bool, float, Stage | None] | None = None
+        self._since, self._waited = self._ticked, 0
+        self._drawn: tuple[View, bool, float, Stage | None, int] | None = None
 
     def compose(self) -> ComposeResult:
         yield Board(self._source.name)
@@ -106,7 +107,10 @@ class WatchScreen(Screen[None]):
         self._player.feed(self._source.drain())
         self._player.tick(elapsed)
         self._source.allow(self._player.allowed)
-        state = self._player.view, self._player.playing, self._player.speed, self._source.stage
+        stage = self._source.stage
+        self._since = now if stage is None or stage.failed else self._since
+        self._waited = int(now - self._since)
+        state = self._player.view, self._player.playing, self._player.speed, stage, self._waited
         used = thread_time()
         if state != self._drawn and (not self._at_full_speed or self._thrift.may_draw(now, used)):
             self._drawn = state
@@ -122,7 +126,9 @@ class WatchScreen(Screen[None]):
         view, over = self._player.view, self._player.view.frame.over
         end = "live" if self._player.live and not over else "end"
         live, cost = self._live is not None, self._thrift.share if self._at_full_speed else None
-        said = Said(self._state(), self._narration(), end, self._player.playing, live, self._source.stage, cost)
+        said = Said(
+            self._state(), self._narration(), end, self._player.playing, live, self._source.stage, cost, self._waited
+        )
         with self.app.batch_update():
             self.query_one(Board).show(view, said)
 

@@ -46,6 +46,8 @@ class Said:
     stage: Stage | None
     display_cost: float | None
     """What drawing takes, as a share of one core; None where no engine is slowed by it."""
+    waited: int = 0
+    """Seconds for the first event."""
 
 
 class Board(Vertical):
@@ -86,7 +88,7 @@ class Board(Vertical):
         room = Room(self.size.width, self._token_name)
         self._static("header", [header.header(view, room, said.state)])
         if waiting:
-            self._static("notice", notice(said.stage))
+            self._static("notice", notice(said.stage, said.waited))
             return
         self._static("figures", [header.figures(view, room)])
         troubled = said.stage is not None and said.stage.failed
@@ -109,10 +111,11 @@ class Board(Vertical):
         self.query_one(f"#{name}", Static).update(content(lines), layout=False)
 
 
-def notice(stage: Stage | None) -> list[list[tuple[str, str]]]:
-    """What stands in the middle while there is nothing to show."""
+def notice(stage: Stage | None, waited: int = 0) -> list[list[tuple[str, str]]]:
+    """What stands in the middle while there is nothing to show, and for how many seconds."""
     if stage is None:
         return [[("reading", "muted")]]
     if stage.failed:
         return [[("× ", "refused"), (one_line(stage.text), "strong")], [], [(one_line(stage.hint), "muted")]]
-    return [[(one_line(stage.text), "strong")], [(one_line(stage.hint), "muted")]]
+    clock = [(f"  {waited} s", "muted")] if waited else []
+    return [[(one_line(stage.text), "strong"), *clock], [(one_line(stage.hint), "muted")]]
