@@ -176,7 +176,10 @@ def _applied(tokenizer: Any, turns: Sequence[Turn]) -> str:
         raise UsageError(f"the chat template is not done after {_SECONDS:g} s", "use --raw") from error
     except Exception as error:  # jinja2's, and whatever a program can raise
         remedy = "leave out --system, or use --raw" if any(t["role"] == "system" for t in turns) else "use --raw"
-        raise UsageError(f"the chat template refuses this prompt: {first_line(error)}", remedy) from error
+        said = (
+            "refuses this prompt" if type(error).__name__ == "TemplateError" else "fails"
+        )  # raise_exception's, or a fault
+        raise UsageError(f"the chat template {said}: {first_line(error)}", remedy) from error
 
 
 @cache

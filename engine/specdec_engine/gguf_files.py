@@ -20,7 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from specdec_engine.errors import ModelUnavailable, reason
+from specdec_engine.errors import ModelUnavailable, first_line, reason
 from specdec_engine.files import read_json
 from specdec_engine.folders import cache_folder
 from specdec_engine.progress import Progress, Report, silent
@@ -149,8 +149,8 @@ def _make(gguf: Path, into: Path, name: str, report: Report) -> None:
 
     try:
         header = Header(gguf, count)
-    except ValueError as error:  # numpy's words for a tensor that reaches past the end
-        raise ModelUnavailable(f"{gguf} is damaged or cut short: {error}", DAMAGED) from error
+    except Exception as error:  # of gguf, struct and numpy, for what reaches past the end or is no number
+        raise ModelUnavailable(f"{gguf} is damaged or cut short: {first_line(error)}", DAMAGED) from error
     check_header(header, gguf)
     tensors = {tensor: asdict(entry) for tensor, entry in _read_entries(header).items()}
     with given_to_transformers(header, gguf), _alone(gguf) as folder:

@@ -158,6 +158,9 @@ def _conversation(record: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
         if isinstance(value, list) and all(isinstance(turn, str) for turn in value):
             return "", tuple(_text(turn, name) for turn in value)
         if isinstance(value, list):
+            if any(isinstance(turn, str) for turn in value):
+                odd = next(turn for turn in value if not isinstance(turn, str))
+                raise _NoPrompt(f"has {name} with {brief(odd)} among texts")
             return _spoken(value, name)
         raise _NoPrompt(f"has {name} that is neither text nor a list")
     if record.get("instruction"):

@@ -23,6 +23,8 @@ _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
 def resolve(name: str, *, offline: bool = False, trust_remote_code: bool = False, report: Report = silent) -> Path:
     """The folder or .gguf file that holds the model, fetched if need be. Raises ModelUnavailable."""
+    if not name.strip():
+        raise ModelUnavailable("the model's name is empty", "give a hub id, a folder, a .gguf file, or builtin")
     try:
         path = Path(name).expanduser()
     except RuntimeError as error:

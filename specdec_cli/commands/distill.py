@@ -97,7 +97,7 @@ def distill(
         raise typer.Exit(ExitCode.INTERRUPTED) from None
     output.note(f"{out} holds the draft; {_estimated(last) if last else 'nothing was measured'}")
     output.note(f"{recipe.work.folder} holds the text and the training state, to go on from; it may be deleted")
-    typer.echo(str(out))
+    output.say(str(out))
 
 
 def _shown(steps: Iterable[Writing | Training]) -> Estimate | None:

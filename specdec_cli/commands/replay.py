@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from specdec_cli import output
-from specdec_engine.errors import UsageError
+from specdec_engine.errors import UsageError, reason
 
 
 def replay(
@@ -25,7 +25,7 @@ def replay(
 
     specdec replay run.jsonl
     """
-    if not trace.is_file():
+    if not trace.exists() or trace.is_dir():
         raise UsageError(f"{trace} is not a file", "give a file that --trace wrote")
     if plain:
         from specdec_tui.narrate import script
@@ -34,7 +34,7 @@ def replay(
         frame, name = read_frame(trace)
         _several(trace, frame.run)
         for line in script(frame, name):
-            typer.echo(line)
+            output.say(line)
         return
     if export is not None:
         from specdec_tui.export import export as write
@@ -42,7 +42,10 @@ def replay(
 
         frame, name = read_frame(trace)
         _several(trace, frame.run)
-        write(frame, name, export)
+        try:
+            write(frame, name, export)
+        except OSError as error:
+            raise UsageError(f"{export} cannot be written: {reason(error)}", "choose another --export") from error
         return
     if not sys.stdout.isatty() or not sys.stdin.isatty():
         raise UsageError("replay needs a terminal", "add --plain for the run in sentences")

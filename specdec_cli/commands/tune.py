@@ -142,8 +142,11 @@ def tune(
     profile = _profile(target, found, sampling, where)
     record = _record(target, found, loaded, sampling, profile)
     try:
-        for line in [jsonlib.dumps(record, indent=1)] if json else _lines(found, record, profile, bool(trace)):
-            typer.echo(line) if json else output.say(line)
+        if json:
+            typer.echo(jsonlib.dumps(record, indent=1))
+        else:
+            for line in _lines(found, record, profile, bool(trace)):
+                output.say(line)
     except BrokenPipeError:  # the reader has had enough, and that is no failure
         output.silence_stdout()
     if save and profile is not None:

@@ -155,7 +155,7 @@ def _teach() -> None:
         show(SpecdecApp(FrameSource(frame, name), speed=REPLAY_SPEED, lesson=Lesson(frame)))
         return
     for line in script(frame, name):
-        typer.echo(line)
+        output.say(line)
 
 
 def _left(source: LiveSource, code: int = ExitCode.OK) -> NoReturn:
