@@ -11,6 +11,7 @@ import html
 import json
 import re
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
@@ -50,11 +51,13 @@ def _as_text(tokenizer: Any, parts: Sequence[str]) -> list[int]:
     are those of the whole; then the marks that were typed are taken apart."""
     known = _specials(tokenizer)
     a_mark = re.compile("|".join(re.escape(token) for token in sorted(filter(None, known), key=len, reverse=True)))
-    marks = [(mark, i % 2 == 1) for i, part in enumerate(parts) for mark in a_mark.findall(part)]
-    ids, found, numbers = list[int](), iter(marks), set(known.values())
+    marks = deque((mark, i % 2 == 1) for i, part in enumerate(parts) for mark in a_mark.findall(part))
+    ids = list[int]()
     for token in _ids(tokenizer, "".join(parts)):
-        mark, typed = next(found, ("", False)) if token in numbers else ("", False)
-        ids += _ids(tokenizer, mark, split_special_tokens=True) if typed and known[mark] == token else [token]
+        typed = False
+        if marks and known[marks[0][0]] == token:
+            mark, typed = marks.popleft()
+        ids += _ids(tokenizer, mark, split_special_tokens=True) if typed else [token]
     return ids
 
 
@@ -184,21 +187,22 @@ def _applied(tokenizer: Any, turns: Sequence[Turn]) -> str:
 
 @cache
 def _check_bounds(template: str) -> None:
-    """Look for what would fill the memory in one step, which no time limit ends: powers, and products with literals. Raises
-    ValueError; a template that cannot be parsed says so when it is applied."""
+    """Look for what would fill the memory in one step, which no time limit ends: powers, and products with large numbers or
+    of products. Raises ValueError; a template that cannot be parsed says so when it is applied."""
     from jinja2 import Environment, TemplateSyntaxError, nodes
 
     try:
         tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
     except TemplateSyntaxError:
         return
-    for product in tree.find_all((nodes.Mul, nodes.Pow)):
-        literals = [value.value for value in product.find_all(nodes.Const)]
-        if isinstance(product, nodes.Pow) or any(not isinstance(v, int) or abs(v) > _SMALL for v in literals):
-            raise ValueError(f"it multiplies or raises numbers or texts without bounds, in its line {product.lineno}")
+    products = list(tree.find_all(nodes.Mul))
+    large = any(type(literal.value) is int and abs(literal.value) > _LARGE for literal in tree.find_all(nodes.Const))
+    nested = any(product.find(nodes.Mul) is not None for product in products)
+    if tree.find(nodes.Pow) is not None or (products and (large or nested)):
+        raise ValueError("it multiplies without bounds")
 
 
-_SMALL = 1000
+_LARGE = 100_000
 
 
 def _within(seconds: float, work: Callable[[], str]) -> str:

@@ -43,8 +43,11 @@ LAST = "{{ messages[-1]['content'] }}"
 SAYS_HELP = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 
 
-@pytest.mark.parametrize("template", [QUOTING, LOWER], ids=["quoted", "lowered"])
-def test_a_template_may_quote_or_lower(template):
+RULED = CHAT_TEMPLATE + "{{ '-' * 30 }}{% for m in messages %}{{ ' ' * loop.index }}{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [QUOTING, LOWER, RULED], ids=["quoted", "lowered", "ruled"])
+def test_a_template_may_quote_lower_or_draw_a_line(template):
     assert chat_ids(of(template), 'café "x"', None)
 
 
