@@ -103,7 +103,7 @@ def notes(found: Mapping[str, Any]) -> Iterator[str]:
         if arm["speedup"] > _DISTURBED * arm["mean_emitted_per_cycle"]:
             yield (
                 f"{arm['draft']} k {arm['k']}: {arm['speedup']:.2f}× from {arm['mean_emitted_per_cycle']:.2f} tokens a cycle "
-                "is impossible: plain decoding was disturbed; measure again, with nothing else running"
+                "is more than these explain: plain decoding may have been disturbed; measure again, with nothing else running"
             )
         for d in arm["first_divergences"]:
             gap = "" if d["gap"] is None else f", logits {d['gap']:.3f} apart"
@@ -155,7 +155,7 @@ def _csv(found: Mapping[str, Any]) -> str:
     rows = [{key: value for key, value in arm.items() if isinstance(value, plain)} for arm in found["arms"]]
     text = io.StringIO()
     if rows:
-        writer = csv.DictWriter(text, list(rows[0]))
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     return text.getvalue()

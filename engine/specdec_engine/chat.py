@@ -83,7 +83,7 @@ def turn_ends(tokenizer: Any) -> frozenset[int]:
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
         for form in (turns, _in_parts(turns)):
             try:
-                text = _within(_SECONDS, partial(tokenizer.apply_chat_template, form, tokenize=False))
+                text = _within(_SECONDS, partial(_render, tokenizer, form))
             except Exception:  # it does not show it; a prompt that it fails for says so
                 continue
             after = text.partition(mark)[2].lstrip() if isinstance(text, str) else ""
@@ -145,7 +145,7 @@ def _rendered(tokenizer: Any, turns: Sequence[Turn]) -> tuple[str, str]:
             failed = failed or error
             continue
         lost = [turn for turn, mark in zip(turns, marked, strict=True) if mark["content"] not in shown]
-        lost += [turn for turn in turns if turn["role"] != "assistant" and not _holds(text, turn["content"])]
+        lost += [turn for turn in turns if turn["role"] == "user" and not _holds(text, turn["content"])]
         if not lost:
             return text, shown
         said, remedy = _of_lost(turns, lost[0])
@@ -168,13 +168,14 @@ def _holds(text: str, words: str) -> bool:
     return any(form in told for form in forms)
 
 
-def _applied(tokenizer: Any, turns: Sequence[Turn]) -> str:
-    def render() -> str:
-        _check_bounds(str(getattr(tokenizer, "chat_template", "")))
-        return str(tokenizer.apply_chat_template(list(turns), add_generation_prompt=True, tokenize=False))
+def _render(tokenizer: Any, turns: Sequence[Turn], **how: Any) -> str:
+    _check_bounds(str(getattr(tokenizer, "chat_template", "")))
+    return str(tokenizer.apply_chat_template(list(turns), tokenize=False, **how))
 
+
+def _applied(tokenizer: Any, turns: Sequence[Turn]) -> str:
     try:
-        return _within(_SECONDS, render)
+        return _within(_SECONDS, partial(_render, tokenizer, turns, add_generation_prompt=True))
     except TimeoutError as error:
         raise UsageError(f"the chat template is not done after {_SECONDS:g} s", "use --raw") from error
     except Exception as error:  # jinja2's, and whatever a program can raise
@@ -187,22 +188,26 @@ def _applied(tokenizer: Any, turns: Sequence[Turn]) -> str:
 
 @cache
 def _check_bounds(template: str) -> None:
-    """Look for what would fill the memory in one step, which no time limit ends: powers, and products with large numbers or
-    of products. Raises ValueError; a template that cannot be parsed says so when it is applied."""
+    """Look for the plain ways to fill the memory in one step, which no time limit ends: powers, products of products, large
+    numbers and widths. Raises ValueError; a template that cannot be parsed says so when it is applied."""
     from jinja2 import Environment, TemplateSyntaxError, nodes
 
     try:
-        tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+        tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_GENERATION.sub("", template))
     except TemplateSyntaxError:
         return
     products = list(tree.find_all(nodes.Mul))
-    large = any(type(literal.value) is int and abs(literal.value) > _LARGE for literal in tree.find_all(nodes.Const))
+    numbers = [abs(literal.value) for literal in tree.find_all(nodes.Const) if type(literal.value) is int]
+    numbers += [int(width) for width in re.findall(r"%\D{0,2}(\d{6,18})", template)]
+    large = max(numbers, default=0) > (_LARGE if products else 100 * _LARGE)
     nested = any(product.find(nodes.Mul) is not None for product in products)
-    if tree.find(nodes.Pow) is not None or (products and (large or nested)):
+    if tree.find(nodes.Pow) is not None or large or nested:
         raise ValueError("it multiplies without bounds")
 
 
 _LARGE = 100_000
+_GENERATION = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
+"""A tag of transformers' own, which marks what an assistant said."""
 
 
 def _within(seconds: float, work: Callable[[], str]) -> str:

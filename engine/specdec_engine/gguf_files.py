@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import struct
 import tempfile
 import time
 from collections.abc import Iterator
@@ -149,7 +150,14 @@ def _make(gguf: Path, into: Path, name: str, report: Report) -> None:
 
     try:
         header = Header(gguf, count)
-    except Exception as error:  # of gguf, struct and numpy, for what reaches past the end or is no number
+    except (
+        ValueError,
+        IndexError,
+        KeyError,
+        TypeError,
+        OverflowError,
+        struct.error,
+    ) as error:
         raise ModelUnavailable(f"{gguf} is damaged or cut short: {first_line(error)}", DAMAGED) from error
     check_header(header, gguf)
     tensors = {tensor: asdict(entry) for tensor, entry in _read_entries(header).items()}

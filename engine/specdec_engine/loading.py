@@ -468,7 +468,7 @@ def _explained(name: str, path: Path) -> Iterator[None]:
         if isinstance(error, ImportError):
             raise ModelUnavailable(
                 f"{name} cannot be loaded: {first_line(error)}",
-                "install that, or choose a checkpoint that is not quantized",
+                "install that, or choose a checkpoint that does without",
             ) from error
         if path.is_file():
             raise ModelUnavailable(

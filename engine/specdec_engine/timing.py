@@ -39,7 +39,7 @@ class Timer(ABC):
 
     def seconds(self, start: Mark, end: Mark) -> float:
         """Between them, without the pauses."""
-        return self._between(start.at, end.at) - self.paused(start, end)
+        return max(0.0, self._between(start.at, end.at) - self.paused(start, end))  # a GPU's clock has 24 bits
 
     def paused(self, start: Mark, end: Mark) -> float:
         """Seconds of the pauses that began and ended between them."""

@@ -89,7 +89,9 @@ class SafetensorsWeights:
         is none."""
         kinds = ((name, file.get_slice(name)) for name, file in self._where.items())
         found = (
-            f"{name} in {part.get_dtype()}" for name, part in kinds if len(part.get_shape()) > 1 and _is_coded(part)
+            f"{name} in {part.get_dtype()}"
+            for name, part in kinds
+            if len(part.get_shape()) in (2, 3) and _is_coded(part)
         )
         return next(found, "")
 

@@ -64,7 +64,14 @@ def test_earlier_turns_are_sent_or_it_is_an_error():
 
 
 @pytest.mark.parametrize(
-    "template", ["{{ 3 ** (9 ** 9) }}", "{{ 'a' * 3000000000 }}", "{% set n = 9 %}{{ n ** (n ** n) }}"]
+    "template",
+    [
+        "{{ 3 ** (9 ** 9) }}",
+        "{{ 'a' * 3000000000 }}",
+        "{% set n = 9 %}{{ n ** (n ** n) }}",
+        "{{ 'a' | center(10000000000) }}",
+        "{{ '%9999999999d' % 1 }}",
+    ],
 )
 def test_a_template_that_would_fill_the_memory_in_one_step_is_not_run(template):
     with pytest.raises(UsageError, match="without bounds"):

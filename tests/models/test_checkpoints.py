@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.models import checkpoints
@@ -69,3 +70,15 @@ def test_a_config_that_cannot_be_followed_is_refused_alike(damage, said, tmp_pat
     assert checked == checkpoints.generated(tmp_path)
     assert checked.why.startswith("ModelUnavailable")
     assert said in checked.why
+
+
+def test_an_old_mask_beside_the_weights_is_no_code(tmp_path):
+    """transformers once saved GPT-2's and GPT-NeoX's causal masks, in bytes."""
+    checkpoints.save("gpt2", tmp_path)
+    file = tmp_path / "model.safetensors"
+    mask = {"transformer.h.0.attn.bias": torch.ones(1, 1, 9, 9, dtype=torch.uint8)}
+    save_file(load_file(file) | mask, file, {"format": "pt"})
+    assert checkpoints.checked(tmp_path).runtime == checkpoints.generated(tmp_path).runtime == "generic"
+    weight = "transformer.h.0.attn.c_attn.weight"
+    save_file(load_file(file) | {weight: load_file(file)[weight].to(torch.int8)}, file, {"format": "pt"})
+    assert "in I8" in checkpoints.checked(tmp_path).why

@@ -34,11 +34,15 @@ class TerminalApp(App[T]):
             self.register_theme(theme)
         self.theme = DARK.name
         self.left = Event()
-        """Set when the terminal is whole again."""
+        """Set when the app has ended: its writer may wait for a reader until then."""
+        self.modes = _modes()
+        """Of the terminal, as they were before."""
 
     def on_mount(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-            with suppress(NotImplementedError, RuntimeError, ValueError):  # not the main thread, or not this platform
+        for name in ("SIGTERM", "SIGHUP", "SIGINT"):
+            # Not the main thread, or not this platform.
+            with suppress(AttributeError, NotImplementedError, RuntimeError, ValueError):
+                number = getattr(signal, name)
                 asyncio.get_running_loop().add_signal_handler(number, self.end, 128 + number)
         Thread(target=leave_with_terminal, args=(sys.__stdin__,), daemon=True).start()
 
@@ -63,7 +67,7 @@ class TerminalApp(App[T]):
 
     def _leave_soon(self, code: int) -> None:
         if not self.is_headless:
-            Thread(target=_leave, args=(self.left, code), daemon=True).start()
+            Thread(target=_leave, args=(self.left, code, self.modes), daemon=True).start()
 
 
 def show(app: TerminalApp[T]) -> T | None:
@@ -77,13 +81,32 @@ def show(app: TerminalApp[T]) -> T | None:
     return result
 
 
-def _leave(left: Event, code: int) -> None:
+def _modes() -> Any:
+    """None where there is no terminal, or it has none."""
+    with suppress(Exception):  # termios' own error, or there is no termios here
+        import termios  # not on Windows
+
+        return termios.tcgetattr(0)
+    return None
+
+
+def _restore(modes: Any) -> None:
+    """What can be without waiting for a reader."""
+    with suppress(Exception):  # termios' own error, or there is no termios here
+        import termios
+
+        if modes is not None:
+            termios.tcsetattr(0, termios.TCSANOW, modes)
+        os.set_blocking(1, False)
+        switches = "".join(f"\x1b[?{mode}l" for mode in (1000, 1003, 1004, 1006, 1015, 2004, 2048))
+        os.write(1, f"\x1b[<u\x1b[?1049l\x1b[?25h\x1b[?7h{switches}".encode())
+
+
+def _leave(left: Event, code: int, modes: Any) -> None:
     """A terminal that nobody reads keeps whoever writes to it waiting, at the first byte or at the last."""
     sleep(SOON_S)
     if not left.is_set():
-        with suppress(OSError, ValueError, AttributeError):
-            os.set_blocking(1, False)
-            os.write(1, b"\x1b[?1049l\x1b[?25h\x1b[?1000l\x1b[?1003l\x1b[?1006l\x1b[?2004l")
+        _restore(modes)
         os._exit(code)
 
 

@@ -215,10 +215,10 @@ class LiveSource(Threaded):
             return not self._closing and self._wanted is None
 
 
-class _Closed(Exception):
+class _Closed(BaseException):
     """The screen is gone."""
 
 
 _BY_HAND = "set by hand"
-_PATIENCE_S = 5.0
-"""What leaving waits for a pass that is running."""
+_PATIENCE_S = 0.5
+"""What leaving waits for a pass that is running: less than a signal gives the whole of it (`leaving.SOON_S`)."""
