@@ -58,7 +58,7 @@ def builtin_gguf(offline: bool = False, report: Report = silent) -> Path:
 
 
 def is_cached() -> bool:
-    """Whether the target is there already, as it was fetched: one that was written to since is hashed, and one that is
+    """Look whether the target is there already, as it was fetched: one that was written to since is hashed, and one that is
     damaged is none."""
     path, note = _place(), _place().with_suffix(".checked")
     try:

@@ -48,7 +48,7 @@ def check_stateless(model: Any, config: Any, name: str) -> None:
 
 
 _ATTENTION = frozenset({"attention", "full_attention", "sliding_attention"})
-"""Of a hybrid's kinds of layers, those that keep keys and values and nothing else."""
+"""Kinds of layers that keep keys and values and nothing else, in a hybrid's words."""
 
 
 def truncate(cache: DynamicCache, to: int) -> None:

@@ -127,7 +127,7 @@ def _said(turns: Sequence[Turn]) -> list[str]:
 
 
 def _in_parts(turns: Sequence[Turn]) -> list[Turn]:
-    """As templates of vision-language models want them."""
+    """Turns with contents in parts, as templates of vision-language models want them."""
     return [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
 
 
@@ -155,7 +155,7 @@ def _rendered(tokenizer: Any, turns: Sequence[Turn]) -> tuple[str, str]:
 
 
 def _of_lost(turns: Sequence[Turn], lost: Turn) -> tuple[str, str]:
-    """What it is called, and what to do."""
+    """Name the turn that was left out, and what to do."""
     if lost["role"] == "system":
         return "the system prompt", "leave out --system"
     return ("the prompt", "use --raw") if lost is turns[-1] else ("earlier turns", "ask each by itself, or use --raw")

@@ -1,4 +1,4 @@
-"""What a config says of contexts and layers, in whatever way its kind of model says it."""
+"""Contexts and layers as a config has them, in whatever way its kind of model says it."""
 
 from __future__ import annotations
 

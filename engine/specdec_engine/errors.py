@@ -30,7 +30,7 @@ def reason(error: Exception) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What another library says, which may take a page for it, in one line."""
+    """Shorten what another library says, which may take a page for it, to one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__

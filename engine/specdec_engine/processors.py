@@ -47,9 +47,10 @@ class Asked:
         return bool(self.named())
 
     def named(self) -> dict[str, Any]:
-        """Those that change something."""
+        """Those that change something: without an end of its own there is nothing for a minimum length to hold back."""
         usual = Asked()
-        named = (f.name for f in fields(self) if f.name != "ends")
+        nothing = {"ends"} if self.ends else {"ends", "min_length", "min_new_tokens"}
+        named = (f.name for f in fields(self) if f.name not in nothing)
         return {name: value for name in named if (value := getattr(self, name)) != getattr(usual, name)}
 
 
@@ -116,7 +117,7 @@ def left_out_of(config: Any) -> list[str]:
 
 
 def _taken(name: str, value: Any, usual: Any, vocab: int) -> Any:
-    """As the field's default has it. Raises TypeError or ValueError."""
+    """The value as the field's default has it. Raises TypeError or ValueError."""
     if name == "bad_words_ids":
         return tuple(_ids(word, vocab) for word in value)
     if isinstance(usual, tuple):
@@ -129,7 +130,7 @@ def _taken(name: str, value: Any, usual: Any, vocab: int) -> Any:
     if (
         not math.isfinite(value)
         or (name == "repetition_penalty" and value <= 0)
-        or (isinstance(usual, int) and value < 0)
+        or (isinstance(usual, int) and (value < 0 or value != int(value)))
     ):
         raise ValueError("which is out of bounds")
     return type(usual)(value)

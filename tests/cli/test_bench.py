@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from dataclasses import replace
 from xml.etree import ElementTree
@@ -153,7 +155,9 @@ def test_a_chosen_acceptance_is_called_not_lossless_everywhere(bench, draft_chec
 def test_tables_for_people_and_for_programs(bench, tmp_path):
     assert "→" in bench().out
     assert bench("--format", "md").out.startswith("| draft | k |")
-    assert bench("--format", "csv").out.splitlines()[0].startswith("draft,k,temperature")
+    [row] = csv.DictReader(io.StringIO(made := bench("--format", "csv").out))
+    assert (list(row)[:3], row["k"]) == (["draft", "k", "temperature"], "2")
+    assert all(char == "\n" or char.isprintable() for char in made)
     assert json.loads(bench("--format", "jsonl").out.splitlines()[0])["k"] == 2
     plot = tmp_path / "p.svg"
     assert bench("-k", "1,2,auto", "--plot", plot).code == 0

@@ -106,6 +106,7 @@ def test_texts_are_told_apart_by_what_they_were_chosen_by(tmp_path):
         {"repetition_penalty": float("nan")},
         {"presence_penalty": float("inf")},
         {"no_repeat_ngram_size": -2},
+        {"no_repeat_ngram_size": 2.9},
         {"suppress_tokens": "all"},
         {"suppress_tokens": [50]},
         {"suppress_tokens": list(range(50))},
@@ -119,6 +120,13 @@ def test_a_value_that_is_none_is_named(settings):
     config = type("Config", (), settings)
     with pytest.raises(ModelUnavailable, match=next(iter(settings))):
         asked_by(config, "generation_config.json", 50)
+
+
+def test_a_minimum_length_without_an_end_is_not_called_followed():
+    config = GenerationConfig(min_new_tokens=9)
+    assert not asked_by(config, "generation_config.json", 50)
+    config.eos_token_id = 3
+    assert asked_by(config, "generation_config.json", 50).named() == {"min_new_tokens": 9}
 
 
 def test_what_is_not_followed_is_named():

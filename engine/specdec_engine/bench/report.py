@@ -250,7 +250,7 @@ class _Arm(_Measured):
 
 
 class _Record(TypedDict):
-    """What of a record is read again."""
+    """Those parts of a record that are read again."""
 
     plan: _Plan
     environment: _Environment

@@ -74,7 +74,7 @@ class Work:
 
 
 def read(file: Path, kind: type[T]) -> T:
-    """What `write` wrote. Raises UsageError for what is damaged."""
+    """Read what `write` wrote. Raises UsageError for what is damaged."""
     try:
         return typed(parse_record(file.read_bytes()), kind)
     except (OSError, ValueError) as error:
