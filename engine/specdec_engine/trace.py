@@ -230,7 +230,7 @@ def _records(path: Path) -> Iterator[tuple[int, Event, dict[int, str]]]:
                 if not line.strip():
                     continue
                 try:
-                    record = parse_record(line)
+                    record = parse_record(line.strip())  # an error then counts columns of this line
                     event = from_json(record)
                     pieces = typed(record.get("pieces", {}), _Pieces)
                     if not (begun or isinstance(event, Started)):
