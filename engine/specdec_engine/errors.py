@@ -14,6 +14,8 @@ Exit codes are the command line's contract and live there. Programming mistakes 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 
 class SpecdecError(Exception):
     """Base of all errors a user can meet; catch it to catch them all."""
@@ -27,6 +29,13 @@ class SpecdecError(Exception):
 def reason(error: Exception) -> str:
     """What the system or a parser says, without the number and the path that an OSError repeats."""
     return str(getattr(error, "strerror", None) or error)
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that it came of, newest first."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def first_line(error: BaseException) -> str:

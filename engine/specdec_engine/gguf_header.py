@@ -24,6 +24,15 @@ _EACH = 20_000
 """Tokens between two such reports: about 20 ms."""
 
 
+_MOST_NUMBERS = 2_000_000
+"""Of an array: each becomes an object of some 300 bytes, as transformers wants them."""
+_STRETCHED = ("llama", "qwen2", "qwen3")
+"""Architectures whose forward of ours takes a tensor that stretches the rotary embedding."""
+_MANY = 1000
+"""Layers: what is made of so many costs nothing, and what has more has a tensor for each."""
+DAMAGED = "the file is damaged; get it again from where it is from"
+
+
 def _uncounted(done: int, total: int) -> None:
     """Report nothing."""
 
@@ -80,10 +89,6 @@ class Header(gguf.GGUFReader):
         return at + numbers.nbytes, [view[i : i + 1] for i in range(n)]
 
 
-_MOST_NUMBERS = 2_000_000
-"""Each becomes an object of some 300 bytes, as transformers wants them."""
-
-
 @contextmanager
 def given_to_transformers(header: Header, file: Path) -> Iterator[None]:
     """Until the block ends, what reads this file by gguf.GGUFReader gets what is read already."""
@@ -125,13 +130,6 @@ def check_header(header: Header, file: Path) -> None:
         raise ModelUnavailable(
             f"{file} says that it has {layers} layers, and has {len(header.tensors)} tensors", DAMAGED
         )
-
-
-_STRETCHED = ("llama", "qwen2", "qwen3")
-"""Architectures whose forward of ours takes such a tensor."""
-_MANY = 1000
-"""Layers: what is made of so many costs nothing, and what has more has a tensor for each."""
-DAMAGED = "the file is damaged; get it again from where it is from"
 
 
 def check_computed(header: Header, file: Path, config: Any) -> None:

@@ -18,7 +18,7 @@ from specdec_engine import gguf_files
 from specdec_engine.context import context_limit, layer_configs
 from specdec_engine.devices import pick_device, pick_dtype
 from specdec_engine.draft_files import read_draft
-from specdec_engine.errors import ModelUnavailable, OutOfMemory, SpecdecError, UsageError, first_line
+from specdec_engine.errors import ModelUnavailable, OutOfMemory, SpecdecError, UsageError, causes, first_line
 from specdec_engine.kinds import check_kind, check_plain, check_rollback
 from specdec_engine.memory import Need, check_fits, estimate, free_bytes, kept_bytes, kv_bytes, ran_out
 from specdec_engine.pretrained import (
@@ -264,6 +264,7 @@ class Candidate:
     def _loaded(
         self, runtime: Runtime, weights: str, parameters: int, spread: bool = False, remark: str = ""
     ) -> Loaded:
+        _check_numbers(runtime, self)
         return Loaded(
             name=self.name,
             runtime=runtime,
@@ -422,6 +423,21 @@ def lean_shape(config: Any, options: LoadOptions, device: torch.device) -> Shape
         return reason
 
 
+def _check_numbers(runtime: Runtime, model: Candidate) -> None:
+    """Raises ModelUnavailable for weights that compute no numbers. A draft of them would be rejected without a word: the
+    likeliest of a row of NaN is a token, too."""
+    logits = runtime.forward(torch.zeros(1, dtype=torch.long, device=runtime.device), 1, seldom=True)
+    runtime.rollback(0)
+    if bool(logits.isnan().any()):
+        dtype = str(model.dtype).removeprefix("torch.")
+        hint = (
+            "compare the file with its owner's"
+            if dtype == "float32"
+            else "try --dtype float32; if it persists, the file"
+        )
+        raise ModelUnavailable(f"the weights of {model.name} give logits that are not numbers, in {dtype}", hint)
+
+
 def load_model(name: str, options: LoadOptions) -> Loaded:
     """`find_model`, and its weights."""
     return find_model(name, options).load()
@@ -469,6 +485,10 @@ def _explained(name: str, path: Path) -> Iterator[None]:
             raise ModelUnavailable(
                 f"{name} cannot be loaded: {first_line(error)}",
                 "install that, or choose a checkpoint that does without",
+            ) from error
+        if any(isinstance(cause, UnicodeDecodeError) for cause in causes(error)):
+            raise ModelUnavailable(
+                f"{name} is damaged: it holds text that is not UTF-8", f"compare it with what its owner gives: {path}"
             ) from error
         if path.is_file():
             raise ModelUnavailable(

@@ -60,7 +60,7 @@ def decode(
         run.process = process(asked, len(prompt), target.device)
     coupling = controls.settings.sampling.coupling
     names = {"target": target.name, "draft": drafter.name, "rule": judge.rule.name, "coupling": coupling}
-    limits = {"max_tokens": stop.max_tokens, "stop": list(stop.strings)}
+    limits = {"max_tokens": stop.max_tokens, "stop": [*stop.strings, *stop.marks]}
     if asked:
         limits["generation_config"] = asked.named()
     yield Started(tuple(prompt), {**names, **run.settings.named(), **limits}, random.seed, dict(environment or {}))

@@ -132,9 +132,8 @@ class Pair:
         if rule not in self.judges:
             raise UsageError(f"the rule {rule!r} is not known", f"one of {', '.join(self.judges)}")
         seed = secrets.randbits(32) if seed is None else seed
-        special = {text: stop_id(self.tokenizer, text) for text in stop}
-        ids = frozenset(i for i in special.values() if i is not None)
-        strings = tuple(text for text, i in special.items() if i is None)
+        marks = {text: i for text in stop if (i := stop_id(self.tokenizer, text)) is not None}
+        strings = tuple(text for text in stop if text not in marks)
         if controls is None:
             controls = self.controls(k, sampling)
         self.pace.controller = controls.auto
@@ -144,7 +143,7 @@ class Pair:
             self.drafter,
             prompt,
             controls=controls,
-            stop=Stop(max_tokens, self.stop_ids | ids, strings),
+            stop=Stop(max_tokens, self.stop_ids | set(marks.values()), strings, tuple(marks)),
             asked=self.asked,
             random=KeyedRandomness(seed),
             judge=self.judges[rule],
@@ -226,6 +225,8 @@ def _paired(models: Loader, draft: str | None) -> Pair:
         made_for = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if model.runtime.limit != made_for:
             notes.append(f"{model.name} is used up to {model.runtime.limit} tokens, where its LongRoPE changes over")
+    if loaded.stop_ids and min(loaded.stop_ids) >= found.vocab:
+        notes.append(f"no token of {target} ends a text: {min(loaded.stop_ids)} is beyond its {found.vocab:,}")
     if loaded.asked:
         said = ", ".join(f"{key} {value}" for key, value in loaded.asked.named().items())
         notes.append(f"followed, of {target}'s generation_config.json: {said}")

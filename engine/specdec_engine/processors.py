@@ -55,7 +55,7 @@ class Asked:
 
 
 def asked_by(config: Any, where: str, vocab: int) -> Asked:
-    """Of a transformers GenerationConfig, or of none, for logits of that size. Raises ModelUnavailable for a value that is of
+    """What a transformers GenerationConfig, or none, does to logits of that size. Raises ModelUnavailable for a value of
     another kind or out of bounds."""
     found = dict[str, Any]()
     for field in fields(Asked)[:-1]:
@@ -121,7 +121,9 @@ def _taken(name: str, value: Any, usual: Any, vocab: int) -> Any:
     if name == "bad_words_ids":
         return tuple(_ids(word, vocab) for word in value)
     if isinstance(usual, tuple):
-        ids = _ids(value, vocab)
+        ids = tuple(
+            i for i in _whole(value) if 0 <= i < vocab
+        )  # others cannot come anyway, and `generate` passes over them
         if len(set(ids)) == vocab:
             raise ValueError("which is every token: none could come")
         return ids
@@ -137,10 +139,16 @@ def _taken(name: str, value: Any, usual: Any, vocab: int) -> Any:
 
 
 def _ids(value: Any, vocab: int) -> tuple[int, ...]:
+    """Raises ValueError for an id that is no token, as `generate` does."""
+    ids = _whole(value)
+    if outside := [i for i in ids if not 0 <= i < vocab]:
+        raise ValueError(f"of which {outside[0]} is no token: there are {vocab:,}")
+    return ids
+
+
+def _whole(value: Any) -> tuple[int, ...]:
     if not isinstance(value, list | tuple) or not value or not all(type(i) is int for i in value):
         raise TypeError
-    if outside := [i for i in value if not 0 <= i < vocab]:
-        raise ValueError(f"of which {outside[0]} is no token: there are {vocab:,}")
     return tuple(value)
 
 

@@ -9,7 +9,7 @@ list of a conversation's turns, or an object with one of `turns` (Spec-Bench, SP
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as brief
@@ -70,41 +70,53 @@ def _values(text: str, path: Path) -> Iterator[tuple[str, Any]]:
     """Each prompt's value and where it stands. Lines end at line feeds alone: JSON's strings may hold Unicode's own ends of
     lines, and texts form feeds."""
     numbered = enumerate(text.split("\n"), 1)
-    lines = [(n, line.removesuffix("\r")) for n, line in numbered if line.strip()]
-    suffix = path.suffix.lower()
-    if not lines or not (suffix in _JSON or _is_json(lines[0][1]) or _is_array(text)):
-        if _BROKEN_ARRAY.match(text):
-            _refuse_json(text, str(path))
-        if lines and lines[0][1].lstrip().startswith("{") and any(_is_json(line) for _, line in lines):
-            _refuse_json(lines[0][1], f"line {lines[0][0]} of {path}")
-        for n, line in lines:
-            yield f"line {n} of {path}", {"text": line, "category": "text"}
-        return
-    if suffix not in (".jsonl", ".ndjson"):
-        try:
-            whole = parse_json(text)
-        except ValueError:  # a value a line, under whatever name
-            whole = None
-        if isinstance(whole, list) or (isinstance(whole, Mapping) and len(lines) > 1):
-            every = whole if isinstance(whole, list) else [whole]
-            yield from ((f"item {n} of {path}", value) for n, value in enumerate(every, 1))
-            return
-        if text.lstrip()[:1] == "[" and not _is_json(lines[0][1]):
-            _refuse_json(text, str(path))
-    for n, line in lines:
-        where = f"line {n} of {path}"
-        if suffix not in _JSON and not line.lstrip().startswith("{"):
-            yield where, {"text": line, "category": "text"}
-        else:
-            yield where, _refuse_json(line, where)
+    lines = [(f"line {n} of {path}", line.removesuffix("\r")) for n, line in numbered if line.strip()]
+    named = path.suffix.lower() in _JSON
+    if not lines or not (named or _is_json(lines[0][1]) or _is_array(text)):
+        _refuse_broken(text, lines, path)
+        return (_said(*line) for line in lines)
+    if path.suffix.lower() not in (".jsonl", ".ndjson") and (items := _document(text, lines, path)) is not None:
+        return ((f"item {n} of {path}", value) for n, value in enumerate(items, 1))
+    return ((where, _parsed(line, where)) if named or _opens(line) else _said(where, line) for where, line in lines)
+
+
+def _said(where: str, line: str) -> tuple[str, Any]:
+    return where, {"text": line, "category": "text"}
+
+
+def _opens(line: str) -> bool:
+    return line.lstrip().startswith("{")
+
+
+def _refuse_broken(text: str, lines: Sequence[tuple[str, str]], path: Path) -> None:
+    """Raises UsageError for text that was meant as JSON."""
+    if _BROKEN_ARRAY.match(text):
+        _parsed(text, str(path))
+    if lines and _opens(lines[0][1]) and any(_is_json(line) for _, line in lines):
+        _parsed(lines[0][1], lines[0][0])
+
+
+def _document(text: str, lines: Sequence[tuple[str, str]], path: Path) -> Sequence[Any] | None:
+    """What a file that is one JSON document holds; None for one with a value a line. Raises UsageError for a broken array."""
+    try:
+        whole = parse_json(text)
+    except ValueError:
+        whole = None
+    if isinstance(whole, list):
+        return whole
+    if isinstance(whole, Mapping) and len(lines) > 1:
+        return [whole]
+    if text.lstrip().startswith("[") and not _is_json(lines[0][1]):
+        _parsed(text, str(path))
+    return None
 
 
 _BROKEN_ARRAY = re.compile(r"\s*\[\s*[\[{\"].*\]\s*\Z", re.DOTALL)
 """What begins and ends as an array of prompts does, and is none."""
 
 
-def _refuse_json(text: str, where: str) -> Any:
-    """The value; as UsageError what it is not."""
+def _parsed(text: str, where: str) -> Any:
+    """Parse JSON. Raises UsageError with what is wrong there."""
     try:
         return parse_json(text)
     except ValueError as error:

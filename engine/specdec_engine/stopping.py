@@ -17,6 +17,8 @@ class Stop:
     max_tokens: int = 256
     ids: frozenset[int] = frozenset()
     strings: tuple[str, ...] = ()
+    marks: tuple[str, ...] = ()
+    """Special tokens that were asked for by their text, and are among the ids."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:

@@ -116,6 +116,8 @@ def _shown(steps: Iterable[Writing | Training]) -> Estimate | None:
                 part = type(step).__name__
                 output.note("the target writes" if isinstance(step, Writing) else "the draft learns")
             if isinstance(step, Writing):
+                if step.note:
+                    output.note(step.note)
                 bars.update(writing, completed=step.share, said=f"{step.tokens:,} tokens")
                 continue
             if step.estimate is not last and step.estimate is not None:

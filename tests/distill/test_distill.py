@@ -6,10 +6,11 @@ import json
 import random
 import shutil
 from dataclasses import replace
+from itertools import takewhile
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from specdec_engine.control import Controls
 from specdec_engine.distill.batch import Batch
@@ -58,7 +59,10 @@ def made(target, tmp_path_factory):
     loaded, drafts = found.load(), {}
     for kind in ("head", "model"):
         out = tmp_path_factory.mktemp("drafts") / kind
-        drafts[kind] = out, list(distill(found, loaded, Recipe(out, kind, "small", tokens=18_000)))
+        with pytest.MonkeyPatch.context() as patched:
+            if kind == "model":
+                patched.setattr("specdec_engine.distill.run.PASSES", 2)  # a step takes 3 s, and a head's 0.5
+            drafts[kind] = out, list(distill(found, loaded, Recipe(out, kind, "small", tokens=18_000)))
     return drafts
 
 
@@ -219,8 +223,9 @@ def test_prompts_may_be_given_and_come_to_an_end(target, tmp_path):
     recipe = Recipe(tmp_path / "draft", "head", "small", tokens=1_000_000, data=file)
     next(distill(found, found.load(), recipe))
     steps = distill(found, found.load(), recipe)
-    while not isinstance(next(steps), Training):
-        pass
+    notes = [step.note for step in takewhile(lambda step: isinstance(step, Writing), steps) if step.note]
+    assert notes[0] == "of 3 conversations, 1 have later turns: each is asked its first turn alone"
+    assert notes[1].startswith("all 3 prompts are answered, in ")
     shard = read(next(recipe.work.text.iterdir()))
     prompts = [found.tokenizer.decode(shard.tokens[a:b]) for a, b in zip(shard.starts, shard.answers, strict=False)]
     assert {f"<|im_start|>user\n{p}<|im_end|>\n<|im_start|>assistant\n" for p in ("one", "two", "three")} == set(
@@ -377,6 +382,16 @@ def test_a_damaged_head_is_refused_before_it_runs(made, target, tmp_path, what, 
     (config[section] if section else config)[name] = value
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises((ModelUnavailable, PairIncompatible)):
+        load_pair(str(target), str(folder), OPTIONS)
+
+
+def test_a_head_of_no_numbers_is_refused(made, target, tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(made["head"][0], folder, ignore=shutil.ignore_patterns("work"))
+    weights = load_file(folder / "model.safetensors")
+    weights["down.weight"][2, 3] = float("nan")
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(ModelUnavailable, match=r"down\.weight has entries that are not finite numbers"):
         load_pair(str(target), str(folder), OPTIONS)
 
 

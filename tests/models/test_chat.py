@@ -7,7 +7,9 @@ import pytest
 from specdec_engine import chat
 from specdec_engine.chat import chat_ids, raw_ids, stop_id, turn_ends
 from specdec_engine.errors import ModelUnavailable, UsageError
+from specdec_engine.events import Started
 from specdec_engine.loading import LoadOptions, find_model
+from specdec_engine.pair import load_pair
 from tests.fakes import CHAT_TEMPLATE, byte_tokenizer, save_checkpoint
 
 PARTS = CHAT_TEMPLATE.replace("{{ m['content'] }}", "{% for c in m['content'] %}{{ c['text'] }}{% endfor %}")
@@ -158,6 +160,14 @@ def test_a_special_token_as_a_stop_text():
     assert (stop_id(tokenizer, "<|pad|>"), stop_id(tokenizer, "pad")) == (3, None)
     with pytest.raises(UsageError, match="inside"):
         stop_id(tokenizer, "\n<|pad|>")
+
+
+def test_a_run_tells_every_stop_text(tmp_path):
+    """Of a special token the text, and not the id that it is found by alone."""
+    pair = load_pair(str(save_checkpoint(tmp_path, tokenizer=byte_tokenizer())), "none", LoadOptions(dtype="float32"))
+    started = next(pair.decode([5], stop=("<|pad|>", "x"), max_tokens=2))
+    assert isinstance(started, Started)
+    assert started.settings["stop"] == ["x", "<|pad|>"]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"eos_token_id": "</s>"}', '{"eos_token_id": [[1]]}', "\ufffe"])

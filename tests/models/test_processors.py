@@ -108,7 +108,6 @@ def test_texts_are_told_apart_by_what_they_were_chosen_by(tmp_path):
         {"no_repeat_ngram_size": -2},
         {"no_repeat_ngram_size": 2.9},
         {"suppress_tokens": "all"},
-        {"suppress_tokens": [50]},
         {"suppress_tokens": list(range(50))},
         {"bad_words_ids": 3},
         {"bad_words_ids": [1, 2]},
@@ -120,6 +119,12 @@ def test_a_value_that_is_none_is_named(settings):
     config = type("Config", (), settings)
     with pytest.raises(ModelUnavailable, match=next(iter(settings))):
         asked_by(config, "generation_config.json", 50)
+
+
+def test_ids_that_cannot_come_are_suppressed_already():
+    """In a model whose vocabulary was trimmed; `generate` passes over them, too."""
+    config = type("Config", (), {"suppress_tokens": [50, 7, -1], "begin_suppress_tokens": [99]})
+    assert asked_by(config, "generation_config.json", 50).named() == {"suppress_tokens": (7,)}
 
 
 def test_a_minimum_length_without_an_end_is_not_called_followed():

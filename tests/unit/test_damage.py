@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from contextlib import suppress
 from pathlib import Path
 
+import gguf
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 import specdec_tui
 from specdec_cli.tables import compared
 from specdec_engine.bench import report
 from specdec_engine.bench.figures import Sample
 from specdec_engine.bench.plan import Arm, Plan
-from specdec_engine.errors import SpecdecError, TraceError, UsageError
+from specdec_engine.errors import ModelUnavailable, SpecdecError, TraceError, UsageError
 from specdec_engine.loading import LoadOptions, load_model
 from specdec_engine.prompt_files import Question
 from specdec_tui.narrate import script
 from specdec_tui.source import read_frame
-from tests.fakes import save_checkpoint
+from tests.fakes import save_checkpoint, save_gguf
 
 DEMO = (Path(specdec_tui.__file__).parent / "demo.jsonl").read_text("utf-8").splitlines()[:12]
 ANYTHING = st.recursive(
@@ -115,11 +118,44 @@ def test_a_damaged_checkpoint(name, checkpoint, tmp_path):
         file.write_text(whole, "utf-8")
 
 
-class refused:
-    """Passes, or raises this error, which names the file."""
+def test_a_damaged_gguf(tmp_path, monkeypatch):
+    """Bytes of the header, which all else is found by; or cut short anywhere."""
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
+    file = save_gguf(tmp_path / "tiny.gguf")
+    whole = file.read_bytes()
+    header = int(gguf.GGUFReader(file).data_offset)
+    spot = st.tuples(st.integers(0, header - 1), st.sampled_from([0, 1, 127, 128, 255]) | st.integers(0, 255))
 
-    def __init__(self, kind, path):
-        self._kind, self._path = kind, path
+    @settings(max_examples=60, deadline=None)
+    @given(spots=st.lists(spot, min_size=1, max_size=4), end=st.just(len(whole)) | st.integers(0, len(whole)))
+    def holds(spots, end):
+        damaged = bytearray(whole)
+        for at, byte in spots:
+            damaged[at] = byte
+        file.write_bytes(damaged[:end])
+        with refused(SpecdecError, file, never="JSON"):
+            load_model(str(file), LoadOptions(dtype="float32", threads=1))
+
+    holds()
+
+
+@pytest.mark.parametrize("options", [{}, {"runtime": "generic"}], ids=["lean", "generic"])
+@pytest.mark.parametrize("where", ["model.layers.1.mlp.down_proj.weight", "lm_head.weight"])
+def test_weights_that_are_no_numbers(where, options, tmp_path):
+    """Of a target every run would fail; of a draft every token would be rejected, without a word."""
+    folder = save_checkpoint(tmp_path, seed=1)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[where][3, 5] = math.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelUnavailable, match="not numbers, in float32"):
+        load_model(str(folder), LoadOptions(dtype="float32", threads=1, **options))
+
+
+class refused:
+    """Passes, or raises this error, which names the file and never says that."""
+
+    def __init__(self, kind, path, never=None):
+        self._kind, self._path, self._never = kind, path, never
 
     def __enter__(self):
         return self
@@ -128,4 +164,5 @@ class refused:
         if kind is None or not issubclass(kind, self._kind):
             return False
         assert str(self._path) in error.message
+        assert self._never is None or self._never not in error.message
         return True

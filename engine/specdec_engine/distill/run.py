@@ -14,7 +14,7 @@ from itertools import chain
 from specdec_engine.distill import shards
 from specdec_engine.distill.recipe import Recipe, taps
 from specdec_engine.distill.students import SIZES
-from specdec_engine.distill.synthesis import Example, synthesise
+from specdec_engine.distill.synthesis import Example, synthesise, unused_in
 from specdec_engine.distill.trainer import Trainer
 from specdec_engine.distill.training import Estimate, batches
 from specdec_engine.distill.vocabulary import draft_ids
@@ -24,6 +24,7 @@ from specdec_engine.loading import Candidate, Loaded
 from specdec_engine.prompt_files import Question, read_questions
 from specdec_engine.runtime.decoder import Decoder
 from specdec_engine.runtime.lean import LeanRuntime
+from specdec_engine.text import counted
 
 TEXT_SHARE = 0.55
 """Of the time, for writing text: on 2 cores each token is then learnt from some 7 times."""
@@ -43,6 +44,8 @@ class Writing:
     tokens: int
     share: float
     """Of this part that is done, 0 to 1."""
+    note: str = ""
+    """What a user should know of the given prompts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +107,7 @@ def _write_text(
     def share() -> float:
         return min(1.0, max((spent.writing_s + time.monotonic() - began) / budget_s, written / wanted))
 
-    yield Writing(written, share())
+    yield Writing(written, share(), "" if asked is None else unused_in(asked))
     if written and share() >= 1.0:
         return
     # Another seed than before, or a second run would write the same text again.
@@ -115,6 +118,9 @@ def _write_text(
         written += tokens
         work.record(replace(spent, writing_s=spent.writing_s + time.monotonic() - began))
         yield Writing(written, share())
+    if asked is not None and share() < 1.0:
+        said = f"all {counted(len(asked), 'prompt')} are answered, in {written:,} tokens: less text than was asked for"
+        yield Writing(written, share(), said)
 
 
 def _until(examples: Iterator[Example], over: Callable[[], bool]) -> Iterator[Example]:

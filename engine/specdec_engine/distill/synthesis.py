@@ -20,6 +20,8 @@ from specdec_engine.chat import chat_ids
 from specdec_engine.distill.batch import Batch
 from specdec_engine.errors import UsageError
 from specdec_engine.loading import Loaded
+from specdec_engine.prompt_files import Question
+from specdec_engine.text import counted
 from specdec_engine.transfer import upload
 
 _MARK = "⟦prompt⟧"
@@ -72,6 +74,15 @@ class Limits:
     prompt: int = 128
     long_prompt: int = 256
     answer: int = 192
+
+
+def unused_in(questions: Sequence[Question]) -> str:
+    """What of given conversations is not asked, in a sentence; empty where every one is a single turn."""
+    later = sum(len(question.turns) > 1 for question in questions)
+    systems = sum(bool(question.system) for question in questions)
+    parts = [(later, "later turns"), (systems, "a system message")]
+    said = " and ".join(f"{n} have {what}" for n, what in parts if n)
+    return f"of {counted(len(questions), 'conversation')}, {said}: each is asked its first turn alone" if said else ""
 
 
 def turns(tokenizer: Any) -> tuple[list[int], list[int]]:

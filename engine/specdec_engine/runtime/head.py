@@ -45,7 +45,7 @@ def head_shape(config: Mapping[str, Any]) -> Shape:
 
 
 def check_weights(weights: Mapping[str, Tensor], shape: Shape, intermediate: int, features: int) -> None:
-    """Raises ValueError for weights of other shapes than the config's."""
+    """Raises ValueError for weights of other shapes than the config's, and for such as are no numbers."""
     d, width = shape.hidden, shape.heads * shape.head_size
     expected = {
         "feature_norm": (features, d),
@@ -59,6 +59,8 @@ def check_weights(weights: Mapping[str, Tensor], shape: Shape, intermediate: int
     for name, size in expected.items():
         if tuple(weights[name].shape) != size:
             raise ValueError(f"{name} is {tuple(weights[name].shape)} and should be {size}")
+        if not bool(weights[name].isfinite().all()):
+            raise ValueError(f"{name} has entries that are not finite numbers")
 
 
 class HeadForward(Blocks):
