@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from specdec_engine.loading import LoadOptions, load_model
-from specdec_engine.machine import cpu_flags, cpu_name, usable_cores
+from specdec_engine.models.loading import LoadOptions, load_model
 from specdec_engine.runtime.decoder import Decoder
 from specdec_engine.runtime.lean import LeanRuntime
 from specdec_engine.runtime.ops import TORCH
+from specdec_engine.system.machine import cpu_flags, cpu_name, usable_cores
 
 
 def main() -> None:

@@ -31,8 +31,8 @@ from statistics import median
 from typing import Any
 
 from specdec_engine import Cycle, LoadOptions, Pair, Summary, load_pair
-from specdec_engine.machine import usable_cores
-from specdec_engine.progress import Report
+from specdec_engine.models.progress import Report
+from specdec_engine.system.machine import usable_cores
 from specdec_tui.app import SpecdecApp
 from specdec_tui.live import LiveSource, Request
 

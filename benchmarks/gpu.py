@@ -29,20 +29,20 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from specdec_engine import Cycle, Sampling
-from specdec_engine.acceptance import TokenRule
-from specdec_engine.control import Controls
+from specdec_engine.core.randomness import KeyedRandomness
+from specdec_engine.decoding.control import Controls
+from specdec_engine.decoding.loop import decode
+from specdec_engine.decoding.stopping import Stop
 from specdec_engine.drafters.base import DraftHost, LoadedDraft
 from specdec_engine.drafters.none import NoDrafter
 from specdec_engine.drafters.on_runtime import RuntimeDrafter
-from specdec_engine.judge import Judge
-from specdec_engine.loop import decode
-from specdec_engine.randomness import KeyedRandomness
 from specdec_engine.runtime.decoder import Decoder
 from specdec_engine.runtime.graphs import CudaRecorder, GraphRuntime
 from specdec_engine.runtime.lean import LeanRuntime
 from specdec_engine.runtime.shape import shape_of
-from specdec_engine.stopping import Stop
-from specdec_engine.target import ModelTarget
+from specdec_engine.runtime.target import ModelTarget
+from specdec_engine.verify.rules import TokenRule
+from specdec_engine.verify.verifier import Judge
 
 Size = tuple[int, int, int, int, int, int]
 SHAPES: dict[str, Size] = {  # hidden, mlp, layers, heads, key-value heads, vocabulary

@@ -29,8 +29,8 @@ from urllib.request import Request, urlopen
 import torch
 
 from specdec_engine import Cycle, LoadOptions, Pair, load_pair
-from specdec_engine.builtin import builtin_gguf
-from specdec_engine.machine import cpu_name, usable_cores
+from specdec_engine.models.builtin import builtin_gguf
+from specdec_engine.system.machine import cpu_name, usable_cores
 
 Arm = Callable[[list[int], int], list[int]]
 """Prompt and number of tokens -> ids emitted."""
@@ -221,7 +221,7 @@ def widened(folder: Path, vocab: int) -> Any:
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
-    from specdec_engine.draft_files import VOCABULARY, inverse
+    from specdec_engine.models.draft_files import VOCABULARY, inverse
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     ids = load_file(folder / VOCABULARY)["target_ids"].long()

@@ -28,9 +28,9 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
-from specdec_engine.events import Cycle, Finished, SettingChanged
-from specdec_engine.machine import cpu_name, usable_cores
-from specdec_engine.trace import Records, read_described
+from specdec_engine.record.events import Cycle, Finished, SettingChanged
+from specdec_engine.record.trace import Records, read_described
+from specdec_engine.system.machine import cpu_name, usable_cores
 from specdec_tui.source import DEMO
 
 CYCLES, TOKENS = 3_000, 10_000

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from specdec_engine import Cycle, LoadOptions, Pair, Sampling, Summary, load_pair
-from specdec_engine.machine import cpu_name, usable_cores
+from specdec_engine.system.machine import cpu_name, usable_cores
 
 
 @dataclass

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hi
 import typer
 
 from specdec_cli import output
+from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.errors import UsageError
-from specdec_engine.progress import Report, silent
-from specdec_engine.types import Sampling
+from specdec_engine.models.progress import Report, silent
 
 if TYPE_CHECKING:
-    from specdec_engine.loading import LoadOptions
+    from specdec_engine.models.loading import LoadOptions
 
 _MODELS, _SAMPLING, _PROMPT, _OUTPUT = "Models", "Sampling", "Prompt", "Output"
 
@@ -184,7 +184,7 @@ class Placement:
 
     def loading(self, tokens: int, report: Report = silent) -> LoadOptions:
         """tokens: of context to reckon with. Imports torch, which takes 3 s."""
-        from specdec_engine.loading import LoadOptions
+        from specdec_engine.models.loading import LoadOptions
 
         return LoadOptions(
             device=self.device,

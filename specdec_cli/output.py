@@ -15,11 +15,11 @@ from rich.console import COLOR_SYSTEMS, Console
 from rich.style import Style
 from rich.text import Text
 
-from specdec_engine.events import Cycle, Event, Started
-from specdec_engine.progress import Progress, Report
-from specdec_engine.stats import Summary
-from specdec_engine.text import TextStream, counted, printable
-from specdec_engine.trace import Records
+from specdec_engine.models.progress import Progress, Report
+from specdec_engine.record.events import Cycle, Event, Started
+from specdec_engine.record.stats import Summary
+from specdec_engine.record.text import TextStream, counted, printable
+from specdec_engine.record.trace import Records
 
 Color = Literal["auto", "always", "never"]
 

@@ -19,7 +19,7 @@ from platformdirs import user_config_path
 
 from specdec_cli.options import Placement
 from specdec_engine.errors import UsageError, reason
-from specdec_engine.files import replace_file
+from specdec_engine.record.files import replace_file
 
 NAME = "config.toml"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from specdec_cli import output
 from specdec_engine.errors import UsageError
-from specdec_engine.files import RECODE, decode
+from specdec_engine.record.files import RECODE, decode
 
 EXAMPLES = """for example:
   specdec generate "Explain how a lighthouse works."

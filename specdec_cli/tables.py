@@ -15,7 +15,7 @@ import typer
 
 from specdec_cli.output import one_line
 from specdec_engine.errors import UsageError
-from specdec_engine.text import as_markdown, counted, printable
+from specdec_engine.record.text import as_markdown, counted, printable
 
 _COLUMNS = (
     "draft",

@@ -19,8 +19,8 @@ os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="specdec-config-")
 
 from hypothesis import settings
 
-from specdec_engine.builtin import builtin_gguf
 from specdec_engine.errors import ModelUnavailable
+from specdec_engine.models.builtin import builtin_gguf
 from tests import fakes
 
 # Started with signals ignored, as by nohup or a shell's &, these tests go on ignoring them, and what they start does not:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec_engine.acceptance import AcceptanceRule
-from specdec_engine.control import Controls
+from specdec_engine.core.cycle_types import Draft, Sampling, Verdict
+from specdec_engine.core.randomness import KeyedRandomness, Randomness
+from specdec_engine.decoding.control import Controls
+from specdec_engine.decoding.loop import decode
+from specdec_engine.decoding.stopping import Stop
 from specdec_engine.drafters.base import DraftHost, LoadedDraft, nothing
-from specdec_engine.events import Cycle, Event
-from specdec_engine.judge import Judge
-from specdec_engine.loop import decode
-from specdec_engine.randomness import KeyedRandomness, Randomness
+from specdec_engine.record.events import Cycle, Event
 from specdec_engine.runtime.decoder import Decoder
 from specdec_engine.runtime.graphs import GraphRuntime, Recorder
 from specdec_engine.runtime.lean import LeanRuntime
@@ -24,9 +24,9 @@ from specdec_engine.runtime.linear import Quantize
 from specdec_engine.runtime.native import Kernels
 from specdec_engine.runtime.ops import TORCH, Ops
 from specdec_engine.runtime.shape import shape_of
-from specdec_engine.sampling import draw, warp
-from specdec_engine.stopping import Stop
-from specdec_engine.types import Draft, Sampling, Verdict
+from specdec_engine.verify.rules import AcceptanceRule
+from specdec_engine.verify.sampling import draw, warp
+from specdec_engine.verify.verifier import Judge
 from tests.tape import TapeRecorder
 
 CPU = torch.device("cpu")

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from specdec_engine import sampling
 from specdec_engine.runtime.graphs import Replay, Results
-from specdec_engine.timing import HostTimer
+from specdec_engine.system.timing import HostTimer
+from specdec_engine.verify import sampling
 
 ATEN = torch.ops.aten
 WAITS = {

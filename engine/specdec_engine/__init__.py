@@ -9,49 +9,51 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from specdec_engine.version import VERSION
+
+__version__ = VERSION
 
 if TYPE_CHECKING:
-    from specdec_engine.control import Controls as Controls
+    from specdec_engine.core.cycle_types import Sampling as Sampling
+    from specdec_engine.decoding.control import Controls as Controls
+    from specdec_engine.decoding.loop import decode as decode
+    from specdec_engine.decoding.stopping import Stop as Stop
     from specdec_engine.errors import SpecdecError as SpecdecError
-    from specdec_engine.events import Cycle as Cycle
-    from specdec_engine.events import Event as Event
-    from specdec_engine.events import Failed as Failed
-    from specdec_engine.events import Finished as Finished
-    from specdec_engine.events import SettingChanged as SettingChanged
-    from specdec_engine.events import Started as Started
-    from specdec_engine.loading import LoadOptions as LoadOptions
-    from specdec_engine.loop import decode as decode
+    from specdec_engine.models.loading import LoadOptions as LoadOptions
     from specdec_engine.pair import Pair as Pair
     from specdec_engine.pair import load_pair as load_pair
-    from specdec_engine.stats import Summary as Summary
-    from specdec_engine.stopping import Stop as Stop
-    from specdec_engine.text import TextStream as TextStream
-    from specdec_engine.text import printable as printable
-    from specdec_engine.trace import TraceWriter as TraceWriter
-    from specdec_engine.trace import read_trace as read_trace
-    from specdec_engine.types import Sampling as Sampling
+    from specdec_engine.record.events import Cycle as Cycle
+    from specdec_engine.record.events import Event as Event
+    from specdec_engine.record.events import Failed as Failed
+    from specdec_engine.record.events import Finished as Finished
+    from specdec_engine.record.events import SettingChanged as SettingChanged
+    from specdec_engine.record.events import Started as Started
+    from specdec_engine.record.stats import Summary as Summary
+    from specdec_engine.record.text import TextStream as TextStream
+    from specdec_engine.record.text import printable as printable
+    from specdec_engine.record.trace import TraceWriter as TraceWriter
+    from specdec_engine.record.trace import read_trace as read_trace
 
 _HOME = {
-    "Controls": "control",
-    "Cycle": "events",
-    "Event": "events",
-    "Failed": "events",
-    "Finished": "events",
-    "LoadOptions": "loading",
+    "Controls": "decoding.control",
+    "Cycle": "record.events",
+    "Event": "record.events",
+    "Failed": "record.events",
+    "Finished": "record.events",
+    "LoadOptions": "models.loading",
     "Pair": "pair",
-    "Sampling": "types",
-    "SettingChanged": "events",
+    "Sampling": "core.cycle_types",
+    "SettingChanged": "record.events",
     "SpecdecError": "errors",
-    "Started": "events",
-    "Stop": "stopping",
-    "Summary": "stats",
-    "TextStream": "text",
-    "TraceWriter": "trace",
-    "decode": "loop",
+    "Started": "record.events",
+    "Stop": "decoding.stopping",
+    "Summary": "record.stats",
+    "TextStream": "record.text",
+    "TraceWriter": "record.trace",
+    "decode": "decoding.loop",
     "load_pair": "pair",
-    "printable": "text",
-    "read_trace": "trace",
+    "printable": "record.text",
+    "read_trace": "record.trace",
 }
 
 __all__ = [

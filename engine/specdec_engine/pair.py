@@ -13,34 +13,34 @@ from typing import Any, Literal
 import torch
 import transformers
 
-import specdec_engine
-from specdec_engine.acceptance import RULES, AcceptanceRule, SyntheticRule
-from specdec_engine.auto import AutoK
-from specdec_engine.chat import chat_ids, raw_ids, special_in, stop_id
-from specdec_engine.control import Controls
-from specdec_engine.devices import idle_gpu, pick_device
-from specdec_engine.draft_files import read_draft
+from specdec_engine.adaptive.controller import AutoK
+from specdec_engine.adaptive.limits import Pace
+from specdec_engine.core.cycle_types import Sampling
+from specdec_engine.core.randomness import KeyedRandomness
+from specdec_engine.decoding.control import Controls
+from specdec_engine.decoding.loop import decode
+from specdec_engine.decoding.stopping import Stop
 from specdec_engine.drafters import build_drafter
 from specdec_engine.drafters.base import Drafter, DraftHost, LoadedDraft, Part
 from specdec_engine.errors import PairIncompatible, UsageError
-from specdec_engine.events import Event
-from specdec_engine.judge import Judge
-from specdec_engine.loading import Candidate, Loaded, LoadOptions, find_model
-from specdec_engine.loop import decode
-from specdec_engine.machine import usable_cores
-from specdec_engine.memory import kv_bytes
-from specdec_engine.pace import Pace
-from specdec_engine.pairing import check_pair
-from specdec_engine.processors import Asked
-from specdec_engine.randomness import KeyedRandomness
+from specdec_engine.models.chat import chat_ids, raw_ids, special_in, stop_id
+from specdec_engine.models.draft_files import read_draft
+from specdec_engine.models.loading import Candidate, Loaded, LoadOptions, find_model
+from specdec_engine.models.memory_needs import kv_bytes
+from specdec_engine.models.tokenizers import check_pair
+from specdec_engine.record.events import Event
+from specdec_engine.record.text import counted
 from specdec_engine.runtime import Runtime
 from specdec_engine.runtime.graphs import GraphRuntime
 from specdec_engine.runtime.shape import Shape
-from specdec_engine.stopping import Stop
-from specdec_engine.target import ModelTarget
-from specdec_engine.text import counted
-from specdec_engine.threads import set_threads, use_fewer_threads
-from specdec_engine.types import Sampling
+from specdec_engine.runtime.target import ModelTarget
+from specdec_engine.system.devices import idle_gpu, pick_device
+from specdec_engine.system.machine import usable_cores
+from specdec_engine.system.threads import set_threads, use_fewer_threads
+from specdec_engine.verify.processors import Asked
+from specdec_engine.verify.rules import RULES, AcceptanceRule, SyntheticRule
+from specdec_engine.verify.verifier import Judge
+from specdec_engine.version import VERSION
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ class Pair:
         seed: int | None = None,
         controls: Controls | None = None,
     ) -> Iterator[Event]:
-        """The events of one run (`specdec_engine.loop.decode`). Without a seed a fresh one is drawn; Started has it.
+        """The events of one run (`specdec_engine.decoding.loop.decode`). Without a seed a fresh one is drawn; Started has it.
 
         `controls` takes the place of k and sampling for a caller that turns them while the run goes on.
         """
@@ -277,7 +277,7 @@ def _remark(role: str, part: Part, why: str) -> str:
 def _environment(target: Loaded, drafts: Mapping[str, Part]) -> dict[str, Any]:
     device = target.runtime.device
     return {
-        "specdec": specdec_engine.__version__,
+        "specdec": VERSION,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -20,9 +20,9 @@ from specdec_cli.options import QUANTIZED
 from specdec_cli.startup import interruptible, quieten
 from specdec_engine.bench import report
 from specdec_engine.bench.plan import Arm, Cell, Plan, builtin_questions, chosen, ks_of
+from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.errors import OutOfMemory, UsageError
-from specdec_engine.prompt_files import read_questions
-from specdec_engine.types import Sampling
+from specdec_engine.record.prompt_files import read_questions
 
 if TYPE_CHECKING:
     from specdec_engine.bench.session import Session
@@ -299,7 +299,7 @@ def _followed(cells: Sequence[Cell], plan: Plan) -> Iterator[Cell]:
 
 
 def _machine(bandwidth: float | None) -> dict[str, Any]:
-    from specdec_engine.machine import cpu_name, gpu_driver
+    from specdec_engine.system.machine import cpu_name, gpu_driver
 
     return {
         "bandwidth_bytes_per_second": bandwidth,

@@ -31,7 +31,7 @@ def check(
     """
     quieten(where.offline, where.debug)
     with output.narrated() as report:
-        from specdec_engine.checking import check as checked
+        from specdec_engine.models.compatibility import check as checked
 
         fit = checked(target, draft, where.loading(tokens, report))
     if json:

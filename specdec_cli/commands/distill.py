@@ -71,9 +71,9 @@ def distill(
 
         from specdec_engine.distill.recipe import Recipe
         from specdec_engine.distill.run import distill
-        from specdec_engine.loading import LoadOptions, find_model
-        from specdec_engine.machine import usable_cores
-        from specdec_engine.threads import set_threads
+        from specdec_engine.models.loading import LoadOptions, find_model
+        from specdec_engine.system.machine import usable_cores
+        from specdec_engine.system.threads import set_threads
 
         recipe = Recipe(out, kind, size, minutes, tokens, data, seed)
         # Dense weights: many sequences at once are bound by arithmetic, and packed ones are slower there.

@@ -15,15 +15,15 @@ from specdec_cli.exits import ExitCode
 from specdec_cli.prompts import read_prompt
 from specdec_cli.startup import interruptible, quieten, uncollected
 from specdec_cli.tables import threads
+from specdec_engine.decoding.stopping import Stop
 from specdec_engine.errors import SpecdecError, TraceError, UsageError
-from specdec_engine.events import Event, Finished
-from specdec_engine.stats import Summary
-from specdec_engine.stopping import Stop
-from specdec_engine.text import TextStream, TokenText
-from specdec_engine.trace import TraceWriter
+from specdec_engine.record.events import Event, Finished
+from specdec_engine.record.stats import Summary
+from specdec_engine.record.text import TextStream, TokenText
+from specdec_engine.record.trace import TraceWriter
 
 if TYPE_CHECKING:
-    from specdec_engine.control import Controls
+    from specdec_engine.decoding.control import Controls
     from specdec_engine.pair import Pair
 
 
@@ -56,7 +56,7 @@ def generate(
     sampling = how.sampling
     setting = profiles.chosen(target, draft, how.k, not sampling.greedy, where)
     drafted = opt.k_of(setting.k)
-    from specdec_engine.control import Controls
+    from specdec_engine.decoding.control import Controls
 
     Controls(3 if drafted == "auto" else drafted, sampling, how.draft_temperature)
     stops = Stop(how.max_tokens, strings=tuple(how.stop or ())).strings

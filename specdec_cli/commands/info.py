@@ -76,8 +76,8 @@ def _measured(runtime: dict[str, Any]) -> Iterator[str]:
 
 
 def _found() -> dict[str, Any]:
-    from specdec_engine.builtin import is_cached
-    from specdec_engine.cached import cached_models, drafts_for
+    from specdec_engine.models.builtin import is_cached
+    from specdec_engine.models.hub_cache import cached_models, drafts_for
 
     models = cached_models()
     return {
@@ -115,9 +115,9 @@ def _devices() -> dict[str, Any]:
     """What `--device auto` sees, and takes."""
     import torch
 
-    from specdec_engine.devices import idle_gpu, pick_device, pick_dtype
-    from specdec_engine.machine import cpu_name, usable_cores
-    from specdec_engine.memory import free_bytes
+    from specdec_engine.system.devices import idle_gpu, pick_device, pick_dtype
+    from specdec_engine.system.machine import cpu_name, usable_cores
+    from specdec_engine.system.memory import free_bytes
 
     cpu = torch.device("cpu")
     about = f"{cpu_name() or 'CPU'}, {usable_cores()} cores, {torch.backends.cpu.get_cpu_capability()}"
@@ -144,7 +144,7 @@ def _cpu_runtime() -> dict[str, Any]:
 
     from specdec_engine.runtime import native
     from specdec_engine.runtime.arithmetic import Matrices, choose, current, measured
-    from specdec_engine.threads import set_threads
+    from specdec_engine.system.threads import set_threads
 
     cpu, builtin = torch.device("cpu"), Matrices(rows=3072, columns=576, packed=True, lean=True)
     set_threads("auto", cpu)

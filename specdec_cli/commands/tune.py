@@ -18,16 +18,16 @@ from specdec_cli.startup import interruptible, quieten
 from specdec_cli.tables import threads
 from specdec_engine.bench.figures import FEWEST
 from specdec_engine.bench.plan import builtin_questions, chosen
+from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.errors import SpecdecError, UsageError, reason
-from specdec_engine.files import RECODE, decode
-from specdec_engine.prompt_files import Question, read_questions
+from specdec_engine.record.files import RECODE, decode
+from specdec_engine.record.prompt_files import Question, read_questions
 from specdec_engine.tune.answers import ROOM, Answer, cut, evenly, recorded
 from specdec_engine.tune.servers import Launch, Wanted, launches, served
 from specdec_engine.tune.whatif import best_of
-from specdec_engine.types import Sampling
 
 if TYPE_CHECKING:
-    from specdec_engine.loading import LoadOptions
+    from specdec_engine.models.loading import LoadOptions
     from specdec_engine.pair import Pair
     from specdec_engine.tune.run import Tuned
     from specdec_engine.tune.whatif import Setting
@@ -194,7 +194,7 @@ def _fitting(target: str) -> list[str]:
     """Drafts that need not be named: the one made for the built-in target, and cached models with the target's tokens."""
     if target == "builtin":
         return ["builtin"]
-    from specdec_engine.cached import cached_models, drafts_for
+    from specdec_engine.models.hub_cache import cached_models, drafts_for
 
     models = cached_models()
     fitting = [draft.name for model in models if model.name == target for draft in drafts_for(model, models)]
@@ -314,7 +314,7 @@ def _command(target: str, draft: str, k: object, sampling: Sampling) -> list[str
 def _gguf(target: str) -> str | None:
     """The target's file, for llama.cpp."""
     if target == "builtin":
-        from specdec_engine.builtin import builtin_gguf
+        from specdec_engine.models.builtin import builtin_gguf
 
         return str(builtin_gguf(offline=True))
     return target if target.endswith(".gguf") else None

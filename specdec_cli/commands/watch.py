@@ -17,13 +17,13 @@ from specdec_cli.commands.replay import replay
 from specdec_cli.exits import ExitCode
 from specdec_cli.prompts import read_prompt
 from specdec_cli.startup import quieten, uncollected
+from specdec_engine.decoding.stopping import Stop
 from specdec_engine.errors import UsageError
-from specdec_engine.stopping import Stop
 from specdec_tui.live import LiveSource, Request
 
 if TYPE_CHECKING:
+    from specdec_engine.models.progress import Report
     from specdec_engine.pair import Pair
-    from specdec_engine.progress import Report
     from specdec_tui.start import Choice
 
 
@@ -60,7 +60,7 @@ def watch(
         return
     sampling = how.sampling
     typed = opt.k_of(how.k or "auto")
-    from specdec_engine.control import Controls
+    from specdec_engine.decoding.control import Controls
 
     Controls(3 if typed == "auto" else typed, sampling, how.draft_temperature)
     stops = Stop(how.max_tokens, strings=tuple(how.stop or ())).strings
@@ -111,7 +111,7 @@ def watch(
 
 def _start(target: str, draft: str | None) -> Choice:
     """Ask what to run. Leaves where the user does."""
-    from specdec_engine.cached import cached_models, drafts_for
+    from specdec_engine.models.hub_cache import cached_models, drafts_for
     from specdec_tui.leaving import show
     from specdec_tui.start import Entry, StartApp
 

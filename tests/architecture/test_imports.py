@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from importlib import import_module
 from pathlib import Path
 
@@ -54,7 +56,14 @@ def ours(modules: set[str]) -> set[str]:
     return {name for name in modules if name.startswith("specdec_")}
 
 
-PROGRAM = {"specdec_cli", "specdec_cli.main", "specdec_cli.exits", "specdec_engine", "specdec_engine.errors"}
+PROGRAM = {
+    "specdec_cli",
+    "specdec_cli.main",
+    "specdec_cli.exits",
+    "specdec_engine",
+    "specdec_engine.errors",
+    "specdec_engine.version",
+}
 """What every start imports of ours."""
 
 
@@ -100,11 +109,38 @@ def test_help_and_usage_errors_load_no_model_library(argv):
     assert not imported_by(running(*argv)) & set(HEAVY)
 
 
-@pytest.mark.parametrize(
-    "module", ["events", "stats", "trace", "text", "stopping", "errors", "types", "control", "drafters"]
-)
+def modules_without_torch() -> list[str]:
+    """As the contract in pyproject.toml lists them: the one list."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]["contracts"]
+    listed = next(c for c in contracts if c["name"] == "A trace replays without torch")["source_modules"]
+    return [each for name in listed for each in (expanded(name) if name.endswith(".*") else [name])]
+
+
+def expanded(pattern: str) -> list[str]:
+    folder = ROOT.joinpath("engine", *pattern.split(".")[:-1])
+    return [pattern.replace("*", file.stem) for file in sorted(folder.glob("*.py")) if file.stem != "__init__"]
+
+
+@pytest.mark.parametrize("module", [*modules_without_torch(), "specdec_engine.drafters"])
 def test_a_trace_can_be_read_without_torch(module):
-    assert not imported_by(f"import specdec_engine.{module}") & {*HEAVY, "textual", "typer", "rich"}
+    assert not imported_by(f"import {module}") & {*HEAVY, "textual", "typer", "rich"}
+
+
+def test_every_file_of_the_engines_rooms_is_on_its_map():
+    """Rooms whose files are one command's are told as a whole."""
+    named = set(re.findall(r"\b(\w+)\.py\b", (ROOT / "engine" / "README.md").read_text("utf-8")))
+    rooms = {"decoding", "verify", "adaptive", "models", "runtime", "core", "system", "record"}
+    files = [file for room in rooms for file in (ROOT / "engine" / "specdec_engine" / room).glob("*.py")]
+    assert len(files) > 50
+    assert not {file.stem for file in files} - named - {"__init__"}
+
+
+def test_every_drafter_is_held_to_know_no_other():
+    """All files of the folder but those that drafters are made with."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]["contracts"]
+    held = next(c for c in contracts if c["type"] == "independence")["modules"]
+    shared = {f"specdec_engine.drafters.{name}" for name in ("base", "on_runtime", "token_choice")}
+    assert set(expanded("specdec_engine.drafters.*")) - shared == set(held)
 
 
 def test_the_package_itself_costs_nothing_until_a_name_is_used():

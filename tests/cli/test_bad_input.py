@@ -8,8 +8,8 @@ import zipfile
 
 import pytest
 
-from specdec_engine import builtin
-from specdec_engine.trace import read_trace
+from specdec_engine.models import builtin
+from specdec_engine.record.trace import read_trace
 from tests.fakes import byte_tokenizer, save_checkpoint
 
 
@@ -135,7 +135,7 @@ def test_names_that_no_model_can_have(refused, name):
 def test_all_is_refused_before_the_targets_weights_are_read(refused, checkpoint, tmp_path, monkeypatch):
     """A typo in the draft, or two tokenizers that differ, must not cost the loading of a large target."""
     other = save_checkpoint(tmp_path / "other", tokenizer=byte_tokenizer(merges=["o n", "t h"]))
-    monkeypatch.setattr("specdec_engine.loading.load_weights", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("specdec_engine.models.loading.load_weights", lambda *_: pytest.fail("weights were read"))
     refused(2, "hello", "-t", checkpoint, "-d", "ngram:0")
     refused(3, "hello", "-t", checkpoint, "-d", "./no-draft")
     refused(4, "hello", "-t", checkpoint, "-d", other)
@@ -318,8 +318,8 @@ def test_a_target_that_cannot_be_rolled_back(refused, tmp_path):
 
 
 def test_a_model_larger_than_memory_is_refused_before_it_is_loaded(refused, checkpoint, monkeypatch):
-    monkeypatch.setattr("specdec_engine.loading.free_bytes", lambda device: 1000)
-    monkeypatch.setattr("specdec_engine.loading.load_weights", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("specdec_engine.models.loading.free_bytes", lambda device: 1000)
+    monkeypatch.setattr("specdec_engine.models.loading.load_weights", lambda *_: pytest.fail("weights were read"))
     said = refused(5, "hello", "-t", checkpoint)
     assert "GiB" in said
 

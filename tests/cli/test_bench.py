@@ -10,12 +10,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from specdec_engine import loop
-from specdec_engine.acceptance import TokenRule
 from specdec_engine.bench import report
+from specdec_engine.decoding import loop
 from specdec_engine.drafters.ngram import NgramDrafter
 from specdec_engine.errors import OutOfMemory, UsageError
 from specdec_engine.pair import Loader
+from specdec_engine.verify.rules import TokenRule
 from tests import fakes
 
 ARM = {

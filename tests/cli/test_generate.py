@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from specdec_cli import output
-from specdec_engine.threads import free_threads
-from specdec_engine.trace import from_json, read_trace
+from specdec_engine.record.trace import from_json, read_trace
+from specdec_engine.system.threads import free_threads
 from tests.fakes import cycles, emitted
 
 KEYS = {
@@ -204,7 +204,7 @@ def test_hostile_text_is_made_visible_when_styled(specdec, tmp_path):
 def test_control_characters_that_count_as_space_are_made_visible_too(piece, capsys):
     """`str.lstrip` takes carriage returns and separators for space; the terminal does not."""
     from specdec_cli.output import TextOutput
-    from specdec_engine.text import TextStream, printable
+    from specdec_engine.record.text import TextStream, printable
     from tests.fakes import byte_tokenizer
 
     tokenizer = byte_tokenizer()
@@ -216,7 +216,7 @@ def test_control_characters_that_count_as_space_are_made_visible_too(piece, caps
 
 def test_tabs_stay_tabs(capsys):
     from specdec_cli.output import TextOutput
-    from specdec_engine.text import TextStream
+    from specdec_engine.record.text import TextStream
     from tests.fakes import byte_tokenizer
 
     TextOutput(TextStream(byte_tokenizer()), "always", marks=False)._write("a\tb")
@@ -254,7 +254,7 @@ def test_fewer_threads_than_cores_are_told(generate, monkeypatch):
     before = torch.get_num_threads()
     for room, said in ((2, "on cpu, 2 of 4 threads, lean runtime"), (4, "on cpu, lean runtime")):
         free_threads.cache_clear()
-        monkeypatch.setattr("specdec_engine.threads.keep_step", lambda n, room=room: n <= room)
+        monkeypatch.setattr("specdec_engine.system.threads.keep_step", lambda n, room=room: n <= room)
         assert said in generate("-n", "3").err
     free_threads.cache_clear()
     torch.set_num_threads(before)

@@ -14,7 +14,7 @@ import time
 
 import pytest
 
-from specdec_engine.trace import read_trace
+from specdec_engine.record.trace import read_trace
 from tests.cli.conftest import ROOT, command, environment, process
 from tests.cli.hub import hub
 from tests.fakes import cycles

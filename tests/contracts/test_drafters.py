@@ -8,16 +8,16 @@ from dataclasses import replace
 import pytest
 import torch
 
+from specdec_engine.core.cycle_types import Sampling, Verdict
+from specdec_engine.core.randomness import KeyedRandomness
 from specdec_engine.drafters import DRAFTERS, build_drafter
 from specdec_engine.drafters.base import Foreseeing, LoadedDraft
-from specdec_engine.randomness import KeyedRandomness
 from specdec_engine.runtime.generic import GenericRuntime
-from specdec_engine.sampling import draw_on_host
-from specdec_engine.target import ModelTarget
+from specdec_engine.runtime.target import ModelTarget
 from specdec_engine.tune.answers import Answer
 from specdec_engine.tune.passes import chances_along
 from specdec_engine.tune.whatif import expected_cycles
-from specdec_engine.types import Sampling, Verdict
+from specdec_engine.verify.sampling import draw_on_host
 from tests.fakes import VOCAB, byte_tokenizer, cycles, emitted, graph, host, lean, run, save_head_draft, tiny_llama
 
 SPECS = {

@@ -12,7 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from specdec_engine.control import Controls
+from specdec_engine.core.cycle_types import Sampling
+from specdec_engine.core.randomness import KeyedRandomness
+from specdec_engine.decoding.control import Controls
+from specdec_engine.decoding.loop import decode
+from specdec_engine.decoding.stopping import Stop
 from specdec_engine.distill.batch import Batch
 from specdec_engine.distill.head import Head, HeadShape
 from specdec_engine.distill.recipe import Recipe, taps
@@ -33,14 +37,10 @@ from specdec_engine.distill.training import (
 )
 from specdec_engine.distill.training import Batch as TrainingBatch
 from specdec_engine.errors import ModelUnavailable, PairIncompatible, UsageError
-from specdec_engine.loading import LoadOptions, find_model
-from specdec_engine.loop import decode
+from specdec_engine.models.loading import LoadOptions, find_model
 from specdec_engine.pair import load_pair
-from specdec_engine.randomness import KeyedRandomness
 from specdec_engine.runtime.head import HeadForward, HeadRuntime, head_shape
-from specdec_engine.stopping import Stop
-from specdec_engine.timing import HostTimer
-from specdec_engine.types import Sampling
+from specdec_engine.system.timing import HostTimer
 from tests.fakes import CPU, FakeClock, byte_tokenizer, cycles, emitted, lean, save_checkpoint, tiny_llama
 
 OPTIONS = LoadOptions(dtype="float32", device="cpu", quantize="none")

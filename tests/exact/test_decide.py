@@ -13,10 +13,10 @@ from itertools import product
 import pytest
 import torch
 
-from specdec_engine.acceptance import RULES, Case, TokenRule, settled_by_token
+from specdec_engine.core.cycle_types import Draft
 from specdec_engine.errors import GenerationFailed
-from specdec_engine.types import Draft
-from specdec_engine.verdict import Numbers, read, report, report_on_host
+from specdec_engine.verify.report import Numbers, read, report, report_on_host
+from specdec_engine.verify.rules import RULES, Case, TokenRule, settled_by_token
 from tests.fakes import ScriptedRandomness
 
 

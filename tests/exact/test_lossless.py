@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specdec_engine.acceptance import RULES, AcceptanceRule, BlockRule, Case, TokenRule, accept_prob
+from specdec_engine.verify.rules import RULES, AcceptanceRule, BlockRule, Case, TokenRule, accept_prob
 from tests.fakes import table_probs
 
 VOCAB, LENGTH = 3, 4

@@ -11,8 +11,8 @@ from itertools import product
 import pytest
 from scipy.stats import chi2, ncx2
 
-from specdec_engine.acceptance import BlockRule, TokenRule
-from specdec_engine.types import Sampling
+from specdec_engine.core.cycle_types import Sampling
+from specdec_engine.verify.rules import BlockRule, TokenRule
 from tests.exact.test_lossless import BonusFromTheWrongRow, NoResidual, SwappedRatio, enumerate_emitted
 from tests.fakes import ScriptedDrafter, TableDrafter, TableTarget, emitted, run, table_logits, table_probs
 

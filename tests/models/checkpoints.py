@@ -16,11 +16,11 @@ import transformers
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from specdec_engine.checking import check
 from specdec_engine.errors import SpecdecError
-from specdec_engine.events import Cycle
-from specdec_engine.loading import LoadOptions
+from specdec_engine.models.compatibility import check
+from specdec_engine.models.loading import LoadOptions
 from specdec_engine.pair import load_pair
+from specdec_engine.record.events import Cycle
 from tests.fakes import byte_tokenizer
 
 OPTIONS = LoadOptions(device="cpu", dtype="float32", threads=1)

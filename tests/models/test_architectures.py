@@ -6,15 +6,15 @@ import pytest
 import torch
 import transformers
 
+from specdec_engine.core.cycle_types import Draft
 from specdec_engine.drafters.on_runtime import RuntimeDrafter
 from specdec_engine.errors import ModelUnavailable, PairIncompatible
-from specdec_engine.loading import LoadOptions, find_model
+from specdec_engine.models.loading import LoadOptions, find_model
 from specdec_engine.runtime.generic import GenericRuntime
 from specdec_engine.runtime.graphs import GraphRuntime
 from specdec_engine.runtime.shape import Unsupported
 from specdec_engine.runtime.static import StaticForward
-from specdec_engine.target import ModelTarget
-from specdec_engine.types import Draft
+from specdec_engine.runtime.target import ModelTarget
 from tests.fakes import CPU, ScriptedDrafter, byte_tokenizer, cycles, emitted, host, run
 from tests.tape import TapeRecorder
 

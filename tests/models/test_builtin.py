@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.drafters import build_drafter
-from specdec_engine.loading import LoadOptions, load_model
+from specdec_engine.models.loading import LoadOptions, load_model
 from specdec_engine.pair import load_pair
-from specdec_engine.target import ModelTarget
-from specdec_engine.types import Sampling
+from specdec_engine.runtime.target import ModelTarget
 from tests.fakes import cycles, emitted, host, run
 from tests.prompts import PROMPTS
 

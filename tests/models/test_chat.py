@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from specdec_engine import chat
-from specdec_engine.chat import chat_ids, raw_ids, stop_id, turn_ends
 from specdec_engine.errors import ModelUnavailable, UsageError
-from specdec_engine.events import Started
-from specdec_engine.loading import LoadOptions, find_model
+from specdec_engine.models import chat
+from specdec_engine.models.chat import chat_ids, raw_ids, stop_id, turn_ends
+from specdec_engine.models.loading import LoadOptions, find_model
 from specdec_engine.pair import load_pair
+from specdec_engine.record.events import Started
 from tests.fakes import CHAT_TEMPLATE, byte_tokenizer, save_checkpoint
 
 PARTS = CHAT_TEMPLATE.replace("{{ m['content'] }}", "{% for c in m['content'] %}{{ c['text'] }}{% endfor %}")

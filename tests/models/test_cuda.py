@@ -7,19 +7,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from specdec_engine.acceptance import RULES
-from specdec_engine.coupling import gumbel_noise
+from specdec_engine.core.cycle_types import Sampling
+from specdec_engine.core.transfer import download, upload
 from specdec_engine.drafters.base import DraftHost, LoadedDraft
 from specdec_engine.drafters.ngram import NgramDrafter
 from specdec_engine.drafters.on_runtime import RuntimeDrafter
-from specdec_engine.judge import Judge
 from specdec_engine.runtime.decoder import Decoder
 from specdec_engine.runtime.graphs import CudaRecorder, GraphRuntime
 from specdec_engine.runtime.shape import Unsupported, shape_of
-from specdec_engine.target import ModelTarget
-from specdec_engine.timing import timer_for
-from specdec_engine.transfer import download, upload
-from specdec_engine.types import Sampling
+from specdec_engine.runtime.target import ModelTarget
+from specdec_engine.system.timing import timer_for
+from specdec_engine.verify.coupling import gumbel_noise
+from specdec_engine.verify.rules import RULES
+from specdec_engine.verify.verifier import Judge
 from tests.fakes import CPU, VOCAB, StateWeights, cycles, emitted, events, lean, run, tiny_llama
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

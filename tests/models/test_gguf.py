@@ -7,10 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from specdec_engine.errors import ModelUnavailable
-from specdec_engine.gguf_files import beside
-from specdec_engine.loading import LoadOptions, find_model, load_model
-from specdec_engine.progress import silent
-from specdec_engine.target import ModelTarget
+from specdec_engine.models.gguf_files import beside
+from specdec_engine.models.loading import LoadOptions, find_model, load_model
+from specdec_engine.models.progress import silent
+from specdec_engine.runtime.target import ModelTarget
 from tests.fakes import ScriptedDrafter, emitted, run, save_gguf
 
 TOKENS = torch.arange(4, 40)
@@ -65,15 +65,15 @@ def test_its_header_is_read_once_and_again_if_the_file_changes(file, tmp_path, m
     copy.write_bytes(file.read_bytes())
     first = beside(copy, "copy", silent)
     with monkeypatch.context() as patched:
-        patched.setattr("specdec_engine.gguf_files._make", None)
+        patched.setattr("specdec_engine.models.gguf_files._make", None)
         assert beside(copy, "copy", silent) == first
     save_gguf(copy, "F16", seed=3)
     assert beside(copy, "copy", silent) != first
 
 
 def test_an_architecture_whose_names_we_do_not_know_is_left_to_transformers(file, theirs, monkeypatch):
-    monkeypatch.setattr("specdec_engine.gguf_files._MEMBERS", ())
-    monkeypatch.setattr("specdec_engine.gguf_files.LAYOUT", "unknown")
+    monkeypatch.setattr("specdec_engine.models.gguf_files._MEMBERS", ())
+    monkeypatch.setattr("specdec_engine.models.gguf_files.LAYOUT", "unknown")
     loaded = load_model(str(file), LoadOptions(dtype="float32"))
     assert loaded.runtime.name == "generic"
     assert "known to transformers only" in loaded.remark

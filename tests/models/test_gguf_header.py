@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import transformers
 
-from specdec_engine import gguf_files, gguf_header
 from specdec_engine.errors import ModelUnavailable
-from specdec_engine.gguf_files import beside
-from specdec_engine.gguf_header import Header
-from specdec_engine.loading import LoadOptions, find_model
-from specdec_engine.progress import silent
+from specdec_engine.models import gguf_files, gguf_header
+from specdec_engine.models.gguf_files import beside
+from specdec_engine.models.gguf_header import Header
+from specdec_engine.models.loading import LoadOptions, find_model
+from specdec_engine.models.progress import silent
 from tests.fakes import save_gguf
 
 SENTENCEPIECE = ("llama", "gemma2", "gemma3", "phi3")

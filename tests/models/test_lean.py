@@ -9,14 +9,14 @@ import torch
 
 from specdec_engine.drafters.on_runtime import RuntimeDrafter
 from specdec_engine.errors import OutOfMemory, UsageError
-from specdec_engine.loading import LoadOptions, load_model
+from specdec_engine.models.loading import LoadOptions, load_model
 from specdec_engine.runtime import native
 from specdec_engine.runtime.cpu import whole
 from specdec_engine.runtime.decoder import Decoder, _paired
 from specdec_engine.runtime.linear import Joined, project, torch_packs
 from specdec_engine.runtime.ops import TORCH
 from specdec_engine.runtime.shape import Unsupported, shape_of
-from specdec_engine.target import ModelTarget
+from specdec_engine.runtime.target import ModelTarget
 from tests.fakes import CPU, VOCAB, ScriptedDrafter, StateWeights, emitted, events, graph, host, lean, run, tiny_llama
 from tests.models.test_architectures import build
 

@@ -10,10 +10,10 @@ from transformers import GenerationConfig
 
 from specdec_engine.bench.measure import _gap
 from specdec_engine.errors import ModelUnavailable
-from specdec_engine.events import Cycle, Started
-from specdec_engine.loading import LoadOptions
+from specdec_engine.models.loading import LoadOptions
 from specdec_engine.pair import load_pair
-from specdec_engine.processors import Asked, asked_by, left_out_of, process
+from specdec_engine.record.events import Cycle, Started
+from specdec_engine.verify.processors import Asked, asked_by, left_out_of, process
 from tests.exact.test_lossless import LENGTH, LOSSLESS, VOCAB, deviation, enumerate_emitted
 from tests.fakes import CPU, save_checkpoint, table_probs
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from specdec_engine.text import Detokenizer, TextStream, TokenText, printable
+from specdec_engine.record.text import Detokenizer, TextStream, TokenText, printable
 from tests.fakes import VOCAB, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()

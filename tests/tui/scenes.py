@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from specdec_engine.events import Cycle, Finished, Raw, SettingChanged, Started
+from specdec_engine.record.events import Cycle, Finished, Raw, SettingChanged, Started
 from specdec_tui.frame import Frame
 
 TEXT = (

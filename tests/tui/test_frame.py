@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specdec_engine.events import Cycle, Finished, Raw, Started
-from specdec_engine.stats import Summary
+from specdec_engine.record.events import Cycle, Finished, Raw, Started
+from specdec_engine.record.stats import Summary
 from specdec_tui.frame import Frame, View, step_of, steps
 from specdec_tui.panels import Room
 from specdec_tui.panels.inspector import inspector

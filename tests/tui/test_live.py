@@ -7,10 +7,10 @@ import time
 
 import pytest
 
+from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.errors import ModelUnavailable
-from specdec_engine.events import Cycle, Finished, Started
-from specdec_engine.progress import Progress
-from specdec_engine.types import Sampling
+from specdec_engine.models.progress import Progress
+from specdec_engine.record.events import Cycle, Finished, Started
 from specdec_tui.live import LiveSource, Request
 from tests.fakes import byte_tokenizer, save_checkpoint
 from tests.tui.conftest import on_screen, screen_of

@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import pytest
 
-from specdec_engine.events import Failed, SettingChanged
-from specdec_engine.trace import TraceWriter
+from specdec_engine.record.events import Failed, SettingChanged
+from specdec_engine.record.trace import TraceWriter
 from specdec_tui import export
 from specdec_tui.narrate import script
 from specdec_tui.source import DEMO, ReplaySource, read_frame

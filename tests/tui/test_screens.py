@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from specdec_engine.events import Failed, SettingChanged
+from specdec_engine.record.events import Failed, SettingChanged
 from specdec_tui.saving import KINDS
 from specdec_tui.source import Stage
 from tests.tui.conftest import Told, lines_of, on_screen, screen_of

@@ -13,7 +13,7 @@ import uuid
 
 import pytest
 
-from specdec_engine.trace import TraceWriter
+from specdec_engine.record.trace import TraceWriter
 from tests.fakes import byte_tokenizer, save_checkpoint
 from tests.tui.scenes import events, name
 

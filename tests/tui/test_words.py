@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from specdec_engine.events import Finished
+from specdec_engine.record.events import Finished
 from specdec_tui.frame import View
 from specdec_tui.pieces import Committed, alone
 from specdec_tui.words import Lines, Story, Word, containing

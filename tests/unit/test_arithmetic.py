@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from specdec_engine import threads
 from specdec_engine.errors import UsageError
-from specdec_engine.machine import cpu_flags, cpu_name
 from specdec_engine.runtime import arithmetic, compiled, native
 from specdec_engine.runtime.arithmetic import FORMS, Matrices, Measurement, Timing, choose
+from specdec_engine.system import threads
+from specdec_engine.system.machine import cpu_flags, cpu_name
 from tests.fakes import CPU
 
 DENSE = Matrices(1024, 512, packed=False, lean=True)

@@ -8,11 +8,11 @@ from statistics import fmean
 
 import pytest
 
-from specdec_engine.auto import MOST, AutoK
-from specdec_engine.control import Controls
-from specdec_engine.cost import Drafting, Drift, Staircase, Times, best_k, expected_emitted
-from specdec_engine.events import Cycle, SettingChanged
-from specdec_engine.pace import Pace
+from specdec_engine.adaptive.controller import MOST, AutoK
+from specdec_engine.adaptive.cost import Drafting, Drift, Staircase, Times, best_k, expected_emitted
+from specdec_engine.adaptive.limits import Pace
+from specdec_engine.decoding.control import Controls
+from specdec_engine.record.events import Cycle, SettingChanged
 from tests.fakes import ScriptedDrafter, TableTarget, cycles, greedy, host, run
 
 PACKED = {1: 1.0, 2: 1.05, 3: 1.2, 4: 1.3, 5: 1.7, 6: 1.75, 7: 1.8, 8: 1.85, 9: 2.3}
@@ -212,9 +212,9 @@ def test_without_a_controller_every_draft_goes_as_far_as_k():
 
 
 def test_members_of_a_cascade_have_their_own_k():
+    from specdec_engine.core.cycle_types import Sampling
+    from specdec_engine.core.randomness import KeyedRandomness
     from specdec_engine.drafters import build_drafter
-    from specdec_engine.randomness import KeyedRandomness
-    from specdec_engine.types import Sampling
 
     class Fixed(AutoK):
         def limit(self, name):

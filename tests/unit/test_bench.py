@@ -13,7 +13,7 @@ from specdec_engine.bench import report
 from specdec_engine.bench.figures import Interval, Sample, bootstrap, by_question, costs, geometric, recommend
 from specdec_engine.bench.plan import Arm, Plan, builtin_questions, chosen, ks_of
 from specdec_engine.errors import UsageError
-from specdec_engine.prompt_files import Question, read_questions
+from specdec_engine.record.prompt_files import Question, read_questions
 
 QUESTIONS = tuple(Question(kind, (f"{kind} {i}",)) for kind in ("a", "b") for i in range(3))
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from specdec_engine import builtin
-from specdec_engine.cached import CachedModel, drafts_for, looked_at
+from specdec_engine.models import builtin
+from specdec_engine.models.hub_cache import CachedModel, drafts_for, looked_at
 
 
 def folder(path: Path, vocab, size=100, architecture="LlamaForCausalLM") -> Path:

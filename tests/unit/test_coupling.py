@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from specdec_engine.coupling import gumbel_noise, random_bits
+from specdec_engine.verify.coupling import gumbel_noise, random_bits
 from tests.fakes import CPU
 
 

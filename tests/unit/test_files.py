@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from specdec_engine.files import parse_json, read_json, replace_file
+from specdec_engine.record.files import parse_json, read_json, replace_file
 
 
 def test_a_pipe_that_stands_for_a_file_is_written_to():

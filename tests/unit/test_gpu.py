@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from specdec_engine.draft_files import head_weights, read_draft
+from specdec_engine.models.draft_files import head_weights, read_draft
 from specdec_engine.runtime.blocks import _ops_for as ops_for
 from specdec_engine.runtime.decoder import Decoder, Embedding
 from specdec_engine.runtime.head import HeadForward, HeadRuntime, head_shape

@@ -7,26 +7,26 @@ from dataclasses import replace
 import pytest
 import torch
 
-from specdec_engine import loading
-from specdec_engine.acceptance import RULES, SyntheticRule, TokenRule
-from specdec_engine.auto import AutoK
-from specdec_engine.choose import DraftChoice
-from specdec_engine.control import Controls
+from specdec_engine.adaptive.controller import AutoK
+from specdec_engine.adaptive.limits import Pace
+from specdec_engine.core.cycle_types import Draft, Sampling
+from specdec_engine.core.randomness import KeyedRandomness
+from specdec_engine.decoding.control import Controls
 from specdec_engine.drafters.on_runtime import RuntimeDrafter
+from specdec_engine.drafters.token_choice import DraftChoice
 from specdec_engine.errors import UsageError
-from specdec_engine.judge import Judge
-from specdec_engine.loading import LoadOptions, find_model
-from specdec_engine.pace import Pace
+from specdec_engine.models import loading
+from specdec_engine.models.loading import LoadOptions, find_model
 from specdec_engine.pair import Pair
-from specdec_engine.processors import Asked
-from specdec_engine.randomness import KeyedRandomness
 from specdec_engine.runtime.decoder import Decoder
 from specdec_engine.runtime.graphs import repeatable, room_for, span_for
 from specdec_engine.runtime.ops import TORCH, attend_in_groups, causal_mask
 from specdec_engine.runtime.shape import Unsupported
-from specdec_engine.target import ModelTarget
-from specdec_engine.timing import HostTimer
-from specdec_engine.types import Draft, Sampling
+from specdec_engine.runtime.target import ModelTarget
+from specdec_engine.system.timing import HostTimer
+from specdec_engine.verify.processors import Asked
+from specdec_engine.verify.rules import RULES, SyntheticRule, TokenRule
+from specdec_engine.verify.verifier import Judge
 from tests.fakes import CPU, VOCAB, FakeClock, cycles, emitted, events, graph, host, lean, run, tiny_llama
 from tests.tape import TapeRecorder
 

@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from specdec_engine.acceptance import RULES, SyntheticRule, TokenRule
-from specdec_engine.greedy import GreedyReports
-from specdec_engine.randomness import KeyedRandomness
-from specdec_engine.sampling import best_where_sure, warp
-from specdec_engine.types import Sampling
-from specdec_engine.verdict import Numbers, read, report
+from specdec_engine.core.cycle_types import Sampling
+from specdec_engine.core.randomness import KeyedRandomness
+from specdec_engine.verify.greedy import GreedyReports
+from specdec_engine.verify.report import Numbers, read, report
+from specdec_engine.verify.rules import RULES, SyntheticRule, TokenRule
+from specdec_engine.verify.sampling import best_where_sure, warp
 
 
 class TooKind(TokenRule):

@@ -20,7 +20,7 @@ from specdec_engine.runtime.linear import (
     project,
     quantized,
 )
-from specdec_engine.weights import Entry, GgufWeights, Grouped
+from specdec_engine.runtime.weights import Entry, GgufWeights, Grouped
 from tests.fakes import CPU
 
 gguf = pytest.importorskip("gguf")

@@ -10,12 +10,12 @@ from itertools import product
 import pytest
 import torch
 
-from specdec_engine.control import Controls
+from specdec_engine.core.cycle_types import Sampling
+from specdec_engine.decoding.control import Controls
 from specdec_engine.errors import GenerationFailed, UsageError
-from specdec_engine.events import Failed, Finished, SettingChanged, Started
-from specdec_engine.stats import Summary
-from specdec_engine.timing import HostTimer
-from specdec_engine.types import Sampling
+from specdec_engine.record.events import Failed, Finished, SettingChanged, Started
+from specdec_engine.record.stats import Summary
+from specdec_engine.system.timing import HostTimer
 from tests.fakes import (
     FakeClock,
     ScriptedDrafter,

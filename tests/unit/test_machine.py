@@ -7,7 +7,7 @@ import os
 import psutil
 import pytest
 
-from specdec_engine.machine import usable_cores
+from specdec_engine.system.machine import usable_cores
 
 
 @pytest.mark.parametrize(("quota", "cores"), [("200000 100000", 2), ("150000 100000", 2), ("50000 100000", 1)])

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from specdec_engine.adaptive.limits import Pace
+from specdec_engine.core.cycle_types import Sampling
+from specdec_engine.core.randomness import KeyedRandomness
 from specdec_engine.drafters import build_drafter
 from specdec_engine.drafters.ngram import NgramDrafter
 from specdec_engine.errors import UsageError
-from specdec_engine.pace import Pace
-from specdec_engine.randomness import KeyedRandomness
-from specdec_engine.types import Sampling
 from tests.fakes import host
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from specdec_engine.errors import PairIncompatible
-from specdec_engine.pairing import check_pair, compare_tokenizers
+from specdec_engine.models.tokenizers import check_pair, compare_tokenizers
 from tests.fakes import byte_tokenizer
 
 

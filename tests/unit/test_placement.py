@@ -11,22 +11,23 @@ import torch
 from torch.nn.attention.bias import CausalBias
 from transformers import LlamaConfig
 
-from specdec_engine import devices, loading
-from specdec_engine.acceptance import RULES
-from specdec_engine.devices import idle_gpu, pick_device
+from specdec_engine.adaptive.limits import Pace
+from specdec_engine.core.transfer import upload
 from specdec_engine.drafters import build_drafter
 from specdec_engine.errors import OutOfMemory, UsageError
-from specdec_engine.loading import LoadOptions, find_model
-from specdec_engine.memory import ran_out
-from specdec_engine.pace import Pace
+from specdec_engine.models import loading
+from specdec_engine.models.loading import LoadOptions, find_model
 from specdec_engine.pair import _judge
 from specdec_engine.runtime.arithmetic import Matrices, choose
 from specdec_engine.runtime.decoder import Decoder
 from specdec_engine.runtime.graphs import room_for
 from specdec_engine.runtime.ops import TORCH, _causal
 from specdec_engine.runtime.shape import shape_of
-from specdec_engine.transfer import upload
-from specdec_engine.weights import Entry
+from specdec_engine.runtime.weights import Entry
+from specdec_engine.system import devices
+from specdec_engine.system.devices import idle_gpu, pick_device
+from specdec_engine.system.memory import ran_out
+from specdec_engine.verify.rules import RULES
 from tests.fakes import VOCAB, StateWeights, byte_tokenizer, host, lean, save_head_draft, tiny_llama
 from tests.tape import TapeRecorder
 

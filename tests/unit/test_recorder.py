@@ -10,7 +10,7 @@ import torch
 
 from specdec_engine.runtime import graphs
 from specdec_engine.runtime.graphs import CudaRecorder
-from specdec_engine.timing import HostTimer
+from specdec_engine.system.timing import HostTimer
 
 DEVICE = torch.device("cuda", 1)
 

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.generation.logits_process import TopPLogitsWarper
 
+from specdec_engine.core.cycle_types import Sampling
+from specdec_engine.core.randomness import KeyedRandomness
 from specdec_engine.errors import UsageError
-from specdec_engine.randomness import KeyedRandomness
-from specdec_engine.sampling import best_of, draw, draw_on_host, top, warp
-from specdec_engine.types import Sampling
+from specdec_engine.verify.sampling import best_of, draw, draw_on_host, top, warp
 from tests.fakes import tiny_llama
 
 LOGITS = 3 * torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
@@ -71,7 +71,7 @@ def test_the_extremes_draw_tokens_that_have_mass(u):
 
 def test_a_device_without_float64_draws_no_token_without_mass(monkeypatch):
     """In float32 the largest u is 1.0, and u times the total the total: past the end there is no token."""
-    monkeypatch.setattr("specdec_engine.sampling.wide", lambda device: torch.float32)
+    monkeypatch.setattr("specdec_engine.verify.sampling.wide", lambda device: torch.float32)
     row = torch.zeros(10)
     row[3] = 1.0
     assert int(draw(row, torch.tensor(1 - 2.0**-53, dtype=torch.float64))) == 3

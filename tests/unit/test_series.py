@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from specdec_engine.series import budget, expected_emitted, rate, rates, rolling_alpha, split
-from specdec_engine.stats import Summary
+from specdec_engine.record.cycle_stats import budget, expected_emitted, rate, rates, rolling_alpha, split
+from specdec_engine.record.stats import Summary
 from tests.unit.test_stats import cycle
 
 

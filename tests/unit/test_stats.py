@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from specdec_engine.events import Cycle, Finished, Started
-from specdec_engine.stats import Summary
+from specdec_engine.record.events import Cycle, Finished, Started
+from specdec_engine.record.stats import Summary
 
 
 def cycle(drafted, accepted, emitted, overlap=None, seconds=(0.25, 0.5, 0.25)):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specdec_engine import threads
-from specdec_engine.threads import free_threads, set_threads
+from specdec_engine.system import threads
+from specdec_engine.system.threads import free_threads, set_threads
 
 CPU = torch.device("cpu")
 

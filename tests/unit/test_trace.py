@@ -6,12 +6,12 @@ import json
 
 import pytest
 
+from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.errors import TraceError
-from specdec_engine.events import Failed, Finished, SettingChanged
-from specdec_engine.stats import Summary
-from specdec_engine.text import TokenText
-from specdec_engine.trace import TraceWriter, read_pieces, read_trace, to_json
-from specdec_engine.types import Sampling
+from specdec_engine.record.events import Failed, Finished, SettingChanged
+from specdec_engine.record.stats import Summary
+from specdec_engine.record.text import TokenText
+from specdec_engine.record.trace import TraceWriter, read_pieces, read_trace, to_json
 from tests.fakes import TableDrafter, TableTarget, byte_tokenizer, cycles, run
 
 EVENTS = run(TableTarget(), TableDrafter(), k=3, sampling=Sampling(0.8, raw=True), max_tokens=9)

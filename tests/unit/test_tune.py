@@ -8,9 +8,10 @@ import shlex
 
 import pytest
 
+from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.errors import UsageError
-from specdec_engine.events import Cycle, SettingChanged
-from specdec_engine.trace import TraceWriter
+from specdec_engine.record.events import Cycle, SettingChanged
+from specdec_engine.record.trace import TraceWriter
 from specdec_engine.tune.answers import Answer, cut, evenly, recorded
 from specdec_engine.tune.servers import Wanted, launches, served
 from specdec_engine.tune.whatif import (
@@ -23,7 +24,6 @@ from specdec_engine.tune.whatif import (
     expected_cycles,
     predicted,
 )  # fmt: skip
-from specdec_engine.types import Sampling
 from tests.fakes import (
     ScriptedDrafter,
     TableDrafter,

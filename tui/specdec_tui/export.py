@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from specdec_engine.errors import SpecdecError, UsageError
-from specdec_engine.files import replace_file
+from specdec_engine.record.files import replace_file
 from specdec_tui.app import SpecdecApp
 from specdec_tui.frame import Frame, View, steps
 from specdec_tui.pieces import Name

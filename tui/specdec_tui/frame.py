@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from specdec_engine.events import Cycle, Event, Failed, Finished, SettingChanged, Started
-from specdec_engine.stats import Summary
+from specdec_engine.record.events import Cycle, Event, Failed, Finished, SettingChanged, Started
+from specdec_engine.record.stats import Summary
 from specdec_tui.pieces import plain
 
 

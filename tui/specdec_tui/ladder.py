@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from rich.cells import cell_len
 
-from specdec_engine.events import Cycle
-from specdec_engine.series import seconds
+from specdec_engine.record.cycle_stats import seconds
+from specdec_engine.record.events import Cycle
 from specdec_tui.frame import Step
 from specdec_tui.panels import Line
 from specdec_tui.pieces import Name, alone

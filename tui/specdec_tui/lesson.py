@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
-from specdec_engine.events import Cycle
+from specdec_engine.record.events import Cycle
 from specdec_tui.frame import Frame, View, steps
 from specdec_tui.narrate import step_words
 from specdec_tui.pieces import Name

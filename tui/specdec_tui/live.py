@@ -12,15 +12,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.errors import SpecdecError
-from specdec_engine.events import Cycle, Finished, Started
-from specdec_engine.progress import Progress, Report
-from specdec_engine.types import Sampling
+from specdec_engine.models.progress import Progress, Report
+from specdec_engine.record.events import Cycle, Finished, Started
 from specdec_tui.source import Stage, Threaded
 
 if TYPE_CHECKING:
-    from specdec_engine.auto import AutoK
-    from specdec_engine.control import Controls
+    from specdec_engine.adaptive.controller import AutoK
+    from specdec_engine.decoding.control import Controls
     from specdec_engine.pair import Pair
 
 PLAIN_TOKENS = 16
@@ -143,7 +143,7 @@ class LiveSource(Threaded):
     def _main(self) -> None:
         try:
             pair = self._pair = self._load(self._report)
-            from specdec_engine.text import TokenText
+            from specdec_engine.record.text import TokenText
 
             self._text = TokenText(pair.tokenizer)
             while (request := self._next()) is not None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from specdec_engine.events import Cycle, SettingChanged
-from specdec_engine.text import counted
+from specdec_engine.record.events import Cycle, SettingChanged
+from specdec_engine.record.text import counted
 from specdec_tui.frame import Frame, View
 from specdec_tui.pieces import Committed, Name, alone, one_line, plain
 

@@ -10,7 +10,7 @@ import codecs
 import re
 from collections.abc import Callable
 
-from specdec_engine.text import printable
+from specdec_engine.record.text import printable
 
 Name = Callable[[int], str]
 """Token id -> its own text, with bytes that are no UTF-8 as lone surrogates (`TokenText`, `read_pieces`)."""

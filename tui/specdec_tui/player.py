@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Literal
 
-from specdec_engine.events import Event
-from specdec_engine.series import seconds
+from specdec_engine.record.cycle_stats import seconds
+from specdec_engine.record.events import Event
 from specdec_tui.frame import View
 
 SPEEDS = (1 / 64, 1 / 16, 1 / 4, 1.0, 4.0, math.inf)

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import accumulate
 
-from specdec_engine.series import seconds
+from specdec_engine.record.cycle_stats import seconds
 from specdec_tui.frame import Frame, View
 
 

@@ -10,9 +10,9 @@ from tempfile import TemporaryDirectory
 from time import strftime
 
 from specdec_engine.errors import UsageError
-from specdec_engine.files import replace_file
-from specdec_engine.text import as_markdown
-from specdec_engine.trace import TraceWriter
+from specdec_engine.record.files import replace_file
+from specdec_engine.record.text import as_markdown
+from specdec_engine.record.trace import TraceWriter
 from specdec_tui.frame import Frame
 from specdec_tui.narrate import script
 from specdec_tui.pieces import Name, as_bytes

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Protocol
 
 from specdec_engine.errors import SpecdecError, TraceError
-from specdec_engine.events import Event, Started
-from specdec_engine.trace import read_described
+from specdec_engine.record.events import Event, Started
+from specdec_engine.record.trace import read_described
 from specdec_tui.frame import Frame
 from specdec_tui.pieces import Name
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from rich.cells import cell_len
 
-from specdec_engine.events import Cycle, Origin
+from specdec_engine.record.events import Cycle, Origin
 from specdec_tui.frame import Frame, View
 from specdec_tui.pieces import Committed, Name, alone
 

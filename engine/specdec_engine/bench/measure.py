@@ -11,14 +11,14 @@ import torch
 
 from specdec_engine.bench.figures import Sample
 from specdec_engine.bench.plan import Arm, Cell
+from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.drafters.base import nothing
 from specdec_engine.errors import CheckFailed
-from specdec_engine.events import Cycle
 from specdec_engine.pair import Pair
-from specdec_engine.processors import process
-from specdec_engine.prompt_files import Question
-from specdec_engine.stats import Summary
-from specdec_engine.types import Sampling
+from specdec_engine.record.events import Cycle
+from specdec_engine.record.prompt_files import Question
+from specdec_engine.record.stats import Summary
+from specdec_engine.verify.processors import process
 
 
 def asked(pair: Pair, question: Question, turn: str, history: Sequence[tuple[str, str]] = ()) -> list[int]:

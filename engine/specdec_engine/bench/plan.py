@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from specdec_engine.errors import UsageError
-from specdec_engine.prompt_files import Question
-from specdec_engine.prompt_files import read_questions as read_questions  # a plan's, for whoever writes one
+from specdec_engine.record.prompt_files import Question
+from specdec_engine.record.prompt_files import read_questions as read_questions  # a plan's, for whoever writes one
 
 BUILTIN_PROMPTS = Path(__file__).parent / "prompts.json"
 MOST_K = 64

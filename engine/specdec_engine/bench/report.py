@@ -20,7 +20,7 @@ from specdec_engine.bench.figures import (
 )
 from specdec_engine.bench.plan import Arm, Plan
 from specdec_engine.errors import UsageError, reason
-from specdec_engine.files import parse_record, replace_file, typed
+from specdec_engine.record.files import parse_record, replace_file, typed
 
 SCHEMA = "specdec.bench/1"
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from specdec_engine.auto import AutoK
+from specdec_engine.adaptive.controller import AutoK
 from specdec_engine.bench import report
 from specdec_engine.bench.figures import Sample
 from specdec_engine.bench.measure import explained, run

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from specdec_engine.distill.head import Head
-from specdec_engine.draft_files import SECTION, VOCABULARY, fingerprint
+from specdec_engine.models.draft_files import SECTION, VOCABULARY, fingerprint
 
 
 def save_head(

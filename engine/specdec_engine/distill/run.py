@@ -18,13 +18,13 @@ from specdec_engine.distill.synthesis import Example, synthesise, unused_in
 from specdec_engine.distill.trainer import Trainer
 from specdec_engine.distill.training import Estimate, batches
 from specdec_engine.distill.vocabulary import draft_ids
-from specdec_engine.draft_files import read_draft
 from specdec_engine.errors import UsageError
-from specdec_engine.loading import Candidate, Loaded
-from specdec_engine.prompt_files import Question, read_questions
+from specdec_engine.models.draft_files import read_draft
+from specdec_engine.models.loading import Candidate, Loaded
+from specdec_engine.record.prompt_files import Question, read_questions
+from specdec_engine.record.text import counted
 from specdec_engine.runtime.decoder import Decoder
 from specdec_engine.runtime.lean import LeanRuntime
-from specdec_engine.text import counted
 
 TEXT_SHARE = 0.55
 """Of the time, for writing text: on 2 cores each token is then learnt from some 7 times."""

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec_engine.chat import chat_ids
+from specdec_engine.core.transfer import upload
 from specdec_engine.distill.batch import Batch
 from specdec_engine.errors import UsageError
-from specdec_engine.loading import Loaded
-from specdec_engine.prompt_files import Question
-from specdec_engine.text import counted
-from specdec_engine.transfer import upload
+from specdec_engine.models.chat import chat_ids
+from specdec_engine.models.loading import Loaded
+from specdec_engine.record.prompt_files import Question
+from specdec_engine.record.text import counted
 
 _MARK = "⟦prompt⟧"
 SUBJECT, REST = 1.0, 0.7

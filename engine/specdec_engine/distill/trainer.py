@@ -17,9 +17,9 @@ from specdec_engine.distill.shards import Shard
 from specdec_engine.distill.students import SIZES, HeadStudent, ModelStudent
 from specdec_engine.distill.training import Batch, Estimate, Student, Teacher, batches, estimate, loss_of
 from specdec_engine.distill.work import Spent, Trained, read, write
-from specdec_engine.draft_files import inverse
 from specdec_engine.errors import UsageError, first_line
-from specdec_engine.loading import Candidate, Loaded
+from specdec_engine.models.draft_files import inverse
+from specdec_engine.models.loading import Candidate, Loaded
 from specdec_engine.runtime.decoder import Decoder
 
 STEPS = 2

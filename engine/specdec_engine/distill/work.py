@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from specdec_engine.draft_files import fingerprint
 from specdec_engine.errors import UsageError, reason
-from specdec_engine.files import parse_record, replace_file, typed
+from specdec_engine.models.draft_files import fingerprint
+from specdec_engine.record.files import parse_record, replace_file, typed
 
 T = TypeVar("T")
 

@@ -71,7 +71,7 @@ def _build_one(spec: str, host: DraftHost) -> Drafter:
 def is_checkpoint(spec: str) -> bool:
     """Whether it names an ordinary causal LM, which other programs could load too: not a lookup, nothing that `distill` made,
     nothing of a third party."""
-    from specdec_engine.draft_files import read_draft
+    from specdec_engine.models.draft_files import read_draft
 
     name = spec.partition(":")[0]
     ours = name in DRAFTERS or name == "builtin" or bool(entry_points(group=ENTRY_POINTS, name=name))
@@ -80,7 +80,7 @@ def is_checkpoint(spec: str) -> bool:
 
 def _kind(name: str) -> str:
     """Which drafter runs the model of this name."""
-    from specdec_engine.draft_files import builtin_draft, read_draft
+    from specdec_engine.models.draft_files import builtin_draft, read_draft
 
     found = read_draft(builtin_draft() if name == "builtin" else Path(name))
     return "model" if found is None else found.kind

@@ -9,11 +9,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from specdec_engine.pace import Pace
-from specdec_engine.randomness import Randomness
+from specdec_engine.adaptive.limits import Pace
+from specdec_engine.core.cycle_types import Draft, Sampling, Verdict
+from specdec_engine.core.randomness import Randomness
 from specdec_engine.runtime import Runtime
 from specdec_engine.runtime.linear import Quantize
-from specdec_engine.types import Draft, Sampling, Verdict
 
 
 class Drafter(Protocol):

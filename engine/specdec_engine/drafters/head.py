@@ -12,18 +12,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from specdec_engine.choose import DraftChoice, Following, draft_numbers
-from specdec_engine.draft_files import builtin_draft, head_weights, inverse, read_draft
+from specdec_engine.core.cycle_types import Draft, Sampling, Verdict
+from specdec_engine.core.randomness import Randomness
+from specdec_engine.core.transfer import upload
 from specdec_engine.drafters.base import DraftHost, Part, nothing
+from specdec_engine.drafters.token_choice import DraftChoice, Following, draft_numbers
 from specdec_engine.errors import ModelUnavailable, PairIncompatible, UsageError
-from specdec_engine.randomness import Randomness
+from specdec_engine.models.draft_files import builtin_draft, head_weights, inverse, read_draft
 from specdec_engine.runtime.arithmetic import refuse_packing
 from specdec_engine.runtime.decoder import Decoder
 from specdec_engine.runtime.head import HeadForward, HeadRuntime, check_weights, head_shape
 from specdec_engine.runtime.lean import LeanRuntime
 from specdec_engine.runtime.shape import Unsupported
-from specdec_engine.transfer import upload
-from specdec_engine.types import Draft, Sampling, Verdict
 
 
 class HeadDrafter:

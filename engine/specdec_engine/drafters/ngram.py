@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 import torch
 
+from specdec_engine.core.cycle_types import Draft, Sampling, Verdict
+from specdec_engine.core.randomness import Randomness
+from specdec_engine.core.transfer import upload
 from specdec_engine.drafters.base import DraftHost, nothing
 from specdec_engine.errors import UsageError
-from specdec_engine.randomness import Randomness
 from specdec_engine.runtime import Enough
-from specdec_engine.transfer import upload
-from specdec_engine.types import Draft, Sampling, Verdict
 
 _MOST = 64
 """Every token is entered once for each length."""

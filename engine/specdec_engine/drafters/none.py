@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from specdec_engine.core.cycle_types import Draft, Sampling, Verdict
+from specdec_engine.core.randomness import Randomness
 from specdec_engine.drafters.base import DraftHost, nothing
-from specdec_engine.randomness import Randomness
-from specdec_engine.types import Draft, Sampling, Verdict
 
 
 class NoDrafter:

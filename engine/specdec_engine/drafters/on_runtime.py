@@ -13,13 +13,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from specdec_engine.choose import DraftChoice, along, chance, draft_numbers
-from specdec_engine.draft_files import inverse
+from specdec_engine.core.cycle_types import Draft, Sampling, Verdict
+from specdec_engine.core.randomness import Randomness
+from specdec_engine.core.transfer import upload
 from specdec_engine.drafters.base import DraftHost, nothing
-from specdec_engine.randomness import Randomness
+from specdec_engine.drafters.token_choice import DraftChoice, along, chance, draft_numbers
+from specdec_engine.models.draft_files import inverse
 from specdec_engine.runtime import Runtime, prefill, step_by_step
-from specdec_engine.transfer import upload
-from specdec_engine.types import Draft, Sampling, Verdict
 
 
 class RuntimeDrafter:

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from specdec_engine.core.cycle_types import Draft, Sampling, Verdict
+from specdec_engine.core.randomness import Randomness
+from specdec_engine.core.transfer import upload
 from specdec_engine.drafters.base import DraftHost, nothing
 from specdec_engine.errors import UsageError
-from specdec_engine.randomness import Randomness
-from specdec_engine.transfer import upload
-from specdec_engine.types import Draft, Sampling, Verdict
 
 DEPTH = 16
 """Longest run that is told apart; longer matches continue as their last tokens do."""

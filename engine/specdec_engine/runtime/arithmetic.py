@@ -22,14 +22,14 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from specdec_engine.devices import pick_dtype
 from specdec_engine.errors import UsageError
-from specdec_engine.folders import cache_folder
-from specdec_engine.machine import cpu_name, usable_cores
 from specdec_engine.runtime import native
 from specdec_engine.runtime.linear import Packing, Projection, project, quantized, torch_packs
 from specdec_engine.runtime.native import Kernels
-from specdec_engine.threads import initial_threads, keep_step
+from specdec_engine.system.devices import pick_dtype
+from specdec_engine.system.folders import cache_folder
+from specdec_engine.system.machine import cpu_name, usable_cores
+from specdec_engine.system.threads import initial_threads, keep_step
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from specdec_engine.folders import cache_folder
-from specdec_engine.machine import cpu_flags
+from specdec_engine.system.folders import cache_folder
+from specdec_engine.system.machine import cpu_flags
 
 _FLAGS = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-tree-reassoc", "-fopenmp", "-fPIC")
 """The compiler neither reorders sums nor fuses where the source does not: a row must have the same bits in every tile."""

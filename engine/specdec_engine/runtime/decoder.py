@@ -16,7 +16,7 @@ from specdec_engine.runtime.linear import Packing, Projection, Rows, head_packin
 from specdec_engine.runtime.native import Kernels
 from specdec_engine.runtime.ops import Layer, Ops
 from specdec_engine.runtime.shape import Shape, Unsupported
-from specdec_engine.weights import Grouped, Weights
+from specdec_engine.runtime.weights import Grouped, Weights
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec_engine.cache import check_stateless, new_cache, truncate
-from specdec_engine.context import context_limit
 from specdec_engine.errors import ModelUnavailable, PairIncompatible, first_line
-from specdec_engine.memory import ran_out
 from specdec_engine.runtime import step_by_step
+from specdec_engine.runtime.context_limit import context_limit
+from specdec_engine.runtime.transformers_cache import check_stateless, new_cache, truncate
+from specdec_engine.system.memory import ran_out
 
 
 class GenericRuntime:

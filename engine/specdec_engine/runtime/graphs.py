@@ -17,13 +17,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from specdec_engine.memory import ran_out
 from specdec_engine.runtime import Choose, Chosen, Enough, Unrolled
 from specdec_engine.runtime.decoder import Decoder
 from specdec_engine.runtime.lean import Forward, LeanRuntime
 from specdec_engine.runtime.ops import FEW_ROWS
 from specdec_engine.runtime.shape import Unsupported
-from specdec_engine.timing import timer_for
+from specdec_engine.system.memory import ran_out
+from specdec_engine.system.timing import timer_for
 
 Results = tuple[Tensor, ...]
 Replay = Callable[[], Results]

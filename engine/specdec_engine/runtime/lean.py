@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from specdec_engine.errors import OutOfMemory
-from specdec_engine.memory import free_bytes, gib, ran_out
 from specdec_engine.runtime import step_by_step
 from specdec_engine.runtime.decoder import Decoder, Taps
 from specdec_engine.runtime.shape import Unsupported
+from specdec_engine.system.memory import free_bytes, gib, ran_out
 
 
 class Forward(Protocol):

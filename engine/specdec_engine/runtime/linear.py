@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from specdec_engine.runtime.native import Kernels, Matrix
-from specdec_engine.weights import GROUP, Grouped
+from specdec_engine.runtime.weights import GROUP, Grouped
 
 Quantize = Literal["auto", "none", "int8", "int4"]
 Packing = Literal["auto", "none", "int8", "int4", "light"]

@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from specdec_engine.runtime import compiled
 from specdec_engine.runtime.compiled import Unavailable
-from specdec_engine.weights import Grouped
+from specdec_engine.runtime.weights import Grouped
 
 if TYPE_CHECKING:  # which imports this file
     from specdec_engine.runtime.ops import HeadNorms

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from specdec_engine.context import kv_size, layer_configs
+from specdec_engine.runtime.context_limit import kv_size, layer_configs
 from specdec_engine.runtime.shape import Unsupported
 
 

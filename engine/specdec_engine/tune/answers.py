@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.errors import UsageError
-from specdec_engine.events import Cycle, SettingChanged, Started
-from specdec_engine.trace import read_trace
-from specdec_engine.types import Sampling
+from specdec_engine.record.events import Cycle, SettingChanged, Started
+from specdec_engine.record.trace import read_trace
 
 ROOM = 256
 """Tokens of a run that is timed."""

@@ -10,18 +10,18 @@ from itertools import cycle as endlessly
 
 import torch
 
-from specdec_engine.choose import along
-from specdec_engine.control import Controls
+from specdec_engine.core.cycle_types import Draft, Sampling, Verdict
+from specdec_engine.core.randomness import KeyedRandomness, Randomness
+from specdec_engine.core.transfer import upload
+from specdec_engine.decoding.control import Controls
 from specdec_engine.drafters.base import Drafter, Foreseeing
+from specdec_engine.drafters.token_choice import along
 from specdec_engine.errors import UsageError
-from specdec_engine.events import Cycle
 from specdec_engine.pair import Pair
-from specdec_engine.randomness import KeyedRandomness, Randomness
-from specdec_engine.target import ModelTarget
-from specdec_engine.transfer import upload
+from specdec_engine.record.events import Cycle
+from specdec_engine.runtime.target import ModelTarget
 from specdec_engine.tune.answers import ROOM, Answer
 from specdec_engine.tune.whatif import Chances, UnitCosts
-from specdec_engine.types import Draft, Sampling, Verdict
 
 MOST_K = 16
 ROUNDS = 4

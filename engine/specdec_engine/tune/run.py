@@ -11,13 +11,13 @@ from specdec_engine.bench.figures import FEWEST, Interval, Recommendation, recom
 from specdec_engine.bench.plan import Arm, Plan
 from specdec_engine.bench.report import ArmFigures, figures_of
 from specdec_engine.bench.session import Session
+from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.errors import UsageError
 from specdec_engine.pair import Pair
-from specdec_engine.prompt_files import Question
+from specdec_engine.record.prompt_files import Question
 from specdec_engine.tune.answers import Answer
 from specdec_engine.tune.passes import MOST_K, looked_at, unit_costs
 from specdec_engine.tune.whatif import Member, Setting, UnitCosts, best_of, curves
-from specdec_engine.types import Sampling
 
 Say = Callable[[str], None]
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from statistics import fmean, median
 
 from specdec_engine.bench.figures import Interval
-from specdec_engine.events import Cycle
-from specdec_engine.series import seconds
+from specdec_engine.record.cycle_stats import seconds
+from specdec_engine.record.events import Cycle
 
 
 @dataclass(frozen=True, slots=True)

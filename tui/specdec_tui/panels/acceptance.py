@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from specdec_engine.series import rolling_alpha
-from specdec_engine.stats import Position
+from specdec_engine.record.cycle_stats import rolling_alpha
+from specdec_engine.record.stats import Position
 from specdec_tui.bars import bar, columns
 from specdec_tui.frame import View
 from specdec_tui.panels import Drawn, Line, Room, number

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from specdec_engine.series import budget, rate
+from specdec_engine.record.cycle_stats import budget, rate
 from specdec_tui.frame import View
 from specdec_tui.panels import Line, Room, fitted, number
 from specdec_tui.pieces import plain

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from specdec_engine.events import Cycle
+from specdec_engine.record.events import Cycle
 from specdec_tui.bars import bar, dart
 from specdec_tui.frame import View
 from specdec_tui.narrate import held

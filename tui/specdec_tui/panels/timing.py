@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from specdec_engine.series import budget, rate, rates, split
+from specdec_engine.record.cycle_stats import budget, rate, rates, split
 from specdec_tui.bars import columns, stacked
 from specdec_tui.frame import View
 from specdec_tui.panels import Drawn, Line, Room, number

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from specdec_engine.events import Cycle, Raw
+from specdec_engine.record.events import Cycle, Raw
 from specdec_tui.bars import changed
 from specdec_tui.frame import Frame, View
 from specdec_tui.panels import Line, Room, padded

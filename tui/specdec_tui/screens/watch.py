@@ -17,7 +17,7 @@ from textual.events import Key
 from textual.screen import Screen
 
 from specdec_engine.errors import SpecdecError
-from specdec_engine.text import printable
+from specdec_engine.record.text import printable
 from specdec_tui import raster
 from specdec_tui.display import Thrift
 from specdec_tui.frame import View

@@ -1,0 +1,30 @@
+"""How far drafts go, as drafters see it: asked within a cycle, decided by `auto.AutoK` between cycles."""
+
+from __future__ import annotations
+
+import torch
+
+from specdec_engine.adaptive.controller import AutoK
+from specdec_engine.runtime import Enough
+
+
+class Pace:
+    """Lets every draft go as far as k while there is no controller."""
+
+    controller: AutoK | None = None
+
+    def limit(self, source: str, k: int) -> int:
+        """Tokens that this drafter may propose in this cycle, at most k."""
+        return k if self.controller is None else min(k, self.controller.limit(source))
+
+    def worth(self, source: str, confidence: float) -> bool:
+        """Whether a draft that is this sure of its first token should begin."""
+        return self.controller is None or self.controller.worth(source, confidence)
+
+    def watch(self, source: str) -> Enough | None:
+        """Asked once a draft: what to ask after each of its tokens; None if there is nothing to ask."""
+        return None if self.controller is None else self.controller.watch(source)
+
+    def watch_on(self, device: torch.device, source: str) -> Enough | None:
+        """The same for a draft made on this device: there is nothing to ask where looking would wait for it."""
+        return self.watch(source) if device.type == "cpu" else None

@@ -1,0 +1,1 @@
+"""The records and numbers that every room uses."""

@@ -1,0 +1,105 @@
+"""The records that the loop passes around.
+
+Shapes: k drafted tokens, V the target's vocabulary (its logits' last dimension), batch always 1 and left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from specdec_engine.errors import UsageError
+from specdec_engine.record.events import Raw
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+Coupling = Literal["independent", "gumbel"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How logits become a distribution: temperature, then top-k, top-p, min-p, in transformers' order.
+
+    Temperature 0 is greedy: all mass on the largest logit. `top_k=0`, `top_p=1.0` and `min_p=0.0` are off.
+    Raises UsageError for a value out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    coupling: Coupling = "independent"
+    """How target and draft share random numbers; `gumbel`: see `verify/coupling.py`. Without effect when greedy."""
+    raw: bool = False
+    """Whether cycles tell too what p and q were before all this: a softmax over the vocabulary a row, and a search for its
+    largest entries."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < float("inf"):
+            raise UsageError(f"temperature {self.temperature} is not 0 or more", "0 is greedy, 0.7 is usual, 1 is raw")
+        if self.top_k < 0:
+            raise UsageError(f"top-k {self.top_k} is negative", "0 turns it off, 40 is usual")
+        if not 0.0 < self.top_p <= 1.0:
+            raise UsageError(f"top-p {self.top_p} is not above 0 and at most 1", "1 turns it off, 0.9 is usual")
+        if not 0.0 <= self.min_p <= 1.0:
+            raise UsageError(f"min-p {self.min_p} is not between 0 and 1", "0 turns it off, 0.05 is usual")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def coupled(self) -> bool:
+        return self.coupling == "gumbel" and not self.greedy
+
+    @property
+    def filters(self) -> tuple[int, float, float]:
+        """All but the temperature."""
+        return self.top_k, self.top_p, self.min_p
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """What a drafter proposes: 0 to k tokens and, if it drew them, from what."""
+
+    tokens: Tensor
+    """[k] int64, on the target's device: it is read on the host only with the verdict, in one copy."""
+    probs: Tensor | None
+    """[k, V], the distribution each token was *actually drawn from*; None for a deterministic draft (q is 1)."""
+    source: str
+    """Which drafter; a cascade forwards the member's name."""
+    raw: Tensor | None = None
+    """[k, V'], the distributions before temperature and filters; None where they were not asked for, or there are none."""
+    raw_ids: Tensor | None = None
+    """[V']: the target's id of each column of `raw`; None where it is the column's number."""
+    cut: bool = False
+    """Whether the run's end made it shorter: others of its length are not to be expected."""
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the rule decided about a draft, with the evidence, on the host."""
+
+    drafted: tuple[int, ...]
+    accepted: int
+    token: int
+    """The target's own token that ends the cycle."""
+    origin: Literal["recovered", "bonus"]
+    p: tuple[float | None, ...]
+    q: tuple[float, ...]
+    u: tuple[float | None, ...]
+    overlap: tuple[float | None, ...]
+    residual: tuple[tuple[int, float], ...]
+    raw_p: Raw | None = None
+    raw_q: Raw | None = None
+    """Before temperature and filters; None unless asked for, or where a draft has no distribution."""
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The accepted + 1 tokens of the cycle, before stop clipping."""
+        return (*self.drafted[: self.accepted], self.token)

@@ -1,0 +1,1 @@
+"""The loop, and what steers it between cycles."""

@@ -1,0 +1,240 @@
+"""`decode`: speculative decoding as one generator of events. This is the program; all else consumes or supplies it.
+
+Pull, not push: a consumer that stops iterating has cancelled, and nothing needs cleaning up, because rollback is to an
+absolute length. The loop knows token ids only: no text, no files, no screen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from specdec_engine.core.cycle_types import Draft, Verdict
+from specdec_engine.core.randomness import Randomness
+from specdec_engine.decoding.control import Controls, Settings, changes
+from specdec_engine.decoding.stopping import Clipped, Clipper, Stop
+from specdec_engine.drafters.base import Drafter, nothing
+from specdec_engine.errors import GenerationFailed, OutOfMemory, SpecdecError, UsageError
+from specdec_engine.record.events import Cycle, End, Event, Failed, Finished, FinishReason, SettingChanged, Started
+from specdec_engine.record.text import Tokenizer
+from specdec_engine.runtime.target import Target
+from specdec_engine.system.memory import peak_bytes, ran_out
+from specdec_engine.system.timing import Mark, Timer, timer_for
+from specdec_engine.verify.processors import Asked, Processed, process
+from specdec_engine.verify.rules import TokenRule
+from specdec_engine.verify.verifier import Awaited, Judge
+
+
+def decode(
+    target: Target,
+    drafter: Drafter,
+    prompt: Sequence[int],
+    *,
+    controls: Controls,
+    stop: Stop,
+    random: Randomness,
+    judge: Judge | None = None,
+    tokenizer: Tokenizer | None = None,
+    timer: Timer | None = None,
+    environment: Mapping[str, Any] | None = None,
+    ahead: bool | None = None,
+    asked: Asked | None = None,
+) -> Iterator[Event]:
+    """Emit up to `stop.max_tokens` tokens after `prompt`, yielding Started, a Cycle a draft, then Finished.
+
+    With a lossless rule the emitted tokens have exactly the target's distribution, for any drafter and any k (Leviathan
+    et al. 2023); at temperature 0 they are the target's greedy tokens. `judge` holds the rule (the token rule unless
+    given). `tokenizer` is needed for stop strings only. `asked` changes the target's logits, and with them its
+    distribution. With `ahead`, the default on a GPU, the next cycle is launched before this one's event is yielded, so
+    that the consumer works while the device does; settings that it changes then reach the cycle after that one.
+
+    Raises UsageError for a prompt that is empty or fills the target's context, before any event; any error after that is
+    yielded as Failed, for traces, and then raised.
+    """
+    judge, timer = judge or Judge(TokenRule(), target.device), timer or timer_for(target.device)
+    ahead = target.device.type == "cuda" if ahead is None else ahead
+    clipper = Clipper(stop, _room(prompt, stop, target.limit), tokenizer)
+    run = _Run(target, drafter, list(prompt), controls, clipper, random, judge, timer)
+    if asked:
+        run.process = process(asked, len(prompt), target.device)
+    coupling = controls.settings.sampling.coupling
+    names = {"target": target.name, "draft": drafter.name, "rule": judge.rule.name, "coupling": coupling}
+    limits = {"max_tokens": stop.max_tokens, "stop": [*stop.strings, *stop.marks]}
+    if asked:
+        limits["generation_config"] = asked.named()
+    yield Started(tuple(prompt), {**names, **run.settings.named(), **limits}, random.seed, dict(environment or {}))
+    try:
+        yield from run.ahead() if ahead else run.in_turn()
+    except Exception as error:
+        known = _understood(error)
+        yield Failed(type(known).__name__, known.message, known.hint)
+        raise known from (None if known is error else error)
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A cycle that is launched, and whose verdict is on its way."""
+
+    changed: Sequence[SettingChanged]
+    k: int
+    draft: Draft
+    awaited: Awaited
+    marks: list[Mark]
+
+
+class _Run:
+    """The loop's state: the context, and the settings that the newest cycle was launched with."""
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter,
+        context: list[int],
+        controls: Controls,
+        clipper: Clipper,
+        random: Randomness,
+        judge: Judge,
+        timer: Timer,
+    ) -> None:
+        self.settings = controls.settings
+        self._target, self._drafter, self._context = target, drafter, context
+        self._controls, self._clipper, self._random = controls, clipper, random
+        self._judge, self._timer = judge, timer
+        self.process: Processed | None = None
+        self._prompt_tokens, self._launched, self._landed = len(context), 0, 0
+
+    def in_turn(self) -> Iterator[Event]:
+        """Launch, land, yield."""
+        prefill, reason = self._begin(), None
+        while reason is None:
+            flight = self._launch()
+            yield from flight.changed
+            cycle, reason = self._land(flight)
+            yield cycle
+        yield self._finished(reason, prefill)
+
+    def ahead(self) -> Iterator[Event]:
+        """Land, launch the next, and only then yield."""
+        prefill, reason, broken = self._begin(), None, None
+        flight = self._launch()
+        while reason is None:
+            changed = flight.changed
+            cycle, reason = self._land(flight)
+            if reason is None:
+                try:
+                    flight = self._launch()
+                except Exception as error:
+                    broken = error
+            yield from changed
+            yield cycle
+            if broken is not None:
+                raise broken
+        yield self._finished(reason, prefill)
+
+    def _begin(self) -> tuple[Mark, Mark]:
+        """Both caches filled; the marks before and after."""
+        began = self._timer.mark()
+        self._target.prefill(self._context[:-1])
+        self._drafter.begin(self._context)  # after it: some drafters read what the target computed
+        return began, self._timer.mark()
+
+    def _launch(self) -> _Flight:
+        target, context = self._target, self._context
+        assert target.cached == len(context) - 1, f"{target.cached} cached, {len(context)} in context"
+        before, self.settings = self.settings, self._controls.settings  # read once: what is announced is what runs
+        changed = changes(self._launched, before, self.settings, self._controls.reason)
+        self._launched += 1
+        marks, sampling = [self._timer.mark()], self.settings.sampling
+
+        k = min(self.settings.k, self._clipper.room - 1)  # the last token of the budget is the target's own
+        draft = _propose(self._drafter, context, k, self.settings, self._random) if k else nothing(target.device)
+        if k < self.settings.k:
+            draft = replace(draft, cut=True)
+        marks.append(self._timer.mark())
+        logits = target.score(context[-1], draft)
+        if self.process is not None:
+            logits = self.process(context, draft.tokens, logits)
+        awaited = self._judge.start(logits, draft, sampling, self._random, len(context))
+        marks.append(self._timer.mark())
+        return _Flight(changed, k, draft, awaited, marks)
+
+    def _land(self, flight: _Flight) -> tuple[Cycle, FinishReason | None]:
+        draft, marks, context, position = flight.draft, flight.marks, self._context, len(self._context)
+        marks.append(self._timer.mark())  # what lies before it is the consumer's time
+        verdict = flight.awaited()
+        clipped = self._clipper.clip(verdict.tokens)
+        context += clipped.emitted
+        self._target.rollback(to=len(context) - 1)
+        if len(draft):
+            self._drafter.observe(draft, verdict)
+        marks.append(self._timer.mark())
+        launched, drafted, judged, landing, landed = marks
+        phases = ((launched, drafted), (drafted, judged), (landing, landed))
+        seconds = [self._timer.seconds(*phase) for phase in phases]
+        cycle = _cycle(self._landed, flight.k, draft, verdict, clipped, seconds, position)
+        self._landed += 1
+        self._controls.observe(cycle)
+        return cycle, clipped.reason
+
+    def _finished(self, reason: FinishReason, prefill: tuple[Mark, Mark]) -> Finished:
+        emitted = len(self._context) - self._prompt_tokens
+        peak = peak_bytes(self._target.device)
+        recording_s = self._timer.paused(prefill[0], self._timer.mark())
+        return Finished(reason, emitted, self._landed, self._timer.seconds(*prefill), peak, recording_s)
+
+
+def _propose(drafter: Drafter, context: Sequence[int], k: int, settings: Settings, random: Randomness) -> Draft:
+    draft = drafter.propose(context, k, settings.draft_sampling, random)
+    if len(draft) > k:
+        raise GenerationFailed(f"the drafter {draft.source} proposed {len(draft)} tokens where {k} were asked for")
+    return draft
+
+
+def _cycle(
+    index: int, k: int, draft: Draft, verdict: Verdict, clipped: Clipped, seconds: Sequence[float], position: int
+) -> Cycle:
+    end: End = clipped.reason or (verdict.origin if verdict.drafted else "plain")
+    draft_s, verify_s, other_s = seconds
+    return Cycle(
+        index=index,
+        drafter=draft.source if verdict.drafted else "none",
+        k=k,
+        drafted=verdict.drafted,
+        accepted=verdict.accepted,
+        emitted=clipped.emitted,
+        end=end,
+        p=verdict.p,
+        q=verdict.q,
+        u=verdict.u,
+        overlap=verdict.overlap,
+        residual=verdict.residual,
+        raw_p=verdict.raw_p,
+        raw_q=verdict.raw_q,
+        draft_s=draft_s,
+        verify_s=verify_s,
+        other_s=other_s,
+        context=position,
+    )
+
+
+def _room(context: Sequence[int], stop: Stop, limit: int | None) -> int:
+    if not context:
+        raise UsageError("the prompt is empty", "give at least one token to continue from")
+    if limit is not None and len(context) >= limit:
+        raise UsageError(
+            f"the prompt has {len(context)} tokens and the target's context ends at {limit}",
+            "shorten the prompt, or choose a target with a longer context",
+        )
+    return stop.max_tokens if limit is None else min(stop.max_tokens, limit - len(context))
+
+
+def _understood(error: Exception) -> SpecdecError:
+    """Any exception as one of ours: memory is recognised, the rest keeps its own words."""
+    if isinstance(error, SpecdecError):
+        return error
+    if ran_out(error):
+        return OutOfMemory(
+            f"out of memory while generating: {error}", "lower --max-tokens, or use a smaller dtype or model"
+        )
+    return GenerationFailed(f"{type(error).__name__}: {error}", "run again with --debug for the traceback")

@@ -1,0 +1,108 @@
+"""How a draft chooses its next token from its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specdec_engine.core.cycle_types import Sampling
+from specdec_engine.core.randomness import Randomness
+from specdec_engine.core.transfer import upload
+from specdec_engine.runtime import Chosen
+from specdec_engine.verify.coupling import choice, gumbel_noise
+from specdec_engine.verify.sampling import draw, draw_on_host, warp, wide
+
+
+@dataclass(frozen=True, slots=True)
+class DraftChoice:
+    """The likeliest token at temperature 0; otherwise one drawn under the run's sampling settings (`runtime.Choose`).
+
+    With Gumbel coupling `u` is not a number but the [V] noise of the token's position.
+    """
+
+    sampling: Sampling
+    vocab: int
+    """Ids that may be chosen: the first so many."""
+    eager: bool = False
+    """On the host, and nothing records it."""
+    confident: bool = True
+    """True where somebody asks how sure the draft is; at temperature 0 that costs a softmax over the vocabulary."""
+
+    @property
+    def key(self) -> Hashable:
+        sampling = self.sampling
+        return (sampling.greedy, sampling.coupled, *sampling.filters, sampling.raw, self.vocab, self.confident)
+
+    def __call__(self, logits: Tensor, u: Tensor, temperature: Tensor) -> Chosen:
+        logits = logits[:, : self.vocab]
+        raw = logits.float().softmax(-1) if self.sampling.raw else None
+        if self.sampling.greedy:
+            if not self.confident:
+                return Chosen(logits.argmax(-1), None, None, raw)
+            most, at = (logits.float().softmax(-1) if raw is None else raw).max(-1)
+            return Chosen(at, None, most, raw)
+        row = warp(logits, self.sampling, temperature)
+        sure = row.amax() if self.confident else None
+        if self.sampling.coupled:
+            return Chosen(choice(row, u[None, : self.vocab]), None, sure, raw)
+        drawn = torch.tensor(draw_on_host(row[0], float(u))) if self.eager else draw(row[0], u)
+        return Chosen(drawn[None], row, sure, raw)
+
+
+def along(logits: Tensor, said: Sequence[int], sampling: Sampling) -> list[float]:  # [n, V], [n] -> [n]
+    """How likely each of these tokens was to be chosen after its row's text; 0 for ids that are none (negative, or V and
+    more)."""
+    ids = upload(torch.tensor(said), logits.device)
+    known = (ids >= 0) & (ids < logits.shape[-1])
+    rows = warp(logits, sampling).gather(-1, ids.where(known, 0)[:, None])[:, 0]
+    found: list[float] = rows.where(known, 0.0).tolist()
+    return found
+
+
+def chance(p: float, q: float) -> float:
+    """That a token which the target says with p came from a draft of q: min(p, q) / p."""
+    return min(1.0, q / p) if p > 0 else 0.0
+
+
+class Following:
+    """Chooses what a text says, and notes how likely a draft was to be accepted there: a `Choose` for one draft."""
+
+    def __init__(self, tokens: Sequence[int], p: Sequence[float], sampling: Sampling) -> None:
+        """tokens: the draft's ids of what is said, negative where it has none; p: what the target gives them."""
+        self._tokens, self._p, self._sampling = tokens, p, sampling
+        self.chances: list[float] = []
+        self._reach = 1.0
+
+    @property
+    def key(self) -> Hashable:
+        return id(self)
+
+    def __call__(self, logits: Tensor, u: Tensor, temperature: Tensor) -> Chosen:
+        at = len(self.chances)
+        token = self._tokens[at]
+        self.chances.append(chance(self._p[at], along(logits, [token], self._sampling)[0]))
+        self._reach *= self.chances[-1]
+        fed = upload(torch.tensor([max(token, 0)]), logits.device)
+        return Chosen(fed, None, torch.ones((), device=logits.device))
+
+    def enough(self, confidence: float) -> bool:
+        """Hardly a draft gets further."""
+        return self._reach < 1e-3
+
+
+def draft_numbers(
+    random: Randomness, sampling: Sampling, position: int, k: int, vocab: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """What `Runtime.unroll` takes: [k] uniform numbers (with Gumbel coupling [k, vocab] noise), and the temperature []."""
+    if sampling.coupled:
+        temperature = upload(torch.tensor(sampling.temperature, dtype=wide(device)), device)
+        return gumbel_noise(random.seed, position, k, vocab, device), temperature
+    if sampling.greedy:  # nothing is drawn
+        numbers = torch.zeros(k + 1, dtype=wide(device), device=device)
+        return numbers[:k], numbers[k]
+    uniforms = random.uniforms(position, "draft", k)
+    numbers = upload(torch.tensor([*uniforms, sampling.temperature], dtype=wide(device)), device)
+    return numbers[:k], numbers[k]

@@ -1,0 +1,501 @@
+"""From a name to a model on a device, on the fastest runtime that computes it exactly.
+
+`find_model` fetches and looks, `Candidate.load` reads the weights; what can be refused is refused in between. Code that
+comes with a checkpoint is run only on demand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from specdec_engine.errors import ModelUnavailable, OutOfMemory, SpecdecError, UsageError, causes, first_line
+from specdec_engine.models import gguf_files
+from specdec_engine.models.draft_files import read_draft
+from specdec_engine.models.kinds import check_kind, check_plain, check_rollback
+from specdec_engine.models.memory_needs import Need, check_fits, estimate, kept_bytes, kv_bytes
+from specdec_engine.models.pretrained import (
+    DeviceMap,
+    Read,
+    generation_config,
+    load_config,
+    load_tokenizer,
+    load_weights,
+    stop_ids,
+)
+from specdec_engine.models.progress import Progress, Report, silent
+from specdec_engine.models.sources import resolve, weight_files
+from specdec_engine.runtime import Runtime, native
+from specdec_engine.runtime.arithmetic import Arithmetic, Matrices, choose
+from specdec_engine.runtime.blocks import cache_dtype
+from specdec_engine.runtime.context_limit import context_limit, layer_configs
+from specdec_engine.runtime.decoder import Decoder, check_tensors
+from specdec_engine.runtime.graphs import CudaRecorder, GraphRuntime, room_for
+from specdec_engine.runtime.lean import Forward, LeanRuntime
+from specdec_engine.runtime.linear import Packing, Quantize
+from specdec_engine.runtime.shape import Shape, Unsupported, shape_of
+from specdec_engine.runtime.weights import PACKED, Entry, GgufWeights, SafetensorsWeights, Weights
+from specdec_engine.system.devices import pick_device, pick_dtype
+from specdec_engine.system.memory import free_bytes, ran_out
+from specdec_engine.system.threads import Threads
+from specdec_engine.verify.processors import Asked, asked_by, left_out_of
+
+if TYPE_CHECKING:
+    from specdec_engine.runtime.generic import GenericRuntime
+
+RuntimeName = Literal["auto", "lean", "graph", "generic"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """Where and how models are loaded; the same for target and draft."""
+
+    device: str = "auto"
+    """auto (cuda, then mps, then cpu), or a torch device such as cuda:1."""
+    dtype: str = "auto"
+    """auto, float32, bfloat16 or float16."""
+    device_map: DeviceMap | None = None
+    """`auto` spreads the target over all GPUs and the CPU, by accelerate."""
+    runtime: RuntimeName = "auto"
+    """How forwards are run: auto chooses the fastest that computes this model exactly."""
+    quantize: Packing = "auto"
+    """auto (four to eight bits of a GGUF stay packed), none (unpacked), int8 or int4 (pack the target's); on a CPU."""
+    draft_quantize: Quantize = "auto"
+    """The same for a draft model, of which auto packs dense weights too, in 8 bits (`light`): what it proposes is tested."""
+    threads: Threads = None
+    """CPU threads for all of torch, see `threads.Threads`."""
+    offline: bool = False
+    trust_remote_code: bool = False
+    tokens: int = 2048
+    """Context to reckon with when memory is estimated: prompt and output."""
+    report: Report = silent
+
+    def for_draft(self) -> LoadOptions:
+        """With which the pair's draft is loaded."""
+        packing: Packing = "light" if self.draft_quantize == "auto" else self.draft_quantize
+        return replace(self, device_map=None, quantize=packing)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model with what belongs to it."""
+
+    name: str
+    runtime: Runtime
+    config: Any
+    tokenizer: Any
+    dtype: str
+    weights: str
+    """How the layers' weights are kept: int4, int8, or a dtype."""
+    parameters: int
+    stop_ids: frozenset[int]
+    """Tokens that end a text or a turn."""
+    asked: Asked = field(default_factory=Asked)
+    """What the checkpoint's generation config does to logits."""
+    left_out: tuple[str, ...] = ()
+    """What else it says, and is not done."""
+    unused: tuple[str, ...] = ()
+    """Tensors of the checkpoint that no part of the model takes."""
+    spread: bool = False
+    """Over several devices, by accelerate."""
+    remark: str = ""
+    """Why a faster runtime was not taken."""
+    weight_bytes: int = 0
+    """As kept in memory."""
+    revision: str | None = None
+    """Of the hub's repository."""
+    kernels: str = "torch"
+    """Whose multiply: torch, or own (`runtime.native`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A model that was found and looked at; its weights are not read yet."""
+
+    name: str
+    path: Path
+    """The folder, or the GGUF."""
+    folder: Path
+    """Where config and tokenizer are."""
+    config: Any
+    shape: Shape | Unsupported
+    """For the lean forward, or why it is not taken."""
+    tokenizer: Any
+    need: Need
+    device: torch.device
+    arithmetic: Arithmetic
+    options: LoadOptions
+    stop_ids: frozenset[int]
+    asked: Asked
+    left_out: tuple[str, ...]
+    """As `Loaded` has them."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations."""
+        return self.arithmetic.dtype if isinstance(self.shape, Shape) else self.arithmetic.weights
+
+    @property
+    def vocab(self) -> int:
+        """Size of the logits, by the config."""
+        return int(self.config.get_text_config().vocab_size)
+
+    def load(self) -> Loaded:
+        """Read the weights. Raises ModelUnavailable for damaged ones, OutOfMemory if they do not fit any more."""
+        report, size = self.options.report, self.need.weights
+        placement = _placement(self.name, self.need, self.device, self.options)
+        report(Progress("load", self.name, 0, size))
+        with _explained(self.name, self.path):
+            try:
+                loaded = self._on_runtime(placement)
+            except RuntimeError as error:
+                if "ignore_mismatched_sizes" in str(error):  # says no more than that some have another size
+                    self.rehearsed()
+                raise
+        report(Progress("load", self.name, size, size))
+        return loaded
+
+    def rehearsed(self) -> Candidate:
+        """As `load` would take it, by names and sizes of the tensors: on the lean forward, or the generic one and why. Raises
+        what `load` does for a checkpoint that lacks some or is of another kind; what a GGUF of transformers' names holds is
+        looked at by `load` alone."""
+        with _explained(self.name, self.path):
+            try:
+                if isinstance(self.shape, Unsupported):
+                    raise self.shape
+                check_tensors(self._weights(), self.shape)
+            except Unsupported as reason:
+                dense = self._dense(reason)
+                if self.path.is_dir():
+                    dense._read(torch.device("meta"))
+                return dense
+        return self
+
+    def _on_runtime(self, placement: torch.device | DeviceMap) -> Loaded:
+        """The lean forward, on a GPU as recorded graphs; or the generic one, and why."""
+        try:
+            if isinstance(self.shape, Unsupported):
+                raise self.shape
+            if isinstance(placement, str):  # only now: the draft, which is loaded first, has taken its room
+                raise Unsupported(_SPREAD)
+            return self._lean(self.shape)
+        except Unsupported as reason:  # of the config, or now of the checkpoint
+            return self._dense(reason)._generic(placement, str(reason))
+
+    def _dense(self, reason: Unsupported) -> Candidate:
+        """For the generic forward. Raises UsageError if what was asked for is the lean one's."""
+        if self.options.quantize in ("int8", "int4"):
+            raise UsageError(
+                f"the weights of {self.name} cannot be packed: that needs the lean runtime, and {reason}",
+                "leave out --quantize or --draft-quantize, and --runtime and --device-map if you gave them",
+            ) from None
+        if self.options.runtime == "lean" or (self.options.runtime == "graph" and self.device.type != "cuda"):
+            raise UsageError(
+                f"{self.name} cannot run on the {self.options.runtime} runtime: {reason}", "leave out --runtime"
+            ) from None
+        dense = choose(_matrices(self.config, False, False), self.options.dtype, "none", self.device)
+        return replace(self, shape=reason, arithmetic=dense)
+
+    def _lean(self, shape: Shape) -> Loaded:
+        packing = _packing(self.options, self.arithmetic)
+        dtype, kernels = self.arithmetic.dtype, self.arithmetic.kernels
+        decoder = Decoder(shape, self._weights(), dtype, self.device, packing, kernels=kernels)
+        runtime: LeanRuntime | None = None
+        remark = decoder.ops.remark
+        if self.device.type == "cpu" and self.options.dtype == "auto" and (missing := native.why_none()):
+            remark = f"there are no kernels of our own: {missing}"
+        if self.device.type == "cuda" and self.options.runtime != "lean":
+            runtime, why = self._graphs(decoder)
+            remark = "; ".join(filter(None, (remark, why)))
+        if runtime is None:
+            runtime = LeanRuntime(decoder, self.name, context_limit(self.config), self.options.tokens)
+        return self._loaded(runtime, decoder.forms, decoder.parameters, remark=remark)
+
+    def _graphs(self, forward: Forward) -> tuple[GraphRuntime | None, str]:
+        """This forward as graphs; None where it cannot be recorded, and why. Raises UsageError if graphs were asked for."""
+        limit = context_limit(self.config)
+        room = room_for(self.options.tokens, limit)
+        runtime = GraphRuntime(forward, self.name, limit, room, CudaRecorder(self.device))
+        try:
+            runtime.try_out()
+        except Unsupported as reason:
+            self._check_demand(reason)
+            return None, str(reason)
+        return runtime, ""
+
+    def _check_demand(self, reason: Unsupported) -> None:
+        """Raises UsageError if the graph runtime was asked for by name, and this is why it cannot be had."""
+        if self.options.runtime == "graph":
+            raise UsageError(f"{self.name} cannot run on the graph runtime: {reason}", "leave out --runtime") from None
+
+    def _generic(self, placement: torch.device | DeviceMap, remark: str) -> Loaded:
+        runtime: Runtime
+        runtime, read = self._read(placement)
+        model = read.model
+        form = str(self.arithmetic.weights).removeprefix("torch.")
+        spread = getattr(model, "hf_device_map", None) is not None  # not so where there is but one device
+        if self.device.type == "cuda" and not spread and self.options.runtime != "generic":
+            runtime, remark = self._recorded(model, runtime, remark)
+        return replace(self._loaded(runtime, form, model.num_parameters(), spread, remark), unused=read.unused)
+
+    def _read(self, placement: torch.device | DeviceMap) -> tuple[GenericRuntime, Read]:
+        from specdec_engine.runtime.generic import GenericRuntime  # its imports take 2 s
+
+        dtype, own_code = self.arithmetic.weights, self.options.trust_remote_code
+        read = load_weights(self.path, self.folder, self._gguf_state, dtype, placement, own_code)
+        return GenericRuntime(read.model, self.name), read
+
+    def _recorded(self, model: Any, otherwise: Runtime, remark: str) -> tuple[Runtime, str]:
+        """The transformers forward as graphs, where it can be recorded; and why it is not the lean one, or not even that."""
+        from specdec_engine.runtime.static import StaticForward
+
+        try:
+            forward = StaticForward(model)
+        except Unsupported as reason:
+            self._check_demand(reason)
+            return otherwise, f"{remark}, and {reason}"
+        runtime, why = self._graphs(forward)
+        return (otherwise, f"{remark}, and {why}") if runtime is None else (runtime, remark)
+
+    def _loaded(
+        self, runtime: Runtime, weights: str, parameters: int, spread: bool = False, remark: str = ""
+    ) -> Loaded:
+        _check_numbers(runtime, self)
+        return Loaded(
+            name=self.name,
+            runtime=runtime,
+            config=self.config,
+            tokenizer=self.tokenizer,
+            dtype=str(self.dtype).removeprefix("torch."),
+            weights=weights,
+            parameters=parameters,
+            stop_ids=self.stop_ids,
+            asked=self.asked,
+            left_out=self.left_out,
+            spread=spread,
+            remark=remark,
+            weight_bytes=self.need.weights,
+            revision=self.path.name if self.path.parent.name == "snapshots" else None,
+            kernels="own" if getattr(getattr(runtime, "decoder", None), "kernels", None) is not None else "torch",
+        )
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor of the checkpoint, unpacked."""
+        return self._weights().dense(name)
+
+    def output_rows(self, ids: torch.Tensor | slice) -> torch.Tensor:
+        """[n] ids -> [n, hidden]: those rows of the matrix that makes logits, unpacked."""
+        weights = self._weights()
+        untied = "lm_head.weight" in weights.names
+        return weights.dense("lm_head.weight" if untied else "model.embed_tokens.weight")[ids]
+
+    def _weights(self) -> Weights:
+        if self.path.is_dir():
+            return SafetensorsWeights(weight_files(self.path))
+        found = gguf_files.entries(self.folder)
+        if not found:
+            raise Unsupported("the names in this GGUF are known to transformers only")
+        return GgufWeights(self.path, found)
+
+    def _gguf_state(self) -> dict[str, torch.Tensor] | None:
+        """A GGUF's tensors, dequantised; None if that is left to transformers, which takes half a minute for 100 MB."""
+        found = gguf_files.entries(self.folder)
+        if "rope_freqs.weight" in found:  # transformers would leave them out, and compute another function
+            raise ModelUnavailable(
+                f"{self.name} stretches its rotary embedding by a tensor, which only the lean runtime reads",
+                "leave out --runtime and --device-map",
+            )
+        weights = GgufWeights(self.path, found)
+        # Copied: an unpacked tensor is the mapped file itself, and whoever wrote to it would be killed.
+        return {name: weights.dense(name).clone() for name in found} or None
+
+
+def find_model(name: str, options: LoadOptions) -> Candidate:
+    """The model that `name` means, fetched if need be and checked as far as that goes without its weights.
+
+    Raises UsageError for a device or dtype that does not exist, ModelUnavailable for a model that cannot be had,
+    PairIncompatible for one that cannot be rolled back, OutOfMemory for one that does not fit.
+    """
+    device = pick_device(options.device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # streams, events and graphs are the current device's
+    path = resolve(name, offline=options.offline, trust_remote_code=options.trust_remote_code, report=options.report)
+    if path.is_dir() and (made := read_draft(path)) is not None and made.kind == "head":
+        raise UsageError(f"{name} is a draft head and no model of its own", "give it to --draft, with its target")
+    with _explained(name, path):
+        folder = gguf_files.beside(path, name, options.report) if path.is_file() else path
+        found = gguf_files.entries(folder) if path.is_file() else {}
+        config: Any = gguf_files.plain_config(folder) if found else load_config(folder, options.trust_remote_code)
+        check_kind(config, name, _own_code(config, options))
+        if not path.is_file() and not getattr(config, "quantization_config", None):
+            check_plain(path, name)
+        shape = lean_shape(config, options, device)
+        packed = any(e.kind in PACKED for e in found.values())
+        if options.dtype != "auto":
+            pick_dtype(options.dtype, device)  # what is refused is refused before anything is compiled
+        if device.type == "cpu" and not native.is_ready():
+            options.report(Progress("compile", "kernels for this CPU, once"))
+        matrices = _matrices(config, packed, isinstance(shape, Shape))
+        arithmetic = choose(matrices, options.dtype, options.quantize, device)
+        need = _need(path, found, config, shape, arithmetic, device, options)
+        if isinstance(_placement(name, need, device, options), str):
+            shape = Unsupported(_SPREAD)
+        if isinstance(shape, Unsupported):
+            check_rollback(load_config(folder, options.trust_remote_code), name)
+        tokenizer = load_tokenizer(folder, options.trust_remote_code)
+        generation = generation_config(folder, config)
+        vocab = int(config.get_text_config().vocab_size)
+        return Candidate(
+            name,
+            path,
+            folder,
+            config,
+            shape,
+            tokenizer,
+            need,
+            device,
+            arithmetic,
+            options,
+            stop_ids=stop_ids(folder, config, generation, tokenizer),
+            asked=asked_by(generation, f"generation_config.json of {name}", vocab),
+            left_out=tuple(left_out_of(generation)),
+        )
+
+
+_SPREAD = "it is spread over devices"
+
+
+def _own_code(config: Any, options: LoadOptions) -> bool:
+    return options.trust_remote_code and bool(getattr(config, "auto_map", None))
+
+
+def _packing(options: LoadOptions, arithmetic: Arithmetic) -> Packing:
+    """What was asked for, or `none` where no weights are packed."""
+    return options.quantize if arithmetic.packs else "none"
+
+
+def _matrices(config: Any, packed: bool, lean: bool) -> Matrices:
+    """By the projection into the feed-forward network, half of most models' weights."""
+    hidden = int(getattr(config.get_text_config(), "hidden_size", 0) or 1024)
+    sizes = [getattr(layer, "intermediate_size", 0) for layer in layer_configs(config)]
+    widest = max((max(size) if isinstance(size, list) else size or 0 for size in sizes), default=0)
+    return Matrices(2 * int(widest or 4 * hidden), hidden, packed, lean)
+
+
+def _need(
+    path: Path,
+    found: Mapping[str, Entry],
+    config: Any,
+    shape: Shape | Unsupported,
+    arithmetic: Arithmetic,
+    device: torch.device,
+    options: LoadOptions,
+) -> Need:
+    """Weights in the form they will be kept in, and the cache in its own dtype and size."""
+    quantize: Packing
+    dtype = arithmetic.weights
+    if isinstance(shape, Unsupported):
+        quantize, cache = "none", kv_bytes(config, dtype, options.tokens)
+    else:
+        tokens = room_for(options.tokens, context_limit(config)) if device.type == "cuda" else options.tokens
+        quantize = _packing(options, arithmetic)
+        cache = tokens * shape.kv_values * cache_dtype(arithmetic.dtype, device, arithmetic.kernels).itemsize
+    if not found:
+        return estimate(weight_files(path), config, dtype, cache, quantize)
+    return Need(sum(kept_bytes(name, entry, dtype, quantize) for name, entry in found.items()), cache)
+
+
+def lean_shape(config: Any, options: LoadOptions, device: torch.device) -> Shape | Unsupported:
+    """What the lean forward needs of this config, or why the generic one is to run."""
+    if options.runtime == "generic":
+        return Unsupported("--runtime generic was asked for")
+    if device.type == "mps":
+        return Unsupported("it has not been tried on Apple's GPUs")
+    if options.runtime == "graph" and device.type != "cuda":
+        return Unsupported(f"graphs are recorded on a CUDA device, and this is {device}")
+    try:
+        return shape_of(config)
+    except Unsupported as reason:
+        return reason
+
+
+def _check_numbers(runtime: Runtime, model: Candidate) -> None:
+    """Raises ModelUnavailable for weights that compute no numbers. A draft of them would be rejected without a word: the
+    likeliest of a row of NaN is a token, too."""
+    logits = runtime.forward(torch.zeros(1, dtype=torch.long, device=runtime.device), 1, seldom=True)
+    runtime.rollback(0)
+    if bool(logits.isnan().any()):
+        dtype = str(model.dtype).removeprefix("torch.")
+        hint = (
+            "compare the file with its owner's"
+            if dtype == "float32"
+            else "try --dtype float32; if it persists, the file"
+        )
+        raise ModelUnavailable(f"the weights of {model.name} give logits that are not numbers, in {dtype}", hint)
+
+
+def load_model(name: str, options: LoadOptions) -> Loaded:
+    """`find_model`, and its weights."""
+    return find_model(name, options).load()
+
+
+def _placement(name: str, need: Need, device: torch.device, options: LoadOptions) -> torch.device | DeviceMap:
+    """The device, if the model fits; else all of them together, where there is more than one GPU to spread over."""
+    if (
+        options.device_map is not None and device.type != "cpu"
+    ):  # where there are only CPUs there is nothing to spread over
+        return options.device_map
+    free = free_bytes(device)
+    if device.type == "cuda" and options.device == "auto" and free is not None and need.total > free:
+        everywhere = sum(free_bytes(torch.device("cuda", i)) or 0 for i in range(torch.cuda.device_count()))
+        if need.total <= everywhere:
+            return "auto"
+    check_fits(name, need, device, free)
+    return device
+
+
+@contextmanager
+def _explained(name: str, path: Path) -> Iterator[None]:
+    """What goes wrong inside transformers, safetensors and gguf, as one of our errors."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SpecdecError, Unsupported):
+        raise
+    except SafetensorError as error:
+        raise ModelUnavailable(
+            f"the weights of {name} are damaged: {first_line(error)}", f"delete them and download them again: {path}"
+        ) from error
+    except Exception as error:  # a checkpoint can be broken in as many ways as there are lines in its reader
+        if ran_out(error):
+            raise OutOfMemory(
+                f"out of memory while loading {name}", "use --dtype bfloat16, or a smaller model"
+            ) from error
+        if "trust_remote_code" in str(error):
+            raise ModelUnavailable(
+                f"{name} brings its own code, which is not run unless you ask for it",
+                "read the code, and pass --trust-remote-code if you trust it",
+            ) from error
+        if isinstance(error, ImportError):
+            raise ModelUnavailable(
+                f"{name} cannot be loaded: {first_line(error)}",
+                "install that, or choose a checkpoint that does without",
+            ) from error
+        if any(isinstance(cause, UnicodeDecodeError) for cause in causes(error)):
+            raise ModelUnavailable(
+                f"{name} is damaged: it holds text that is not UTF-8", f"compare it with what its owner gives: {path}"
+            ) from error
+        if path.is_file():
+            raise ModelUnavailable(
+                f"{name} cannot be read as GGUF: {first_line(error)}", "run with --debug for the traceback"
+            ) from error
+        raise ModelUnavailable(
+            f"{name} cannot be loaded: {first_line(error)}",
+            "compare its config.json with what the model's owner gives; --debug shows the traceback",
+        ) from error

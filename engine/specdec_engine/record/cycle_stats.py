@@ -1,0 +1,108 @@
+"""Figures over several cycles, for screens and reports. What belongs to a whole run is in `stats.Summary`.
+
+Costs are in plain cycles: the seconds that a cycle without a draft takes on the same runtime.
+
+    speedup = E / (draft + verify + other)      E: tokens a cycle; draft = k · c, verify = v(k)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from specdec_engine.record.events import Cycle
+from specdec_engine.record.stats import Summary
+
+
+def seconds(cycle: Cycle) -> float:
+    """Of the engine: draft, verify and other."""
+    return cycle.draft_s + cycle.verify_s + cycle.other_s
+
+
+def rates(cycles: Sequence[Cycle]) -> list[float]:
+    """Tokens a second of each cycle."""
+    return [len(cycle.emitted) / seconds(cycle) if seconds(cycle) else 0.0 for cycle in cycles]
+
+
+def rate(cycles: Sequence[Cycle]) -> float | None:
+    """Tokens a second of these cycles together."""
+    total = sum(map(seconds, cycles))
+    return sum(len(cycle.emitted) for cycle in cycles) / total if total else None
+
+
+def rolling_alpha(cycles: Sequence[Cycle], window: int) -> list[float | None]:
+    """After each cycle, accepted of tested in the last `window` cycles; None where nothing was tested."""
+    found = list[float | None]()
+    accepted = tested = 0
+    for i, cycle in enumerate(cycles):
+        accepted, tested = accepted + cycle.accepted, tested + cycle.tested
+        if i >= window:
+            accepted, tested = accepted - cycles[i - window].accepted, tested - cycles[i - window].tested
+        found.append(accepted / tested if tested else None)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Seconds of a cycle by phase."""
+
+    draft_s: float
+    verify_s: float
+    other_s: float
+
+    @property
+    def total_s(self) -> float:
+        return self.draft_s + self.verify_s + self.other_s
+
+
+def split(cycles: Sequence[Cycle]) -> Split | None:
+    """Medians over these cycles; None of none."""
+    if not cycles:
+        return None
+    return Split(*(median(getattr(cycle, name) for cycle in cycles) for name in ("draft_s", "verify_s", "other_s")))
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What a cycle brings and what it costs, in plain cycles."""
+
+    emitted: float
+    """E, tokens a cycle."""
+    draft: float
+    verify: float
+    other: float
+    predicted: float | None
+    """The speedup that alpha, the mean length of a draft, c and v promise: E of a constant alpha over what cycles cost. None
+    where nothing was tested."""
+
+    @property
+    def cost(self) -> float:
+        return self.draft + self.verify + self.other
+
+    @property
+    def speedup(self) -> float:
+        return self.emitted / self.cost
+
+    @property
+    def lost(self) -> tuple[tuple[str, float], ...]:
+        """What keeps the speedup below E, dearest first: name and plain cycles."""
+        parts = (("the wider pass", self.verify + self.other - 1), ("drafting", self.draft))
+        return tuple(sorted(((name, cost) for name, cost in parts if cost > 0.005), key=lambda part: -part[1]))
+
+
+def budget(s: Summary, plain_s: float) -> Budget | None:
+    """Of these cycles together. plain_s: seconds of a plain cycle. None without cycles that took time."""
+    if not s.cycles or not s.decode_s or not plain_s:
+        return None
+    draft, verify, other = (total / s.cycles / plain_s for total in (s.draft_s, s.verify_s, s.other_s))
+    promised = None
+    if s.alpha is not None:
+        promised = expected_emitted(s.alpha, s.drafted / s.cycles) / (draft + verify + other)
+    return Budget(s.emitted / s.cycles, draft, verify, other, promised)
+
+
+def expected_emitted(alpha: float, k: float) -> float:
+    """(1 − alpha^(k+1)) / (1 − alpha): tokens of a cycle whose every token is accepted with this chance (Leviathan et al.
+    2023, equation 1)."""
+    return k + 1.0 if alpha == 1 else (1 - alpha ** (k + 1)) / (1 - alpha)

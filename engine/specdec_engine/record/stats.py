@@ -1,0 +1,164 @@
+"""Every figure the tool prints, computed here and nowhere else.
+
+Counters are folded from events; rates are derived from counters; undefined is None (shown "–"), never 0.
+
+    acceptance rate         accepted / drafted, what vLLM prints; it falls as k grows, since a rejection wastes the rest
+    alpha                   accepted / tested; tokens after a rejection were never tested
+    expected alpha          mean of Σ min(p, q) over tested positions: the same quantity without the coin flips
+    mean emitted per cycle  emitted / cycles, final token included (τ, "mean acceptance length")
+    tokens per second       emitted / (draft_s + verify_s + other_s): decoding only, the prompt's prefill is apart
+    speedup estimate        tokens per second · seconds of the run's own plain cycles; `bench` measures it
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from specdec_engine.record.events import Cycle, Event, Finished, Started
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """What became of the tokens at one position of a draft."""
+
+    drafted: int = 0
+    tested: int = 0
+    accepted: int = 0
+
+    @property
+    def rate(self) -> float | None:
+        """Accepted of those tested: given that all before were accepted."""
+        return _ratio(self.accepted, self.tested)
+
+    @property
+    def reach(self) -> float | None:
+        """Accepted of those drafted: the chance to get this far."""
+        return _ratio(self.accepted, self.drafted)
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A run so far. `summary = summary.plus(event)` for each event; the figures are properties."""
+
+    prompt_tokens: int = 0
+    seed: int | None = None
+    cycles: int = 0
+    drafted: int = 0
+    tested: int = 0
+    accepted: int = 0
+    emitted: int = 0
+    overlap: float = 0.0
+    """Sum of Σ min(p, q) over the tested positions where it is known."""
+    overlap_known: int = 0
+    draft_s: float = 0.0
+    verify_s: float = 0.0
+    other_s: float = 0.0
+    plain_cycles: int = 0
+    """Cycles in which nothing was drafted."""
+    plain_s: float = 0.0
+    """Their seconds, without what the drafter took to say nothing."""
+    positions: tuple[Position, ...] = ()
+    """First drafted tokens, second ones, and so on."""
+    prefill_s: float | None = None
+    finish_reason: str | None = None
+
+    def plus(self, event: Event) -> Summary:
+        match event:
+            case Started():
+                return Summary(prompt_tokens=len(event.prompt), seed=event.seed)
+            case Cycle():
+                return self._plus_cycle(event)
+            case Finished():
+                return replace(self, finish_reason=event.reason, prefill_s=event.prefill_s)
+            case _:
+                return self
+
+    def _plus_cycle(self, cycle: Cycle) -> Summary:
+        overlaps = [o for o in cycle.overlap[: cycle.tested] if o is not None]
+        return replace(
+            self,
+            cycles=self.cycles + 1,
+            drafted=self.drafted + len(cycle.drafted),
+            tested=self.tested + cycle.tested,
+            accepted=self.accepted + cycle.accepted,
+            emitted=self.emitted + len(cycle.emitted),
+            overlap=self.overlap + sum(overlaps),
+            overlap_known=self.overlap_known + len(overlaps),
+            draft_s=self.draft_s + cycle.draft_s,
+            verify_s=self.verify_s + cycle.verify_s,
+            other_s=self.other_s + cycle.other_s,
+            plain_cycles=self.plain_cycles + (not cycle.drafted),
+            positions=_positions(self.positions, cycle),
+            plain_s=self.plain_s + (0.0 if cycle.drafted else cycle.verify_s + cycle.other_s),
+        )
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        return _ratio(self.accepted, self.drafted)
+
+    @property
+    def alpha(self) -> float | None:
+        return _ratio(self.accepted, self.tested)
+
+    @property
+    def expected_alpha(self) -> float | None:
+        return _ratio(self.overlap, self.overlap_known)
+
+    @property
+    def mean_emitted_per_cycle(self) -> float | None:
+        return _ratio(self.emitted, self.cycles)
+
+    @property
+    def decode_s(self) -> float:
+        """Seconds in cycles: draft + verify + other, without prefill and without the consumer's own time."""
+        return self.draft_s + self.verify_s + self.other_s
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        return _ratio(self.emitted, self.decode_s)
+
+    @property
+    def speedup_estimate(self) -> float | None:
+        """Over plain decoding, as this run's own plain cycles have it; an estimate of what `bench` measures. None with fewer
+        than four of them: from one alone it was off by a tenth either way."""
+        rate = self.tokens_per_second
+        return None if rate is None or self.plain_cycles < 4 else rate * self.plain_s / self.plain_cycles
+
+    def figures(self) -> dict[str, Any]:
+        """Counters and rates under the names that JSON output uses."""
+        return {
+            "finish_reason": self.finish_reason,
+            "prompt_tokens": self.prompt_tokens,
+            "emitted": self.emitted,
+            "cycles": self.cycles,
+            "drafted": self.drafted,
+            "tested": self.tested,
+            "accepted": self.accepted,
+            "acceptance_rate": self.acceptance_rate,
+            "alpha": self.alpha,
+            "expected_alpha": self.expected_alpha,
+            "mean_emitted_per_cycle": self.mean_emitted_per_cycle,
+            "tokens_per_second": self.tokens_per_second,
+            "speedup_estimate": self.speedup_estimate,
+            "prefill_s": self.prefill_s,
+            "draft_s": self.draft_s,
+            "verify_s": self.verify_s,
+            "other_s": self.other_s,
+            "seed": self.seed,
+        }
+
+
+def _positions(before: tuple[Position, ...], cycle: Cycle) -> tuple[Position, ...]:
+    drafted = len(cycle.drafted)
+    if not drafted:
+        return before
+    known = [*before, *(Position() for _ in range(drafted - len(before)))]
+    for i in range(drafted):
+        old = known[i]
+        known[i] = Position(old.drafted + 1, old.tested + (i < cycle.tested), old.accepted + (i < cycle.accepted))
+    return tuple(known)
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None

@@ -1,0 +1,62 @@
+"""The target: the model whose distribution is kept. Prefills, scores a draft in one pass, rolls back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from specdec_engine.core.cycle_types import Draft
+from specdec_engine.core.transfer import upload
+from specdec_engine.runtime import Runtime, prefill
+
+
+class Target(Protocol):
+    """**Protocol:** what the loop needs of the target; `ModelTarget` is the real one, tests have a table."""
+
+    name: str
+    limit: int | None
+    device: torch.device
+
+    @property
+    def cached(self) -> int: ...
+
+    def prefill(self, tokens: Sequence[int]) -> None:
+        """Forget everything and cache these tokens."""
+        ...
+
+    def score(self, newest: int, draft: Draft) -> Tensor:
+        """[k + 1, V] logits: after the newest token, and after each drafted one. Caches all k + 1."""
+        ...
+
+    def rollback(self, to: int) -> None:
+        """Keep the first `to` cached tokens; absolute and idempotent."""
+        ...
+
+
+class ModelTarget:
+    """A target on a runtime."""
+
+    def __init__(self, runtime: Runtime, name: str) -> None:
+        self.name = name
+        self.runtime = runtime
+        self.limit = runtime.limit
+        self.device = runtime.device
+
+    @property
+    def cached(self) -> int:
+        return self.runtime.cached
+
+    def prefill(self, tokens: Sequence[int]) -> None:
+        self.runtime.rollback(0)
+        if tokens:
+            prefill(self.runtime, upload(torch.tensor(tokens), self.device))
+
+    def score(self, newest: int, draft: Draft) -> Tensor:
+        tokens = torch.cat([upload(torch.tensor([newest]), self.device), draft.tokens])
+        return self.runtime.forward(tokens, len(draft) + 1, seldom=draft.cut)
+
+    def rollback(self, to: int) -> None:
+        self.runtime.rollback(to)
