@@ -42,7 +42,7 @@ from specdec_engine.runtime.lean import LeanRuntime
 from specdec_engine.runtime.shape import shape_of
 from specdec_engine.runtime.target import ModelTarget
 from specdec_engine.verify.rules import TokenRule
-from specdec_engine.verify.verifier import Judge
+from specdec_engine.verify.verifier import Verifier
 
 Size = tuple[int, int, int, int, int, int]
 SHAPES: dict[str, Size] = {  # hidden, mlp, layers, heads, key-value heads, vocabulary
@@ -106,7 +106,7 @@ def main() -> None:
     began = time.perf_counter()
     target, draft = runtime(target_model, "target"), runtime(draft_model, "draft")
     prompt = torch.randint(vocab, (64,), generator=torch.Generator().manual_seed(2)).tolist()
-    judge = Judge(TokenRule(), device, target.recorder.another() if isinstance(target, GraphRuntime) else None)
+    verifier = Verifier(TokenRule(), device, target.recorder.another() if isinstance(target, GraphRuntime) else None)
 
     def weight_rows(ids: Tensor) -> Tensor:
         rows: Tensor = target_model.get_output_embeddings().weight[ids]
@@ -115,7 +115,7 @@ def main() -> None:
     def ours(k: int) -> Callable[[], list[int]]:
         host = DraftHost("target", None, vocab, device, lambda name: LoadedDraft(draft), lambda: target, weight_rows)
         drafter = RuntimeDrafter(draft, host, "draft") if k else NoDrafter(host)
-        return lambda: run(ModelTarget(target, "target"), drafter, judge, prompt, k, options.tokens)
+        return lambda: run(ModelTarget(target, "target"), drafter, verifier, prompt, k, options.tokens)
 
     for k in (0, options.k):
         report.attempt(f"the first run with k {k}", ours(k))
@@ -225,7 +225,7 @@ def runtime(model: Any, label: str) -> Any:
     return LeanRuntime(decoder, label, None, 2048)
 
 
-def run(target: Any, drafter: Any, judge: Judge, prompt: Sequence[int], k: int, tokens: int) -> list[int]:
+def run(target: Any, drafter: Any, verifier: Verifier, prompt: Sequence[int], k: int, tokens: int) -> list[int]:
     events = decode(
         target,
         drafter,
@@ -233,7 +233,7 @@ def run(target: Any, drafter: Any, judge: Judge, prompt: Sequence[int], k: int, 
         controls=Controls(k, Sampling()),
         stop=Stop(tokens),
         random=KeyedRandomness(0),
-        judge=judge,
+        verifier=verifier,
     )
     return [token for event in events if isinstance(event, Cycle) for token in event.emitted]
 

@@ -15,7 +15,7 @@ from specdec_engine.core.randomness import KeyedRandomness, Randomness
 from specdec_engine.decoding.control import Controls
 from specdec_engine.decoding.loop import decode
 from specdec_engine.decoding.stopping import Stop
-from specdec_engine.drafters.base import DraftHost, LoadedDraft, nothing
+from specdec_engine.drafters.base import DraftHost, LoadedDraft, empty_draft
 from specdec_engine.record.events import Cycle, Event
 from specdec_engine.runtime.decoder import Decoder
 from specdec_engine.runtime.graphs import GraphRuntime, Recorder
@@ -26,7 +26,7 @@ from specdec_engine.runtime.ops import TORCH, Ops
 from specdec_engine.runtime.shape import shape_of
 from specdec_engine.verify.rules import AcceptanceRule
 from specdec_engine.verify.sampling import draw, warp
-from specdec_engine.verify.verifier import Judge
+from specdec_engine.verify.verifier import Verifier
 from tests.tape import TapeRecorder
 
 CPU = torch.device("cpu")
@@ -114,7 +114,7 @@ class ScriptedDrafter:
 
     def propose(self, context: Sequence[int], k: int, sampling: Sampling, random: Randomness) -> Draft:
         tokens = list(self.script(context, k))
-        return Draft(torch.tensor(tokens), None, self.name) if tokens else nothing(CPU, self.name)
+        return Draft(torch.tensor(tokens), None, self.name) if tokens else empty_draft(CPU, self.name)
 
     def observe(self, draft: Draft, verdict: Verdict) -> None:
         pass
@@ -164,7 +164,7 @@ def events(
     **options: Any,
 ) -> Iterator[Event]:
     if rule is not None:
-        options["judge"] = Judge(rule, CPU)
+        options["verifier"] = Verifier(rule, CPU)
     return decode(
         target,
         drafter,

@@ -14,14 +14,14 @@ import torch
 import transformers
 
 from specdec_engine.adaptive.controller import AutoK
-from specdec_engine.adaptive.limits import Pace
+from specdec_engine.adaptive.limits import DraftLimits
 from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.core.randomness import KeyedRandomness
 from specdec_engine.decoding.control import Controls
 from specdec_engine.decoding.loop import decode
 from specdec_engine.decoding.stopping import Stop
 from specdec_engine.drafters import build_drafter
-from specdec_engine.drafters.base import Drafter, DraftHost, LoadedDraft, Part
+from specdec_engine.drafters.base import Drafter, DraftHost, LoadedDraft, ModelInfo
 from specdec_engine.errors import PairIncompatible, UsageError
 from specdec_engine.models.chat import chat_ids, raw_ids, special_in, stop_id
 from specdec_engine.models.draft_files import read_draft
@@ -39,7 +39,7 @@ from specdec_engine.system.machine import usable_cores
 from specdec_engine.system.threads import set_threads, use_fewer_threads
 from specdec_engine.verify.processors import Asked
 from specdec_engine.verify.rules import RULES, AcceptanceRule, SyntheticRule
-from specdec_engine.verify.verifier import Judge
+from specdec_engine.verify.verifier import Verifier
 from specdec_engine.version import VERSION
 
 
@@ -49,10 +49,10 @@ class Pair:
 
     target: ModelTarget
     drafter: Drafter
-    judges: Mapping[str, Judge]
+    verifiers: Mapping[str, Verifier]
     """By rule."""
     auto: AutoK
-    pace: Pace
+    limits: DraftLimits
     tokenizer: Any
     stop_ids: frozenset[int]
     asked: Asked
@@ -110,8 +110,8 @@ class Pair:
 
     def synthetic(self, chance: float) -> Pair:
         """The same with a rule, `synthetic`, that accepts at this chance; what it emits is not the target's."""
-        judge = _judge(SyntheticRule(chance), self.target.runtime)
-        return replace(self, judges={**self.judges, "synthetic": judge})
+        verifier = _verifier(SyntheticRule(chance), self.target.runtime)
+        return replace(self, verifiers={**self.verifiers, "synthetic": verifier})
 
     def decode(
         self,
@@ -129,14 +129,14 @@ class Pair:
 
         `controls` takes the place of k and sampling for a caller that turns them while the run goes on.
         """
-        if rule not in self.judges:
-            raise UsageError(f"the rule {rule!r} is not known", f"one of {', '.join(self.judges)}")
+        if rule not in self.verifiers:
+            raise UsageError(f"the rule {rule!r} is not known", f"one of {', '.join(self.verifiers)}")
         seed = secrets.randbits(32) if seed is None else seed
         marks = {text: i for text in stop if (i := stop_id(self.tokenizer, text)) is not None}
         strings = tuple(text for text in stop if text not in marks)
         if controls is None:
             controls = self.controls(k, sampling)
-        self.pace.controller = controls.auto
+        self.limits.controller = controls.auto
         self.auto.begin(seed, tokenwise=rule == "token")  # always: it may be switched on in the middle of the run
         return decode(
             self.target,
@@ -146,7 +146,7 @@ class Pair:
             stop=Stop(max_tokens, self.stop_ids | set(marks.values()), strings, tuple(marks)),
             asked=self.asked,
             random=KeyedRandomness(seed),
-            judge=self.judges[rule],
+            verifier=self.verifiers[rule],
             tokenizer=self.tokenizer,
             environment=self.environment,
         )
@@ -201,7 +201,7 @@ def _paired(models: Loader, draft: str | None) -> Pair:
         elif special := check_pair(target, found.tokenizer, name, small.tokenizer).special:
             notes.append(f"{len(special)} special tokens of {target} and {name} differ, from id {special[0].id} on")
         drafts[name] = models.draft(name)
-        host.parts[name] = _part(drafts[name])
+        host.parts[name] = _model_info(drafts[name])
         return LoadedDraft(drafts[name].runtime, None if made is None else made.ids)
 
     host = DraftHost(
@@ -239,16 +239,16 @@ def _paired(models: Loader, draft: str | None) -> Pair:
     return Pair(
         target=ModelTarget(loaded.runtime, target),
         drafter=drafter,
-        judges={name: _judge(rule, loaded.runtime) for name, rule in RULES.items()},
+        verifiers={name: _verifier(rule, loaded.runtime) for name, rule in RULES.items()},
         auto=AutoK(),
-        pace=host.pace,
+        limits=host.limits,
         tokenizer=loaded.tokenizer,
         stop_ids=loaded.stop_ids,
         asked=loaded.asked,
         environment=_environment(loaded, host.parts),
         notes=tuple(notes),
         remarks=(
-            _remark("target", _part(loaded), loaded.remark)
+            _remark("target", _model_info(loaded), loaded.remark)
             + (", by our own kernels" if loaded.kernels == "own" else ""),
             *(
                 _remark("draft", part, drafts[name].remark if name in drafts else "")
@@ -258,9 +258,9 @@ def _paired(models: Loader, draft: str | None) -> Pair:
     )
 
 
-def _judge(rule: AcceptanceRule, target: Runtime) -> Judge:
+def _verifier(rule: AcceptanceRule, target: Runtime) -> Verifier:
     """Recorded where the target is; apart from it, which forgets its recordings when its cache grows."""
-    return Judge(rule, target.device, target.recorder.another() if isinstance(target, GraphRuntime) else None)
+    return Verifier(rule, target.device, target.recorder.another() if isinstance(target, GraphRuntime) else None)
 
 
 def _unnamed(target: Candidate) -> str:
@@ -269,12 +269,12 @@ def _unnamed(target: Candidate) -> str:
     return "ngram,builtin" if target.name == "builtin" and isinstance(target.shape, Shape) else "ngram"
 
 
-def _remark(role: str, part: Part, why: str) -> str:
+def _remark(role: str, part: ModelInfo, why: str) -> str:
     because = f", because {why}" if why else ""
     return f"{role} {part.name} runs on the {part.runtime} runtime, {part.weights} weights{because}"
 
 
-def _environment(target: Loaded, drafts: Mapping[str, Part]) -> dict[str, Any]:
+def _environment(target: Loaded, drafts: Mapping[str, ModelInfo]) -> dict[str, Any]:
     device = target.runtime.device
     return {
         "specdec": VERSION,
@@ -292,13 +292,13 @@ def _environment(target: Loaded, drafts: Mapping[str, Part]) -> dict[str, Any]:
         "kernels": target.kernels,
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "runtime": target.runtime.name,
-        "target": asdict(_part(target)),
+        "target": asdict(_model_info(target)),
         "drafts": {name: asdict(draft) for name, draft in drafts.items()},
     }
 
 
-def _part(loaded: Loaded) -> Part:
-    return Part(
+def _model_info(loaded: Loaded) -> ModelInfo:
+    return ModelInfo(
         name=loaded.name,
         model_type=loaded.config.model_type,
         parameters=loaded.parameters,

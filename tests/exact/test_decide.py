@@ -16,7 +16,7 @@ import torch
 from specdec_engine.core.cycle_types import Draft
 from specdec_engine.errors import GenerationFailed
 from specdec_engine.verify.report import Numbers, read, report, report_on_host
-from specdec_engine.verify.rules import RULES, Case, TokenRule, settled_by_token
+from specdec_engine.verify.rules import RULES, TokenRule, VerifyInputs, apply_token_rule
 from tests.fakes import ScriptedRandomness
 
 
@@ -229,10 +229,10 @@ def test_the_token_rule_on_the_host_is_the_token_rule(k, drawn):
             q = p[:k].clone()
         if drawn.startswith("broken"):
             (q if drawn == "broken q" else p)[k - 1] = torch.nan
-        case = Case.of(p, tokens, None if drawn == "one-hot" else q)
-        thresholds = rule.thresholds(case)
+        inputs = VerifyInputs.of(p, tokens, None if drawn == "one-hot" else q)
+        thresholds = rule.thresholds(inputs)
         for u in product(*map(near, torch.nan_to_num(thresholds, 0.5).tolist())):
             accepted = rule.count(torch.tensor(u, dtype=torch.float64) < thresholds)
-            settled = settled_by_token(case, u)
-            assert settled.accepted == int(accepted)
-            assert torch.allclose(settled.final, rule.final(case, accepted), atol=1e-6, equal_nan=True)
+            outcome = apply_token_rule(inputs, u)
+            assert outcome.accepted == int(accepted)
+            assert torch.allclose(outcome.final, rule.final(inputs, accepted), atol=1e-6, equal_nan=True)

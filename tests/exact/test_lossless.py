@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specdec_engine.verify.rules import RULES, AcceptanceRule, BlockRule, Case, TokenRule, accept_prob
+from specdec_engine.verify.rules import RULES, AcceptanceRule, BlockRule, TokenRule, VerifyInputs, accept_prob
 from tests.fakes import table_probs
 
 VOCAB, LENGTH = 3, 4
@@ -80,9 +80,9 @@ def cycle_outcomes(
         for tokens, weight, probs in drafts(context):
             ids, k = torch.tensor(tokens, dtype=torch.long), len(tokens)
             p_rows = torch.stack([p(context + tokens[:i]) for i in range(k + 1)])
-            case = Case.of(p_rows, ids, probs)
-            passing = rule.thresholds(case).tolist() if k else []
-            final = cache(lambda n: rule.final(case, torch.tensor(n)).tolist())  # noqa: B023
+            inputs = VerifyInputs.of(p_rows, ids, probs)
+            passing = rule.thresholds(inputs).tolist() if k else []
+            final = cache(lambda n: rule.final(inputs, torch.tensor(n)).tolist())  # noqa: B023
             for pattern in product((True, False), repeat=k):
                 chance = weight
                 for passed, threshold in zip(pattern, passing, strict=True):
@@ -143,10 +143,10 @@ def test_emitted_text_has_exactly_the_targets_distribution(rule, deterministic, 
 
 @pytest.mark.parametrize("rule", LOSSLESS, ids=lambda rule: rule.name)
 @pytest.mark.parametrize("deterministic", [False, True], ids=["sampled", "deterministic"])
-@pytest.mark.parametrize("case", ["identical", "one_hot", "disjoint"])
-def test_the_corners_are_exact_too(rule, deterministic, case):
+@pytest.mark.parametrize("inputs", ["identical", "one_hot", "disjoint"])
+def test_the_corners_are_exact_too(rule, deterministic, inputs):
     """p equal to q (no residual is left), a greedy target, and a draft that misses the target's favourite."""
-    p, q = toy(5, **{case: True})
+    p, q = toy(5, **{inputs: True})
     assert deviation(enumerate_emitted(rule, p, q, 2, LENGTH, deterministic=deterministic), p, LENGTH) < 1e-12
 
 
@@ -180,8 +180,8 @@ class SwappedRatio(TokenRule):
 
     lossless: ClassVar[bool] = False
 
-    def thresholds(self, case):
-        return accept_prob(case.q_drafted, case.p_drafted)
+    def thresholds(self, inputs):
+        return accept_prob(inputs.q_drafted, inputs.p_drafted)
 
 
 class NoResidual(TokenRule):
@@ -189,8 +189,8 @@ class NoResidual(TokenRule):
 
     lossless: ClassVar[bool] = False
 
-    def final(self, case, accepted):
-        return case.p[int(accepted)]
+    def final(self, inputs, accepted):
+        return inputs.p[int(accepted)]
 
 
 class BonusFromTheWrongRow(TokenRule):
@@ -198,9 +198,9 @@ class BonusFromTheWrongRow(TokenRule):
 
     lossless: ClassVar[bool] = False
 
-    def final(self, case, accepted):
-        k = case.tokens.shape[0]
-        return case.p[k - 1] if int(accepted) == k else super().final(case, accepted)
+    def final(self, inputs, accepted):
+        k = inputs.tokens.shape[0]
+        return inputs.p[k - 1] if int(accepted) == k else super().final(inputs, accepted)
 
 
 class QFromAnotherTemperature(TokenRule):
@@ -208,8 +208,8 @@ class QFromAnotherTemperature(TokenRule):
 
     lossless: ClassVar[bool] = False
 
-    def thresholds(self, case):
-        return super().thresholds(replace(case, q_drafted=case.q_drafted**0.7))
+    def thresholds(self, inputs):
+        return super().thresholds(replace(inputs, q_drafted=inputs.q_drafted**0.7))
 
 
 class BlockWithTheTokensResidual(BlockRule):
@@ -217,8 +217,8 @@ class BlockWithTheTokensResidual(BlockRule):
 
     lossless: ClassVar[bool] = False
 
-    def final(self, case, accepted):
-        return TokenRule().final(case, accepted)
+    def final(self, inputs, accepted):
+        return TokenRule().final(inputs, accepted)
 
 
 class BlockOfJointRatios(BlockRule):
@@ -226,8 +226,8 @@ class BlockOfJointRatios(BlockRule):
 
     lossless: ClassVar[bool] = False
 
-    def thresholds(self, case):
-        return (case.p_drafted / case.q_drafted).cumprod(0).clamp(max=1.0)
+    def thresholds(self, inputs):
+        return (inputs.p_drafted / inputs.q_drafted).cumprod(0).clamp(max=1.0)
 
 
 MUTANTS = [

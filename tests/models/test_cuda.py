@@ -19,7 +19,7 @@ from specdec_engine.runtime.target import ModelTarget
 from specdec_engine.system.timing import timer_for
 from specdec_engine.verify.coupling import gumbel_noise
 from specdec_engine.verify.rules import RULES
-from specdec_engine.verify.verifier import Judge
+from specdec_engine.verify.verifier import Verifier
 from tests.fakes import CPU, VOCAB, StateWeights, cycles, emitted, events, lean, run, tiny_llama
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -66,8 +66,8 @@ def about(target, draft):
     return DraftHost("t", None, VOCAB, target.device, lambda name: LoadedDraft(draft), lambda: target, lambda ids: ids)
 
 
-def judged(target, rule="token"):
-    return Judge(RULES[rule], target.device, target.runtime.recorder.another())
+def verifier_on(target, rule="token"):
+    return Verifier(RULES[rule], target.device, target.runtime.recorder.another())
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -75,8 +75,8 @@ def judged(target, rule="token"):
 def test_recorded_verdicts_are_the_eager_ones(rule, sampling):
     target, drafter = pair()
     found = []
-    for judge in (Judge(RULES[rule], target.device), judged(target, rule)):
-        found.append(cycles(run(target, drafter, PROMPT, k=4, sampling=sampling, max_tokens=200, judge=judge)))
+    for verifier in (Verifier(RULES[rule], target.device), verifier_on(target, rule)):
+        found.append(cycles(run(target, drafter, PROMPT, k=4, sampling=sampling, max_tokens=200, verifier=verifier)))
     assert [c.emitted for c in found[0]] == [c.emitted for c in found[1]]
     assert [c.drafted for c in found[0]] == [c.drafted for c in found[1]]
 
@@ -87,7 +87,7 @@ def test_greedy_text_is_the_cpus_in_float32(k, prompt):
     target, drafter = pair()
     plain = run(ModelTarget(lean(target_model()), "t"), drafter, prompt, k=0, max_tokens=60)
     for _ in range(2):  # the second time nothing is recorded
-        assert emitted(run(target, drafter, prompt, k=k, max_tokens=60, judge=judged(target))) == emitted(plain)
+        assert emitted(run(target, drafter, prompt, k=k, max_tokens=60, verifier=verifier_on(target))) == emitted(plain)
 
 
 def test_growing_in_turns_leaves_the_others_recordings_whole():
@@ -95,11 +95,11 @@ def test_growing_in_turns_leaves_the_others_recordings_whole():
     the libraries keep for the others stays."""
     expected = emitted(run(ModelTarget(lean(target_model()), "t"), pair()[1], PROMPT, k=0, max_tokens=700))
     target, drafter = pair()
-    judge, cut = judged(target), target.runtime.first(1)
+    verifier, cut = verifier_on(target), target.runtime.first(1)
     itself = RuntimeDrafter(cut, about(target.runtime, cut), "self:1")
     for _ in range(2):
         for one in (drafter, itself):
-            assert emitted(run(target, one, PROMPT, k=4, max_tokens=700, judge=judge)) == expected
+            assert emitted(run(target, one, PROMPT, k=4, max_tokens=700, verifier=verifier)) == expected
             torch.cuda.synchronize()
     assert target.runtime.capacity == 1024
 
@@ -107,7 +107,7 @@ def test_growing_in_turns_leaves_the_others_recordings_whole():
 def test_other_graphs_of_the_process_go_on_after_ours():
     """A capture of ours inside inference mode would leave the generator's state as inference tensors."""
     target, drafter = pair()
-    run(target, drafter, PROMPT, k=4, max_tokens=20, judge=judged(target))
+    run(target, drafter, PROMPT, k=4, max_tokens=20, verifier=verifier_on(target))
     graph, out = torch.cuda.CUDAGraph(), torch.zeros(8, device=cuda())
     with torch.cuda.graph(graph):
         out.copy_(torch.rand(8, device=cuda()))
@@ -120,8 +120,8 @@ def test_other_graphs_of_the_process_go_on_after_ours():
 def test_recording_is_in_no_phase():
     """The first run records, and its cycles take no longer than those of the second, but for what is cold."""
     target, drafter = pair()
-    judge = judged(target)
-    first, second = (run(target, drafter, PROMPT, k=4, max_tokens=60, judge=judge) for _ in range(2))
+    verifier = verifier_on(target)
+    first, second = (run(target, drafter, PROMPT, k=4, max_tokens=60, verifier=verifier) for _ in range(2))
     assert first[-1].recording_s > 0.0 == second[-1].recording_s
     spent = [max(c.draft_s + c.verify_s + c.other_s for c in cycles(found)) for found in (first, second)]
     assert spent[0] < spent[1] + first[-1].recording_s / 4
@@ -165,7 +165,7 @@ def test_a_cycle_waits_for_nothing_but_its_verdict(sampling, drafting):
     but the first two: a prompt's memory may come from the driver, which waits."""
     target, drafter = pair(capacity=512)
     drafter = drafter if drafting == "model" else NgramDrafter(about(target.runtime, target.runtime))
-    options = {"k": 4, "sampling": sampling, "max_tokens": 80, "judge": judged(target)}
+    options = {"k": 4, "sampling": sampling, "max_tokens": 80, "verifier": verifier_on(target)}
     run(target, drafter, PROMPT, **options)  # records
     count = 0
     try:
@@ -200,5 +200,7 @@ def test_a_coupled_run_says_what_the_cpu_says():
     sampling = replace(Sampling(0.9), coupling="gumbel")
     plain_drafter = RuntimeDrafter(lean(draft_model()), DraftHost("t", None, VOCAB, CPU, None, None, None), "small")
     plain = run(ModelTarget(lean(target_model()), "t"), plain_drafter, PROMPT, k=4, sampling=sampling, max_tokens=60)
-    judge = judged(target)
-    assert emitted(run(target, drafter, PROMPT, k=4, sampling=sampling, max_tokens=60, judge=judge)) == emitted(plain)
+    verifier = verifier_on(target)
+    assert emitted(run(target, drafter, PROMPT, k=4, sampling=sampling, max_tokens=60, verifier=verifier)) == emitted(
+        plain
+    )

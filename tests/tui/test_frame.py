@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from specdec_engine.record.events import Cycle, Finished, Raw, Started
 from specdec_engine.record.stats import Summary
 from specdec_tui.frame import Frame, View, step_of, steps
-from specdec_tui.panels import Room
+from specdec_tui.panels import PanelContext
 from specdec_tui.panels.inspector import inspector
 from specdec_tui.player import Player
 from specdec_tui.race import Lane, Race
@@ -251,7 +251,7 @@ SAYS = [
 def inspected(known, *, warping=False):
     at = next(c for c in known.cycles if c.drafted)
     view = replace(View(known).to(at.index + 1), warping=warping)
-    return ["".join(text for text, _ in line) for line in inspector(view, Room(60, name)).lines]
+    return ["".join(text for text, _ in line) for line in inspector(view, PanelContext(60, name)).lines]
 
 
 @pytest.mark.parametrize(("settings", "said"), SAYS)

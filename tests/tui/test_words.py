@@ -12,8 +12,8 @@ from rich.cells import cell_len
 
 from specdec_engine.record.events import Finished
 from specdec_tui.frame import View
-from specdec_tui.pieces import Committed, alone
-from specdec_tui.words import Lines, Story, Word, containing
+from specdec_tui.pieces import StreamDecoder, alone
+from specdec_tui.words import Lines, TextLayout, Word, containing
 from tests.tui.scenes import frame, name
 
 
@@ -29,9 +29,9 @@ def squeezed(text):
 def test_the_stream_shows_every_emitted_token_once(width):
     run = frame(60)
     ids = [*run.prompt, *(token for cycle in run.cycles for token in cycle.emitted)]
-    decode = Committed(name)
+    decode = StreamDecoder(name)
     whole = "".join(map(decode, ids))
-    lines = Story(name).lines(View(run).end(), width)
+    lines = TextLayout(name).lines(View(run).end(), width)
     assert squeezed(text_of(lines)) == squeezed(whole)
     assert all(sum(cell_len(word.text) for word in line) <= width + 1 for line in lines)  # ⏎ may stand past the edge
 
@@ -39,17 +39,19 @@ def test_the_stream_shows_every_emitted_token_once(width):
 @given(moves=st.lists(st.integers(0, 40), max_size=30), width=st.integers(8, 90))
 @settings(deadline=None, max_examples=60)
 def test_however_one_moves_there_a_view_looks_the_same(moves, width):
-    run, story = frame(40), Story(name)
+    run, layout = frame(40), TextLayout(name)
     for shown in moves:
         view = View(run).to(shown)
-        fresh = Story(name).lines(view, width)
-        assert story.lines(view, width) == fresh
+        fresh = TextLayout(name).lines(view, width)
+        assert layout.lines(view, width) == fresh
 
 
 def test_what_a_cycle_dropped_stands_before_the_token_that_replaced_it():
     run = frame(40)
     shown = next(i + 1 for i, c in enumerate(run.cycles) if len(c.drafted) - c.accepted == 2)
-    words = [word for line in Story(name).lines(View(run).to(shown), 500) for word in line if word.cycle == shown - 1]
+    words = [
+        word for line in TextLayout(name).lines(View(run).to(shown), 500) for word in line if word.cycle == shown - 1
+    ]
     assert [word.kind for word in words][-3:] == ["rejected", "untested", "recovered"]
 
 
@@ -57,13 +59,15 @@ def test_at_the_end_of_a_run_its_text_stands_alone():
     run = frame(40)
     shown = next(i + 1 for i, c in enumerate(run.cycles) if len(c.drafted) - c.accepted == 2)
     ended = replace(run.upto(shown), finished=Finished("length", 9, shown, None))
-    words = [word for line in Story(name).lines(View(ended).end(), 500) for word in line if word.cycle == shown - 1]
+    words = [
+        word for line in TextLayout(name).lines(View(ended).end(), 500) for word in line if word.cycle == shown - 1
+    ]
     assert [word.kind for word in words][-1:] == ["recovered"]
     assert not {"rejected", "untested"} & {word.kind for word in words}
 
 
 def test_a_character_of_two_tokens_appears_with_the_second():
-    decode = Committed(name)
+    decode = StreamDecoder(name)
     assert (decode(103), decode(104)) == ("", "😀")
     assert alone(103, name) == "⟨f0⟩⟨9f⟩"
 
@@ -71,7 +75,7 @@ def test_a_character_of_two_tokens_appears_with_the_second():
 @given(st.text())
 @settings(max_examples=300)
 def test_no_token_can_steer_the_terminal(text):
-    for shown in (alone(0, lambda _: text), Committed(lambda _: text)(0)):
+    for shown in (alone(0, lambda _: text), StreamDecoder(lambda _: text)(0)):
         for char in shown:
             allowed = char in "\n\t\u200c\u200d" or unicodedata.category(char) not in {"Cc", "Cf", "Cs", "Zl", "Zp"}
             assert allowed, hex(ord(char))

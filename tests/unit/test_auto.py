@@ -10,7 +10,7 @@ import pytest
 
 from specdec_engine.adaptive.controller import MOST, AutoK
 from specdec_engine.adaptive.cost import Drafting, Drift, Staircase, Times, best_k, expected_emitted
-from specdec_engine.adaptive.limits import Pace
+from specdec_engine.adaptive.limits import DraftLimits
 from specdec_engine.decoding.control import Controls
 from specdec_engine.record.events import Cycle, SettingChanged
 from tests.fakes import ScriptedDrafter, TableTarget, cycles, greedy, host, run
@@ -172,7 +172,7 @@ def test_a_drafters_confidence_ends_its_drafts():
     lengths = []
     for _ in range(200):
         k, drafted, right = auto.k, 0, []
-        enough = auto.watch("model")
+        enough = auto.early_stop("model")
         for _ in range(k):
             sure = rng.random() < 0.7
             drafted += 1
@@ -192,23 +192,23 @@ def test_a_lookup_is_asked_for_its_confidence_and_not_switched_off():
     for i in range(300):
         sure = i % 3 == 0
         confidence = 1.0 if sure else 0.3
-        if auto.k and auto.worth("ngram", confidence):
-            enough = auto.watch("ngram")
+        if auto.k and auto.should_draft("ngram", confidence):
+            enough = auto.early_stop("ngram")
             drafted = 1 if enough(confidence) else 2
             enough(confidence)
             auto.observe(cycle(drafted, drafted if sure else 0, 0.0, PACKED[drafted + 1], "ngram"))
         else:
             auto.observe(cycle(0, 0, 0.0, 1.0))
     assert auto.limit("ngram")
-    assert auto.worth("ngram", 1.0)
-    assert not auto.worth("ngram", 0.3)
+    assert auto.should_draft("ngram", 1.0)
+    assert not auto.should_draft("ngram", 0.3)
 
 
 def test_without_a_controller_every_draft_goes_as_far_as_k():
-    pace = Pace()
-    assert pace.limit("x", 5) == 5
-    assert pace.worth("x", 0.0)
-    assert pace.watch("x") is None
+    limits = DraftLimits()
+    assert limits.limit("x", 5) == 5
+    assert limits.should_draft("x", 0.0)
+    assert limits.early_stop("x") is None
 
 
 def test_members_of_a_cascade_have_their_own_k():
@@ -220,14 +220,14 @@ def test_members_of_a_cascade_have_their_own_k():
         def limit(self, name):
             return {"ngram": 0, "suffix": 2}[name]
 
-        def worth(self, name, confidence):
+        def should_draft(self, name, confidence):
             return True
 
-        def watch(self, name):
+        def early_stop(self, name):
             return lambda confidence: False
 
     about = host()
-    about.pace.controller = Fixed()
+    about.limits.controller = Fixed()
     drafter = build_drafter("ngram,suffix", about)
     context = [5, 6, 7] * 4
     drafter.begin(context)
@@ -316,5 +316,5 @@ def test_a_member_that_never_drafts_does_no_harm(spec):
     from specdec_engine.drafters import build_drafter
 
     about, auto = host(), AutoK()
-    about.pace.controller = auto
+    about.limits.controller = auto
     assert cycles(run(TableTarget(vocab=5), build_drafter(spec, about), [1, 2], max_tokens=80, controls=Controls(auto)))

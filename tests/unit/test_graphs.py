@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from specdec_engine.adaptive.controller import AutoK
-from specdec_engine.adaptive.limits import Pace
+from specdec_engine.adaptive.limits import DraftLimits
 from specdec_engine.core.cycle_types import Draft, Sampling
 from specdec_engine.core.randomness import KeyedRandomness
 from specdec_engine.decoding.control import Controls
@@ -26,7 +26,7 @@ from specdec_engine.runtime.target import ModelTarget
 from specdec_engine.system.timing import HostTimer
 from specdec_engine.verify.processors import Asked
 from specdec_engine.verify.rules import RULES, SyntheticRule, TokenRule
-from specdec_engine.verify.verifier import Judge
+from specdec_engine.verify.verifier import Verifier
 from tests.fakes import CPU, VOCAB, FakeClock, cycles, emitted, events, graph, host, lean, run, tiny_llama
 from tests.tape import TapeRecorder
 
@@ -42,9 +42,9 @@ def pair(recorder=None, draft=SMALL):
     return ModelTarget(graph(TARGET, recorder=recorder.another()), "tiny"), drafter
 
 
-def judged(recorder, rule="token"):
+def verifier_on(recorder, rule="token"):
     """A verdict that is recorded."""
-    return Judge(RULES[rule], CPU, recorder.another())
+    return Verifier(RULES[rule], CPU, recorder.another())
 
 
 SAMPLINGS = [Sampling(), Sampling(1.0), Sampling(0.7, top_k=30, top_p=0.9), Sampling(0.9, raw=True)]
@@ -60,8 +60,10 @@ def test_recorded_runs_say_what_unrecorded_ones_say(rule, sampling, prompt):
     target, drafter = pair(recorder)
     plain_target, plain_drafter = ModelTarget(lean(TARGET), "tiny"), RuntimeDrafter(lean(SMALL), host(VOCAB), "small")
     options = {"k": 4, "sampling": sampling, "max_tokens": 45, "seed": 3}
-    judge = judged(recorder, rule)
-    found = [cycles(run(target, drafter, prompt, judge=judge, **options)) for _ in range(2)]  # the second all replayed
+    verifier = verifier_on(recorder, rule)
+    found = [
+        cycles(run(target, drafter, prompt, verifier=verifier, **options)) for _ in range(2)
+    ]  # the second all replayed
     plain = cycles(run(plain_target, plain_drafter, prompt, rule=RULES[rule], **options))
     for recorded in found:
         assert emitted(recorded) == emitted(plain)
@@ -75,12 +77,12 @@ def test_a_second_run_records_nothing(sampling):
     """Nor does one whose end leaves room for a shorter draft."""
     recorder = TapeRecorder()
     target, drafter = pair(recorder, draft=TARGET)  # all is accepted, so that mostly two tokens are pending
-    judge, options = judged(recorder), {"k": 4, "sampling": sampling}
-    run(target, drafter, PROMPT, max_tokens=40, judge=judge, **options)
+    verifier, options = verifier_on(recorder), {"k": 4, "sampling": sampling}
+    run(target, drafter, PROMPT, max_tokens=40, verifier=verifier, **options)
     before = recorder.recordings
     assert before == 5  # a pass of the target and one of the draft, a step after one token and after two, a verdict
     for budget in (1, 2, 3, 40, 41, 42, 43):
-        found = run(target, drafter, [9, *PROMPT], max_tokens=budget, judge=judge, **options)
+        found = run(target, drafter, [9, *PROMPT], max_tokens=budget, verifier=verifier, **options)
         assert len(emitted(found)) == budget
     assert recorder.recordings == before
 
@@ -99,8 +101,8 @@ def test_seconds_spent_recording_are_in_no_phase():
     timer = HostTimer(clock)
     recorder = TapeRecorder(timer, clock, seconds=100.0)
     target, drafter = pair(recorder)
-    judge = judged(recorder)
-    found = run(target, drafter, PROMPT, k=3, max_tokens=30, timer=timer, judge=judge)
+    verifier = verifier_on(recorder)
+    found = run(target, drafter, PROMPT, k=3, max_tokens=30, timer=timer, verifier=verifier)
     assert recorder.recordings > 3
     assert {(c.draft_s, c.verify_s, c.other_s) for c in cycles(found)} == {(0.0, 0.0, 0.0)}
     assert (found[-1].prefill_s, found[-1].recording_s) == (0.0, 100.0 * recorder.recordings)
@@ -126,8 +128,8 @@ def test_auto_keeps_a_good_draft_whatever_recording_costs(timed):
 
     target.score, drafter.propose = slow_score, slow_propose
     auto.begin(0)
-    judge, controls = judged(recorder), Controls(auto)
-    found = cycles(run(target, drafter, PROMPT, controls=controls, max_tokens=200, timer=timer, judge=judge))
+    verifier, controls = verifier_on(recorder), Controls(auto)
+    found = cycles(run(target, drafter, PROMPT, controls=controls, max_tokens=200, timer=timer, verifier=verifier))
     drafted = [c.k for c in found[3:] if c.index not in (8, 16, 32)]  # there plain passes are measured
     assert (min(drafted) > 0) == timed
 
@@ -160,14 +162,14 @@ def test_growing_the_cache_records_anew_and_keeps_what_was_cached():
 def test_what_a_growing_cache_forgets_others_keep():
     """Recorders share nothing: the target's verdicts, its first layers and a draft go on when its own recordings are gone."""
     recorder = TapeRecorder()
-    runtime, judge = graph(TARGET, capacity=64, recorder=recorder), judged(recorder)
+    runtime, verifier = graph(TARGET, capacity=64, recorder=recorder), verifier_on(recorder)
     drafter = RuntimeDrafter(runtime.first(1), host(VOCAB), "self:1")
     target = ModelTarget(runtime, "tiny")
     long = list(range(1, 230))
-    run(target, drafter, PROMPT, k=3, max_tokens=20, judge=judge)
+    run(target, drafter, PROMPT, k=3, max_tokens=20, verifier=verifier)
     drafter.runtime.forward(torch.tensor(long), 1)
     drafter.runtime.rollback(0)
-    found = emitted(run(target, drafter, long, k=3, max_tokens=60, judge=judge))
+    found = emitted(run(target, drafter, long, k=3, max_tokens=60, verifier=verifier))
     assert runtime.capacity == 512
     plain = ModelTarget(lean(TARGET), "tiny")
     assert found == emitted(
@@ -252,8 +254,10 @@ def test_a_cycle_reads_from_the_device_once(sampling, monkeypatch):
             torch.Tensor, name, lambda self, *a, _o=original, _n=name, **o: (reads.append(_n), _o(self, *a, **o))[1]
         )
     per_cycle, seen = [], 0
-    judge = Judge(RULES["token"], CPU, TapeRecorder())  # as on a GPU: on the host looking is free, and it is done
-    for _ in cycles_as_they_come(events(target, drafter, PROMPT, k=4, sampling=sampling, max_tokens=40, judge=judge)):
+    verifier = Verifier(RULES["token"], CPU, TapeRecorder())  # as on a GPU: on the host looking is free, and it is done
+    for _ in cycles_as_they_come(
+        events(target, drafter, PROMPT, k=4, sampling=sampling, max_tokens=40, verifier=verifier)
+    ):
         per_cycle.append(reads[seen:])
         seen = len(reads)
     assert len(per_cycle) > 5
@@ -283,7 +287,7 @@ def test_recorded_or_not_a_drafts_columns_are_named(temperature):
     logits[0, drafted[0]] += 9.0  # kept, so that the second is tested
     draft = Draft(drafted, None, "x", own, ids)
     for recorder in (None, TapeRecorder()):
-        verdict = Judge(TokenRule(), CPU, recorder).start(logits, draft, sampling, KeyedRandomness(1), 5)()
+        verdict = Verifier(TokenRule(), CPU, recorder).start(logits, draft, sampling, KeyedRandomness(1), 5)()
         assert verdict.raw_q.drafted == pytest.approx((0.5, 0.5))
         assert verdict.raw_q.likeliest[0][:2] == ((2, pytest.approx(0.5), 1.0), (5, pytest.approx(0.2), 0.0))
         assert verdict.raw_p.drafted == pytest.approx(logits.softmax(-1)[[0, 1], drafted].tolist())
@@ -298,7 +302,7 @@ def test_recorded_or_not_a_drafts_columns_are_named(temperature):
 def test_recorded_verdicts_are_the_unrecorded_ones(rule, sampling, raw):
     """Sampled drafts, greedy ones and none, k by k."""
     recorder = TapeRecorder()
-    judge, plain = Judge(rule, CPU, recorder), Judge(rule, CPU)
+    verifier, plain = Verifier(rule, CPU, recorder), Verifier(rule, CPU)
     for k in (3, 0, 5, 3, 0):
         target, drafter = ModelTarget(lean(TARGET), "tiny"), RuntimeDrafter(lean(SMALL), host(VOCAB), "small")
         options = {
@@ -308,14 +312,14 @@ def test_recorded_verdicts_are_the_unrecorded_ones(rule, sampling, raw):
             "seed": k,
             "timer": HostTimer(FakeClock()),
         }
-        recorded = cycles(run(target, drafter, PROMPT, judge=judge, **options))
-        unrecorded = cycles(run(target, drafter, PROMPT, judge=plain, **options))
+        recorded = cycles(run(target, drafter, PROMPT, verifier=verifier, **options))
+        unrecorded = cycles(run(target, drafter, PROMPT, verifier=plain, **options))
         for one, other in zip(recorded, unrecorded, strict=True):
             assert replace(one, residual=()) == replace(other, residual=())
             assert dict(one.residual) == pytest.approx(dict(other.residual), abs=1e-6)  # summed in another order
     before = recorder.recordings
     warmer = replace(sampling, temperature=sampling.temperature and 1.3, raw=raw)
-    run(target, drafter, PROMPT, k=3, sampling=warmer, max_tokens=30, judge=judge)
+    run(target, drafter, PROMPT, k=3, sampling=warmer, max_tokens=30, verifier=verifier)
     assert recorder.recordings == before
 
 
@@ -341,7 +345,7 @@ def test_what_cannot_be_recorded_is_run_as_it_is(times, sampling):
     recorder = Refuser(times)
     target, drafter = pair(recorder)
     options = {"k": 4, "sampling": sampling, "max_tokens": 40, "seed": 3}
-    found = run(target, drafter, PROMPT, judge=judged(recorder), **options)
+    found = run(target, drafter, PROMPT, verifier=verifier_on(recorder), **options)
     plain = run(ModelTarget(lean(TARGET), "t"), RuntimeDrafter(lean(SMALL), host(VOCAB), "s"), PROMPT, **options)
     assert emitted(found) == emitted(plain)
 
@@ -433,10 +437,10 @@ def test_a_made_up_acceptance_rate_is_recorded_too():
     """`Pair.synthetic`, which bench uses."""
     recorder = TapeRecorder()
     target, drafter = pair(recorder)
-    whole = Pair(target, drafter, {}, AutoK(), Pace(), None, frozenset(), Asked(), {}).synthetic(0.7)
-    judge, plain = whole.judges["synthetic"], Judge(SyntheticRule(0.7), CPU)
+    whole = Pair(target, drafter, {}, AutoK(), DraftLimits(), None, frozenset(), Asked(), {}).synthetic(0.7)
+    verifier, plain = whole.verifiers["synthetic"], Verifier(SyntheticRule(0.7), CPU)
     options = {"k": 4, "sampling": Sampling(0.9), "max_tokens": 40}
-    expected = emitted(run(target, drafter, PROMPT, judge=plain, **options))
+    expected = emitted(run(target, drafter, PROMPT, verifier=plain, **options))
     before = recorder.recordings
-    assert emitted(run(target, drafter, PROMPT, judge=judge, **options)) == expected
+    assert emitted(run(target, drafter, PROMPT, verifier=verifier, **options)) == expected
     assert recorder.recordings == before + 1

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specdec_engine.adaptive.limits import Pace
+from specdec_engine.adaptive.limits import DraftLimits
 from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.core.randomness import KeyedRandomness
 from specdec_engine.drafters import build_drafter
@@ -71,12 +71,12 @@ def test_finds_what_the_definition_says_however_the_context_grew(context, k, lon
 def test_it_is_the_surer_the_more_is_alike(context, sure):
     asked = []
 
-    class Asked(Pace):
-        def worth(self, source, confidence):
+    class Asked(DraftLimits):
+        def should_draft(self, source, confidence):
             asked.append(confidence)
             return False
 
-    drafter = NgramDrafter(replace(host(), pace=Asked()))
+    drafter = NgramDrafter(replace(host(), limits=Asked()))
     assert not len(drafter.propose(context, 4, Sampling(), KeyedRandomness(0)))
     assert asked[0] == sure  # of the longest; the shorter ones are asked about next
 

@@ -11,13 +11,13 @@ import torch
 from torch.nn.attention.bias import CausalBias
 from transformers import LlamaConfig
 
-from specdec_engine.adaptive.limits import Pace
+from specdec_engine.adaptive.limits import DraftLimits
 from specdec_engine.core.transfer import upload
 from specdec_engine.drafters import build_drafter
 from specdec_engine.errors import OutOfMemory, UsageError
 from specdec_engine.models import loading
 from specdec_engine.models.loading import LoadOptions, find_model
-from specdec_engine.pair import _judge
+from specdec_engine.pair import _verifier
 from specdec_engine.runtime.arithmetic import Matrices, choose
 from specdec_engine.runtime.decoder import Decoder
 from specdec_engine.runtime.graphs import room_for
@@ -128,7 +128,7 @@ def test_a_target_is_recorded_apart_from_its_judges_and_with_room_for_the_run(ch
     runtime, why = candidate._graphs(decoder)
     assert why == ""
     assert runtime.capacity == room_for(300, runtime.limit)
-    assert _judge(RULES["token"], runtime)._recorder is not runtime.recorder
+    assert _verifier(RULES["token"], runtime)._recorder is not runtime.recorder
 
 
 class Elsewhere:
@@ -149,14 +149,14 @@ def test_only_cuda_copies_while_the_host_goes_on():
 
 
 def test_a_draft_on_a_gpu_is_not_looked_at_token_by_token():
-    pace = Pace()
-    pace.controller = FakeController()
-    assert pace.watch_on(torch.device("cpu"), "small") is not None
-    assert pace.watch_on(CUDA, "small") is None
+    limits = DraftLimits()
+    limits.controller = FakeController()
+    assert limits.early_stop_on(torch.device("cpu"), "small") is not None
+    assert limits.early_stop_on(CUDA, "small") is None
 
 
 class FakeController:
-    def watch(self, source):
+    def early_stop(self, source):
         return lambda sure: False
 
 

@@ -13,7 +13,7 @@ _WINDOW_S = 5.0
 
 
 @dataclass(slots=True)
-class Thrift:
+class DrawThrottle:
     """Decides when the next screen may be drawn. `now` is wall time, `used` the drawing thread's CPU time, in seconds."""
 
     drawn_at: float = 0.0

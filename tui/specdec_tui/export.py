@@ -1,4 +1,4 @@
-"""A run as a file that anyone can look at: GIF, SVG, HTML, Markdown. Drawn by the same screens, without a terminal."""
+"""A run as a file that anyone can look at: GIF, SVG, HTML, Markdown. PanelContent by the same screens, without a terminal."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from specdec_engine.record.events import Cycle, SettingChanged
 from specdec_engine.record.text import counted
 from specdec_tui.frame import Frame, View
-from specdec_tui.pieces import Committed, Name, alone, one_line, plain
+from specdec_tui.pieces import Name, StreamDecoder, alone, one_line, plain
 
 
 def narrate(cycle: Cycle, name: Name, rule: str = "token") -> str:
@@ -113,7 +113,7 @@ def script(frame: Frame, name: Name) -> list[str]:
 
 def _said(tokens: Sequence[int], name: Name) -> str:
     """On one line."""
-    shown = Committed(name)
+    shown = StreamDecoder(name)
     return one_line("".join(map(shown, tokens)).strip())
 
 

@@ -16,7 +16,7 @@ Name = Callable[[int], str]
 """Token id -> its own text, with bytes that are no UTF-8 as lone surrogates (`TokenText`, `read_pieces`)."""
 
 
-class Committed:
+class StreamDecoder:
     """Tokens one after another: the printable text that each completes."""
 
     def __init__(self, name: Name) -> None:

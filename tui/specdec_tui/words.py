@@ -11,7 +11,7 @@ from rich.cells import cell_len
 
 from specdec_engine.record.events import Cycle, Origin
 from specdec_tui.frame import Frame, View
-from specdec_tui.pieces import Committed, Name, alone
+from specdec_tui.pieces import Name, StreamDecoder, alone
 
 Kind = Origin | Literal["prompt", "rejected", "untested", "drafted"]
 """Where a token came from; the last three are drafted ones that are not part of the text, or not yet."""
@@ -112,7 +112,7 @@ def _cut(text: str, width: int) -> tuple[str, str]:
     return text, ""
 
 
-class Story:
+class TextLayout:
     """The stream's text for any view of a run, at any width. Moving over it costs a cycle, not the text."""
 
     def __init__(self, name: Name) -> None:
@@ -139,7 +139,7 @@ class Story:
     def _begin(self, frame: Frame) -> None:
         """Another run."""
         self._run, self._first = frame.run, frame.cycles[:1]
-        self._decode = Committed(self._name)
+        self._decode = StreamDecoder(self._name)
         self._beginning = [Word(self._decode(token), "prompt", position=i) for i, token in enumerate(frame.prompt)]
         self._texts = list[list[Word]]()
 
@@ -180,7 +180,7 @@ class Story:
 def containing(frame: Frame, name: Name, wanted: str, shown: int, direction: int) -> int | None:
     """Cycles to show, so that the next (or last) one with this text ends the view, from the other end where there is no more
     this way; None if there is none at all."""
-    decode, text, ends = Committed(name), "", list[int]()
+    decode, text, ends = StreamDecoder(name), "", list[int]()
     for token in frame.prompt:
         decode(token)
     for cycle in frame.cycles:

@@ -225,7 +225,7 @@ class AutoK:
         source = self._source(name)
         return source.k + source.looks_further
 
-    def worth(self, name: str, confidence: float) -> bool:
+    def should_draft(self, name: str, confidence: float) -> bool:
         """Whether a draft that is this sure of its first token should begin: it pays, and more than that of another drafter
         which knows only afterwards how sure it is."""
         source = self._source(name)
@@ -235,7 +235,7 @@ class AutoK:
         net = self._net(source, 1.0, 0, source.chance(confidence, 0), source.chance(confidence, 1))
         return net > max([0.0, *(self._net_of(other) for other in self._sources.values())])
 
-    def watch(self, name: str) -> Callable[[float], bool]:
+    def early_stop(self, name: str) -> Callable[[float], bool]:
         """For one draft: told the confidence of each token drafted, says whether to end with it."""
         source, reach = self._source(name), 1.0
         source.confidences = []

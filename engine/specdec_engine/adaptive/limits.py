@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from specdec_engine.adaptive.controller import AutoK
-from specdec_engine.runtime import Enough
+from specdec_engine.runtime import StopDrafting
 
 
-class Pace:
+class DraftLimits:
     """Lets every draft go as far as k while there is no controller."""
 
     controller: AutoK | None = None
@@ -17,14 +17,14 @@ class Pace:
         """Tokens that this drafter may propose in this cycle, at most k."""
         return k if self.controller is None else min(k, self.controller.limit(source))
 
-    def worth(self, source: str, confidence: float) -> bool:
+    def should_draft(self, source: str, confidence: float) -> bool:
         """Whether a draft that is this sure of its first token should begin."""
-        return self.controller is None or self.controller.worth(source, confidence)
+        return self.controller is None or self.controller.should_draft(source, confidence)
 
-    def watch(self, source: str) -> Enough | None:
+    def early_stop(self, source: str) -> StopDrafting | None:
         """Asked once a draft: what to ask after each of its tokens; None if there is nothing to ask."""
-        return None if self.controller is None else self.controller.watch(source)
+        return None if self.controller is None else self.controller.early_stop(source)
 
-    def watch_on(self, device: torch.device, source: str) -> Enough | None:
+    def early_stop_on(self, device: torch.device, source: str) -> StopDrafting | None:
         """The same for a draft made on this device: there is nothing to ask where looking would wait for it."""
-        return self.watch(source) if device.type == "cpu" else None
+        return self.early_stop(source) if device.type == "cpu" else None

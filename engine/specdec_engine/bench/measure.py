@@ -12,7 +12,7 @@ import torch
 from specdec_engine.bench.figures import Sample
 from specdec_engine.bench.plan import Arm, Cell
 from specdec_engine.core.cycle_types import Sampling
-from specdec_engine.drafters.base import nothing
+from specdec_engine.drafters.base import empty_draft
 from specdec_engine.errors import CheckFailed
 from specdec_engine.pair import Pair
 from specdec_engine.record.events import Cycle
@@ -144,10 +144,10 @@ def _gap(pair: Pair, prompt: Sequence[int], answer: Sequence[int], a: int, b: in
     computed with; 0.5 for the built-in target in bfloat16, where 0.25 was seen."""
     pair.target.prefill(prompt[:-1])
     for newest in (prompt[-1], *answer):
-        row = pair.target.score(newest, nothing(pair.target.device))
+        row = pair.target.score(newest, empty_draft(pair.target.device))
     if pair.asked:  # penalties are part of what the two were chosen by
         step = process(pair.asked, len(prompt), pair.target.device)
-        row = step([*prompt, *answer], nothing(pair.target.device).tokens, row)
+        row = step([*prompt, *answer], empty_draft(pair.target.device).tokens, row)
     logits = row[-1].float()
     precision = torch.finfo(getattr(torch, pair.environment["dtype"])).eps
     units = 4 if precision > 1e-4 else 256

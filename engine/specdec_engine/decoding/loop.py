@@ -14,7 +14,7 @@ from specdec_engine.core.cycle_types import Draft, Verdict
 from specdec_engine.core.randomness import Randomness
 from specdec_engine.decoding.control import Controls, Settings, changes
 from specdec_engine.decoding.stopping import Clipped, Clipper, Stop
-from specdec_engine.drafters.base import Drafter, nothing
+from specdec_engine.drafters.base import Drafter, empty_draft
 from specdec_engine.errors import GenerationFailed, OutOfMemory, SpecdecError, UsageError
 from specdec_engine.record.events import Cycle, End, Event, Failed, Finished, FinishReason, SettingChanged, Started
 from specdec_engine.record.text import Tokenizer
@@ -23,7 +23,7 @@ from specdec_engine.system.memory import peak_bytes, ran_out
 from specdec_engine.system.timing import Mark, Timer, timer_for
 from specdec_engine.verify.processors import Asked, Processed, process
 from specdec_engine.verify.rules import TokenRule
-from specdec_engine.verify.verifier import Awaited, Judge
+from specdec_engine.verify.verifier import PendingVerdict, Verifier
 
 
 def decode(
@@ -34,7 +34,7 @@ def decode(
     controls: Controls,
     stop: Stop,
     random: Randomness,
-    judge: Judge | None = None,
+    verifier: Verifier | None = None,
     tokenizer: Tokenizer | None = None,
     timer: Timer | None = None,
     environment: Mapping[str, Any] | None = None,
@@ -44,7 +44,7 @@ def decode(
     """Emit up to `stop.max_tokens` tokens after `prompt`, yielding Started, a Cycle a draft, then Finished.
 
     With a lossless rule the emitted tokens have exactly the target's distribution, for any drafter and any k (Leviathan
-    et al. 2023); at temperature 0 they are the target's greedy tokens. `judge` holds the rule (the token rule unless
+    et al. 2023); at temperature 0 they are the target's greedy tokens. `verifier` holds the rule (the token rule unless
     given). `tokenizer` is needed for stop strings only. `asked` changes the target's logits, and with them its
     distribution. With `ahead`, the default on a GPU, the next cycle is launched before this one's event is yielded, so
     that the consumer works while the device does; settings that it changes then reach the cycle after that one.
@@ -52,14 +52,14 @@ def decode(
     Raises UsageError for a prompt that is empty or fills the target's context, before any event; any error after that is
     yielded as Failed, for traces, and then raised.
     """
-    judge, timer = judge or Judge(TokenRule(), target.device), timer or timer_for(target.device)
+    verifier, timer = verifier or Verifier(TokenRule(), target.device), timer or timer_for(target.device)
     ahead = target.device.type == "cuda" if ahead is None else ahead
     clipper = Clipper(stop, _room(prompt, stop, target.limit), tokenizer)
-    run = _Run(target, drafter, list(prompt), controls, clipper, random, judge, timer)
+    run = _Run(target, drafter, list(prompt), controls, clipper, random, verifier, timer)
     if asked:
         run.process = process(asked, len(prompt), target.device)
     coupling = controls.settings.sampling.coupling
-    names = {"target": target.name, "draft": drafter.name, "rule": judge.rule.name, "coupling": coupling}
+    names = {"target": target.name, "draft": drafter.name, "rule": verifier.rule.name, "coupling": coupling}
     limits = {"max_tokens": stop.max_tokens, "stop": [*stop.strings, *stop.marks]}
     if asked:
         limits["generation_config"] = asked.named()
@@ -73,13 +73,13 @@ def decode(
 
 
 @dataclass(frozen=True, slots=True)
-class _Flight:
-    """A cycle that is launched, and whose verdict is on its way."""
+class _InFlightCycle:
+    """A cycle that was started, and whose verdict is on its way."""
 
     changed: Sequence[SettingChanged]
     k: int
     draft: Draft
-    awaited: Awaited
+    pending: PendingVerdict
     marks: list[Mark]
 
 
@@ -94,36 +94,36 @@ class _Run:
         controls: Controls,
         clipper: Clipper,
         random: Randomness,
-        judge: Judge,
+        verifier: Verifier,
         timer: Timer,
     ) -> None:
         self.settings = controls.settings
         self._target, self._drafter, self._context = target, drafter, context
         self._controls, self._clipper, self._random = controls, clipper, random
-        self._judge, self._timer = judge, timer
+        self._verifier, self._timer = verifier, timer
         self.process: Processed | None = None
-        self._prompt_tokens, self._launched, self._landed = len(context), 0, 0
+        self._prompt_tokens, self._started, self._done = len(context), 0, 0
 
     def in_turn(self) -> Iterator[Event]:
-        """Launch, land, yield."""
+        """Start a cycle, finish it, yield it."""
         prefill, reason = self._begin(), None
         while reason is None:
-            flight = self._launch()
-            yield from flight.changed
-            cycle, reason = self._land(flight)
+            in_flight = self._start_cycle()
+            yield from in_flight.changed
+            cycle, reason = self._finish_cycle(in_flight)
             yield cycle
         yield self._finished(reason, prefill)
 
     def ahead(self) -> Iterator[Event]:
-        """Land, launch the next, and only then yield."""
+        """Finish a cycle, start the next, and only then yield."""
         prefill, reason, broken = self._begin(), None, None
-        flight = self._launch()
+        in_flight = self._start_cycle()
         while reason is None:
-            changed = flight.changed
-            cycle, reason = self._land(flight)
+            changed = in_flight.changed
+            cycle, reason = self._finish_cycle(in_flight)
             if reason is None:
                 try:
-                    flight = self._launch()
+                    in_flight = self._start_cycle()
                 except Exception as error:
                     broken = error
             yield from changed
@@ -139,41 +139,41 @@ class _Run:
         self._drafter.begin(self._context)  # after it: some drafters read what the target computed
         return began, self._timer.mark()
 
-    def _launch(self) -> _Flight:
+    def _start_cycle(self) -> _InFlightCycle:
         target, context = self._target, self._context
         assert target.cached == len(context) - 1, f"{target.cached} cached, {len(context)} in context"
         before, self.settings = self.settings, self._controls.settings  # read once: what is announced is what runs
-        changed = changes(self._launched, before, self.settings, self._controls.reason)
-        self._launched += 1
+        changed = changes(self._started, before, self.settings, self._controls.reason)
+        self._started += 1
         marks, sampling = [self._timer.mark()], self.settings.sampling
 
         k = min(self.settings.k, self._clipper.room - 1)  # the last token of the budget is the target's own
-        draft = _propose(self._drafter, context, k, self.settings, self._random) if k else nothing(target.device)
+        draft = _propose(self._drafter, context, k, self.settings, self._random) if k else empty_draft(target.device)
         if k < self.settings.k:
             draft = replace(draft, cut=True)
         marks.append(self._timer.mark())
         logits = target.score(context[-1], draft)
         if self.process is not None:
             logits = self.process(context, draft.tokens, logits)
-        awaited = self._judge.start(logits, draft, sampling, self._random, len(context))
+        pending = self._verifier.start(logits, draft, sampling, self._random, len(context))
         marks.append(self._timer.mark())
-        return _Flight(changed, k, draft, awaited, marks)
+        return _InFlightCycle(changed, k, draft, pending, marks)
 
-    def _land(self, flight: _Flight) -> tuple[Cycle, FinishReason | None]:
-        draft, marks, context, position = flight.draft, flight.marks, self._context, len(self._context)
+    def _finish_cycle(self, in_flight: _InFlightCycle) -> tuple[Cycle, FinishReason | None]:
+        draft, marks, context, position = in_flight.draft, in_flight.marks, self._context, len(self._context)
         marks.append(self._timer.mark())  # what lies before it is the consumer's time
-        verdict = flight.awaited()
+        verdict = in_flight.pending()
         clipped = self._clipper.clip(verdict.tokens)
         context += clipped.emitted
         self._target.rollback(to=len(context) - 1)
         if len(draft):
             self._drafter.observe(draft, verdict)
         marks.append(self._timer.mark())
-        launched, drafted, judged, landing, landed = marks
-        phases = ((launched, drafted), (drafted, judged), (landing, landed))
+        started, drafted, verified, resumed, done = marks
+        phases = ((started, drafted), (drafted, verified), (resumed, done))
         seconds = [self._timer.seconds(*phase) for phase in phases]
-        cycle = _cycle(self._landed, flight.k, draft, verdict, clipped, seconds, position)
-        self._landed += 1
+        cycle = _cycle(self._done, in_flight.k, draft, verdict, clipped, seconds, position)
+        self._done += 1
         self._controls.observe(cycle)
         return cycle, clipped.reason
 
@@ -181,7 +181,7 @@ class _Run:
         emitted = len(self._context) - self._prompt_tokens
         peak = peak_bytes(self._target.device)
         recording_s = self._timer.paused(prefill[0], self._timer.mark())
-        return Finished(reason, emitted, self._landed, self._timer.seconds(*prefill), peak, recording_s)
+        return Finished(reason, emitted, self._done, self._timer.seconds(*prefill), peak, recording_s)
 
 
 def _propose(drafter: Drafter, context: Sequence[int], k: int, settings: Settings, random: Randomness) -> Draft:

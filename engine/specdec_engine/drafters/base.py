@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from specdec_engine.adaptive.limits import Pace
+from specdec_engine.adaptive.limits import DraftLimits
 from specdec_engine.core.cycle_types import Draft, Sampling, Verdict
 from specdec_engine.core.randomness import Randomness
 from specdec_engine.runtime import Runtime
@@ -84,14 +84,14 @@ class DraftHost:
     output_rows: Callable[[Tensor], Tensor]
     """[n] ids -> [n, hidden]: those rows of the target's output matrix."""
     draft_quantize: Quantize = "auto"
-    pace: Pace = field(default_factory=Pace)
+    limits: DraftLimits = field(default_factory=DraftLimits)
     """Asked by drafters that can stop early."""
-    parts: dict[str, Part] = field(default_factory=dict)
+    parts: dict[str, ModelInfo] = field(default_factory=dict)
     """Filled by drafters that compute on the target's runtime: by name, what they are."""
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ModelInfo:
     """A model in use, as environments and `-v` describe it."""
 
     name: str
@@ -109,6 +109,6 @@ class Part:
     revision: str | None = None
 
 
-def nothing(device: torch.device, source: str = "none") -> Draft:
+def empty_draft(device: torch.device, source: str = "none") -> Draft:
     """The empty draft."""
     return Draft(torch.empty(0, dtype=torch.long, device=device), None, source)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from specdec_engine.core.cycle_types import Draft, Sampling, Verdict
 from specdec_engine.core.randomness import Randomness
-from specdec_engine.drafters.base import Drafter, DraftHost, nothing
+from specdec_engine.drafters.base import Drafter, DraftHost, empty_draft
 
 
 class CascadeDrafter:
@@ -17,7 +17,7 @@ class CascadeDrafter:
             raise ValueError("a cascade needs at least one member")
         self.name = ",".join(member.name for member in members)
         self._members = tuple(members)
-        self._pace, self._device = host.pace, host.device
+        self._limits, self._device = host.limits, host.device
         self._proposer = self._members[-1]
 
     def begin(self, prompt: Sequence[int]) -> None:
@@ -26,12 +26,12 @@ class CascadeDrafter:
 
     def propose(self, context: Sequence[int], k: int, sampling: Sampling, random: Randomness) -> Draft:
         for member in self._members:
-            if own := self._pace.limit(member.name, k):
+            if own := self._limits.limit(member.name, k):
                 draft = member.propose(context, own, sampling, random)
                 if len(draft):
                     self._proposer = member
                     return draft
-        return nothing(self._device)
+        return empty_draft(self._device)
 
     def observe(self, draft: Draft, verdict: Verdict) -> None:
         """Told to the member that proposed: the others proposed nothing and catch up from the context."""

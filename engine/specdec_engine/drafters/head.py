@@ -15,7 +15,7 @@ from torch import Tensor
 from specdec_engine.core.cycle_types import Draft, Sampling, Verdict
 from specdec_engine.core.randomness import Randomness
 from specdec_engine.core.transfer import upload
-from specdec_engine.drafters.base import DraftHost, Part, nothing
+from specdec_engine.drafters.base import DraftHost, ModelInfo, empty_draft
 from specdec_engine.drafters.token_choice import DraftChoice, Following, draft_numbers
 from specdec_engine.errors import ModelUnavailable, PairIncompatible, UsageError
 from specdec_engine.models.draft_files import builtin_draft, head_weights, inverse, read_draft
@@ -44,11 +44,11 @@ class HeadDrafter:
         """Nothing after a single token, of which there are no features yet."""
         read = self._target.cached
         if read == 0:
-            return nothing(self._host.device, self.name)
+            return empty_draft(self._host.device, self.name)
         self._catch_up(context, keep=_IN_ONE_PASS)
         begin = self._head.cached
         u, temperature = draft_numbers(random, sampling, len(context), k, self._host.vocab, self._head.device)
-        enough = self._host.pace.watch_on(self._head.device, self.name)
+        enough = self._host.limits.early_stop_on(self._head.device, self.name)
         eager = self._head.device.type == "cpu"
         drawn = self._head.unroll(
             self._target.features(begin, read),
@@ -143,7 +143,7 @@ def build(argument: str, host: DraftHost) -> HeadDrafter:
         raise PairIncompatible(
             f"the target cannot serve the draft {path}: {reason}", "choose one draft head"
         ) from reason
-    host.parts[argument] = Part(
+    host.parts[argument] = ModelInfo(
         name=argument,
         model_type=config["model_type"],
         parameters=sum(tensor.numel() for tensor in weights.values()),

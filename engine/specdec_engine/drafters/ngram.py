@@ -13,9 +13,9 @@ import torch
 from specdec_engine.core.cycle_types import Draft, Sampling, Verdict
 from specdec_engine.core.randomness import Randomness
 from specdec_engine.core.transfer import upload
-from specdec_engine.drafters.base import DraftHost, nothing
+from specdec_engine.drafters.base import DraftHost, empty_draft
 from specdec_engine.errors import UsageError
-from specdec_engine.runtime import Enough
+from specdec_engine.runtime import StopDrafting
 
 _MOST = 64
 """Every token is entered once for each length."""
@@ -34,7 +34,7 @@ class NgramDrafter:
             raise UsageError(
                 f"ngram:{longest} is not from {shortest} to {_MOST}", "the number is the longest n-gram to look up"
             )
-        self._device, self._pace = host.device, host.pace
+        self._device, self._limits = host.device, host.limits
         self._lengths = range(longest, shortest - 1, -1)
         self._after: dict[tuple[int, ...], int] = {}  # n-gram -> where what followed its last occurrence begins
         self._indexed = 0
@@ -48,10 +48,10 @@ class NgramDrafter:
         self._index(context)
         for n in self._lengths:
             start = self._after.get(tuple(context[-n:])) if len(context) > n else None
-            if start is not None and self._pace.worth(self.name, sure := _sure(context, start)):
-                kept = _kept(k, sure, self._pace.watch(self.name))
+            if start is not None and self._limits.should_draft(self.name, sure := _sure(context, start)):
+                kept = _kept(k, sure, self._limits.early_stop(self.name))
                 return Draft(upload(torch.tensor(_copy(context, start, kept)), self._device), None, self.name)
-        return nothing(self._device, self.name)
+        return empty_draft(self._device, self.name)
 
     def observe(self, draft: Draft, verdict: Verdict) -> None:
         pass
@@ -79,7 +79,7 @@ def _sure(context: Sequence[int], start: int) -> float:
     return next(sure for least, sure in _SURE.items() if alike >= least)
 
 
-def _kept(k: int, sure: float, enough: Enough | None) -> int:
+def _kept(k: int, sure: float, enough: StopDrafting | None) -> int:
     """How many of k tokens to propose, each of which is this sure."""
     if enough is None:
         return k

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from specdec_engine.core.cycle_types import Draft, Sampling, Verdict
 from specdec_engine.core.randomness import Randomness
-from specdec_engine.drafters.base import DraftHost, nothing
+from specdec_engine.drafters.base import DraftHost, empty_draft
 
 
 class NoDrafter:
@@ -21,7 +21,7 @@ class NoDrafter:
         pass
 
     def propose(self, context: Sequence[int], k: int, sampling: Sampling, random: Randomness) -> Draft:
-        return nothing(self._device)
+        return empty_draft(self._device)
 
     def observe(self, draft: Draft, verdict: Verdict) -> None:
         pass

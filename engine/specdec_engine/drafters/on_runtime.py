@@ -16,7 +16,7 @@ from torch import Tensor
 from specdec_engine.core.cycle_types import Draft, Sampling, Verdict
 from specdec_engine.core.randomness import Randomness
 from specdec_engine.core.transfer import upload
-from specdec_engine.drafters.base import DraftHost, nothing
+from specdec_engine.drafters.base import DraftHost, empty_draft
 from specdec_engine.drafters.token_choice import DraftChoice, along, chance, draft_numbers
 from specdec_engine.models.draft_files import inverse
 from specdec_engine.runtime import Runtime, prefill, step_by_step
@@ -31,7 +31,7 @@ class RuntimeDrafter:
         self.name = name
         self.runtime = runtime
         self._device = host.device
-        self._pace = host.pace
+        self._limits = host.limits
         self._target_vocab = host.vocab
         self._vocab = min(
             runtime.vocab, host.vocab
@@ -50,7 +50,7 @@ class RuntimeDrafter:
         limit = self.runtime.limit
         k = k if limit is None else min(k, limit - len(context) + 1)
         if k < 1:
-            return nothing(self._device, self.name)
+            return empty_draft(self._device, self.name)
         self._drafted_from = len(context)
         self._catch_up(context, keep=_PENDING_IN_ONE_PASS)
         u, temperature = draft_numbers(random, sampling, len(context), k, self._target_vocab, self.runtime.device)
@@ -59,7 +59,7 @@ class RuntimeDrafter:
         unroll = (
             partial(step_by_step, self.runtime) if sampling.coupled else self.runtime.unroll
         )  # no room for the noise
-        enough = self._pace.watch_on(self.runtime.device, self.name)
+        enough = self._limits.early_stop_on(self.runtime.device, self.name)
         choose = DraftChoice(sampling, self._vocab, confident=enough is not None)
         drawn = unroll(self._ids(context[self.runtime.cached :]), u, temperature, choose, enough)
         tokens = self._translated(drawn.tokens).to(self._device)

@@ -8,7 +8,7 @@ token is accepted, with many a draft costs what it saves.
 
 from __future__ import annotations
 
-from specdec_engine.drafters.base import DraftHost, Part
+from specdec_engine.drafters.base import DraftHost, ModelInfo
 from specdec_engine.drafters.on_runtime import RuntimeDrafter
 from specdec_engine.errors import PairIncompatible, UsageError
 from specdec_engine.runtime.decoder import Decoder
@@ -32,7 +32,7 @@ def build(argument: str, host: DraftHost) -> RuntimeDrafter:
             f"self:{max(1, runtime.decoder.shape.layers // 4)} is a usual choice",
         )
     name, decoder = f"self:{layers}", runtime.decoder
-    host.parts[name] = Part(
+    host.parts[name] = ModelInfo(
         name=name,
         model_type="first layers of the target",
         parameters=0,  # none that the target does not have

@@ -15,7 +15,7 @@ import torch
 from specdec_engine.core.cycle_types import Draft, Sampling, Verdict
 from specdec_engine.core.randomness import Randomness
 from specdec_engine.core.transfer import upload
-from specdec_engine.drafters.base import DraftHost, nothing
+from specdec_engine.drafters.base import DraftHost, empty_draft
 from specdec_engine.errors import UsageError
 
 DEPTH = 16
@@ -45,7 +45,7 @@ class SuffixDrafter:
     name = "suffix"
 
     def __init__(self, host: DraftHost) -> None:
-        self._device, self._pace = host.device, host.pace
+        self._device, self._limits = host.device, host.limits
         self._root, self._known = _Node(), 0
         self._ends: list[_Node] = []
 
@@ -56,14 +56,14 @@ class SuffixDrafter:
         self._learn(context[self._known :])
         self._known = len(context)
         tokens, reach, ends = list[int](), 1.0, [*self._ends, self._root]
-        enough = self._pace.watch(self.name)
+        enough = self._limits.early_stop(self.name)
         while len(tokens) < k:
             node = next((end for end in ends if end.after), None)
             if node is None:
                 break
             token, chance = node.likeliest()
             reach *= chance
-            if not tokens and (node is self._root or not self._pace.worth(self.name, chance)):
+            if not tokens and (node is self._root or not self._limits.should_draft(self.name, chance)):
                 break  # nothing but how common a token is
             if reach < _LEAST and enough is None:
                 break
@@ -74,7 +74,7 @@ class SuffixDrafter:
         return (
             Draft(upload(torch.tensor(tokens), self._device), None, self.name)
             if tokens
-            else nothing(self._device, self.name)
+            else empty_draft(self._device, self.name)
         )
 
     def observe(self, draft: Draft, verdict: Verdict) -> None:

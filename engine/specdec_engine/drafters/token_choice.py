@@ -11,14 +11,14 @@ from torch import Tensor
 from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.core.randomness import Randomness
 from specdec_engine.core.transfer import upload
-from specdec_engine.runtime import Chosen
+from specdec_engine.runtime import SampledToken
 from specdec_engine.verify.coupling import choice, gumbel_noise
 from specdec_engine.verify.sampling import draw, draw_on_host, warp, wide
 
 
 @dataclass(frozen=True, slots=True)
 class DraftChoice:
-    """The likeliest token at temperature 0; otherwise one drawn under the run's sampling settings (`runtime.Choose`).
+    """The likeliest token at temperature 0; otherwise one drawn under the run's sampling settings (`runtime.TokenSampler`).
 
     With Gumbel coupling `u` is not a number but the [V] noise of the token's position.
     """
@@ -36,20 +36,20 @@ class DraftChoice:
         sampling = self.sampling
         return (sampling.greedy, sampling.coupled, *sampling.filters, sampling.raw, self.vocab, self.confident)
 
-    def __call__(self, logits: Tensor, u: Tensor, temperature: Tensor) -> Chosen:
+    def __call__(self, logits: Tensor, u: Tensor, temperature: Tensor) -> SampledToken:
         logits = logits[:, : self.vocab]
         raw = logits.float().softmax(-1) if self.sampling.raw else None
         if self.sampling.greedy:
             if not self.confident:
-                return Chosen(logits.argmax(-1), None, None, raw)
+                return SampledToken(logits.argmax(-1), None, None, raw)
             most, at = (logits.float().softmax(-1) if raw is None else raw).max(-1)
-            return Chosen(at, None, most, raw)
+            return SampledToken(at, None, most, raw)
         row = warp(logits, self.sampling, temperature)
         sure = row.amax() if self.confident else None
         if self.sampling.coupled:
-            return Chosen(choice(row, u[None, : self.vocab]), None, sure, raw)
+            return SampledToken(choice(row, u[None, : self.vocab]), None, sure, raw)
         drawn = torch.tensor(draw_on_host(row[0], float(u))) if self.eager else draw(row[0], u)
-        return Chosen(drawn[None], row, sure, raw)
+        return SampledToken(drawn[None], row, sure, raw)
 
 
 def along(logits: Tensor, said: Sequence[int], sampling: Sampling) -> list[float]:  # [n, V], [n] -> [n]
@@ -68,7 +68,7 @@ def chance(p: float, q: float) -> float:
 
 
 class Following:
-    """Chooses what a text says, and notes how likely a draft was to be accepted there: a `Choose` for one draft."""
+    """Chooses what a text says, and notes how likely a draft was to be accepted there: a `TokenSampler` for one draft."""
 
     def __init__(self, tokens: Sequence[int], p: Sequence[float], sampling: Sampling) -> None:
         """tokens: the draft's ids of what is said, negative where it has none; p: what the target gives them."""
@@ -80,13 +80,13 @@ class Following:
     def key(self) -> Hashable:
         return id(self)
 
-    def __call__(self, logits: Tensor, u: Tensor, temperature: Tensor) -> Chosen:
+    def __call__(self, logits: Tensor, u: Tensor, temperature: Tensor) -> SampledToken:
         at = len(self.chances)
         token = self._tokens[at]
         self.chances.append(chance(self._p[at], along(logits, [token], self._sampling)[0]))
         self._reach *= self.chances[-1]
         fed = upload(torch.tensor([max(token, 0)]), logits.device)
-        return Chosen(fed, None, torch.ones((), device=logits.device))
+        return SampledToken(fed, None, torch.ones((), device=logits.device))
 
     def enough(self, confidence: float) -> bool:
         """Hardly a draft gets further."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 
-class Chosen(NamedTuple):
+class SampledToken(NamedTuple):
     """A draft's next token. A tuple, since recordings return tuples of tensors."""
 
     token: Tensor
@@ -31,7 +31,7 @@ class Chosen(NamedTuple):
         return float(self.confidence)
 
 
-class Unrolled(NamedTuple):
+class DraftTokens(NamedTuple):
     """A draft's tokens."""
 
     tokens: Tensor
@@ -42,19 +42,19 @@ class Unrolled(NamedTuple):
     """[k, V'], the distributions before temperature and filters over the draft's own ids, where they were asked for."""
 
     @classmethod
-    def of(cls, chosen: Sequence[Chosen], tokens: Sequence[Tensor]) -> Unrolled:
+    def of(cls, chosen: Sequence[SampledToken], tokens: Sequence[Tensor]) -> DraftTokens:
         """tokens: [1] each; those chosen, or what they are called elsewhere."""
         rows = [one.row for one in chosen if one.row is not None]
         raw = [one.raw for one in chosen if one.raw is not None]
         return cls(torch.cat(list(tokens)), torch.cat(rows) if rows else None, torch.cat(raw) if raw else None)
 
 
-Enough = Callable[[float], bool]
+StopDrafting = Callable[[float], bool]
 """Given how sure the draft was of the token it has just chosen: whether to end the draft with it. It must not look at the
 token itself: see `Drafter`."""
 
 
-class Choose(Protocol):
+class TokenSampler(Protocol):
     """**Protocol:** how a draft's next token follows from its logits; a pure function of tensors, so that it can be
     recorded."""
 
@@ -63,7 +63,7 @@ class Choose(Protocol):
         """Equal keys do the same with the same tensors."""
         ...
 
-    def __call__(self, logits: Tensor, u: Tensor, temperature: Tensor) -> Chosen:
+    def __call__(self, logits: Tensor, u: Tensor, temperature: Tensor) -> SampledToken:
         """[1, V] logits, [] uniform number, [] temperature."""
         ...
 
@@ -95,8 +95,8 @@ class Runtime(Protocol):
         ...
 
     def unroll(
-        self, pending: Tensor, u: Tensor, temperature: Tensor, choose: Choose, enough: Enough | None = None
-    ) -> Unrolled:
+        self, pending: Tensor, u: Tensor, temperature: Tensor, choose: TokenSampler, enough: StopDrafting | None = None
+    ) -> DraftTokens:
         """[m] pending tokens and [k] uniform numbers -> [k] tokens, each chosen after the one before.
 
         Fewer than k where `enough` says so; a runtime that records does not ask. Caches the pending tokens and all chosen
@@ -121,14 +121,14 @@ def step_by_step(
     pending: Tensor,
     u: Tensor,
     temperature: Tensor,
-    choose: Choose,
-    enough: Enough | None = None,
-) -> Unrolled:
+    choose: TokenSampler,
+    enough: StopDrafting | None = None,
+) -> DraftTokens:
     """`Runtime.unroll` by one forward a token."""
-    chosen = list[Chosen]()
+    chosen = list[SampledToken]()
     for number in u:
         chosen.append(choose(runtime.forward(pending, 1), number, temperature))
         pending = chosen[-1].token
         if enough is not None and enough(chosen[-1].sure):
             break
-    return Unrolled.of(chosen, [one.token for one in chosen])
+    return DraftTokens.of(chosen, [one.token for one in chosen])

@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from specdec_engine.runtime import Choose, Chosen, Enough, Unrolled
+from specdec_engine.runtime import DraftTokens, SampledToken, StopDrafting, TokenSampler
 from specdec_engine.runtime.decoder import Decoder
 from specdec_engine.runtime.lean import Forward, LeanRuntime
 from specdec_engine.runtime.ops import FEW_ROWS
@@ -191,8 +191,8 @@ class GraphRuntime(LeanRuntime):
 
     @torch.inference_mode()
     def unroll(
-        self, pending: Tensor, u: Tensor, temperature: Tensor, choose: Choose, enough: Enough | None = None
-    ) -> Unrolled:
+        self, pending: Tensor, u: Tensor, temperature: Tensor, choose: TokenSampler, enough: StopDrafting | None = None
+    ) -> DraftTokens:
         """One replay a token, always k. More than two pending tokens, which is rare, are fed in a pass before."""
         if pending.shape[0] > 2:
             self.forward(pending[:-1], 1)
@@ -211,7 +211,7 @@ class GraphRuntime(LeanRuntime):
             results.append(tuple(result.clone() for result in replay()))
         self._cached = ends[-1]
         tokens, rows, raw = (torch.cat(parts) for parts in zip(*results, strict=True))
-        return Unrolled(tokens, rows if rows.numel() else None, raw if raw.numel() else None)
+        return DraftTokens(tokens, rows if rows.numel() else None, raw if raw.numel() else None)
 
     def _span(self, rows: int, end: int) -> int:
         """Positions that a pass of so many rows, which ends there, is recorded for: all, where attention reads on the device
@@ -238,7 +238,7 @@ class GraphRuntime(LeanRuntime):
 
         return work
 
-    def _step(self, m: int, span: int, choose: Choose) -> Replay:
+    def _step(self, m: int, span: int, choose: TokenSampler) -> Replay:
         """The token [1] chosen after m tokens, and its distributions [1, V]; empty ones where there are none."""
         fixed = self._fixed
 
@@ -294,7 +294,7 @@ def repeatable(recorder: Recorder, work: Callable[[], Results]) -> Replay:
         return work
 
 
-def _results(chosen: Chosen) -> Results:
+def _results(chosen: SampledToken) -> Results:
     nothing = chosen.token.new_empty(0)
     return (chosen.token, *(nothing if t is None else t for t in (chosen.row, chosen.raw)))
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-from specdec_engine.runtime import Choose, Chosen, Enough, Unrolled
+from specdec_engine.runtime import DraftTokens, SampledToken, StopDrafting, TokenSampler
 from specdec_engine.runtime.blocks import Blocks
 from specdec_engine.runtime.cpu import whole
 from specdec_engine.runtime.decoder import Embedding
@@ -157,12 +157,12 @@ class HeadRuntime:
         tokens: Tensor,
         u: Tensor,
         temperature: Tensor,
-        choose: Choose,
+        choose: TokenSampler,
         ids: Tensor,
-        enough: Enough | None = None,
-    ) -> Unrolled:
+        enough: StopDrafting | None = None,
+    ) -> DraftTokens:
         """Pending slots and [k] uniform numbers -> at most [k] tokens, the target's ids, and their distributions [k, V']."""
-        states, chosen, said = self._forward.fused(features), list[Chosen](), list[Tensor]()
+        states, chosen, said = self._forward.fused(features), list[SampledToken](), list[Tensor]()
         for number in u:
             logits, states = self._step(states, tokens)
             chosen.append(choose(logits, number, temperature))
@@ -170,7 +170,7 @@ class HeadRuntime:
             said.append(tokens)
             if enough is not None and enough(chosen[-1].sure):
                 break
-        return Unrolled.of(chosen, said)
+        return DraftTokens.of(chosen, said)
 
     def _step(self, states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         end = self._cached + tokens.shape[0]

@@ -14,7 +14,7 @@ from itertools import accumulate
 import torch
 
 from specdec_engine.verify.report import RESIDUAL_TOP, Numbers
-from specdec_engine.verify.rules import AcceptanceRule, Case
+from specdec_engine.verify.rules import AcceptanceRule, VerifyInputs
 
 Pattern = tuple[tuple[int, ...], tuple[int, ...]]
 """The likeliest tokens [k + 1] and the drafted ones [k], as places among the ids that occur."""
@@ -24,7 +24,7 @@ Pattern = tuple[tuple[int, ...], tuple[int, ...]]
 class _Asked:
     """What a rule says of one pattern."""
 
-    case: Case
+    inputs: VerifyInputs
     thresholds: list[float]
     ends: dict[tuple[bool, ...], tuple[int, list[float]]] = field(default_factory=dict)
     """By which positions passed: how many are accepted, and the weights of the token that ends the cycle."""
@@ -66,15 +66,15 @@ class GreedyReports:
 
     def _ask(self, pattern: Pattern, m: int) -> _Asked:
         best, drafted = pattern
-        case = Case.of(torch.eye(m)[list(best)], torch.tensor(drafted), None)
+        inputs = VerifyInputs.of(torch.eye(m)[list(best)], torch.tensor(drafted), None)
         if len(self._asked) >= _REMEMBERED:
             self._asked.clear()
-        asked = self._asked[pattern] = _Asked(case, self._rule.thresholds(case).tolist())
+        asked = self._asked[pattern] = _Asked(inputs, self._rule.thresholds(inputs).tolist())
         return asked
 
     def _end(self, asked: _Asked, passed: tuple[bool, ...]) -> tuple[int, list[float]]:
         accepted = self._rule.count(torch.tensor(passed))
-        end = asked.ends[passed] = int(accepted), self._rule.final(asked.case, accepted).tolist()
+        end = asked.ends[passed] = int(accepted), self._rule.final(asked.inputs, accepted).tolist()
         return end
 
 

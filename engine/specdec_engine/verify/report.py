@@ -16,7 +16,7 @@ from specdec_engine.core.cycle_types import Draft, Verdict
 from specdec_engine.core.randomness import Randomness
 from specdec_engine.errors import GenerationFailed
 from specdec_engine.record.events import Raw
-from specdec_engine.verify.rules import AcceptanceRule, Case, settle
+from specdec_engine.verify.rules import AcceptanceRule, VerifyInputs, apply_rule
 from specdec_engine.verify.sampling import draw, draw_on_host, top, wide
 
 RESIDUAL_TOP, RAW_TOP = 8, 4
@@ -43,7 +43,7 @@ class Numbers:
 
 
 @dataclass(frozen=True, slots=True)
-class Unwarped:
+class Unfiltered:
     """What a report needs to tell what p and q were before temperature and filters."""
 
     logits: Tensor
@@ -59,7 +59,7 @@ class Unwarped:
 
 
 def report(
-    rule: AcceptanceRule, p: Tensor, tokens: Tensor, probs: Tensor | None, u: Tensor, before: Unwarped | None = None
+    rule: AcceptanceRule, p: Tensor, tokens: Tensor, probs: Tensor | None, u: Tensor, before: Unfiltered | None = None
 ) -> Tensor:
     """All that the host needs to know, as one row of numbers on the device; `read` turns it into a Verdict.
 
@@ -70,10 +70,10 @@ def report(
     k = tokens.shape[0]
     if k == 0:
         return torch.stack([torch.zeros_like(u[1, 0]), draw(p[0], u[1, 0]).to(u), p[0].sum().to(u)])
-    case = Case.of(p, tokens, probs)
-    overlap = case.p_drafted if probs is None else torch.minimum(p[:k], probs).sum(-1)
-    accepted = rule.count(u[0, :k] < rule.thresholds(case))
-    final = rule.final(case, accepted)
+    inputs = VerifyInputs.of(p, tokens, probs)
+    overlap = inputs.p_drafted if probs is None else torch.minimum(p[:k], probs).sum(-1)
+    accepted = rule.count(u[0, :k] < rule.thresholds(inputs))
+    final = rule.final(inputs, accepted)
     token = draw(final, u[1].index_select(0, accepted[None])[0])
     likeliest = top(final[None], min(RESIDUAL_TOP, final.shape[0]))
     parts = [
@@ -81,8 +81,8 @@ def report(
         token[None],
         final.sum()[None],
         tokens,
-        case.p_drafted,
-        case.q_drafted,
+        inputs.p_drafted,
+        inputs.q_drafted,
         overlap,
         *likeliest,
         *(() if before is None else _told(before, tokens, lambda at: p[:k].gather(1, at), probs)),
@@ -99,12 +99,12 @@ def report_on_host(
     k, shown = tokens.shape[0], min(RESIDUAL_TOP, p.shape[1])
     if k == 0:
         return [0.0, draw_on_host(p[0], numbers.final[0]), float(p[0].sum())]
-    case = Case.of(p, tokens, probs)
-    overlap = case.p_drafted if probs is None else torch.minimum(p[:k], probs).sum(-1)
-    settled = settle(rule, case, numbers.accept)
-    n, final = settled.accepted, settled.final
+    inputs = VerifyInputs.of(p, tokens, probs)
+    overlap = inputs.p_drafted if probs is None else torch.minimum(p[:k], probs).sum(-1)
+    outcome = apply_rule(rule, inputs, numbers.accept)
+    n, final = outcome.accepted, outcome.final
     values = [n, draw_on_host(final, numbers.final[n]), float(final.sum()), *tokens.tolist()]
-    values += [*case.p_drafted.tolist(), *case.q_drafted.tolist(), *overlap.tolist()]
+    values += [*inputs.p_drafted.tolist(), *inputs.q_drafted.tolist(), *overlap.tolist()]
     for part in top(final[None], shown) if n < k else ():
         values += part[0].tolist()
     return values + [0.0] * (0 if n < k else 2 * shown)
@@ -115,17 +115,17 @@ Warped = Callable[[Tensor], Tensor]
 
 
 @torch.inference_mode()
-def told_on_host(accepted: int, before: Unwarped, draft: Draft, p: Warped) -> list[float]:
+def told_on_host(accepted: int, before: Unfiltered, draft: Draft, p: Warped) -> list[float]:
     """What a report ends with where it tells more; zeros for what was never tested."""
     k, tested = len(draft), min(accepted + 1, len(draft))
     q, probs = (None if rows is None else rows[:tested] for rows in (before.q, draft.probs))
     found = list[float]()
-    for part in _told(Unwarped(before.logits, q, before.ids), draft.tokens[:tested], p, probs):
+    for part in _told(Unfiltered(before.logits, q, before.ids), draft.tokens[:tested], p, probs):
         found += [*part.flatten().tolist(), *[0.0] * ((k - tested) * part[0].numel())]
     return found
 
 
-def _told(before: Unwarped, tokens: Tensor, p: Warped, probs: Tensor | None) -> list[Tensor]:
+def _told(before: Unfiltered, tokens: Tensor, p: Warped, probs: Tensor | None) -> list[Tensor]:
     """By side for each of m drafted tokens: its probability before warping [m], the largest ones, where they are, and what
     became of these, [m, n] each."""
     drafted, m = tokens[:, None], tokens.shape[0]

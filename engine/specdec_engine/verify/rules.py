@@ -2,7 +2,7 @@
 
 p is the target's distribution and q the one the draft was drawn from, as in Leviathan et al. 2023 (arXiv:2211.17192) and
 Chen et al. 2023 (arXiv:2302.01318). A rule is three pure functions (`thresholds`, `count`, `final`); `verdict.report`
-holds these against uniform numbers on a device, `settle` on the host. Losslessness is a property of the three, and is
+holds these against uniform numbers on a device, `apply_rule` on the host. Losslessness is a property of the three, and is
 proved by enumerating them (tests/exact), where the token rule's second form, for the host, is held against its first,
 too. Nothing here runs a model, keeps state, or knows about temperature.
 """
@@ -42,7 +42,7 @@ def residual(p: Tensor, q: Tensor, scale: Tensor | None = None) -> Tensor:  # [V
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class VerifyInputs:
     """One cycle's distributions, as a rule sees them."""
 
     p: Tensor
@@ -57,7 +57,7 @@ class Case:
     """[k]: q of the drafted tokens; 1 for a deterministic draft."""
 
     @classmethod
-    def of(cls, p: Tensor, tokens: Tensor, probs: Tensor | None) -> Case:
+    def of(cls, p: Tensor, tokens: Tensor, probs: Tensor | None) -> VerifyInputs:
         at = tokens[:, None]
         p_drafted = p[: tokens.shape[0]].gather(1, at)[:, 0]
         return cls(
@@ -87,7 +87,7 @@ class AcceptanceRule(Protocol):
     lossless: ClassVar[bool]
     """Declares that the emitted text has exactly the target's distribution; the exact test then checks it."""
 
-    def thresholds(self, case: Case) -> Tensor:
+    def thresholds(self, inputs: VerifyInputs) -> Tensor:
         """[k]: position i passes if and only if u_i < thresholds[i]."""
         ...
 
@@ -95,7 +95,7 @@ class AcceptanceRule(Protocol):
         """[k] bool -> []: how many drafted tokens are accepted, given which positions passed."""
         ...
 
-    def final(self, case: Case, accepted: Tensor) -> Tensor:
+    def final(self, inputs: VerifyInputs, accepted: Tensor) -> Tensor:
         """[V]: the distribution of the token that ends the cycle, after `accepted` drafted tokens; p's last row after all."""
         ...
 
@@ -106,14 +106,14 @@ class TokenRule:
     name: ClassVar[str] = "token"
     lossless: ClassVar[bool] = True
 
-    def thresholds(self, case: Case) -> Tensor:
-        return accept_prob(case.p_drafted, case.q_drafted)
+    def thresholds(self, inputs: VerifyInputs) -> Tensor:
+        return accept_prob(inputs.p_drafted, inputs.q_drafted)
 
     def count(self, passed: Tensor) -> Tensor:
         return passed.cumprod(0, dtype=torch.long).sum()
 
-    def final(self, case: Case, accepted: Tensor) -> Tensor:
-        return residual(case.p.index_select(0, accepted[None])[0], case.q_row(accepted))
+    def final(self, inputs: VerifyInputs, accepted: Tensor) -> Tensor:
+        return residual(inputs.p.index_select(0, accepted[None])[0], inputs.q_row(accepted))
 
 
 class BlockRule:
@@ -127,9 +127,9 @@ class BlockRule:
     name: ClassVar[str] = "block"
     lossless: ClassVar[bool] = True
 
-    def thresholds(self, case: Case) -> Tensor:
-        reach = _reach(case)
-        left, inner = self._left(case, reach[:-1]), reach[:-1]
+    def thresholds(self, inputs: VerifyInputs) -> Tensor:
+        reach = _reach(inputs)
+        left, inner = self._left(inputs, reach[:-1]), reach[:-1]
         mass = left + 1 - inner
         # Where nothing is left a later one passes surely.
         return torch.cat([torch.where(mass == 0, 0.0, left / mass), reach[-1:]])
@@ -138,21 +138,21 @@ class BlockRule:
         places = torch.arange(passed.shape[0] + 1, device=passed.device)
         return (places * pad(passed, (1, 0))).amax()
 
-    def final(self, case: Case, accepted: Tensor) -> Tensor:
-        reach = _reach(case)
+    def final(self, inputs: VerifyInputs, accepted: Tensor) -> Tensor:
+        reach = _reach(inputs)
         whole = torch.cat([reach.new_ones(1), reach])
-        scale = torch.where(accepted < case.tokens.shape[0], whole.index_select(0, accepted[None])[0], 1.0)
-        row = residual(case.p.index_select(0, accepted[None])[0], case.q_row(accepted), scale.to(case.p))
+        scale = torch.where(accepted < inputs.tokens.shape[0], whole.index_select(0, accepted[None])[0], 1.0)
+        row = residual(inputs.p.index_select(0, accepted[None])[0], inputs.q_row(accepted), scale.to(inputs.p))
         # Each test looked at the row after it: a NaN there would pass for "never", and must be found.
-        return row + self._left(case, reach[:-1]).sum().to(row) * 0
+        return row + self._left(inputs, reach[:-1]).sum().to(row) * 0
 
-    def _left(self, case: Case, reach: Tensor) -> Tensor:
+    def _left(self, inputs: VerifyInputs, reach: Tensor) -> Tensor:
         """[k - 1]: Σ max(0, r_i · p - q) at the position after the i-th drafted token, i = 1 .. k - 1."""
-        if case.probs is None:
-            left = reach * (1 - case.p_drafted[1:])
+        if inputs.probs is None:
+            left = reach * (1 - inputs.p_drafted[1:])
         else:
-            wanted = case.p[1 : case.tokens.shape[0]] * reach[:, None]
-            left = (wanted - case.probs[1:]).clamp_(min=0.0).sum(-1)
+            wanted = inputs.p[1 : inputs.tokens.shape[0]] * reach[:, None]
+            left = (wanted - inputs.probs[1:]).clamp_(min=0.0).sum(-1)
         return torch.where(reach > 0, left, 0.0)  # a prefix that the target never takes is a dead one
 
 
@@ -166,25 +166,25 @@ class SyntheticRule:
     def __init__(self, chance: float) -> None:
         self._chance = chance
 
-    def thresholds(self, case: Case) -> Tensor:
-        return torch.full_like(case.p_drafted, self._chance, dtype=wide(case.p_drafted.device))
+    def thresholds(self, inputs: VerifyInputs) -> Tensor:
+        return torch.full_like(inputs.p_drafted, self._chance, dtype=wide(inputs.p_drafted.device))
 
     def count(self, passed: Tensor) -> Tensor:
         return TokenRule().count(passed)
 
-    def final(self, case: Case, accepted: Tensor) -> Tensor:
+    def final(self, inputs: VerifyInputs, accepted: Tensor) -> Tensor:
         """The target's own row: there may be nothing left of it after what was accepted."""
-        return case.p.index_select(0, accepted[None])[0]
+        return inputs.p.index_select(0, accepted[None])[0]
 
 
-def _reach(case: Case) -> Tensor:
+def _reach(inputs: VerifyInputs) -> Tensor:
     """[k]: r_i, the probability that a draft as likely as this one up to i is wanted by the target."""
-    reach, reaches = torch.ones_like(case.q_drafted[:1]), []
-    ratio = torch.where(case.q_drafted > 0, case.p_drafted / case.q_drafted, 0.0)
+    reach, reaches = torch.ones_like(inputs.q_drafted[:1]), []
+    ratio = torch.where(inputs.q_drafted > 0, inputs.p_drafted / inputs.q_drafted, 0.0)
     for i in range(ratio.shape[0]):
         reach = (reach * ratio[i : i + 1]).clamp(max=1.0)
         reaches.append(reach)
-    return torch.cat(reaches) if reaches else case.q_drafted
+    return torch.cat(reaches) if reaches else inputs.q_drafted
 
 
 RULES: dict[str, AcceptanceRule] = {rule.name: rule for rule in (TokenRule(), BlockRule())}
@@ -192,7 +192,7 @@ RULES: dict[str, AcceptanceRule] = {rule.name: rule for rule in (TokenRule(), Bl
 
 
 @dataclass(frozen=True, slots=True)
-class Settled:
+class RuleOutcome:
     """What a rule has made of a cycle, on the host."""
 
     accepted: int
@@ -200,33 +200,33 @@ class Settled:
     """[V]: what the cycle's last token is drawn from."""
 
 
-def settle(rule: AcceptanceRule, case: Case, u: Sequence[float]) -> Settled:
+def apply_rule(rule: AcceptanceRule, inputs: VerifyInputs, u: Sequence[float]) -> RuleOutcome:
     """The rule, held against [k] uniform numbers."""
     if type(rule) is TokenRule:  # not a rule derived from it
-        return settled_by_token(case, u)
-    accepted = rule.count(torch.tensor(u, dtype=wide(case.p.device)) < rule.thresholds(case))
+        return apply_token_rule(inputs, u)
+    accepted = rule.count(torch.tensor(u, dtype=wide(inputs.p.device)) < rule.thresholds(inputs))
     n = int(accepted)
     whole = n == len(u)  # of such a draft every rule makes the same
-    return Settled(n, case.p[n] if whole else rule.final(case, accepted))
+    return RuleOutcome(n, inputs.p[n] if whole else rule.final(inputs, accepted))
 
 
-def settled_by_token(case: Case, u: Sequence[float]) -> Settled:
+def apply_token_rule(inputs: VerifyInputs, u: Sequence[float]) -> RuleOutcome:
     """TokenRule once more, in Python and numpy: after a forward pass 0.1 ms where its three functions take 0.4.
 
     That both say the same is part of the exact test.
     """
     n = 0
-    for p, q, number in zip(case.p_drafted.tolist(), case.q_drafted.tolist(), u, strict=True):
+    for p, q, number in zip(inputs.p_drafted.tolist(), inputs.q_drafted.tolist(), u, strict=True):
         if not (q > 0 and number < p / q):
             break
         n += 1
-    row = case.p[n]
+    row = inputs.p[n]
     if n == len(u):
-        return Settled(n, row)
+        return RuleOutcome(n, row)
     left = row.numpy().copy()
-    if case.probs is None:
-        left[int(case.tokens[n])] -= 1
+    if inputs.probs is None:
+        left[int(inputs.tokens[n])] -= 1
     else:
-        left -= case.probs[n].to(row).numpy()
+        left -= inputs.probs[n].to(row).numpy()
     mass = float(np.maximum(left, 0, out=left).sum())
-    return Settled(n, torch.from_numpy(np.divide(left, mass, out=left)) if mass > 0 else row)
+    return RuleOutcome(n, torch.from_numpy(np.divide(left, mass, out=left)) if mass > 0 else row)

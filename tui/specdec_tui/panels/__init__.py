@@ -18,7 +18,7 @@ Line = list[Part]
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class PanelContext:
     """What a panel is drawn into."""
 
     width: int
@@ -27,14 +27,14 @@ class Room:
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class PanelContent:
     """A panel's content."""
 
     title: str
     lines: list[Line]
 
 
-Panel = Callable[[View, Room], Drawn | None]
+Panel = Callable[[View, PanelContext], PanelContent | None]
 
 
 def number(value: float | None, digits: int = 2) -> str:

@@ -6,14 +6,14 @@ from specdec_engine.record.cycle_stats import rolling_alpha
 from specdec_engine.record.stats import Position
 from specdec_tui.bars import bar, columns
 from specdec_tui.frame import View
-from specdec_tui.panels import Drawn, Line, Room, number
+from specdec_tui.panels import Line, PanelContent, PanelContext, number
 
 WINDOW = 32
 _SHOWN = 5
 """Rows; the last stands for all later positions, where there are more."""
 
 
-def positions(view: View, room: Room) -> Drawn | None:
+def positions(view: View, room: PanelContext) -> PanelContent | None:
     """How often the token at each position was kept, of those tested there."""
     found = view.past.summary().positions
     if len(found) > _SHOWN:
@@ -33,14 +33,14 @@ def positions(view: View, room: Room) -> Drawn | None:
         for i, p in enumerate(found, 1)
         if p.tested
     ]
-    return Drawn("kept, by position in the draft", lines)
+    return PanelContent("kept, by position in the draft", lines)
 
 
-def rolling(view: View, room: Room) -> Drawn | None:
+def rolling(view: View, room: PanelContext) -> PanelContent | None:
     found = rolling_alpha(view.past.cycles[-room.width - WINDOW :], WINDOW)
     if not any(value is not None for value in found):
         return None
-    return Drawn(
+    return PanelContent(
         f"kept of tested, last {WINDOW} cycles · {number(found[-1])}",
         [[(row, "draft")] for row in columns(found, 1.0, room.width)],
     )

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 from specdec_tui.bars import columns, stacked
 from specdec_tui.frame import View
-from specdec_tui.panels import Drawn, Line, Room, flowed
+from specdec_tui.panels import Line, PanelContent, PanelContext, flowed
 from specdec_tui.pieces import one_line, plain
 
 
-def memory(view: View, room: Room) -> Drawn | None:
+def memory(view: View, room: PanelContext) -> PanelContent | None:
     """Weights and caches so far; None where the run did not say how large its models are."""
     frame = view.past
     models = [frame.environment.get("target"), *(frame.environment.get("drafts") or {}).values()]
@@ -26,14 +26,14 @@ def memory(view: View, room: Room) -> Drawn | None:
     said += [f"{_size(cache)} for {tokens} tokens"] if cache else []
     most = frame.finished.peak_bytes if frame.finished is not None else None
     title = "memory" if most is None else f"memory · at most {_size(most)} in all"
-    return Drawn(title, [bars, *flowed("  ".join(said), room.width)])
+    return PanelContent(title, [bars, *flowed("  ".join(said), room.width)])
 
 
 def _size(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
-def k_over_time(view: View, room: Room) -> Drawn | None:
+def k_over_time(view: View, room: PanelContext) -> PanelContent | None:
     """None while k has never changed."""
     past = view.past
     changes = [change for change in past.changes if change.name == "k"]
@@ -43,4 +43,4 @@ def k_over_time(view: View, room: Room) -> Drawn | None:
     lines: list[Line] = [[(row, "ratio")] for row in columns([float(k) for k in ks], float(max(*ks, 1)), room.width)]
     last = changes[-1]
     lines += flowed(f"from cycle {last.cycle + 1}: {one_line(last.reason) or 'changed'}", room.width, "muted")[:3]
-    return Drawn(f"k · now {plain(last.new)}", lines)
+    return PanelContent(f"k · now {plain(last.new)}", lines)

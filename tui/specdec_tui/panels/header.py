@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from specdec_engine.record.cycle_stats import budget, rate
 from specdec_tui.frame import View
-from specdec_tui.panels import Line, Room, fitted, number
+from specdec_tui.panels import Line, PanelContext, fitted, number
 from specdec_tui.pieces import plain
 
 
-def header(view: View, room: Room, state: str) -> Line:
+def header(view: View, room: PanelContext, state: str) -> Line:
     """state: playing, paused, finished, in words and a glyph."""
     frame = view.past
     if not frame.run:
@@ -21,7 +21,7 @@ def header(view: View, room: Room, state: str) -> Line:
     return [(" specdec ", "brand"), (f" {models}  ", "strong"), (f"{facts}  ", ""), (state, "key")]
 
 
-def figures(view: View, room: Room) -> Line:
+def figures(view: View, room: PanelContext) -> Line:
     """Figures of what is shown: the same that `stats` gives for those events."""
     past = view.past
     s = past.summary()

@@ -6,14 +6,14 @@ from specdec_engine.record.events import Cycle
 from specdec_tui.bars import bar, dart
 from specdec_tui.frame import View
 from specdec_tui.narrate import held
-from specdec_tui.panels import Drawn, Line, Room, fitted, number, padded
+from specdec_tui.panels import Line, PanelContent, PanelContext, fitted, number, padded
 from specdec_tui.panels.warping import in_full, in_short
 from specdec_tui.pieces import alone
 
 _LABEL, _NUMBER = 11, 7
 
 
-def inspector(view: View, room: Room) -> Drawn | None:
+def inspector(view: View, room: PanelContext) -> PanelContent | None:
     """None before the first cycle."""
     cycle, at = view.cycle, view.inspected
     if cycle is None:
@@ -24,26 +24,26 @@ def inspector(view: View, room: Room) -> Drawn | None:
             [],
             [("the pass gave the target's own token", "muted")],
         ]
-        return Drawn("inspector", lines)
+        return PanelContent("inspector", lines)
     token = fitted(f"“{alone(cycle.drafted[at], room.name)}”", room.width - 22)
     lines = [[(f"cycle {cycle.index + 1} · token {at + 1} of {len(cycle.drafted)} · ", "muted"), (token, "strong")]]
     if view.warping:
-        return Drawn("before and after · ▒ gained ░ lost", [*lines, *in_full(view, cycle, at, room)])
+        return PanelContent("before and after · ▒ gained ░ lost", [*lines, *in_full(view, cycle, at, room)])
     seen = view.partial
     if seen is not None and not seen.verified:
-        return Drawn("inspector", [*lines, *_draft(cycle, at, room.width)])
+        return PanelContent("inspector", [*lines, *_draft(cycle, at, room.width)])
     thrown = seen is None or seen.tested > at
     lines += _scales(cycle, at, room.width, view.frame.rule, thrown)
     lines += in_short(cycle, at, view.frame.upto(view.shown))
     if seen is not None and seen.tested <= at and not seen.final:
-        return Drawn("inspector", [*lines, [("not tested yet", "muted")]])
+        return PanelContent("inspector", [*lines, [("not tested yet", "muted")]])
     lines += [[], *_verdict(cycle, at, view.frame.rule)]
     if at == cycle.accepted and (seen is None or seen.final):
         lines += _residual(cycle, room, view.frame.rule)
     overlap = cycle.overlap[at] if at < len(cycle.overlap) else None
     if overlap is not None and at <= cycle.accepted:
         lines += [[("overlap Σ min(p, q) ", "muted"), (number(overlap), "")]]
-    return Drawn("inspector", lines)
+    return PanelContent("inspector", lines)
 
 
 def _draft(cycle: Cycle, at: int, width: int) -> list[Line]:
@@ -84,7 +84,7 @@ def _verdict(cycle: Cycle, at: int, rule: str) -> list[Line]:
     return [[(f"{held(cycle, at)}  →  ", ""), verdict]]
 
 
-def _residual(cycle: Cycle, room: Room, rule: str) -> list[Line]:
+def _residual(cycle: Cycle, room: PanelContext, rule: str) -> list[Line]:
     if cycle.accepted == len(cycle.drafted) or not cycle.residual:
         return []
     drawn = cycle.emitted[-1] if len(cycle.emitted) > cycle.accepted else None

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from specdec_tui.frame import View
-from specdec_tui.panels import Drawn, Line, Room, number, padded
+from specdec_tui.panels import Line, PanelContent, PanelContext, number, padded
 from specdec_tui.pieces import alone
 
 
-def table(view: View, room: Room) -> Drawn | None:
+def table(view: View, room: PanelContext) -> PanelContent | None:
     """None for a cycle without a draft. p past the first rejection is in parentheses: its prefix was given up."""
     cycle = view.cycle
     if cycle is None or not cycle.drafted:
@@ -35,4 +35,4 @@ def table(view: View, room: Room) -> Drawn | None:
                 (how, "muted"),
             ]
         )
-    return Drawn("every token of the cycle", lines)
+    return PanelContent("every token of the cycle", lines)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from specdec_engine.record.cycle_stats import budget, rate, rates, split
 from specdec_tui.bars import columns, stacked
 from specdec_tui.frame import View
-from specdec_tui.panels import Drawn, Line, Room, number
+from specdec_tui.panels import Line, PanelContent, PanelContext, number
 
 RECENT = 32
 """Cycles that medians look back on."""
 
 
-def throughput(view: View, room: Room) -> Drawn | None:
+def throughput(view: View, room: PanelContext) -> PanelContent | None:
     """Columns from zero, one a cycle; below plain decoding they are red."""
     past = view.past
     found = rates(past.cycles[-room.width :])
@@ -29,10 +29,10 @@ def throughput(view: View, room: Room) -> Drawn | None:
             ]
         )
     title = f"tokens/s · now {number(rate(past.cycles[-16:]), 0)}" + (f" · plain {plain:.0f}" if plain else "")
-    return Drawn(title, lines)
+    return PanelContent(title, lines)
 
 
-def time_split(view: View, room: Room) -> Drawn | None:
+def time_split(view: View, room: PanelContext) -> PanelContent | None:
     found = split(view.past.cycles[-RECENT:])
     if found is None or not found.total_s:
         return None
@@ -42,10 +42,10 @@ def time_split(view: View, room: Room) -> Drawn | None:
         (glyph * n, style) for glyph, n, style in zip("█▓░", cells, ("draft", "target", "muted"), strict=True)
     ]
     words = [f"{name} {1e3 * s:.1f}" for name, s in zip(("draft", "verify", "other"), parts, strict=True)]
-    return Drawn("where a cycle's time goes, median", [bars, [("  ".join(words) + " ms", "")]])
+    return PanelContent("where a cycle's time goes, median", [bars, [("  ".join(words) + " ms", "")]])
 
 
-def made_of(view: View, room: Room) -> Drawn | None:
+def made_of(view: View, room: PanelContext) -> PanelContent | None:
     """None where plain decoding is not known, or nothing was drafted."""
     past = view.past
     if past.plain_s is None or not past.summary().drafted:
@@ -67,4 +67,4 @@ def made_of(view: View, room: Room) -> Drawn | None:
         )
     elif lost:
         lines.append([("lost to " + ", ".join(f"{name} {cost:.2f}" for name, cost in lost), "muted")])
-    return Drawn("what the speedup is made of", lines)
+    return PanelContent("what the speedup is made of", lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from specdec_tui.bars import bar
-from specdec_tui.panels import Drawn, Line
+from specdec_tui.panels import Line, PanelContent
 from specdec_tui.toy import MOST, TOKENS, Draws, P, Q, WhatIf
 
 _ARMS = (
@@ -13,7 +13,7 @@ _ARMS = (
 )
 
 
-def histograms(draws: Draws, width: int) -> Drawn:
+def histograms(draws: Draws, width: int) -> PanelContent:
     """Three bars a token, of the share of the draws, beside what target and draft say of it."""
     cells, lines = max(8, width - 34), list[Line]()
     for i, token in enumerate(TOKENS):
@@ -28,10 +28,10 @@ def histograms(draws: Draws, width: int) -> Drawn:
                     (f" {share:.3f}", ""),
                 ]
             )
-    return Drawn(f"one token, drawn {draws.made:,} times in each way", lines)
+    return PanelContent(f"one token, drawn {draws.made:,} times in each way", lines)
 
 
-def curve(what: WhatIf, width: int) -> Drawn:
+def curve(what: WhatIf, width: int) -> PanelContent:
     """The speedup by k, with plain decoding at 1."""
     cells = max(8, width - 26)
     top = max(2.0, max(what.speedup(k) for k in range(MOST + 1)))
@@ -60,4 +60,4 @@ def curve(what: WhatIf, width: int) -> Drawn:
                 (f" {speed:.2f}×{said}", ""),
             ]
         )
-    return Drawn("how fast, in plain decodings", lines)
+    return PanelContent("how fast, in plain decodings", lines)

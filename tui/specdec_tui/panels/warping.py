@@ -5,7 +5,7 @@ from __future__ import annotations
 from specdec_engine.record.events import Cycle, Raw
 from specdec_tui.bars import changed
 from specdec_tui.frame import Frame, View
-from specdec_tui.panels import Line, Room, padded
+from specdec_tui.panels import Line, PanelContext, padded
 from specdec_tui.pieces import alone, plain
 
 _FILTERS = (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0))
@@ -26,7 +26,7 @@ def in_short(cycle: Cycle, at: int, frame: Frame) -> list[Line]:
     return [[(f"before {by if by == drafts else 'warping'}: {', '.join(told)}", "muted")]] if told else []
 
 
-def in_full(view: View, cycle: Cycle, at: int, room: Room) -> list[Line]:
+def in_full(view: View, cycle: Cycle, at: int, room: PanelContext) -> list[Line]:
     """The likeliest tokens of both, before and after; p only when the cycle, shown in part, has come to its verification."""
     lines, frame = list[Line]([[]]), view.frame.upto(view.shown)
     if view.partial is None or view.partial.verified:
@@ -36,7 +36,9 @@ def in_full(view: View, cycle: Cycle, at: int, room: Room) -> list[Line]:
     return lines + _side("draft", cycle.raw_q, cycle.q[at], cycle, at, warper(frame, "draft_temperature"), room)
 
 
-def _side(who: str, raw: Raw | None, now: float | None, cycle: Cycle, at: int, by: str, room: Room) -> list[Line]:
+def _side(
+    who: str, raw: Raw | None, now: float | None, cycle: Cycle, at: int, by: str, room: PanelContext
+) -> list[Line]:
     label = ("q " if who == "draft" else "p ") + who
     if raw is None:
         return [[(label, "strong"), (" before temperature was not recorded", "muted")]]

@@ -10,7 +10,7 @@ from textual.binding import Binding, BindingType
 from textual.widgets import Static
 
 from specdec_tui.lesson import ENOUGH, Lesson, State
-from specdec_tui.panels import Drawn, Line, flowed
+from specdec_tui.panels import Line, PanelContent, flowed
 from specdec_tui.panels.toy import curve, histograms
 from specdec_tui.player import Player
 from specdec_tui.screens.watch import WatchScreen
@@ -75,7 +75,7 @@ class LessonScreen(WatchScreen):
         drawn = histograms(self._seen.draws, width) if page.shows == "draws" else curve(self._seen.what, width)
         self._experiment(drawn)
 
-    def _experiment(self, drawn: Drawn) -> None:
+    def _experiment(self, drawn: PanelContent) -> None:
         box = self.query_one("#experiment", Static)
         box.border_title = content([[(drawn.title, "muted")]])
         box.update(content(drawn.lines), layout=False)

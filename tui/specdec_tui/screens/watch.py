@@ -19,7 +19,7 @@ from textual.screen import Screen
 from specdec_engine.errors import SpecdecError
 from specdec_engine.record.text import printable
 from specdec_tui import raster
-from specdec_tui.display import Thrift
+from specdec_tui.display import DrawThrottle
 from specdec_tui.frame import View
 from specdec_tui.live import LiveSource, Request
 from specdec_tui.narrate import ending, step_words
@@ -28,7 +28,7 @@ from specdec_tui.saving import KINDS, animate, fresh_path, save
 from specdec_tui.screens.ask import AskKind, AskPrompt, AskWord
 from specdec_tui.screens.race import RaceScreen
 from specdec_tui.source import Source, Stage
-from specdec_tui.widgets.board import Board, Said
+from specdec_tui.widgets.board import Board, Status
 from specdec_tui.widgets.scrubber import Scrubber
 from specdec_tui.widgets.stream import Stream
 from specdec_tui.widgets.view_lines import ViewLines
@@ -81,7 +81,7 @@ class WatchScreen(Screen[None]):
         self._live = source if isinstance(source, LiveSource) else None
         self._word = ""
         self._racing = False
-        self._ticked, self._thrift = monotonic(), Thrift()
+        self._ticked, self._throttle = monotonic(), DrawThrottle()
         self._since, self._waited = self._ticked, 0
         self._drawn: tuple[View, bool, float, Stage | None, int] | None = None
 
@@ -112,9 +112,9 @@ class WatchScreen(Screen[None]):
         self._waited = int(now - self._since)
         state = self._player.view, self._player.playing, self._player.speed, stage, self._waited
         used = thread_time()
-        if state != self._drawn and (not self._at_full_speed or self._thrift.may_draw(now, used)):
+        if state != self._drawn and (not self._at_full_speed or self._throttle.may_draw(now, used)):
             self._drawn = state
-            self._thrift.drawing(now, used)
+            self._throttle.drawing(now, used)
             self.draw()
 
     @property
@@ -125,8 +125,8 @@ class WatchScreen(Screen[None]):
         """Everything, from the player's view."""
         view, over = self._player.view, self._player.view.frame.over
         end = "live" if self._player.live and not over else "end"
-        live, cost = self._live is not None, self._thrift.share if self._at_full_speed else None
-        said = Said(
+        live, cost = self._live is not None, self._throttle.share if self._at_full_speed else None
+        said = Status(
             self._state(), self._narration(), end, self._player.playing, live, self._source.stage, cost, self._waited
         )
         with self.app.batch_update():

@@ -9,7 +9,7 @@ from textual.containers import Horizontal, Vertical
 from textual.widgets import Static
 
 from specdec_tui.frame import View
-from specdec_tui.panels import Room, acceptance, control, fitted, flowed, header, timing
+from specdec_tui.panels import PanelContext, acceptance, control, fitted, flowed, header, timing
 from specdec_tui.panels.inspector import inspector
 from specdec_tui.panels.table import table
 from specdec_tui.pieces import Name, one_line
@@ -33,7 +33,7 @@ ASIDE = {
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class Status:
     """What stands beside the view's own content."""
 
     state: str
@@ -81,11 +81,11 @@ class Board(Vertical):
         yield Scrubber()
         yield Keys(id="keys")
 
-    def show(self, view: View, said: Said) -> None:
+    def show(self, view: View, said: Status) -> None:
         """Draw it."""
         waiting = not view.frame.run
         self.set_class(waiting, "-waiting")
-        room = Room(self.size.width, self._token_name)
+        room = PanelContext(self.size.width, self._token_name)
         self._static("header", [header.header(view, room, said.state)])
         if waiting:
             self._static("notice", notice(said.stage, said.waited))

@@ -6,7 +6,7 @@ from textual.widget import Widget
 from textual.widgets import Static
 
 from specdec_tui.frame import View
-from specdec_tui.panels import Drawn, Panel, Room
+from specdec_tui.panels import Panel, PanelContent, PanelContext
 from specdec_tui.pieces import Name
 from specdec_tui.theme import content
 
@@ -17,10 +17,10 @@ class PanelBox(Static):
     def __init__(self, panel: Panel, name: Name, *, id: str) -> None:
         super().__init__(id=id, classes="panel -silent", markup=False)
         self._panel, self._token_name = panel, name
-        self._drawn: Drawn | None = None
+        self._drawn: PanelContent | None = None
 
     def show(self, view: View) -> None:
-        drawn, before = self._panel(view, Room(max(10, self._room()), self._token_name)), self._drawn
+        drawn, before = self._panel(view, PanelContext(max(10, self._room()), self._token_name)), self._drawn
         if drawn == before:
             return
         self._drawn = drawn

@@ -7,17 +7,17 @@ from collections.abc import Iterator, Sequence
 from specdec_tui.frame import View
 from specdec_tui.pieces import Name
 from specdec_tui.widgets.view_lines import Cell, ViewLines
-from specdec_tui.words import Story, Word
+from specdec_tui.words import TextLayout, Word
 
 
 class _Text:
     """Lines of the text."""
 
     def __init__(self, name: Name) -> None:
-        self._story = Story(name)
+        self._text = TextLayout(name)
 
     def count(self, view: View, width: int) -> int:
-        self._lines = self._story.lines(view, width)
+        self._lines = self._text.lines(view, width)
         return len(self._lines)
 
     def cells(self, view: View, y: int, width: int) -> Sequence[Cell]:
