@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import replace
 from statistics import fmean
 
 import pytest
@@ -13,7 +14,9 @@ from specdec_engine.bench import report
 from specdec_engine.bench.figures import Interval, Sample, bootstrap, by_question, costs, geometric, recommend
 from specdec_engine.bench.plan import Arm, Plan, builtin_questions, chosen, ks_of
 from specdec_engine.errors import UsageError
+from specdec_engine.record.cycle_stats import budget, lost_to
 from specdec_engine.record.prompt_files import Question, read_questions
+from specdec_engine.record.stats import Summary
 
 QUESTIONS = tuple(Question(kind, (f"{kind} {i}",)) for kind in ("a", "b") for i in range(3))
 
@@ -75,6 +78,23 @@ def test_costs_are_counted_in_plain_passes():
     said = found.cause(found.predicted)
     assert "wider pass 0.30" in said
     assert "drafting 0.20" in said
+
+
+def test_screen_and_bench_tell_the_same_of_the_same_run():
+    """What a cycle costs, what is lost to what, and the speedup."""
+    plain_s, plain = 0.010, [sample(0, token_s=0.010)]
+    arm = sample(0, 0, 0, token_s=0.0075, emitted=100, drafted=100, accepted=50, cycles=50, draft_s=0.1)
+    arm = replace(arm, other_s=0.02)
+    total = Summary(
+        cycles=50, drafted=100, tested=100, accepted=50, emitted=100, draft_s=0.1, verify_s=arm.verify_s, other_s=0.02
+    )
+    screen, bench = budget(total, plain_s), costs([arm], plain)
+    assert screen is not None
+    for name in ("emitted", "draft", "verify", "other"):
+        assert getattr(screen, name) == pytest.approx(getattr(bench, name)), name
+    assert dict(screen.lost) == pytest.approx(dict(lost_to(bench.draft, bench.verify, bench.other)))
+    assert sum(dict(screen.lost).values()) == pytest.approx(screen.cost - 1)
+    assert screen.speedup == pytest.approx(Interval.of([plain[0].token_s / arm.token_s]).mean)
 
 
 def spread(mean, seed, n=24):

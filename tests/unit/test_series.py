@@ -47,7 +47,7 @@ def test_a_speedup_is_tokens_over_what_they_cost_in_plain_cycles():
     found = budget(summary([cycle((1,), 1, (1, 2), seconds=(0.25, 1.0, 0.25))] * 4), 1.0)
     assert (found.emitted, found.cost) == (2.0, 1.5)
     assert found.speedup == pytest.approx(4 / 3)
-    assert found.predicted == pytest.approx(4 / 3)  # alpha is 1, so that the formula has nothing to smooth
+    assert found.at_constant_alpha == pytest.approx(4 / 3)  # alpha is 1, so that the formula has nothing to smooth
     assert dict(found.lost) == {"the wider pass": 0.25, "drafting": 0.25}
     assert budget(Summary(), 1.0) is None
 

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
+from specdec_engine.record.cycle_stats import lost_to
+
 RESAMPLES = 2000
 FEWEST = 3
 """Prompts without which nothing is recommended."""
@@ -118,17 +120,16 @@ class Costs:
     draft: float
     verify: float
     other: float
-    """Beyond what a plain cycle spends, too."""
 
     @property
     def predicted(self) -> float:
-        """E / (k·c + v̄): what counts and unit costs promise, without what is spent between."""
+        """E / (k·c + v̄): what counts and unit costs promise, without what is spent beside them. The one prediction that this
+        program makes of a run that it has seen."""
         return self.emitted / (self.draft + self.verify)
 
     def cause(self, measured: float) -> str:
         """Why it is not E, dearest first, in words."""
-        parts = {"the wider pass": self.verify - 1, "drafting": self.draft, "work between": self.other}
-        lost = [f"{name} {cost:.2f}" for name, cost in sorted(parts.items(), key=lambda p: -p[1]) if cost > 0.02]
+        lost = [f"{name} {cost:.2f}" for name, cost in lost_to(self.draft, self.verify, self.other)]
         spent = f"; lost to {', '.join(lost)}" if lost else ""
         gap = measured / self.predicted - 1
         off = f"; {gap:+.0%} against the prediction" if abs(gap) >= 0.03 else ""
@@ -153,7 +154,7 @@ def costs(arm: Sequence[Sample], plain: Sequence[Sample]) -> Costs:
         v=v,
         draft=(c or 0.0) * drafted / cycles,
         verify=verify,
-        other=(sum(s.other_s for s in arm) / cycles - median(s.other_s / s.cycles for s in plain)) / plain_s,
+        other=sum(s.other_s for s in arm) / cycles / plain_s,
     )
 
 

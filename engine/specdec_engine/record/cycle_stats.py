@@ -63,6 +63,13 @@ def split(cycles: Sequence[Cycle]) -> Split | None:
     return Split(*(median(getattr(cycle, name) for cycle in cycles) for name in ("draft_s", "verify_s", "other_s")))
 
 
+def lost_to(draft: float, verify: float, other: float) -> tuple[tuple[str, float], ...]:
+    """Name what keeps a speedup below E, dearest first, in plain cycles. A wider pass is what a cycle takes beside its draft,
+    beyond the plain cycle's 1; the parts sum up to the cost less 1."""
+    parts = (("the wider pass", verify + other - 1), ("drafting", draft))
+    return tuple(sorted(((name, cost) for name, cost in parts if cost > 0.005), key=lambda part: -part[1]))
+
+
 @dataclass(frozen=True, slots=True)
 class Budget:
     """What a cycle brings and what it costs, in plain cycles."""
@@ -72,9 +79,9 @@ class Budget:
     draft: float
     verify: float
     other: float
-    predicted: float | None
-    """The speedup that alpha, the mean length of a draft, c and v promise: E of a constant alpha over what cycles cost. None
-    where nothing was tested."""
+    at_constant_alpha: float | None
+    """The speedup at this cost if every token were accepted with the chance alpha (`expected_emitted` of the mean length of a
+    draft). None where nothing was tested."""
 
     @property
     def cost(self) -> float:
@@ -86,9 +93,8 @@ class Budget:
 
     @property
     def lost(self) -> tuple[tuple[str, float], ...]:
-        """What keeps the speedup below E, dearest first: name and plain cycles."""
-        parts = (("the wider pass", self.verify + self.other - 1), ("drafting", self.draft))
-        return tuple(sorted(((name, cost) for name, cost in parts if cost > 0.005), key=lambda part: -part[1]))
+        """See `lost_to`."""
+        return lost_to(self.draft, self.verify, self.other)
 
 
 def budget(s: Summary, plain_s: float) -> Budget | None:
@@ -96,10 +102,10 @@ def budget(s: Summary, plain_s: float) -> Budget | None:
     if not s.cycles or not s.decode_s or not plain_s:
         return None
     draft, verify, other = (total / s.cycles / plain_s for total in (s.draft_s, s.verify_s, s.other_s))
-    promised = None
+    steady = None
     if s.alpha is not None:
-        promised = expected_emitted(s.alpha, s.drafted / s.cycles) / (draft + verify + other)
-    return Budget(s.emitted / s.cycles, draft, verify, other, promised)
+        steady = expected_emitted(s.alpha, s.drafted / s.cycles) / (draft + verify + other)
+    return Budget(s.emitted / s.cycles, draft, verify, other, steady)
 
 
 def expected_emitted(alpha: float, k: float) -> float:

@@ -54,7 +54,7 @@ def made_of(view: View, room: PanelContext) -> PanelContent | None:
     if found is None:
         return None
     lines: list[Line] = [
-        [(f"{found.speedup:.2f}×", "strong"), (f" measured · {number(found.predicted)}× predicted", "")],
+        [(f"{found.speedup:.2f}×", "strong"), (f" measured · {number(found.at_constant_alpha)}× by α alone", "")],
         [(f"{found.emitted:.2f} tokens a cycle of {found.cost:.2f} plain ones", "muted")],
     ]
     lost = found.lost

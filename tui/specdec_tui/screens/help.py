@@ -27,7 +27,7 @@ FIGURES: tuple[tuple[str, str], ...] = (
      "acceptance rate they mean kept of drafted, which is lower."),
     ("a cycle", "tokens of one pass of the target, its own included: the mean acceptance length."),
     ("× plain", "tokens a second against plain decoding of the same target, measured before the run, on the same machine."),
-    ("predicted", "tokens a cycle over what a cycle costs in plain passes: drafting, and the wider pass."),
+    ("by α alone", "the speedup at this cost of a cycle if every token were kept with the chance α."),
     ("overlap", "Σ min(p, q) over all tokens: how likely a guess is to be kept, before it is drawn."),
     ("k, auto", "guesses asked for in a cycle; with auto the most, as it pays. 2/3 in a cycle's row: kept of guessed."),
     ("T", "temperature: 0 is greedy; below 1 sharper, above flatter. What it and the filters do to p and q is warping."),
