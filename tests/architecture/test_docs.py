@@ -1,0 +1,76 @@
+"""What people read: every link leads somewhere, and every command is one that this program takes."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+from specdec_cli.main import COMMANDS, app
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted(
+    [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/*.md"),
+        *(ROOT / name / "README.md" for name in ("engine", "tui", "benchmarks")),
+    ]
+)
+LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#[^)]*)?\)")
+TYPED = re.compile(r"(?:^|\| )(?:\.venv/bin/)?specdec (.+)$|`specdec ([^`]+)`", re.MULTILINE)
+README_BYTES = 8000
+"""A first page that is read to its end."""
+
+
+def named(page):
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_links_lead_somewhere(page):
+    targets = [target for target in LINK.findall(page.read_text("utf-8")) if target]
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def typed(page):
+    """The arguments of each command on a page, and whether running text speaks of it, where it need not be whole."""
+    text = page.read_text("utf-8")
+    for match in TYPED.finditer(text):
+        words = shlex.split((match[1] or match[2]).replace("…", " "), comments=True)
+        if words and words[0] in COMMANDS:
+            yield words, match[1] is None
+
+
+def refusal(words, spoken_of=False):
+    """Why these words are no command, by names of options and kinds of values; empty if they are one. Nothing runs."""
+    program = typer.main.get_command(app)
+    with program.make_context("specdec", [], resilient_parsing=True) as context:
+        try:
+            program.get_command(context, words[0]).make_context(words[0], words[1:], parent=context)
+        except typer.Exit:  # --help
+            return ""
+        except typer.TyperException as error:
+            return "" if spoken_of and type(error).__name__ == "MissingParameter" else str(error)
+    return ""
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if list(typed(page))], ids=named)
+def test_commands_are_ones_that_are_taken(page):
+    assert [(words, why) for words, spoken_of in typed(page) if (why := refusal(words, spoken_of))] == []
+
+
+@pytest.mark.parametrize(
+    "words", [["generate", "--drafts", "x", "y"], ["bench", "--temperature"], ["watch", "--rule", "none"]]
+)
+def test_commands_that_are_not_taken_are_found(words):
+    assert refusal(words)
+
+
+def test_the_first_page_is_short_and_leads_to_every_other():
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert len(text.encode()) < README_BYTES
+    assert {f"docs/{page.name}" for page in ROOT.glob("docs/*.md")} <= set(LINK.findall(text))
+    assert {name for name in COMMANDS if f"specdec {name}" not in text} <= {"replay", "info"}
