@@ -249,7 +249,7 @@ def test_weights_can_be_packed(specdec, checkpoint, draft_checkpoint):
 
 
 def test_fewer_threads_than_cores_are_told(generate, monkeypatch):
-    for name in ("threads", "pair"):
+    for name in ("system.threads", "pair"):
         monkeypatch.setattr(f"specdec_engine.{name}.usable_cores", lambda: 4)
     before = torch.get_num_threads()
     for room, said in ((2, "on cpu, 2 of 4 threads, lean runtime"), (4, "on cpu, lean runtime")):
