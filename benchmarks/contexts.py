@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from specdec_engine.models.loading import LoadOptions, load_model
+from specdec_engine.models.loading import load_model
+from specdec_engine.models.options import LoadOptions
 from specdec_engine.runtime.decoder import Decoder
 from specdec_engine.runtime.lean import LeanRuntime
 from specdec_engine.runtime.ops import TORCH

@@ -17,7 +17,7 @@ from specdec_engine.errors import UsageError
 from specdec_engine.models.progress import Report, silent
 
 if TYPE_CHECKING:
-    from specdec_engine.models.loading import LoadOptions
+    from specdec_engine.models.options import LoadOptions
 
 _MODELS, _SAMPLING, _PROMPT, _OUTPUT = "Models", "Sampling", "Prompt", "Output"
 
@@ -184,7 +184,7 @@ class Placement:
 
     def loading(self, tokens: int, report: Report = silent) -> LoadOptions:
         """tokens: of context to reckon with. Imports torch, which takes 3 s."""
-        from specdec_engine.models.loading import LoadOptions
+        from specdec_engine.models.options import LoadOptions
 
         return LoadOptions(
             device=self.device,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from specdec_engine.decoding.loop import decode as decode
     from specdec_engine.decoding.stopping import Stop as Stop
     from specdec_engine.errors import SpecdecError as SpecdecError
-    from specdec_engine.models.loading import LoadOptions as LoadOptions
+    from specdec_engine.models.options import LoadOptions as LoadOptions
     from specdec_engine.pair import Pair as Pair
     from specdec_engine.pair import load_pair as load_pair
     from specdec_engine.record.events import Cycle as Cycle
@@ -40,7 +40,7 @@ _HOME = {
     "Event": "record.events",
     "Failed": "record.events",
     "Finished": "record.events",
-    "LoadOptions": "models.loading",
+    "LoadOptions": "models.options",
     "Pair": "pair",
     "Sampling": "core.cycle_types",
     "SettingChanged": "record.events",

@@ -25,8 +25,9 @@ from specdec_engine.drafters.base import Drafter, DraftHost, LoadedDraft, ModelI
 from specdec_engine.errors import PairIncompatible, UsageError
 from specdec_engine.models.chat import chat_ids, raw_ids, special_in, stop_id
 from specdec_engine.models.draft_files import read_draft
-from specdec_engine.models.loading import Candidate, Loaded, LoadOptions, find_model
+from specdec_engine.models.loading import Candidate, Loaded, find_model
 from specdec_engine.models.memory_needs import kv_bytes
+from specdec_engine.models.options import LoadOptions
 from specdec_engine.models.tokenizers import check_pair
 from specdec_engine.record.events import Event
 from specdec_engine.record.text import counted

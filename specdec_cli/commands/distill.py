@@ -71,7 +71,8 @@ def distill(
 
         from specdec_engine.distill.recipe import Recipe
         from specdec_engine.distill.run import distill
-        from specdec_engine.models.loading import LoadOptions, find_model
+        from specdec_engine.models.loading import find_model
+        from specdec_engine.models.options import LoadOptions
         from specdec_engine.system.machine import usable_cores
         from specdec_engine.system.threads import set_threads
 

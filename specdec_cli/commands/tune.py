@@ -27,7 +27,7 @@ from specdec_engine.tune.servers import Launch, Wanted, launches, served
 from specdec_engine.tune.whatif import best_of
 
 if TYPE_CHECKING:
-    from specdec_engine.models.loading import LoadOptions
+    from specdec_engine.models.options import LoadOptions
     from specdec_engine.pair import Pair
     from specdec_engine.tune.run import Tuned
     from specdec_engine.tune.whatif import Setting

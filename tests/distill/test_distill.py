@@ -37,7 +37,8 @@ from specdec_engine.distill.training import (
 )
 from specdec_engine.distill.training import Batch as TrainingBatch
 from specdec_engine.errors import ModelUnavailable, PairIncompatible, UsageError
-from specdec_engine.models.loading import LoadOptions, find_model
+from specdec_engine.models.loading import find_model
+from specdec_engine.models.options import LoadOptions
 from specdec_engine.pair import load_pair
 from specdec_engine.runtime.head import HeadForward, HeadRuntime, head_shape
 from specdec_engine.system.timing import HostTimer

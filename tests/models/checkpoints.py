@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from specdec_engine.errors import SpecdecError
 from specdec_engine.models.compatibility import check
-from specdec_engine.models.loading import LoadOptions
+from specdec_engine.models.options import LoadOptions
 from specdec_engine.pair import load_pair
 from specdec_engine.record.events import Cycle
 from tests.fakes import byte_tokenizer

@@ -9,7 +9,8 @@ import transformers
 from specdec_engine.core.cycle_types import Draft
 from specdec_engine.drafters.on_runtime import RuntimeDrafter
 from specdec_engine.errors import ModelUnavailable, PairIncompatible
-from specdec_engine.models.loading import LoadOptions, find_model
+from specdec_engine.models.loading import find_model
+from specdec_engine.models.options import LoadOptions
 from specdec_engine.runtime.generic import GenericRuntime
 from specdec_engine.runtime.graphs import GraphRuntime
 from specdec_engine.runtime.shape import Unsupported

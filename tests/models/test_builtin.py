@@ -12,7 +12,8 @@ import torch
 
 from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.drafters import build_drafter
-from specdec_engine.models.loading import LoadOptions, load_model
+from specdec_engine.models.loading import load_model
+from specdec_engine.models.options import LoadOptions
 from specdec_engine.pair import load_pair
 from specdec_engine.runtime.target import ModelTarget
 from tests.fakes import cycles, emitted, host, run

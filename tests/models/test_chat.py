@@ -7,7 +7,8 @@ import pytest
 from specdec_engine.errors import ModelUnavailable, UsageError
 from specdec_engine.models import chat
 from specdec_engine.models.chat import chat_ids, raw_ids, stop_id, turn_ends
-from specdec_engine.models.loading import LoadOptions, find_model
+from specdec_engine.models.loading import find_model
+from specdec_engine.models.options import LoadOptions
 from specdec_engine.pair import load_pair
 from specdec_engine.record.events import Started
 from tests.fakes import CHAT_TEMPLATE, byte_tokenizer, save_checkpoint

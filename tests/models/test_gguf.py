@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from specdec_engine.errors import ModelUnavailable
 from specdec_engine.models.gguf_files import beside
-from specdec_engine.models.loading import LoadOptions, find_model, load_model
+from specdec_engine.models.loading import find_model, load_model
+from specdec_engine.models.options import LoadOptions
 from specdec_engine.models.progress import silent
 from specdec_engine.runtime.target import ModelTarget
 from tests.fakes import ScriptedDrafter, emitted, run, save_gguf

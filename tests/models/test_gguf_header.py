@@ -14,7 +14,8 @@ from specdec_engine.errors import ModelUnavailable
 from specdec_engine.models import gguf_files, gguf_header
 from specdec_engine.models.gguf_files import beside
 from specdec_engine.models.gguf_header import Header
-from specdec_engine.models.loading import LoadOptions, find_model
+from specdec_engine.models.loading import find_model
+from specdec_engine.models.options import LoadOptions
 from specdec_engine.models.progress import silent
 from tests.fakes import save_gguf
 

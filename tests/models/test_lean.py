@@ -9,7 +9,8 @@ import torch
 
 from specdec_engine.drafters.on_runtime import RuntimeDrafter
 from specdec_engine.errors import OutOfMemory, UsageError
-from specdec_engine.models.loading import LoadOptions, load_model
+from specdec_engine.models.loading import load_model
+from specdec_engine.models.options import LoadOptions
 from specdec_engine.runtime import native
 from specdec_engine.runtime.cpu import whole
 from specdec_engine.runtime.decoder import Decoder, _paired

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from specdec_engine.bench.measure import _gap
 from specdec_engine.errors import ModelUnavailable
-from specdec_engine.models.loading import LoadOptions
+from specdec_engine.models.options import LoadOptions
 from specdec_engine.pair import load_pair
 from specdec_engine.record.events import Cycle, Started
 from specdec_engine.verify.processors import Asked, asked_by, left_out_of, process

@@ -20,7 +20,8 @@ from specdec_engine.bench import report
 from specdec_engine.bench.figures import Sample
 from specdec_engine.bench.plan import Arm, Plan
 from specdec_engine.errors import ModelUnavailable, SpecdecError, TraceError, UsageError
-from specdec_engine.models.loading import LoadOptions, load_model
+from specdec_engine.models.loading import load_model
+from specdec_engine.models.options import LoadOptions
 from specdec_engine.record.prompt_files import Question
 from specdec_tui.narrate import script
 from specdec_tui.source import read_frame

@@ -16,7 +16,8 @@ from specdec_engine.drafters.on_runtime import RuntimeDrafter
 from specdec_engine.drafters.token_choice import DraftChoice
 from specdec_engine.errors import UsageError
 from specdec_engine.models import loading
-from specdec_engine.models.loading import LoadOptions, find_model
+from specdec_engine.models.loading import find_model
+from specdec_engine.models.options import LoadOptions
 from specdec_engine.pair import Pair
 from specdec_engine.runtime.decoder import Decoder
 from specdec_engine.runtime.graphs import repeatable, room_for, span_for

@@ -16,7 +16,8 @@ from specdec_engine.core.transfer import upload
 from specdec_engine.drafters import build_drafter
 from specdec_engine.errors import OutOfMemory, UsageError
 from specdec_engine.models import loading
-from specdec_engine.models.loading import LoadOptions, find_model
+from specdec_engine.models.loading import find_model
+from specdec_engine.models.options import LoadOptions
 from specdec_engine.pair import _verifier
 from specdec_engine.runtime.arithmetic import Matrices, choose
 from specdec_engine.runtime.decoder import Decoder

@@ -10,7 +10,8 @@ from typing import Any, Literal
 from specdec_engine.errors import OutOfMemory, PairIncompatible
 from specdec_engine.models.draft_files import DraftFolder, builtin_draft, read_draft
 from specdec_engine.models.hub_cache import cached_models, drafts_for
-from specdec_engine.models.loading import Candidate, LoadOptions, find_model
+from specdec_engine.models.loading import Candidate, find_model
+from specdec_engine.models.options import LoadOptions
 from specdec_engine.models.tokenizers import compare_tokenizers
 from specdec_engine.record.cycle_stats import expected_emitted
 from specdec_engine.runtime.context_limit import context_limit

@@ -6,19 +6,20 @@ comes with a checkpoint is run only on demand.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from specdec_engine.errors import ModelUnavailable, OutOfMemory, SpecdecError, UsageError, causes, first_line
+from specdec_engine.errors import ModelUnavailable, UsageError
 from specdec_engine.models import gguf_files
+from specdec_engine.models.damage import explained
 from specdec_engine.models.draft_files import read_draft
 from specdec_engine.models.kinds import check_kind, check_plain, check_rollback
 from specdec_engine.models.memory_needs import Need, check_fits, estimate, kept_bytes, kv_bytes
+from specdec_engine.models.options import LoadOptions
 from specdec_engine.models.pretrained import (
     DeviceMap,
     Read,
@@ -28,7 +29,7 @@ from specdec_engine.models.pretrained import (
     load_weights,
     stop_ids,
 )
-from specdec_engine.models.progress import Progress, Report, silent
+from specdec_engine.models.progress import Progress
 from specdec_engine.models.sources import resolve, weight_files
 from specdec_engine.runtime import Runtime, native
 from specdec_engine.runtime.arithmetic import Arithmetic, Matrices, choose
@@ -37,48 +38,15 @@ from specdec_engine.runtime.context_limit import context_limit, layer_configs
 from specdec_engine.runtime.decoder import Decoder, check_tensors
 from specdec_engine.runtime.graphs import CudaRecorder, GraphRuntime, room_for
 from specdec_engine.runtime.lean import Forward, LeanRuntime
-from specdec_engine.runtime.linear import Packing, Quantize
+from specdec_engine.runtime.linear import Packing
 from specdec_engine.runtime.shape import Shape, Unsupported, shape_of
 from specdec_engine.runtime.weights import PACKED, Entry, GgufWeights, SafetensorsWeights, Weights
 from specdec_engine.system.devices import pick_device, pick_dtype
-from specdec_engine.system.memory import free_bytes, ran_out
-from specdec_engine.system.threads import Threads
+from specdec_engine.system.memory import free_bytes
 from specdec_engine.verify.processors import Asked, asked_by, left_out_of
 
 if TYPE_CHECKING:
     from specdec_engine.runtime.generic import GenericRuntime
-
-RuntimeName = Literal["auto", "lean", "graph", "generic"]
-
-
-@dataclass(frozen=True, slots=True)
-class LoadOptions:
-    """Where and how models are loaded; the same for target and draft."""
-
-    device: str = "auto"
-    """auto (cuda, then mps, then cpu), or a torch device such as cuda:1."""
-    dtype: str = "auto"
-    """auto, float32, bfloat16 or float16."""
-    device_map: DeviceMap | None = None
-    """`auto` spreads the target over all GPUs and the CPU, by accelerate."""
-    runtime: RuntimeName = "auto"
-    """How forwards are run: auto chooses the fastest that computes this model exactly."""
-    quantize: Packing = "auto"
-    """auto (four to eight bits of a GGUF stay packed), none (unpacked), int8 or int4 (pack the target's); on a CPU."""
-    draft_quantize: Quantize = "auto"
-    """The same for a draft model, of which auto packs dense weights too, in 8 bits (`light`): what it proposes is tested."""
-    threads: Threads = None
-    """CPU threads for all of torch, see `threads.Threads`."""
-    offline: bool = False
-    trust_remote_code: bool = False
-    tokens: int = 2048
-    """Context to reckon with when memory is estimated: prompt and output."""
-    report: Report = silent
-
-    def for_draft(self) -> LoadOptions:
-        """With which the pair's draft is loaded."""
-        packing: Packing = "light" if self.draft_quantize == "auto" else self.draft_quantize
-        return replace(self, device_map=None, quantize=packing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +118,7 @@ class Candidate:
         report, size = self.options.report, self.need.weights
         placement = _placement(self.name, self.need, self.device, self.options)
         report(Progress("load", self.name, 0, size))
-        with _explained(self.name, self.path):
+        with explained(self.name, self.path):
             try:
                 loaded = self._on_runtime(placement)
             except RuntimeError as error:
@@ -164,7 +132,7 @@ class Candidate:
         """As `load` would take it, by names and sizes of the tensors: on the lean forward, or the generic one and why. Raises
         what `load` does for a checkpoint that lacks some or is of another kind; what a GGUF of transformers' names holds is
         looked at by `load` alone."""
-        with _explained(self.name, self.path):
+        with explained(self.name, self.path):
             try:
                 if isinstance(self.shape, Unsupported):
                     raise self.shape
@@ -327,7 +295,7 @@ def find_model(name: str, options: LoadOptions) -> Candidate:
     path = resolve(name, offline=options.offline, trust_remote_code=options.trust_remote_code, report=options.report)
     if path.is_dir() and (made := read_draft(path)) is not None and made.kind == "head":
         raise UsageError(f"{name} is a draft head and no model of its own", "give it to --draft, with its target")
-    with _explained(name, path):
+    with explained(name, path):
         folder = gguf_files.beside(path, name, options.report) if path.is_file() else path
         found = gguf_files.entries(folder) if path.is_file() else {}
         config: Any = gguf_files.plain_config(folder) if found else load_config(folder, options.trust_remote_code)
@@ -457,45 +425,3 @@ def _placement(name: str, need: Need, device: torch.device, options: LoadOptions
             return "auto"
     check_fits(name, need, device, free)
     return device
-
-
-@contextmanager
-def _explained(name: str, path: Path) -> Iterator[None]:
-    """What goes wrong inside transformers, safetensors and gguf, as one of our errors."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (SpecdecError, Unsupported):
-        raise
-    except SafetensorError as error:
-        raise ModelUnavailable(
-            f"the weights of {name} are damaged: {first_line(error)}", f"delete them and download them again: {path}"
-        ) from error
-    except Exception as error:  # a checkpoint can be broken in as many ways as there are lines in its reader
-        if ran_out(error):
-            raise OutOfMemory(
-                f"out of memory while loading {name}", "use --dtype bfloat16, or a smaller model"
-            ) from error
-        if "trust_remote_code" in str(error):
-            raise ModelUnavailable(
-                f"{name} brings its own code, which is not run unless you ask for it",
-                "read the code, and pass --trust-remote-code if you trust it",
-            ) from error
-        if isinstance(error, ImportError):
-            raise ModelUnavailable(
-                f"{name} cannot be loaded: {first_line(error)}",
-                "install that, or choose a checkpoint that does without",
-            ) from error
-        if any(isinstance(cause, UnicodeDecodeError) for cause in causes(error)):
-            raise ModelUnavailable(
-                f"{name} is damaged: it holds text that is not UTF-8", f"compare it with what its owner gives: {path}"
-            ) from error
-        if path.is_file():
-            raise ModelUnavailable(
-                f"{name} cannot be read as GGUF: {first_line(error)}", "run with --debug for the traceback"
-            ) from error
-        raise ModelUnavailable(
-            f"{name} cannot be loaded: {first_line(error)}",
-            "compare its config.json with what the model's owner gives; --debug shows the traceback",
-        ) from error
