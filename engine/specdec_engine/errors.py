@@ -35,7 +35,7 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
     """An error, and those that it came of, newest first."""
     while error is not None:
         yield error
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def first_line(error: BaseException) -> str:

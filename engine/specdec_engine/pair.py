@@ -134,7 +134,7 @@ class Pair:
             raise UsageError(f"the rule {rule!r} is not known", f"one of {', '.join(self.verifiers)}")
         seed = secrets.randbits(32) if seed is None else seed
         marks = {text: i for text in stop if (i := stop_id(self.tokenizer, text)) is not None}
-        strings = tuple(text for text in stop if text not in marks)
+        strings = tuple(text for text in dict.fromkeys(stop) if text not in marks)
         if controls is None:
             controls = self.controls(k, sampling)
         self.limits.controller = controls.auto
@@ -227,7 +227,7 @@ def _paired(models: Loader, draft: str | None) -> Pair:
         if model.runtime.limit != made_for:
             notes.append(f"{model.name} is used up to {model.runtime.limit} tokens, where its LongRoPE changes over")
     if loaded.stop_ids and min(loaded.stop_ids) >= found.vocab:
-        notes.append(f"no token of {target} ends a text: {min(loaded.stop_ids)} is beyond its {found.vocab:,}")
+        notes.append(f"no token of {target} ends a text: {min(loaded.stop_ids)} is beyond its {found.vocab:,} tokens")
     if loaded.asked:
         said = ", ".join(f"{key} {value}" for key, value in loaded.asked.named().items())
         notes.append(f"followed, of {target}'s generation_config.json: {said}")

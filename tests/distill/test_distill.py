@@ -225,7 +225,7 @@ def test_prompts_may_be_given_and_come_to_an_end(target, tmp_path):
     next(distill(found, found.load(), recipe))
     steps = distill(found, found.load(), recipe)
     notes = [step.note for step in takewhile(lambda step: isinstance(step, Writing), steps) if step.note]
-    assert notes[0] == "of 3 conversations, 1 have later turns: each is asked its first turn alone"
+    assert notes[0] == "of 3 conversations, 1 with later turns: each is asked its first turn alone"
     assert notes[1].startswith("all 3 prompts are answered, in ")
     shard = read(next(recipe.work.text.iterdir()))
     prompts = [found.tokenizer.decode(shard.tokens[a:b]) for a, b in zip(shard.starts, shard.answers, strict=False)]

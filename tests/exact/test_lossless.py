@@ -143,10 +143,10 @@ def test_emitted_text_has_exactly_the_targets_distribution(rule, deterministic, 
 
 @pytest.mark.parametrize("rule", LOSSLESS, ids=lambda rule: rule.name)
 @pytest.mark.parametrize("deterministic", [False, True], ids=["sampled", "deterministic"])
-@pytest.mark.parametrize("inputs", ["identical", "one_hot", "disjoint"])
-def test_the_corners_are_exact_too(rule, deterministic, inputs):
+@pytest.mark.parametrize("corner", ["identical", "one_hot", "disjoint"])
+def test_the_corners_are_exact_too(rule, deterministic, corner):
     """p equal to q (no residual is left), a greedy target, and a draft that misses the target's favourite."""
-    p, q = toy(5, **{inputs: True})
+    p, q = toy(5, **{corner: True})
     assert deviation(enumerate_emitted(rule, p, q, 2, LENGTH, deterministic=deterministic), p, LENGTH) < 1e-12
 
 

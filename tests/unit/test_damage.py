@@ -140,16 +140,42 @@ def test_a_damaged_gguf(tmp_path, monkeypatch):
     holds()
 
 
-@pytest.mark.parametrize("options", [{}, {"runtime": "generic"}], ids=["lean", "generic"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("options", [{}, {"runtime": "generic"}, {"dtype": "auto"}], ids=["lean", "generic", "auto"])
 @pytest.mark.parametrize("where", ["model.layers.1.mlp.down_proj.weight", "lm_head.weight"])
-def test_weights_that_are_no_numbers(where, options, tmp_path):
+def test_weights_that_are_no_numbers(where, options, value, tmp_path):
     """Of a target every run would fail; of a draft every token would be rejected, without a word."""
     folder = save_checkpoint(tmp_path, seed=1)
     tensors = load_file(folder / "model.safetensors")
-    tensors[where][3, 5] = math.nan
+    tensors[where][3, 5] = value
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelUnavailable, match="not numbers, in float32"):
-        load_model(str(folder), LoadOptions(dtype="float32", threads=1, **options))
+    with pytest.raises(ModelUnavailable, match="not numbers, in "):
+        load_model(str(folder), LoadOptions(**{"dtype": "float32", "threads": 1, **options}))
+
+
+@pytest.mark.parametrize(
+    ("key", "byte", "value"),
+    [("llama.embedding_length", 3, 255), ("tokenizer.ggml.tokens", 0, 9), ("llama.feed_forward_length", 3, 127)],
+)
+def test_a_header_that_asks_for_more_than_memory(key, byte, value, tmp_path, monkeypatch):
+    """The width of a layer, and an array of arrays that gguf would read until memory ends: what hypothesis found, and was
+    killed by."""
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
+    file = save_gguf(tmp_path / "tiny.gguf")
+    whole = bytearray(file.read_bytes())
+    whole[whole.index(key.encode()) + len(key) + 4 + byte] = value
+    file.write_bytes(whole)
+    with pytest.raises(ModelUnavailable, match=r"which no model has|embedding_length|feed_forward"):
+        load_model(str(file), LoadOptions(dtype="float32", threads=1))
+
+
+def test_sizes_of_a_class_are_not_made_for_a_small_file(tmp_path, monkeypatch):
+    """A key of the header lost: the config falls back on 4096 wide layers of 11008."""
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
+    file = save_gguf(tmp_path / "tiny.gguf")
+    file.write_bytes(file.read_bytes().replace(b"llama.embedding_length", b"llama.embedding_lengtx"))
+    with pytest.raises(ModelUnavailable, match=r"has the size|embedding_lengtx"):
+        load_model(str(file), LoadOptions(dtype="float32", threads=1))
 
 
 class refused:

@@ -25,9 +25,9 @@ class Draws:
 
     chance: random.Random = field(default_factory=lambda: random.Random(1))
     target: list[int] = field(default_factory=lambda: [0] * len(P))
-    """PanelContent from the target alone."""
+    """Drawn from the target alone."""
     speculative: list[int] = field(default_factory=lambda: [0] * len(P))
-    """PanelContent from the draft, tested, and drawn again from what is left where rejected."""
+    """Drawn from the draft, tested, and drawn again from what is left where rejected."""
     careless: list[int] = field(default_factory=lambda: [0] * len(P))
     """The same, but drawn again from the target after a rejection: what is easily got wrong."""
 

@@ -1,4 +1,4 @@
-"""How far drafts go, as drafters see it: asked within a cycle, decided by `auto.AutoK` between cycles."""
+"""How far drafts go, as drafters see it: asked within a cycle, decided by `controller.AutoK` between cycles."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def decode(
     With a lossless rule the emitted tokens have exactly the target's distribution, for any drafter and any k (Leviathan
     et al. 2023); at temperature 0 they are the target's greedy tokens. `verifier` holds the rule (the token rule unless
     given). `tokenizer` is needed for stop strings only. `asked` changes the target's logits, and with them its
-    distribution. With `ahead`, the default on a GPU, the next cycle is launched before this one's event is yielded, so
+    distribution. With `ahead`, the default on a GPU, the next cycle is started before this one's event is yielded, so
     that the consumer works while the device does; settings that it changes then reach the cycle after that one.
 
     Raises UsageError for a prompt that is empty or fills the target's context, before any event; any error after that is
@@ -84,7 +84,7 @@ class _InFlightCycle:
 
 
 class _Run:
-    """The loop's state: the context, and the settings that the newest cycle was launched with."""
+    """The loop's state: the context, and the settings that the newest cycle was started with."""
 
     def __init__(
         self,

@@ -119,7 +119,7 @@ def _write_text(
         work.record(replace(spent, writing_s=spent.writing_s + time.monotonic() - began))
         yield Writing(written, share())
     if asked is not None and share() < 1.0:
-        said = f"all {counted(len(asked), 'prompt')} are answered, in {written:,} tokens: less text than was asked for"
+        said = f"all {counted(len(asked), 'prompt')} are answered, in {written:,} tokens, before the writing was to end"
         yield Writing(written, share(), said)
 
 

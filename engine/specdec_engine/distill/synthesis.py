@@ -81,7 +81,7 @@ def unused_in(questions: Sequence[Question]) -> str:
     later = sum(len(question.turns) > 1 for question in questions)
     systems = sum(bool(question.system) for question in questions)
     parts = [(later, "later turns"), (systems, "a system message")]
-    said = " and ".join(f"{n} have {what}" for n, what in parts if n)
+    said = " and ".join(f"{n} with {what}" for n, what in parts if n)
     return f"of {counted(len(questions), 'conversation')}, {said}: each is asked its first turn alone" if said else ""
 
 

@@ -17,6 +17,7 @@ import gguf
 import numpy as np
 
 from specdec_engine.errors import ModelUnavailable
+from specdec_engine.models.kinds import WIDEST
 
 Count = Callable[[int, int], None]
 """Is told how many tokens of the vocabulary are read, and how many there are."""
@@ -44,14 +45,19 @@ class Header(gguf.GGUFReader):
     """
 
     def __init__(self, file: Path, count: Count) -> None:
-        """Raises ValueError, and whatever else gguf and struct raise, for a file that is damaged."""
-        self._count = count
+        """Raises ModelUnavailable for a file that is not little-endian; for one that is damaged ValueError, and whatever else
+        gguf and struct raise."""
+        self._count, self._file = count, file
         super().__init__(file)
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
         """Size in bytes, parts, which parts are the values, and types: an array's values are views of a string's bytes or
         of one number each."""
-        if raw_type != gguf.GGUFValueType.ARRAY or self.byte_order == "S":
+        if self.byte_order == "S":
+            raise ModelUnavailable(
+                f"{self._file} is big-endian, which is not read", "use a little-endian file, as most are"
+            )
+        if raw_type != gguf.GGUFValueType.ARRAY:
             return super()._get_field_parts(orig_offs, raw_type)
         kind, length = self._get(orig_offs, "<u4"), self._get(orig_offs + 4, "<u8")
         item, start = gguf.GGUFValueType(int(kind[0])), orig_offs + 12
@@ -61,8 +67,8 @@ class Header(gguf.GGUFReader):
             end, values = self._strings(start, int(length[0]), count)
         elif item in self.gguf_scalar_to_np:
             end, values = self._numbers(start, int(length[0]), self.gguf_scalar_to_np[item])
-        else:  # arrays of arrays
-            return super()._get_field_parts(orig_offs, raw_type)
+        else:  # gguf would read one for as long as its length says, past the end of the file, until memory ends
+            raise ValueError(f"a value is an array of {item.name}, which no model has")
         types = [gguf.GGUFValueType.ARRAY, item] if values else [gguf.GGUFValueType.ARRAY]
         return end - orig_offs, [kind, length, *values], list(range(2, 2 + len(values))), types
 
@@ -107,8 +113,6 @@ def given_to_transformers(header: Header, file: Path) -> Iterator[None]:
 def check_header(header: Header, file: Path) -> None:
     """Refuse what no reader here would survive, or read rightly, before anything large is made of it. Raises
     ModelUnavailable."""
-    if header.byte_order == "S":
-        raise ModelUnavailable(f"{file} is big-endian, which is not read", "use a little-endian file, as most are")
     parts = _value(header, "split.count", 1)
     if parts > 1:
         raise ModelUnavailable(
@@ -123,6 +127,10 @@ def check_header(header: Header, file: Path) -> None:
             f"{file} stretches its rotary embedding by the tensor {found[0]}, which is not read for {arch}",
             "use the model's safetensors checkpoint, whose config says how",
         )
+    for key in ("embedding_length", "feed_forward_length", "attention.key_length"):
+        width = _value(header, f"{arch}.{key}", 0)
+        if isinstance(width, int) and width > WIDEST:
+            raise ModelUnavailable(f"{file} says {arch}.{key} = {width}, which no model has", DAMAGED)
     layers = _value(header, f"{arch}.block_count", 0)
     if not header.tensors:
         raise ModelUnavailable(f"{file} has no tensors", "it holds a vocabulary alone, and no model")

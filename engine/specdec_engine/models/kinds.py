@@ -15,13 +15,16 @@ from specdec_engine.runtime.weights import SafetensorsWeights
 _MANY = 10_000
 """Layers, heads or experts of which no model has as many: transformers would make a list of each before it is looked at."""
 _COUNTED = re.compile(r"(n|num)_(\w+_)?(layers?|heads?|experts?|blocks?)|(encoder|decoder)_layers")
+WIDEST = 1_000_000
+"""A layer's width, of which no model has as much: tables are made by it before weights are looked at."""
+_WIDTHS = re.compile(r"(\w+_)?(hidden|intermediate)_size|head_dim|n_embd|d_model")
 
 
 def check_sizes(folder: Path) -> None:
     """Look for absurd counts in config.json, before memory is taken for them. Raises ModelUnavailable."""
     for name, value in _numbers(raw_config(folder)):
         least = 1 if name in ("num_hidden_layers", "n_layer", "num_layers") else 0
-        if _COUNTED.fullmatch(name) and not least <= value <= _MANY:
+        if (_COUNTED.fullmatch(name) and not least <= value <= _MANY) or (_WIDTHS.fullmatch(name) and value > WIDEST):
             raise ModelUnavailable(
                 f"{folder / 'config.json'} says {name} = {value}", "get that one file again: it is small"
             )

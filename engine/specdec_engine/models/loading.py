@@ -6,6 +6,7 @@ comes with a checkpoint is run only on demand.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -397,13 +398,10 @@ def _check_numbers(runtime: Runtime, model: Candidate) -> None:
     likeliest of a row of NaN is a token, too."""
     logits = runtime.forward(torch.zeros(1, dtype=torch.long, device=runtime.device), 1, seldom=True)
     runtime.rollback(0)
-    if bool(logits.isnan().any()):
+    if bool((logits.isnan() | (logits == math.inf)).any()):  # masked rows of a vocabulary may be -inf
         dtype = str(model.dtype).removeprefix("torch.")
-        hint = (
-            "compare the file with its owner's"
-            if dtype == "float32"
-            else "try --dtype float32; if it persists, the file"
-        )
+        compare = "compare them with their owner's"
+        hint = compare if dtype == "float32" else f"try --dtype float32, or {compare}"
         raise ModelUnavailable(f"the weights of {model.name} give logits that are not numbers, in {dtype}", hint)
 
 

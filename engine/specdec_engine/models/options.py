@@ -30,7 +30,7 @@ class LoadOptions:
     draft_quantize: Quantize = "auto"
     """The same for a draft model, of which auto packs dense weights too, in 8 bits (`light`): what it proposes is tested."""
     threads: Threads = None
-    """CPU threads for all of torch, see `threads.Threads`."""
+    """CPU threads for all of torch, see `system.threads.Threads`."""
     offline: bool = False
     trust_remote_code: bool = False
     tokens: int = 2048

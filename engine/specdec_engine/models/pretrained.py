@@ -69,6 +69,7 @@ def load_weights(
     model: Any
     if state is not None:
         config = load_config(folder, trust_remote_code)
+        _check_sizes(path, folder, config, state)
         model, info = causal_class(config).from_pretrained(None, config=config, state_dict=state, **common)
     elif path.is_file():
         from specdec_engine.models.gguf_header import Header, given_to_transformers
@@ -86,6 +87,14 @@ def load_weights(
     if isinstance(placement, torch.device):
         model = model.to(placement)
     return Read(model.eval(), tuple(sorted(info["unexpected_keys"])))
+
+
+def _check_sizes(path: Path, folder: Path, config: Any, state: dict[str, torch.Tensor]) -> None:
+    """Look whether a GGUF's tensors are what its config asks for, on sizes alone: a damaged header falls back on
+    its class's own sizes, and a file of 60 kB asked for 26 GB. Raises ModelUnavailable."""
+    sizes = {name: tensor.to("meta") for name, tensor in state.items()}
+    how = {"device_map": torch.device("meta"), "ignore_mismatched_sizes": True, "output_loading_info": True}
+    _check_tensors(path, folder, causal_class(config).from_pretrained(None, config=config, state_dict=sizes, **how)[1])
 
 
 def _check_tensors(path: Path, folder: Path, info: dict[str, Any]) -> None:

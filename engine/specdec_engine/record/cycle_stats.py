@@ -65,7 +65,8 @@ def split(cycles: Sequence[Cycle]) -> Split | None:
 
 def lost_to(draft: float, verify: float, other: float) -> tuple[tuple[str, float], ...]:
     """Name what keeps a speedup below E, dearest first, in plain cycles. A wider pass is what a cycle takes beside its draft,
-    beyond the plain cycle's 1; the parts sum up to the cost less 1."""
+    beyond the plain cycle's 1; the parts, but for what is too small to
+    name, sum up to the cost less 1."""
     parts = (("the wider pass", verify + other - 1), ("drafting", draft))
     return tuple(sorted(((name, cost) for name, cost in parts if cost > 0.005), key=lambda part: -part[1]))
 

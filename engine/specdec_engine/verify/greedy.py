@@ -31,7 +31,7 @@ class _Asked:
 
 
 class GreedyReports:
-    """`verdict.report` for rows whose mass is all on one token, and drafts without probabilities; of one rule."""
+    """`report.report` for rows whose mass is all on one token, and drafts without probabilities; of one rule."""
 
     def __init__(self, rule: AcceptanceRule) -> None:
         self._rule = rule

@@ -43,7 +43,7 @@ class Numbers:
 
 
 @dataclass(frozen=True, slots=True)
-class Unfiltered:
+class Unwarped:
     """What a report needs to tell what p and q were before temperature and filters."""
 
     logits: Tensor
@@ -59,7 +59,7 @@ class Unfiltered:
 
 
 def report(
-    rule: AcceptanceRule, p: Tensor, tokens: Tensor, probs: Tensor | None, u: Tensor, before: Unfiltered | None = None
+    rule: AcceptanceRule, p: Tensor, tokens: Tensor, probs: Tensor | None, u: Tensor, before: Unwarped | None = None
 ) -> Tensor:
     """All that the host needs to know, as one row of numbers on the device; `read` turns it into a Verdict.
 
@@ -115,17 +115,17 @@ Warped = Callable[[Tensor], Tensor]
 
 
 @torch.inference_mode()
-def told_on_host(accepted: int, before: Unfiltered, draft: Draft, p: Warped) -> list[float]:
+def told_on_host(accepted: int, before: Unwarped, draft: Draft, p: Warped) -> list[float]:
     """What a report ends with where it tells more; zeros for what was never tested."""
     k, tested = len(draft), min(accepted + 1, len(draft))
     q, probs = (None if rows is None else rows[:tested] for rows in (before.q, draft.probs))
     found = list[float]()
-    for part in _told(Unfiltered(before.logits, q, before.ids), draft.tokens[:tested], p, probs):
+    for part in _told(Unwarped(before.logits, q, before.ids), draft.tokens[:tested], p, probs):
         found += [*part.flatten().tolist(), *[0.0] * ((k - tested) * part[0].numel())]
     return found
 
 
-def _told(before: Unfiltered, tokens: Tensor, p: Warped, probs: Tensor | None) -> list[Tensor]:
+def _told(before: Unwarped, tokens: Tensor, p: Warped, probs: Tensor | None) -> list[Tensor]:
     """By side for each of m drafted tokens: its probability before warping [m], the largest ones, where they are, and what
     became of these, [m, n] each."""
     drafted, m = tokens[:, None], tokens.shape[0]

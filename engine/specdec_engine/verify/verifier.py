@@ -20,7 +20,7 @@ from specdec_engine.core.transfer import download, upload
 from specdec_engine.runtime.graphs import Recorder, repeatable
 from specdec_engine.verify.coupling import coupled, gumbel_noise
 from specdec_engine.verify.greedy import GreedyReports
-from specdec_engine.verify.report import Numbers, Unfiltered, read, report, report_on_host, told_on_host
+from specdec_engine.verify.report import Numbers, Unwarped, read, report, report_on_host, told_on_host
 from specdec_engine.verify.rules import AcceptanceRule
 from specdec_engine.verify.sampling import best_where_sure, warp, wide
 
@@ -45,14 +45,14 @@ class Verifier:
     ) -> PendingVerdict:
         """logits [k + 1, V] of the target, the draft they follow, and the length of the context before it."""
         numbers = Numbers.drawn(random, position, len(draft))
-        before = Unfiltered(logits, draft.raw, draft.raw_ids) if sampling.raw and len(draft) else None
+        before = Unwarped(logits, draft.raw, draft.raw_ids) if sampling.raw and len(draft) else None
         sides = 0 if before is None else before.sides
         here = self._device.type == "cpu" and self._recorder is None
         if here and sampling.greedy and draft.probs is None:
             best = best_where_sure(logits)
             if best is not None:
-                outcome = self._greedily(best, draft, numbers, before, logits.shape[1])
-                return lambda: outcome
+                verdict = self._greedily(best, draft, numbers, before, logits.shape[1])
+                return lambda: verdict
         if here:
             p = self._warped(logits, sampling, random, position)
             said = report_on_host(self.rule, p, draft.tokens, draft.probs, numbers)
@@ -75,7 +75,7 @@ class Verifier:
         return coupled(p, gumbel_noise(random.seed, position, rows, vocab, self._device))
 
     def _greedily(
-        self, best: list[int], draft: Draft, numbers: Numbers, before: Unfiltered | None, vocab: int
+        self, best: list[int], draft: Draft, numbers: Numbers, before: Unwarped | None, vocab: int
     ) -> Verdict:
         """At temperature 0 and on the host."""
         said = self._greedy.report(best, draft.tokens.tolist(), numbers, vocab)
@@ -122,7 +122,7 @@ class Verifier:
     ) -> Tensor:
         """probs, raw, ids: empty where the draft has none."""
         given = [t if t.numel() else None for t in (probs, raw, ids)]
-        before = Unfiltered(logits, *given[1:]) if sampling.raw and len(tokens) else None
+        before = Unwarped(logits, *given[1:]) if sampling.raw and len(tokens) else None
         return report(self.rule, warp(logits, sampling, temperature), tokens, given[0], u, before)
 
 

@@ -14,10 +14,10 @@ class _Text:
     """Lines of the text."""
 
     def __init__(self, name: Name) -> None:
-        self._text = TextLayout(name)
+        self._layout = TextLayout(name)
 
     def count(self, view: View, width: int) -> int:
-        self._lines = self._text.lines(view, width)
+        self._lines = self._layout.lines(view, width)
         return len(self._lines)
 
     def cells(self, view: View, y: int, width: int) -> Sequence[Cell]:
