@@ -54,7 +54,7 @@ class Settings:
 
 
 class Controls:
-    """Mutable holder of the `Settings` in force from the next cycle to be launched (on a GPU one is always in
+    """Mutable holder of the `Settings` in force from the next cycle to be started (on a GPU one is always in
     flight); `reason` says why they were last changed."""
 
     def __init__(

@@ -1,4 +1,4 @@
-"""From the target's logits to a verdict: launched first, read later.
+"""From the target's logits to a verdict: started first, read later.
 
 On a GPU the warping, the rule and the draw of a cycle are some hundred small kernels: recorded once they are one launch.
 Their result comes to the host in one asynchronous copy into pinned memory, so that until it is asked for the host is free
