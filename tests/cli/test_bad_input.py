@@ -318,7 +318,7 @@ def test_a_target_that_cannot_be_rolled_back(refused, tmp_path):
 
 
 def test_a_model_larger_than_memory_is_refused_before_it_is_loaded(refused, checkpoint, monkeypatch):
-    monkeypatch.setattr("specdec_engine.models.loading.free_bytes", lambda device: 1000)
+    monkeypatch.setattr("specdec_engine.models.placement.free_bytes", lambda device: 1000)
     monkeypatch.setattr("specdec_engine.models.loading.load_weights", lambda *_: pytest.fail("weights were read"))
     said = refused(5, "hello", "-t", checkpoint)
     assert "GiB" in said

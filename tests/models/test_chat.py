@@ -163,6 +163,13 @@ def test_a_special_token_as_a_stop_text():
         stop_id(tokenizer, "\n<|pad|>")
 
 
+def test_a_text_that_no_token_ends_is_remarked_on(tmp_path, monkeypatch):
+    """In a vocabulary that was cut before its ends."""
+    monkeypatch.setattr("specdec_engine.models.loading.stop_ids", lambda *_: frozenset({5000, 6000}))
+    pair = load_pair(str(save_checkpoint(tmp_path, tokenizer=byte_tokenizer())), "none", LoadOptions(dtype="float32"))
+    assert any("ends a text: 5000 is beyond its" in note for note in pair.notes)
+
+
 def test_a_run_tells_every_stop_text(tmp_path):
     """Of a special token the text, and not the id that it is found by alone."""
     pair = load_pair(str(save_checkpoint(tmp_path, tokenizer=byte_tokenizer())), "none", LoadOptions(dtype="float32"))

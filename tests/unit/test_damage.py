@@ -165,7 +165,7 @@ def test_a_header_that_asks_for_more_than_memory(key, byte, value, tmp_path, mon
     whole = bytearray(file.read_bytes())
     whole[whole.index(key.encode()) + len(key) + 4 + byte] = value
     file.write_bytes(whole)
-    with pytest.raises(ModelUnavailable, match=r"which no model has|embedding_length|feed_forward"):
+    with pytest.raises(ModelUnavailable, match="which no model has"):
         load_model(str(file), LoadOptions(dtype="float32", threads=1))
 
 

@@ -415,7 +415,7 @@ def test_a_target_whose_forward_cannot_be_recorded_is_loaded_without(checkpoint,
         "Decoder",
         lambda shape, weights, dtype, device, *rest, **more: Decoder(shape, weights, dtype, CPU, *rest, **more),
     )
-    monkeypatch.setattr(loading, "_placement", lambda *given: CPU)
+    monkeypatch.setattr(loading, "place", lambda *given: CPU)
     if wanted == "graph":
         with pytest.raises(UsageError, match="cannot run on the graph runtime: its forward cannot be recorded"):
             candidate.load()

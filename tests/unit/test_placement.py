@@ -15,7 +15,7 @@ from specdec_engine.adaptive.limits import DraftLimits
 from specdec_engine.core.transfer import upload
 from specdec_engine.drafters import build_drafter
 from specdec_engine.errors import OutOfMemory, UsageError
-from specdec_engine.models import loading
+from specdec_engine.models import loading, placement
 from specdec_engine.models.loading import find_model
 from specdec_engine.models.options import LoadOptions
 from specdec_engine.pair import _verifier
@@ -43,7 +43,7 @@ def test_a_gguf_on_a_gpu_is_reckoned_dense(quantize):
     found = {f"model.layers.{i}.mlp.up_proj.weight": entry for i in range(10)}
     options = LoadOptions(quantize=quantize)
     arithmetic = choose(Matrices(1, 1, packed=True, lean=True), "bfloat16", quantize, CUDA)
-    need = loading._need(Path("x.gguf"), found, config, shape_of(config), arithmetic, CUDA, options)
+    need = placement.need_of(Path("x.gguf"), found, config, shape_of(config), arithmetic, CUDA, options)
     assert need.weights == 10 * prod(size) * 2
 
 
@@ -116,7 +116,7 @@ def test_a_target_is_placed_beside_its_draft(checkpoint, monkeypatch):
     monkeypatch.setattr(loading.Candidate, "_generic", lambda self, placement, why: placed.append((placement, why)))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for taken in (0, 1):
-        monkeypatch.setattr(loading, "free_bytes", lambda device, taken=taken: found.need.total - taken)
+        monkeypatch.setattr(placement, "free_bytes", lambda device, taken=taken: found.need.total - taken)
         replace(found, device=CUDA).load()
     assert placed == [CUDA, ("auto", "it is spread over devices")]
 

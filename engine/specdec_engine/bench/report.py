@@ -250,7 +250,7 @@ class _Arm(_Measured):
 
 
 class _Record(TypedDict):
-    """Those parts of a record that are read again."""
+    """The parts of a record that are read again."""
 
     plan: _Plan
     environment: _Environment

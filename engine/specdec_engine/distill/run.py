@@ -45,7 +45,7 @@ class Writing:
     share: float
     """Of this part that is done, 0 to 1."""
     note: str = ""
-    """What a user should know of the given prompts."""
+    """A sentence about the given prompts that a user should read; empty for none."""
 
 
 @dataclass(frozen=True, slots=True)

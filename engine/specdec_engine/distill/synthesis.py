@@ -77,7 +77,7 @@ class Limits:
 
 
 def unused_in(questions: Sequence[Question]) -> str:
-    """What of given conversations is not asked, in a sentence; empty where every one is a single turn."""
+    """Say in a sentence what of given conversations is not asked; empty where every one is a single turn."""
     later = sum(len(question.turns) > 1 for question in questions)
     systems = sum(bool(question.system) for question in questions)
     parts = [(later, "later turns"), (systems, "a system message")]

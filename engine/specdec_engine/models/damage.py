@@ -1,4 +1,4 @@
-"""What other libraries raise for a checkpoint that they cannot read, in words of the cause."""
+"""Errors of other libraries about a checkpoint that they cannot read, in words of the cause."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from specdec_engine.system.memory import ran_out
 
 @contextmanager
 def explained(name: str, path: Path) -> Iterator[None]:
-    """What goes wrong inside transformers, safetensors and gguf, as one of our errors."""
+    """Turn what goes wrong inside transformers, safetensors and gguf into one of our errors."""
     from safetensors import SafetensorError
 
     try:

@@ -7,7 +7,6 @@ comes with a checkpoint is run only on demand.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +18,9 @@ from specdec_engine.models import gguf_files
 from specdec_engine.models.damage import explained
 from specdec_engine.models.draft_files import read_draft
 from specdec_engine.models.kinds import check_kind, check_plain, check_rollback
-from specdec_engine.models.memory_needs import Need, check_fits, estimate, kept_bytes, kv_bytes
+from specdec_engine.models.memory_needs import Need
 from specdec_engine.models.options import LoadOptions
+from specdec_engine.models.placement import matrices_of, need_of, packing_of, place
 from specdec_engine.models.pretrained import (
     DeviceMap,
     Read,
@@ -33,17 +33,14 @@ from specdec_engine.models.pretrained import (
 from specdec_engine.models.progress import Progress
 from specdec_engine.models.sources import resolve, weight_files
 from specdec_engine.runtime import Runtime, native
-from specdec_engine.runtime.arithmetic import Arithmetic, Matrices, choose
-from specdec_engine.runtime.blocks import cache_dtype
-from specdec_engine.runtime.context_limit import context_limit, layer_configs
+from specdec_engine.runtime.arithmetic import Arithmetic, choose
+from specdec_engine.runtime.context_limit import context_limit
 from specdec_engine.runtime.decoder import Decoder, check_tensors
 from specdec_engine.runtime.graphs import CudaRecorder, GraphRuntime, room_for
 from specdec_engine.runtime.lean import Forward, LeanRuntime
-from specdec_engine.runtime.linear import Packing
 from specdec_engine.runtime.shape import Shape, Unsupported, shape_of
-from specdec_engine.runtime.weights import PACKED, Entry, GgufWeights, SafetensorsWeights, Weights
+from specdec_engine.runtime.weights import PACKED, GgufWeights, SafetensorsWeights, Weights
 from specdec_engine.system.devices import pick_device, pick_dtype
-from specdec_engine.system.memory import free_bytes
 from specdec_engine.verify.processors import Asked, asked_by, left_out_of
 
 if TYPE_CHECKING:
@@ -117,7 +114,7 @@ class Candidate:
     def load(self) -> Loaded:
         """Read the weights. Raises ModelUnavailable for damaged ones, OutOfMemory if they do not fit any more."""
         report, size = self.options.report, self.need.weights
-        placement = _placement(self.name, self.need, self.device, self.options)
+        placement = place(self.name, self.need, self.device, self.options)
         report(Progress("load", self.name, 0, size))
         with explained(self.name, self.path):
             try:
@@ -167,11 +164,11 @@ class Candidate:
             raise UsageError(
                 f"{self.name} cannot run on the {self.options.runtime} runtime: {reason}", "leave out --runtime"
             ) from None
-        dense = choose(_matrices(self.config, False, False), self.options.dtype, "none", self.device)
+        dense = choose(matrices_of(self.config, False, False), self.options.dtype, "none", self.device)
         return replace(self, shape=reason, arithmetic=dense)
 
     def _lean(self, shape: Shape) -> Loaded:
-        packing = _packing(self.options, self.arithmetic)
+        packing = packing_of(self.options, self.arithmetic)
         dtype, kernels = self.arithmetic.dtype, self.arithmetic.kernels
         decoder = Decoder(shape, self._weights(), dtype, self.device, packing, kernels=kernels)
         runtime: LeanRuntime | None = None
@@ -309,10 +306,10 @@ def find_model(name: str, options: LoadOptions) -> Candidate:
             pick_dtype(options.dtype, device)  # what is refused is refused before anything is compiled
         if device.type == "cpu" and not native.is_ready():
             options.report(Progress("compile", "kernels for this CPU, once"))
-        matrices = _matrices(config, packed, isinstance(shape, Shape))
+        matrices = matrices_of(config, packed, isinstance(shape, Shape))
         arithmetic = choose(matrices, options.dtype, options.quantize, device)
-        need = _need(path, found, config, shape, arithmetic, device, options)
-        if isinstance(_placement(name, need, device, options), str):
+        need = need_of(path, found, config, shape, arithmetic, device, options)
+        if isinstance(place(name, need, device, options), str):
             shape = Unsupported(_SPREAD)
         if isinstance(shape, Unsupported):
             check_rollback(load_config(folder, options.trust_remote_code), name)
@@ -341,42 +338,6 @@ _SPREAD = "it is spread over devices"
 
 def _own_code(config: Any, options: LoadOptions) -> bool:
     return options.trust_remote_code and bool(getattr(config, "auto_map", None))
-
-
-def _packing(options: LoadOptions, arithmetic: Arithmetic) -> Packing:
-    """What was asked for, or `none` where no weights are packed."""
-    return options.quantize if arithmetic.packs else "none"
-
-
-def _matrices(config: Any, packed: bool, lean: bool) -> Matrices:
-    """By the projection into the feed-forward network, half of most models' weights."""
-    hidden = int(getattr(config.get_text_config(), "hidden_size", 0) or 1024)
-    sizes = [getattr(layer, "intermediate_size", 0) for layer in layer_configs(config)]
-    widest = max((max(size) if isinstance(size, list) else size or 0 for size in sizes), default=0)
-    return Matrices(2 * int(widest or 4 * hidden), hidden, packed, lean)
-
-
-def _need(
-    path: Path,
-    found: Mapping[str, Entry],
-    config: Any,
-    shape: Shape | Unsupported,
-    arithmetic: Arithmetic,
-    device: torch.device,
-    options: LoadOptions,
-) -> Need:
-    """Weights in the form they will be kept in, and the cache in its own dtype and size."""
-    quantize: Packing
-    dtype = arithmetic.weights
-    if isinstance(shape, Unsupported):
-        quantize, cache = "none", kv_bytes(config, dtype, options.tokens)
-    else:
-        tokens = room_for(options.tokens, context_limit(config)) if device.type == "cuda" else options.tokens
-        quantize = _packing(options, arithmetic)
-        cache = tokens * shape.kv_values * cache_dtype(arithmetic.dtype, device, arithmetic.kernels).itemsize
-    if not found:
-        return estimate(weight_files(path), config, dtype, cache, quantize)
-    return Need(sum(kept_bytes(name, entry, dtype, quantize) for name, entry in found.items()), cache)
 
 
 def lean_shape(config: Any, options: LoadOptions, device: torch.device) -> Shape | Unsupported:
@@ -408,18 +369,3 @@ def _check_numbers(runtime: Runtime, model: Candidate) -> None:
 def load_model(name: str, options: LoadOptions) -> Loaded:
     """`find_model`, and its weights."""
     return find_model(name, options).load()
-
-
-def _placement(name: str, need: Need, device: torch.device, options: LoadOptions) -> torch.device | DeviceMap:
-    """The device, if the model fits; else all of them together, where there is more than one GPU to spread over."""
-    if (
-        options.device_map is not None and device.type != "cpu"
-    ):  # where there are only CPUs there is nothing to spread over
-        return options.device_map
-    free = free_bytes(device)
-    if device.type == "cuda" and options.device == "auto" and free is not None and need.total > free:
-        everywhere = sum(free_bytes(torch.device("cuda", i)) or 0 for i in range(torch.cuda.device_count()))
-        if need.total <= everywhere:
-            return "auto"
-    check_fits(name, need, device, free)
-    return device

@@ -1,4 +1,4 @@
-"""Where and how models are loaded: what every command's options of device and weights become."""
+"""Options of device and weights, as every command hands them on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RuntimeName = Literal["auto", "lean", "graph", "generic"]
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """Where and how models are loaded; the same for target and draft."""
+    """A place and a form for models that are loaded; the same for target and draft."""
 
     device: str = "auto"
     """auto (cuda, then mps, then cpu), or a torch device such as cuda:1."""

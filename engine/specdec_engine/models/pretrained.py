@@ -69,7 +69,7 @@ def load_weights(
     model: Any
     if state is not None:
         config = load_config(folder, trust_remote_code)
-        _check_sizes(path, folder, config, state)
+        _check_gguf_sizes(path, folder, config, state)
         model, info = causal_class(config).from_pretrained(None, config=config, state_dict=state, **common)
     elif path.is_file():
         from specdec_engine.models.gguf_header import Header, given_to_transformers
@@ -89,7 +89,7 @@ def load_weights(
     return Read(model.eval(), tuple(sorted(info["unexpected_keys"])))
 
 
-def _check_sizes(path: Path, folder: Path, config: Any, state: dict[str, torch.Tensor]) -> None:
+def _check_gguf_sizes(path: Path, folder: Path, config: Any, state: dict[str, torch.Tensor]) -> None:
     """Look whether a GGUF's tensors are what its config asks for, on sizes alone: a damaged header falls back on
     its class's own sizes, and a file of 60 kB asked for 26 GB. Raises ModelUnavailable."""
     sizes = {name: tensor.to("meta") for name, tensor in state.items()}
@@ -98,10 +98,14 @@ def _check_sizes(path: Path, folder: Path, config: Any, state: dict[str, torch.T
 
 
 def _check_tensors(path: Path, folder: Path, info: dict[str, Any]) -> None:
-    """transformers goes on with random numbers in their place."""
+    """Look for tensors that are missing or of another size: transformers goes on with random numbers in their place. Raises
+    ModelUnavailable."""
+    from specdec_engine.models.gguf_header import DAMAGED  # gguf takes 0.1 s to import
+
+    mend = DAMAGED if path.is_file() else _NOT_OF_ONE
     if missing := sorted(info["missing_keys"]):
         made = next(iter(raw_config(folder).get("architectures") or ()), "")
-        what, hint = "its config asks for", _NOT_OF_ONE
+        what, hint = "its config asks for", mend
         if made and "CausalLM" not in str(made) and "LMHead" not in str(made):
             what, hint = (
                 f"a text model of its kind has (it is a {made})",
@@ -112,7 +116,7 @@ def _check_tensors(path: Path, folder: Path, info: dict[str, Any]) -> None:
     if differing := sorted(info["mismatched_keys"]):
         name, stored, wanted = differing[0]
         sizes = f"has the size {tuple(stored)}, and its config asks for {tuple(wanted)}"
-        raise ModelUnavailable(f"{name} of {path} {sizes}", _NOT_OF_ONE)
+        raise ModelUnavailable(f"{name} of {path} {sizes}", mend)
 
 
 def generation_config(folder: Path, config: Any) -> Any:
