@@ -53,7 +53,7 @@ class Pair:
     verifiers: Mapping[str, Verifier]
     """By rule."""
     auto: AutoK
-    limits: DraftLimits
+    draft_limits: DraftLimits
     tokenizer: Any
     stop_ids: frozenset[int]
     asked: Asked
@@ -137,7 +137,7 @@ class Pair:
         strings = tuple(text for text in dict.fromkeys(stop) if text not in marks)
         if controls is None:
             controls = self.controls(k, sampling)
-        self.limits.controller = controls.auto
+        self.draft_limits.controller = controls.auto
         self.auto.begin(seed, tokenwise=rule == "token")  # always: it may be switched on in the middle of the run
         return decode(
             self.target,
@@ -242,7 +242,7 @@ def _paired(models: Loader, draft: str | None) -> Pair:
         drafter=drafter,
         verifiers={name: _verifier(rule, loaded.runtime) for name, rule in RULES.items()},
         auto=AutoK(),
-        limits=host.limits,
+        draft_limits=host.draft_limits,
         tokenizer=loaded.tokenizer,
         stop_ids=loaded.stop_ids,
         asked=loaded.asked,

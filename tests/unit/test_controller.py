@@ -227,7 +227,7 @@ def test_members_of_a_cascade_have_their_own_k():
             return lambda confidence: False
 
     about = host()
-    about.limits.controller = Fixed()
+    about.draft_limits.controller = Fixed()
     drafter = build_drafter("ngram,suffix", about)
     context = [5, 6, 7] * 4
     drafter.begin(context)
@@ -316,5 +316,5 @@ def test_a_member_that_never_drafts_does_no_harm(spec):
     from specdec_engine.drafters import build_drafter
 
     about, auto = host(), AutoK()
-    about.limits.controller = auto
+    about.draft_limits.controller = auto
     assert cycles(run(TableTarget(vocab=5), build_drafter(spec, about), [1, 2], max_tokens=80, controls=Controls(auto)))

@@ -76,7 +76,7 @@ def test_it_is_the_surer_the_more_is_alike(context, sure):
             asked.append(confidence)
             return False
 
-    drafter = NgramDrafter(replace(host(), limits=Asked()))
+    drafter = NgramDrafter(replace(host(), draft_limits=Asked()))
     assert not len(drafter.propose(context, 4, Sampling(), KeyedRandomness(0)))
     assert asked[0] == sure  # of the longest; the shorter ones are asked about next
 

@@ -136,7 +136,7 @@ class LiveSource(Threaded):
     def _adapt(self, pair: Pair, controls: Controls, auto: AutoK | None) -> None:
         if auto is not controls.auto:
             controls.adapt(auto, _BY_HAND)
-            pair.limits.controller = auto
+            pair.draft_limits.controller = auto
 
     # -- in the engine's thread --------------------------------------------------------------------------------------
 

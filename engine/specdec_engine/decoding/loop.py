@@ -60,10 +60,10 @@ def decode(
         run.process = process(asked, len(prompt), target.device)
     coupling = controls.settings.sampling.coupling
     names = {"target": target.name, "draft": drafter.name, "rule": verifier.rule.name, "coupling": coupling}
-    limits = {"max_tokens": stop.max_tokens, "stop": [*stop.strings, *stop.marks]}
+    budget = {"max_tokens": stop.max_tokens, "stop": [*stop.strings, *stop.marks]}
     if asked:
-        limits["generation_config"] = asked.named()
-    yield Started(tuple(prompt), {**names, **run.settings.named(), **limits}, random.seed, dict(environment or {}))
+        budget["generation_config"] = asked.named()
+    yield Started(tuple(prompt), {**names, **run.settings.named(), **budget}, random.seed, dict(environment or {}))
     try:
         yield from run.ahead() if ahead else run.in_turn()
     except Exception as error:

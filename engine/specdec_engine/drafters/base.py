@@ -84,7 +84,7 @@ class DraftHost:
     output_rows: Callable[[Tensor], Tensor]
     """[n] ids -> [n, hidden]: those rows of the target's output matrix."""
     draft_quantize: Quantize = "auto"
-    limits: DraftLimits = field(default_factory=DraftLimits)
+    draft_limits: DraftLimits = field(default_factory=DraftLimits)
     """Asked by drafters that can stop early."""
     parts: dict[str, ModelInfo] = field(default_factory=dict)
     """Filled by drafters that compute on the target's runtime: by name, what they are."""

@@ -17,7 +17,7 @@ class CascadeDrafter:
             raise ValueError("a cascade needs at least one member")
         self.name = ",".join(member.name for member in members)
         self._members = tuple(members)
-        self._limits, self._device = host.limits, host.device
+        self._limits, self._device = host.draft_limits, host.device
         self._proposer = self._members[-1]
 
     def begin(self, prompt: Sequence[int]) -> None:

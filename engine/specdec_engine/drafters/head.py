@@ -48,7 +48,7 @@ class HeadDrafter:
         self._catch_up(context, keep=_IN_ONE_PASS)
         begin = self._head.cached
         u, temperature = draft_numbers(random, sampling, len(context), k, self._host.vocab, self._head.device)
-        enough = self._host.limits.early_stop_on(self._head.device, self.name)
+        enough = self._host.draft_limits.early_stop_on(self._head.device, self.name)
         eager = self._head.device.type == "cpu"
         drawn = self._head.unroll(
             self._target.features(begin, read),

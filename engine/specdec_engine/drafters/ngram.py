@@ -34,7 +34,7 @@ class NgramDrafter:
             raise UsageError(
                 f"ngram:{longest} is not from {shortest} to {_MOST}", "the number is the longest n-gram to look up"
             )
-        self._device, self._limits = host.device, host.limits
+        self._device, self._limits = host.device, host.draft_limits
         self._lengths = range(longest, shortest - 1, -1)
         self._after: dict[tuple[int, ...], int] = {}  # n-gram -> where what followed its last occurrence begins
         self._indexed = 0

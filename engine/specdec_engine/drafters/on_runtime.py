@@ -31,7 +31,7 @@ class RuntimeDrafter:
         self.name = name
         self.runtime = runtime
         self._device = host.device
-        self._limits = host.limits
+        self._limits = host.draft_limits
         self._target_vocab = host.vocab
         self._vocab = min(
             runtime.vocab, host.vocab

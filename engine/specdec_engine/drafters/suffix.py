@@ -45,7 +45,7 @@ class SuffixDrafter:
     name = "suffix"
 
     def __init__(self, host: DraftHost) -> None:
-        self._device, self._limits = host.device, host.limits
+        self._device, self._limits = host.device, host.draft_limits
         self._root, self._known = _Node(), 0
         self._ends: list[_Node] = []
 
