@@ -29,7 +29,7 @@ from pathlib import Path
 from statistics import median
 
 from specdec_engine.record.events import Cycle, Finished, SettingChanged
-from specdec_engine.record.trace import Records, read_described
+from specdec_engine.record.trace import Records, read_lines
 from specdec_engine.system.machine import cpu_name, usable_cores
 from specdec_tui.source import DEMO
 
@@ -163,9 +163,9 @@ def _starts(arguments: list[str], text: bytes, columns: int, rows: int, rounds: 
 
 def _lengthened(path: Path) -> tuple[int, int]:
     """The bundled run over and over, as one."""
-    described = list(read_described(DEMO))
-    started, *events = [event for event, _ in described]
-    pieces = {token: piece for _, named in described for token, piece in named.items()}
+    lines = list(read_lines(DEMO))
+    started, *events = [line.event for line in lines]
+    pieces = {token: piece for line in lines for token, piece in line.pieces.items()}
     once = [event for event in events if isinstance(event, Cycle)]
     cycles, tokens = list[Cycle](), 0
     while len(cycles) < CYCLES or tokens < TOKENS:

@@ -16,7 +16,7 @@ from rich.style import Style
 from rich.text import Text
 
 from specdec_engine.models.progress import Progress, Report
-from specdec_engine.record.events import Cycle, Event, Started
+from specdec_engine.record.events import Cycle, Event, Started, TokenId
 from specdec_engine.record.stats import Summary
 from specdec_engine.record.text import TextStream, counted, printable
 from specdec_engine.record.trace import Records
@@ -234,7 +234,7 @@ class JsonOutput:
     def __init__(self, stream: TextStream) -> None:
         self._stream = stream
         self._text: list[str] = []
-        self._token_ids: list[int] = []
+        self._token_ids: list[TokenId] = []
         self._started: dict[str, Any] = {"settings": None, "environment": None}
 
     def show(self, event: Event) -> None:

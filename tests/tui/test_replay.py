@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from specdec_engine.record.events import Failed, SettingChanged
+from specdec_engine.record.events import Counters, Failed, SettingChanged
 from specdec_engine.record.trace import TraceWriter
 from specdec_tui import export
 from specdec_tui.narrate import script
@@ -237,3 +237,38 @@ def test_the_bundled_run_is_whole_and_shows_a_rejection_and_a_correction():
     assert any(0 < c.accepted < len(c.drafted) and c.end == "recovered" for c in run.cycles)
     assert "lighthouse" in "".join(named(token) for token in run.prompt)
     assert "cycle 1/" in replayed(DEMO, "home", "n", size=(80, 24))
+
+
+@pytest.mark.parametrize("size", [(80, 24), (120, 40)])
+def test_a_run_of_a_server_says_who_observed_it_and_shows_no_figure_it_does_not_tell(trace, size):
+    started, *found = events(12)
+    unknown = {"draft_s": None, "verify_s": None, "other_s": None, "cycle_s": 0.02, "exactness": "inferred"}
+    told = [
+        replace(
+            e,
+            drafted=(*e.drafted[: e.accepted], *[None] * (len(e.drafted) - e.accepted)),
+            emitted=tuple(None if i == 1 else token for i, token in enumerate(e.emitted)),
+            **dict.fromkeys(("p", "q", "u", "overlap"), (None,) * len(e.drafted)),
+            residual=(),
+            **unknown,
+        )
+        if e.kind == "cycle"
+        else e
+        for e in found
+    ]
+    path = trace([replace(started, observer="llama.cpp", environment={}), *told])
+    screen = replayed(path, size=size)
+    assert "llama.cpp, inferred" in screen
+    assert "⟨?⟩" in screen
+    assert not {"0.0ms", "draft 0.0", "verify 0.0"} & set(screen.split("  "))
+    for keys in (["left", "left", "v"], ["!", "w"], ["g", "g"]):
+        assert replayed(path, *keys, size=size)
+    assert "⟨?⟩" in "\n".join(script(*read_frame(path)))
+
+
+def test_an_engine_that_tells_totals_alone_has_figures_of_them(trace):
+    started, *_ = events(12)
+    path = trace([replace(started, observer="vllm", environment={}), Counters(9.0, 100, 300, 210, 310, (90, 70, 50))])
+    found, _ = read_frame(path)
+    assert (found.summary().mean_emitted_per_cycle, found.summary().acceptance_rate) == (3.1, 0.7)
+    assert replayed(path)

@@ -86,7 +86,15 @@ def test_screen_and_bench_tell_the_same_of_the_same_run():
     arm = sample(0, 0, 0, token_s=0.0075, emitted=100, drafted=100, accepted=50, cycles=50, draft_s=0.1)
     arm = replace(arm, other_s=0.02)
     total = Summary(
-        cycles=50, drafted=100, tested=100, accepted=50, emitted=100, draft_s=0.1, verify_s=arm.verify_s, other_s=0.02
+        cycles=50,
+        drafted=100,
+        tested=100,
+        accepted=50,
+        emitted=100,
+        draft_s=0.1,
+        verify_s=arm.verify_s,
+        other_s=0.02,
+        decode_s=arm.decode_s,
     )
     screen, bench = budget(total, plain_s), costs([arm], plain)
     assert screen is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from specdec_engine.record.cycle_stats import budget, expected_emitted, rate, rates, rolling_alpha, split
+from specdec_engine.record.cycle_stats import budget, expected_emitted, median_phases, rate, rates, rolling_alpha
 from specdec_engine.record.stats import Summary
 from tests.unit.test_stats import cycle
 
@@ -37,9 +37,9 @@ def test_rolling_alpha_forgets():
 
 def test_a_cycles_time_is_split_by_medians():
     cycles = [cycle((1,), 1, (1, 2), seconds=(s, 2 * s, 0.1)) for s in (1.0, 2.0, 30.0)]
-    found = split(cycles)
+    found = median_phases(cycles)
     assert (found.draft_s, found.verify_s, found.other_s) == (2.0, 4.0, 0.1)
-    assert split([]) is None
+    assert median_phases([]) is None
 
 
 def test_a_speedup_is_tokens_over_what_they_cost_in_plain_cycles():

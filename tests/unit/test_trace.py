@@ -3,18 +3,42 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.errors import TraceError
-from specdec_engine.record.events import Failed, Finished, SettingChanged
+from specdec_engine.record.events import Counters, Failed, Finished, SettingChanged
 from specdec_engine.record.stats import Summary
 from specdec_engine.record.text import TokenText
-from specdec_engine.record.trace import TraceWriter, read_pieces, read_trace, to_json
+from specdec_engine.record.trace import Records, TraceWriter, read_pieces, read_trace, to_json
 from tests.fakes import TableDrafter, TableTarget, byte_tokenizer, cycles, run
 
 EVENTS = run(TableTarget(), TableDrafter(), k=3, sampling=Sampling(0.8, raw=True), max_tokens=9)
+
+
+CYCLE = next(c for c in cycles(EVENTS) if len(c.drafted) == 3)
+UNKNOWN = replace(
+    CYCLE,
+    drafted=(5, None, None),
+    emitted=(5, None),
+    accepted=1,
+    p=(None,) * 3,
+    q=(None,) * 3,
+    u=(None,) * 3,
+    overlap=(None,) * 3,
+    draft_s=None,
+    verify_s=None,
+    other_s=None,
+    cycle_s=0.02,
+    exactness="inferred",
+    raw_p=None,
+    raw_q=None,
+)
+"""What a server tells of a cycle."""
+TREE = replace(UNKNOWN, drafted=(5, 6, 7), parents=(-1, -1, 1), path=(1, 2), accepted=2, emitted=(6, 7, 8))
 
 
 @pytest.fixture
@@ -28,6 +52,9 @@ def trace(tmp_path):
 
 def test_every_event_is_read_back_as_it_was(tmp_path):
     others = [
+        UNKNOWN,
+        TREE,
+        Counters(1.5, 10, 30, 20, None, (9, 7, 4)),
         SettingChanged(3, "k", 4, 5, "asked"),
         Failed("GenerationFailed", "m", "h"),
         Finished("cancelled", 1, 1, None),
@@ -68,12 +95,102 @@ def test_a_cycle_line_has_the_contracts_keys():
         "verify_s",
         "other_s",
         "context",
-        "source",
+        "cycle_s",
+        "exactness",
+        "parents",
+        "path",
         "raw_p",
         "raw_q",
     }
-    assert record["source"] == {"engine": "specdec", "exactness": "exact"}
-    assert to_json(EVENTS[0])["schema"] == "specdec.trace/1"
+    started = to_json(EVENTS[0])
+    assert (started["schema"], started["observer"]) == ("specdec.trace/2", "specdec")
+
+
+def test_a_trace_of_the_first_schema_is_read():
+    first = Path(__file__).parent / "trace_v1.jsonl"
+    events = list(read_trace(first))
+    assert [e.kind for e in events].count("cycle") == len(events) - 4 == 3
+    assert events[0].observer == "specdec"
+    assert all(e.exactness == "exact" and e.seconds for e in cycles(events))
+    assert read_pieces(first)[198] == "\n"
+
+
+def test_runs_that_were_written_at_the_same_time_are_told_apart(tmp_path):
+    other = [replace(EVENTS[0], seed=99), *EVENTS[1:]]
+    first, second = Records(), Records()
+    mixed = [
+        json.dumps(records.of(event))
+        for pair in zip(EVENTS, other, strict=True)
+        for records, event in zip((first, second), pair, strict=True)
+    ]
+    (tmp_path / "t").write_text("\n".join(mixed) + "\n")
+    assert list(read_trace(tmp_path / "t")) == [*EVENTS, *other]
+    without_end = "\n".join(mixed[:-2]) + "\n"
+    (tmp_path / "t").write_text(without_end)
+    assert list(read_trace(tmp_path / "t")) == [*EVENTS[:-1], *other[:-1]]
+    (tmp_path / "t").write_text(without_end * 2)  # the same runs copied once more
+    assert len(list(read_trace(tmp_path / "t"))) == 4 * len(EVENTS[:-1])
+
+
+def test_a_line_of_a_run_that_never_began_is_refused(trace):
+    lines = trace.read_text().splitlines()
+    lines[2] = json.dumps(json.loads(lines[2]) | {"run": "another"})
+    trace.write_text("\n".join(lines) + "\n")
+    with pytest.raises(TraceError, match=r"line 3.*before its run has started"):
+        list(read_trace(trace))
+
+
+@pytest.mark.parametrize(
+    ("cycle", "change", "says"),
+    [
+        (CYCLE, {"p": [0.1, 7.5, 0.1]}, r"p\[1\]"),
+        (CYCLE, {"drafted": [1, -2, 3]}, r"drafted\[1\]"),
+        (CYCLE, {"emitted": [10**30]}, r"emitted\[0\]"),
+        (CYCLE, {"verify_s": -1.0}, "verify_s"),
+        (CYCLE, {"verify_s": None}, "all three are known, or none"),
+        (CYCLE, {"accepted": 4}, "accepted: 4 of 3"),
+        (CYCLE, {"u": []}, "u: 0 entries"),
+        (CYCLE, {"residual": [[1, 2.5]]}, "residual"),
+        (CYCLE, {"raw_p": {"drafted": [0.1] * 3, "likeliest": [[[1, 0.5, -1]]] * 3}}, "raw_p.likeliest"),
+        (TREE, {"path": [0, 2]}, "path: 2 does not follow 0"),
+        (TREE, {"path": [1]}, "path: 1 places"),
+        (TREE, {"path": None}, "both are given"),
+        (TREE, {"parents": [-1, 1, 0]}, "parents: each"),
+    ],
+)
+def test_a_cycle_that_cannot_be_is_refused_with_line_and_field(tmp_path, cycle, change, says):
+    lines = [json.dumps(to_json(EVENTS[0])), json.dumps(to_json(cycle) | change)]
+    (tmp_path / "t").write_text("\n".join(lines) + "\n")
+    with pytest.raises(TraceError, match=f"line 2 .*{says}"):
+        list(read_trace(tmp_path / "t"))
+
+
+def test_figures_of_what_is_not_told_are_unknown_and_never_zero():
+    s = Summary().plus(EVENTS[0]).plus(UNKNOWN)
+    assert (s.draft_s, s.verify_s, s.other_s, s.expected_alpha) == (None,) * 4
+    assert (s.decode_s, s.tokens_per_second, s.alpha, s.exactness) == (0.02, 100.0, 0.5, "inferred")
+    known = s.plus(CYCLE)
+    assert known.verify_s is None
+    assert known.decode_s == pytest.approx(0.02 + CYCLE.seconds)
+
+
+def test_levels_of_a_tree_are_counted_as_positions():
+    s = Summary().plus(TREE)
+    assert [(p.drafted, p.tested, p.accepted) for p in s.positions] == [(1, 1, 1), (1, 1, 1)]
+    assert (TREE.depth, TREE.tested) == (2, 2)
+    rejected = replace(TREE, path=(1,), accepted=1)
+    assert rejected.tested == 2
+    assert replace(TREE, path=(0,), accepted=1).tested == 1  # nothing followed the accepted token
+
+
+def test_counters_are_totals_where_there_are_no_cycles():
+    s = Summary().plus(EVENTS[0]).plus(Counters(1.0, 10, 30, 20, 30, (9, 7, 4)))
+    assert (s.cycles, s.drafted, s.accepted, s.emitted, s.mean_emitted_per_cycle) == (10, 30, 20, 30, 3.0)
+    assert (s.alpha, s.tokens_per_second) == (None, None)
+    assert [p.reach for p in s.positions] == [0.9, 0.7, 0.4]
+    assert s.plus(Counters(2.0, 11, 33, 22, 33)).cycles == 11
+    seen = Summary().plus(CYCLE)
+    assert seen.plus(Counters(1.0, 10, 30, 20, 30)) == seen
 
 
 def test_a_trace_cut_at_any_byte_still_reads(trace, tmp_path):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from specdec_engine.record.events import Cycle, Event, Failed, Finished, SettingChanged, Started
+from specdec_engine.record.events import Counters, Cycle, Event, Failed, Finished, SettingChanged, Started
 from specdec_engine.record.stats import Summary
 from specdec_tui.pieces import plain
 
@@ -22,10 +22,13 @@ class Frame:
     """As in force in the first cycle."""
     environment: Mapping[str, Any] = field(default_factory=dict)
     seed: int | None = None
+    observer: str = "specdec"
     cycles: tuple[Cycle, ...] = ()
     summaries: tuple[Summary, ...] = (Summary(),)
     """Before the first cycle, and after each."""
     changes: tuple[SettingChanged, ...] = ()
+    counters: Counters | None = None
+    """The last that came."""
     finished: Finished | None = None
     failed: Failed | None = None
 
@@ -41,7 +44,13 @@ class Frame:
                 case Started():
                     start = Summary().plus(event)
                     frame = Frame(
-                        frame.run + 1, event.prompt, event.settings, event.environment, event.seed, summaries=(start,)
+                        frame.run + 1,
+                        event.prompt,
+                        event.settings,
+                        event.environment,
+                        event.seed,
+                        event.observer,
+                        summaries=(start,),
                     )
                     cycles, summaries = [], []
                 case Cycle():
@@ -49,6 +58,8 @@ class Frame:
                     summaries.append((summaries or frame.summaries)[-1].plus(event))
                 case SettingChanged():
                     frame = replace(frame, changes=(*frame.changes, event))
+                case Counters():
+                    frame = replace(frame, counters=event)
                 case Finished():
                     frame = replace(frame, finished=event)
                 case Failed():
@@ -69,20 +80,21 @@ class Frame:
             cycles=self.cycles[:cycles],
             summaries=self.summaries[: cycles + 1],
             changes=changes,
+            counters=None,
             finished=None,
             failed=None,
         )
 
     def events(self) -> Iterator[Event]:
         """The events it was folded from."""
-        yield Started(self.prompt, self.settings, self.seed or 0, self.environment)
+        yield Started(self.prompt, self.settings, self.seed or 0, self.environment, self.observer)
         changes = list(self.changes)
         for cycle in self.cycles:
             while changes and changes[0].cycle <= cycle.index:
                 yield changes.pop(0)
             yield cycle
         yield from changes
-        yield from (event for event in (self.finished, self.failed) if event is not None)
+        yield from (event for event in (self.counters, self.finished, self.failed) if event is not None)
 
     def setting(self, name: str, default: Any = None) -> Any:
         """As last set."""
@@ -95,14 +107,18 @@ class Frame:
 
     def summary(self) -> Summary:
         found = self.summaries[-1]
-        return found if self.finished is None else found.plus(self.finished)
+        for event in (self.counters, self.finished):
+            found = found if event is None else found.plus(event)
+        return found
 
     @property
     def plain_s(self) -> float | None:
         """Seconds of a plain cycle: measured before the run, else by the run's own plain cycles."""
-        rate = self.environment.get("plain_tokens_per_second")
+        rate: float | None = self.environment.get("plain_tokens_per_second")
         s = self.summaries[-1]
-        return 1 / rate if rate else s.plain_s / s.plain_cycles if s.plain_cycles else None
+        if rate:
+            return 1 / rate
+        return s.plain_s / s.plain_cycles if s.plain_s is not None and s.plain_cycles else None
 
 
 @dataclass(frozen=True, slots=True)

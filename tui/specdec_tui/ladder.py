@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from rich.cells import cell_len
 
-from specdec_engine.record.cycle_stats import seconds
-from specdec_engine.record.events import Cycle
+from specdec_engine.record.events import Cycle, TokenId
 from specdec_tui.frame import Step
 from specdec_tui.panels import Line
 from specdec_tui.pieces import Name, alone
@@ -20,7 +19,8 @@ def row(cycle: Cycle, name: Name, width: int, partial: Step | None = None) -> Li
     number, k = f"{cycle.index + 1:>5} ", len(cycle.drafted)
     whole = partial is None or partial.final
     kept = f"{cycle.accepted}/{k} " if whole and k else "    "
-    time = f"{1e3 * seconds(cycle):.1f}ms".rjust(9) if whole else " " * 9
+    took = "" if cycle.seconds is None else f"{1e3 * cycle.seconds:.1f}ms"
+    time = (took if whole else "").rjust(9)
     parts: Line = [(number, "muted"), (kept, "")]
     room = width - len(number) - len(kept) - len(time)
     for token, kind in _tokens(cycle, partial):
@@ -36,7 +36,7 @@ def row(cycle: Cycle, name: Name, width: int, partial: Step | None = None) -> Li
     return [*parts, (" " * max(0, room), ""), (time, "muted")]
 
 
-def _tokens(cycle: Cycle, partial: Step | None) -> list[tuple[int, str]]:
+def _tokens(cycle: Cycle, partial: Step | None) -> list[tuple[TokenId, str]]:
     drafted = cycle.drafted if partial is None else cycle.drafted[: partial.drafted]
     tested = cycle.tested if partial is None else partial.tested
     kinds = [
@@ -49,7 +49,7 @@ def _tokens(cycle: Cycle, partial: Step | None) -> list[tuple[int, str]]:
         else "untested"
         for i in range(len(drafted))
     ]
-    found = list(zip(drafted, kinds, strict=True))
+    found: list[tuple[TokenId, str]] = list(zip(drafted, kinds, strict=True))
     if (partial is None or partial.final) and len(cycle.emitted) > cycle.accepted:
         found.append((cycle.emitted[-1], cycle.origins[-1]))
     return found

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.errors import SpecdecError
 from specdec_engine.models.progress import Progress, Report
-from specdec_engine.record.events import Cycle, Finished, Started
+from specdec_engine.record.events import Cycle, Finished, Started, known_phases
 from specdec_tui.source import Stage, Threaded
 
 if TYPE_CHECKING:
@@ -202,7 +202,8 @@ class LiveSource(Threaded):
             if self._closing:
                 raise _Closed
             if isinstance(event, Cycle):
-                seconds.append(event.verify_s + event.other_s)
+                phases = known_phases(event)
+                seconds.append(phases.verify_s + phases.other_s)
         del seconds[:1]
         return len(seconds) / sum(seconds) if seconds and sum(seconds) else None
 

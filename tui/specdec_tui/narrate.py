@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from specdec_engine.record.events import Cycle, SettingChanged
+from specdec_engine.record.events import Cycle, SettingChanged, TokenId
 from specdec_engine.record.text import counted
 from specdec_tui.frame import Frame, View
 from specdec_tui.pieces import Name, StreamDecoder, alone, one_line, plain
@@ -43,6 +43,8 @@ def _drawn(cycle: Cycle, rule: str) -> str:
     mass = next((mass for token, mass in cycle.residual if cycle.emitted and token == cycle.emitted[-1]), None)
     if mass is not None and mass > 0.9995:
         return "is the target's choice"
+    if not cycle.residual:  # its observer tells neither p nor q
+        return "is the target's own"
     left = "max(0, p − q)" if rule == "token" else "what is left of p"
     return f"drawn from {left}" + (f" ({mass:.2f})" if mass is not None else "")
 
@@ -56,7 +58,7 @@ def _ended(cycle: Cycle) -> str:
     return {"stop": " Here the text ends.", "length": " Here the room for tokens ends."}.get(cycle.end, "")
 
 
-def repr_of(token: int, name: Name) -> str:
+def repr_of(token: TokenId, name: Name) -> str:
     return f"“{alone(token, name).strip() or '␣'}”"
 
 
@@ -111,7 +113,7 @@ def script(frame: Frame, name: Name) -> list[str]:
     return [*map(one_line, lines), ending(frame)]
 
 
-def _said(tokens: Sequence[int], name: Name) -> str:
+def _said(tokens: Sequence[TokenId], name: Name) -> str:
     """On one line."""
     shown = StreamDecoder(name)
     return one_line("".join(map(shown, tokens)).strip())

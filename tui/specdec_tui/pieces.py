@@ -10,10 +10,15 @@ import codecs
 import re
 from collections.abc import Callable
 
+from specdec_engine.record.events import TokenId
 from specdec_engine.record.text import printable
 
 Name = Callable[[int], str]
 """Token id -> its own text, with bytes that are no UTF-8 as lone surrogates (`TokenText`, `read_pieces`)."""
+
+
+UNKNOWN = "⟨?⟩"
+"""A token that its observer does not tell."""
 
 
 class StreamDecoder:
@@ -23,12 +28,16 @@ class StreamDecoder:
         self._name = name
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def __call__(self, token: int) -> str:
+    def __call__(self, token: TokenId) -> str:
+        if token is None:
+            return _shown(self._decoder.decode(b"", final=True)) + UNKNOWN
         return _shown(self._decoder.decode(as_bytes(self._name(token))))
 
 
-def alone(token: int, name: Name) -> str:
+def alone(token: TokenId, name: Name) -> str:
     """One token by itself, on one line: printable, newlines as ⏎, bytes without a character as ⟨hex⟩."""
+    if token is None:
+        return UNKNOWN
     text = "".join(f"⟨{ord(c) - 0xDC00:02x}⟩" if "\udc80" <= c <= "\udcff" else c for c in name(token))
     return _shown(text).replace("\n", "⏎").replace("\t", "⇥") or f"⟨id {token}⟩"
 

@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Literal
 
-from specdec_engine.record.cycle_stats import seconds
 from specdec_engine.record.events import Event
 from specdec_tui.frame import View
 
@@ -77,7 +76,7 @@ class Player:
     def _lasts(self) -> float:
         """Recorded seconds of the next cycle to be shown."""
         at = min(self.view.shown, len(self.view.frame.cycles) - 1)
-        return seconds(self.view.frame.cycles[at]) or 0.01
+        return self.view.frame.cycles[at].seconds or 0.01
 
     # -- commands ----------------------------------------------------------------------------------------------------
 

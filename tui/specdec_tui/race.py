@@ -6,7 +6,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import accumulate
 
-from specdec_engine.record.cycle_stats import seconds
+from specdec_engine.record.events import TokenId
 from specdec_tui.frame import Frame, View
 
 
@@ -21,7 +21,7 @@ class Lane:
 
     @classmethod
     def of(cls, title: str, frame: Frame) -> Lane:
-        return cls(title, frame, tuple(accumulate(map(seconds, frame.cycles))))
+        return cls(title, frame, tuple(accumulate(cycle.seconds or 0.0 for cycle in frame.cycles)))
 
     @property
     def total_s(self) -> float:
@@ -32,7 +32,7 @@ class Lane:
         return View(self.frame).to(bisect_right(self.ends, clock))
 
     @property
-    def ids(self) -> list[int]:
+    def ids(self) -> list[TokenId]:
         return [token for cycle in self.frame.cycles for token in cycle.emitted]
 
 

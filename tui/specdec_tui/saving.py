@@ -15,7 +15,7 @@ from specdec_engine.record.text import as_markdown
 from specdec_engine.record.trace import TraceWriter
 from specdec_tui.frame import Frame
 from specdec_tui.narrate import script
-from specdec_tui.pieces import Name, as_bytes
+from specdec_tui.pieces import UNKNOWN, Name, as_bytes
 
 KINDS = {"trace": "jsonl", "text": "txt", "narration": "md", "picture": "svg", "bitmap": "png", "animation": "gif"}
 
@@ -34,7 +34,9 @@ def save(frame: Frame, name: Name, kind: str, path: Path) -> None:
             for event in frame.events():
                 writer.write(event)
     elif kind == "text":
-        replace_file(path, b"".join(as_bytes(name(token)) for cycle in frame.cycles for token in cycle.emitted))
+        tokens = (token for cycle in frame.cycles for token in cycle.emitted)
+        text = b"".join(UNKNOWN.encode() if token is None else as_bytes(name(token)) for token in tokens)
+        replace_file(path, text)
     else:
         replace_file(path, markdown(frame, name).encode())
 

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from specdec_engine.errors import SpecdecError, TraceError
 from specdec_engine.record.events import Event, Started
-from specdec_engine.record.trace import read_described
+from specdec_engine.record.trace import read_lines
 from specdec_tui.frame import Frame
 from specdec_tui.pieces import Name
 
@@ -107,10 +107,10 @@ class ReplaySource(Threaded):
 
     def _read(self) -> None:
         try:
-            for event, pieces in read_described(self.path):
-                self.runs += isinstance(event, Started)
-                self._pieces |= pieces
-                self._events.append(event)
+            for line in read_lines(self.path):
+                self.runs += isinstance(line.event, Started)
+                self._pieces |= line.pieces
+                self._events.append(line.event)
                 if self._closed.is_set():
                     return
             if not self.runs:
@@ -147,9 +147,9 @@ class FrameSource:
 def read_frame(path: Path) -> tuple[Frame, Name]:
     """A whole trace at once. Raises TraceError."""
     pieces, events = dict[int, str](), list[Event]()
-    for event, named in read_described(path):
-        pieces |= named
-        events.append(event)
+    for line in read_lines(path):
+        pieces |= line.pieces
+        events.append(line.event)
     frame = Frame().plus(events)
     if not frame.run:
         raise TraceError(f"{path} holds no run", "give a file that --trace wrote")

@@ -18,7 +18,7 @@ from math import inf, sqrt
 from operator import mul
 
 from specdec_engine.adaptive.cost import Choice, Drafting, Drift, Staircase, Times, best_k, cycle_of
-from specdec_engine.record.events import Cycle
+from specdec_engine.record.events import Cycle, known_phases
 
 MOST = 7
 """The largest k that is tried: passes of up to 8 rows. A ninth costs as much as a quarter of all eight in int4 on a CPU (2.3
@@ -257,8 +257,9 @@ class AutoK:
         self._seeds.add(self._seed)
         self._cycles += 1
         width = len(cycle.drafted) + 1
-        self._drift.saw(width, cycle.verify_s)
-        draft_s, verify_s, other_s = map(self._drift.evened, (cycle.draft_s, cycle.verify_s, cycle.other_s))
+        phases = known_phases(cycle)
+        self._drift.saw(width, phases.verify_s)
+        draft_s, verify_s, other_s = map(self._drift.evened, (phases.draft_s, phases.verify_s, phases.other_s))
         self._passes.add(width, verify_s)
         self._other.add(other_s)
         self._tokens = _MEMORY * self._tokens + len(cycle.emitted)

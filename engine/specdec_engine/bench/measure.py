@@ -15,7 +15,7 @@ from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.drafters.base import empty_draft
 from specdec_engine.errors import CheckFailed
 from specdec_engine.pair import Pair
-from specdec_engine.record.events import Cycle
+from specdec_engine.record.events import Cycle, known_ids, known_phases
 from specdec_engine.record.prompt_files import Question
 from specdec_engine.record.stats import Summary
 from specdec_engine.verify.processors import process
@@ -43,9 +43,9 @@ def run(pair: Pair, arm: Arm | None, cell: Cell, question: Question, max_tokens:
             if isinstance(event, Cycle):
                 _check(event)
                 total = total.plus(event)
-                said += event.emitted
+                said += known_ids(event.emitted)
                 n, seconds = passes.get(width := str(len(event.drafted) + 1), (0, 0.0))
-                passes[width] = (n + 1, seconds + event.verify_s)
+                passes[width] = (n + 1, seconds + known_phases(event).verify_s)
             elif event.kind == "finished":
                 prefill += event.prefill_s or 0.0
         ids += said
@@ -65,9 +65,9 @@ def run(pair: Pair, arm: Arm | None, cell: Cell, question: Question, max_tokens:
             drafted=total.drafted,
             tested=total.tested,
             accepted=total.accepted,
-            draft_s=total.draft_s,
-            verify_s=total.verify_s,
-            other_s=total.other_s,
+            draft_s=total.draft_s or 0.0,
+            verify_s=total.verify_s or 0.0,
+            other_s=total.other_s or 0.0,
             prefill_s=prefill,
             passes=passes,
             token_ids=tuple(ids),

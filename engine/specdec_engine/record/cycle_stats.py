@@ -11,24 +11,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from specdec_engine.record.events import Cycle
+from specdec_engine.record.events import Cycle, Phases
 from specdec_engine.record.stats import Summary
 
 
-def seconds(cycle: Cycle) -> float:
-    """Of the engine: draft, verify and other."""
-    return cycle.draft_s + cycle.verify_s + cycle.other_s
-
-
-def rates(cycles: Sequence[Cycle]) -> list[float]:
-    """Tokens a second of each cycle."""
-    return [len(cycle.emitted) / seconds(cycle) if seconds(cycle) else 0.0 for cycle in cycles]
+def rates(cycles: Sequence[Cycle]) -> list[float | None]:
+    """Tokens a second of each cycle; None where its time is not known."""
+    return [len(cycle.emitted) / cycle.seconds if cycle.seconds else None for cycle in cycles]
 
 
 def rate(cycles: Sequence[Cycle]) -> float | None:
-    """Tokens a second of these cycles together."""
-    total = sum(map(seconds, cycles))
-    return sum(len(cycle.emitted) for cycle in cycles) / total if total else None
+    """Tokens a second of these cycles together; None where a time is not known."""
+    times = [cycle.seconds for cycle in cycles]
+    known = [s for s in times if s is not None]
+    total = sum(known)
+    return sum(len(cycle.emitted) for cycle in cycles) / total if total and len(known) == len(times) else None
 
 
 def rolling_alpha(cycles: Sequence[Cycle], window: int) -> list[float | None]:
@@ -43,24 +40,12 @@ def rolling_alpha(cycles: Sequence[Cycle], window: int) -> list[float | None]:
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class Split:
-    """Seconds of a cycle by phase."""
-
-    draft_s: float
-    verify_s: float
-    other_s: float
-
-    @property
-    def total_s(self) -> float:
-        return self.draft_s + self.verify_s + self.other_s
-
-
-def split(cycles: Sequence[Cycle]) -> Split | None:
-    """Medians over these cycles; None of none."""
-    if not cycles:
+def median_phases(cycles: Sequence[Cycle]) -> Phases | None:
+    """Medians over these cycles; None where there are none whose phases are known."""
+    known = [phases for cycle in cycles if (phases := cycle.phases) is not None]
+    if not known:
         return None
-    return Split(*(median(getattr(cycle, name) for cycle in cycles) for name in ("draft_s", "verify_s", "other_s")))
+    return Phases(*(median(getattr(phases, name) for phases in known) for name in ("draft_s", "verify_s", "other_s")))
 
 
 def lost_to(draft: float, verify: float, other: float) -> tuple[tuple[str, float], ...]:
@@ -99,8 +84,9 @@ class Budget:
 
 
 def budget(s: Summary, plain_s: float) -> Budget | None:
-    """Of these cycles together. plain_s: seconds of a plain cycle. None without cycles that took time."""
-    if not s.cycles or not s.decode_s or not plain_s:
+    """Of these cycles together. plain_s: seconds of a plain cycle. None without cycles that took time, and where their phases
+    are not known."""
+    if not s.cycles or not s.decode_s or not plain_s or s.draft_s is None or s.verify_s is None or s.other_s is None:
         return None
     draft, verify, other = (total / s.cycles / plain_s for total in (s.draft_s, s.verify_s, s.other_s))
     steady = None

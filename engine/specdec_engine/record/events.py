@@ -1,28 +1,47 @@
-"""What a run says about itself: five frozen records of ids and plain numbers.
+"""What a run says about itself: six frozen records of ids and plain numbers.
 
 No tensors, no text, no torch: the same records are iterated live, written to a trace and read back years later on a
 machine without any model. Text is added at the edge (`text.py`); figures are derived in one place (`stats.py`).
+
+Our own engine tells everything. A server that is watched from outside does not: what it leaves out is None, never 0.
+The bounds of a type are held when a trace is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-TRACE_SCHEMA = "specdec.trace/1"
+from msgspec import Meta
+
+TRACE_SCHEMA = "specdec.trace/2"
 
 End = Literal["recovered", "bonus", "plain", "stop", "length"]
 FinishReason = Literal["stop", "length", "cancelled"]
 Origin = Literal["accepted", "recovered", "bonus", "plain"]
 """Where an emitted token came from."""
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Seconds = Annotated[float, Meta(ge=0, lt=2**63)]
+Probability = Annotated[float, Meta(ge=-1e-3, le=1 + 1e-3)]
+"""A sum of bfloat16 probabilities may pass 1 by as much."""
+TokenId = Count | None
+"""None where the observer does not tell it."""
+
+
+def known_ids(tokens: Sequence[TokenId]) -> tuple[int, ...]:
+    """The same ids. Raises ValueError if one of them is unknown."""
+    known = tuple(token for token in tokens if token is not None)
+    if len(known) < len(tokens):
+        raise ValueError(f"{len(tokens) - len(known)} of {len(tokens)} token ids are not known")
+    return known
 
 
 @dataclass(frozen=True, slots=True)
 class Started:
     """The first event: everything needed to read, or to repeat, the run."""
 
-    prompt: tuple[int, ...]
+    prompt: tuple[Count, ...]
     """Token ids of the prompt, as the target saw them."""
     settings: Mapping[str, Any]
     """target, draft, rule, coupling, k, temperature, top_k, top_p, min_p, draft_temperature, adaptive, max_tokens, stop
@@ -30,16 +49,23 @@ class Started:
     seed: int
     environment: Mapping[str, Any] = field(default_factory=dict)
     """Versions, device, dtype, runtime; empty when the caller gave none."""
+    observer: str = "specdec"
+    """The engine that tells the run: ours, or the server that is watched."""
     schema: str = TRACE_SCHEMA
     kind: Literal["started"] = "started"
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """Who observed a cycle, and whether it was seen (`exact`) or deduced from outside (`inferred`)."""
+class Phases:
+    """Seconds of a cycle by what it does."""
 
-    engine: str = "specdec"
-    exactness: Literal["exact", "inferred"] = "exact"
+    draft_s: Seconds
+    verify_s: Seconds
+    other_s: Seconds
+
+    @property
+    def total_s(self) -> float:
+        return self.draft_s + self.verify_s + self.other_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +73,9 @@ class Raw:
     """Distributions as they were before temperature and filters, one a drafted token; of one that was never tested nothing is
     told."""
 
-    drafted: tuple[float | None, ...]
+    drafted: tuple[Probability | None, ...]
     """Probability of the drafted token."""
-    likeliest: tuple[tuple[tuple[int, float, float], ...], ...]
+    likeliest: tuple[tuple[tuple[Count, Probability, Probability], ...], ...]
     """The largest entries: id, its probability before, and after."""
 
 
@@ -57,34 +83,43 @@ class Raw:
 class Cycle:
     """One draft, one target pass, one verdict. Lists by position have one entry a drafted token."""
 
-    index: int
+    index: Count
     drafter: str
     """Who proposed; `none` when nothing was drafted."""
-    k: int
+    k: Count
     """Tokens asked of the drafter; it may propose fewer."""
-    drafted: tuple[int, ...]
-    accepted: int
+    drafted: tuple[TokenId, ...]
+    accepted: Count
     """Drafted tokens the rule kept, before stop clipping."""
-    emitted: tuple[int, ...]
+    emitted: tuple[TokenId, ...]
     """accepted + 1 tokens, clipped by stop ids, stop strings and the token budget."""
     end: End
     """How the cycle ended; `stop` and `length` take precedence over where the last token came from."""
-    p: tuple[float | None, ...]
+    p: tuple[Probability | None, ...]
     """Target's probability of each drafted token, after warping. Past the first rejection the prefix is a dead one."""
-    q: tuple[float | None, ...]
+    q: tuple[Probability | None, ...]
     """Probability with which the draft drew each token; 1 for a deterministic draft."""
-    u: tuple[float | None, ...]
+    u: tuple[Probability | None, ...]
     """The uniform draw each tested token was held against; None where it was never tested."""
-    overlap: tuple[float | None, ...]
+    overlap: tuple[Probability | None, ...]
     """Σ min(p, q) over the vocabulary: the acceptance probability before the token was drawn."""
-    residual: tuple[tuple[int, float], ...]
+    residual: tuple[tuple[Count, Probability], ...]
     """After a rejection, the largest entries (id, mass) of the distribution the recovered token was drawn from."""
-    draft_s: float
-    verify_s: float
-    other_s: float
-    context: int
+    draft_s: Seconds | None
+    verify_s: Seconds | None
+    other_s: Seconds | None
+    """Seconds of the three phases: all known, or none."""
+    context: Count
     """Tokens in the context when the cycle began."""
-    source: Source = Source()
+    cycle_s: Seconds | None = None
+    """Seconds of the whole cycle, from an observer that does not tell its phases."""
+    exactness: Literal["exact", "inferred"] = "exact"
+    """Whether the cycle was seen as it was, or deduced from what came out of the engine."""
+    parents: tuple[int, ...] | None = None
+    """Of a token tree: each drafted token's parent, as its place in `drafted`; -1 is the token before the draft. None for
+    a chain."""
+    path: tuple[Count, ...] | None = None
+    """Of a token tree: the places in `drafted` of the accepted tokens, from the root on."""
     raw_p: Raw | None = None
     """The target's distributions before temperature and filters; None where the run was not asked for them."""
     raw_q: Raw | None = None
@@ -92,9 +127,34 @@ class Cycle:
     kind: Literal["cycle"] = "cycle"
 
     @property
+    def phases(self) -> Phases | None:
+        """None where they are not known."""
+        if self.draft_s is None or self.verify_s is None or self.other_s is None:
+            return None
+        return Phases(self.draft_s, self.verify_s, self.other_s)
+
+    @property
+    def seconds(self) -> float | None:
+        """Of the whole cycle: its phases together, or what its observer says of it."""
+        return self.cycle_s if (phases := self.phases) is None else phases.total_s
+
+    @property
+    def depth(self) -> int:
+        """Levels of the draft: its length, or a tree's longest path."""
+        if self.parents is None:
+            return len(self.drafted)
+        levels = list[int]()
+        for parent in self.parents:
+            levels.append(1 if parent < 0 else levels[parent] + 1)
+        return max(levels, default=0)
+
+    @property
     def tested(self) -> int:
-        """Drafted tokens held against the target: the accepted ones and the first rejected."""
-        return min(self.accepted + 1, len(self.drafted))
+        """Levels of the draft held against the target: those of the accepted tokens, and the one of the rejection."""
+        if self.parents is None:
+            return min(self.accepted + 1, len(self.drafted))
+        last = self.path[-1] if self.path else -1
+        return self.accepted + (last in self.parents)
 
     @property
     def origins(self) -> tuple[Origin, ...]:
@@ -103,11 +163,18 @@ class Cycle:
         return tuple("accepted" if i < self.accepted else final for i in range(len(self.emitted)))
 
 
+def known_phases(cycle: Cycle) -> Phases:
+    """Of a cycle of our own engine. Raises ValueError for one whose observer does not tell them."""
+    if (phases := cycle.phases) is None:
+        raise ValueError(f"the phases of cycle {cycle.index} are not known")
+    return phases
+
+
 @dataclass(frozen=True, slots=True)
 class SettingChanged:
     """A setting took a new value between two cycles."""
 
-    cycle: int
+    cycle: Count
     """Index of the first cycle that runs with the new value."""
     name: str
     old: Any
@@ -117,17 +184,33 @@ class SettingChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class Counters:
+    """Totals since the engine began, from one that tells no cycles."""
+
+    at_s: Seconds
+    """Seconds since the watching began."""
+    cycles: Count | None
+    """Those that verified a draft."""
+    drafted: Count | None
+    accepted: Count | None
+    emitted: Count | None
+    accepted_at: tuple[Count, ...] = ()
+    """Accepted tokens by their position in the draft; empty when it is not known."""
+    kind: Literal["counters"] = "counters"
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The run ended as it should: a stop, the budget, or the consumer's wish, who then records `cancelled` itself."""
 
     reason: FinishReason
-    emitted: int
-    cycles: int
-    prefill_s: float | None
+    emitted: Count
+    cycles: Count
+    prefill_s: Seconds | None
     """Seconds to read the prompt into both caches, before the first cycle; None when it is not known."""
-    peak_bytes: int | None = None
+    peak_bytes: Count | None = None
     """The most memory until then: allocated on the GPU, elsewhere the process's own; None when it is not known."""
-    recording_s: float | None = None
+    recording_s: Seconds | None = None
     """Seconds in which passes were recorded as graphs. They are in none of a cycle's phases, nor in `prefill_s`; None when
     it is not known."""
     kind: Literal["finished"] = "finished"
@@ -144,4 +227,4 @@ class Failed:
     kind: Literal["failed"] = "failed"
 
 
-Event = Started | Cycle | SettingChanged | Finished | Failed
+Event = Started | Cycle | SettingChanged | Counters | Finished | Failed

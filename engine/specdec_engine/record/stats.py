@@ -1,21 +1,22 @@
 """Every figure the tool prints, computed here and nowhere else.
 
-Counters are folded from events; rates are derived from counters; undefined is None (shown "–"), never 0.
+Counters are folded from events; rates are derived from counters. What is undefined, or what one of the cycles does not
+tell, is None (shown "–"), never 0.
 
     acceptance rate         accepted / drafted, what vLLM prints; it falls as k grows, since a rejection wastes the rest
     alpha                   accepted / tested; tokens after a rejection were never tested
     expected alpha          mean of Σ min(p, q) over tested positions: the same quantity without the coin flips
     mean emitted per cycle  emitted / cycles, final token included (τ, "mean acceptance length")
-    tokens per second       emitted / (draft_s + verify_s + other_s): decoding only, the prompt's prefill is apart
+    tokens per second       emitted / seconds of the cycles: decoding only, the prompt's prefill is apart
     speedup estimate        tokens per second · seconds of the run's own plain cycles; `bench` measures it
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
-from specdec_engine.record.events import Cycle, Event, Finished, Started
+from specdec_engine.record.events import Counters, Cycle, Event, Finished, Started
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,24 +52,33 @@ class Summary:
     overlap: float = 0.0
     """Sum of Σ min(p, q) over the tested positions where it is known."""
     overlap_known: int = 0
-    draft_s: float = 0.0
-    verify_s: float = 0.0
-    other_s: float = 0.0
+    draft_s: float | None = 0.0
+    verify_s: float | None = 0.0
+    other_s: float | None = 0.0
+    decode_s: float | None = 0.0
+    """Seconds in cycles, without prefill and without the consumer's own time."""
     plain_cycles: int = 0
     """Cycles in which nothing was drafted."""
-    plain_s: float = 0.0
+    plain_s: float | None = 0.0
     """Their seconds, without what the drafter took to say nothing."""
     positions: tuple[Position, ...] = ()
     """First drafted tokens, second ones, and so on."""
     prefill_s: float | None = None
     finish_reason: str | None = None
+    observer: str = "specdec"
+    inferred: int = 0
+    """Cycles that were deduced from outside."""
+    counted: bool = False
+    """Whether the totals are an engine's own counters, which came without cycles."""
 
     def plus(self, event: Event) -> Summary:
         match event:
             case Started():
-                return Summary(prompt_tokens=len(event.prompt), seed=event.seed)
+                return Summary(prompt_tokens=len(event.prompt), seed=event.seed, observer=event.observer)
             case Cycle():
                 return self._plus_cycle(event)
+            case Counters() if self.counted or not self.cycles:
+                return self._plus_counters(event)
             case Finished():
                 return replace(self, finish_reason=event.reason, prefill_s=event.prefill_s)
             case _:
@@ -76,6 +86,7 @@ class Summary:
 
     def _plus_cycle(self, cycle: Cycle) -> Summary:
         overlaps = [o for o in cycle.overlap[: cycle.tested] if o is not None]
+        plain_s = cycle.seconds if (phases := cycle.phases) is None else phases.verify_s + phases.other_s
         return replace(
             self,
             cycles=self.cycles + 1,
@@ -85,12 +96,31 @@ class Summary:
             emitted=self.emitted + len(cycle.emitted),
             overlap=self.overlap + sum(overlaps),
             overlap_known=self.overlap_known + len(overlaps),
-            draft_s=self.draft_s + cycle.draft_s,
-            verify_s=self.verify_s + cycle.verify_s,
-            other_s=self.other_s + cycle.other_s,
+            draft_s=_sum(self.draft_s, cycle.draft_s),
+            verify_s=_sum(self.verify_s, cycle.verify_s),
+            other_s=_sum(self.other_s, cycle.other_s),
+            decode_s=_sum(self.decode_s, cycle.seconds),
             plain_cycles=self.plain_cycles + (not cycle.drafted),
+            plain_s=self.plain_s if cycle.drafted else _sum(self.plain_s, plain_s),
             positions=_positions(self.positions, cycle),
-            plain_s=self.plain_s + (0.0 if cycle.drafted else cycle.verify_s + cycle.other_s),
+            inferred=self.inferred + (cycle.exactness == "inferred"),
+        )
+
+    def _plus_counters(self, totals: Counters) -> Summary:
+        cycles = totals.cycles or 0
+        return replace(
+            self,
+            cycles=cycles,
+            drafted=totals.drafted or 0,
+            accepted=totals.accepted or 0,
+            emitted=totals.emitted or 0,
+            draft_s=None,
+            verify_s=None,
+            other_s=None,
+            decode_s=None,
+            # What was tested is not told: a rejection cannot be told apart from the end of a shorter draft.
+            positions=tuple(Position(drafted=cycles, accepted=kept) for kept in totals.accepted_at),
+            counted=True,
         )
 
     @property
@@ -110,9 +140,9 @@ class Summary:
         return _ratio(self.emitted, self.cycles)
 
     @property
-    def decode_s(self) -> float:
-        """Seconds in cycles: draft + verify + other, without prefill and without the consumer's own time."""
-        return self.draft_s + self.verify_s + self.other_s
+    def exactness(self) -> Literal["exact", "inferred"]:
+        """Whether all cycles were seen as they were."""
+        return "inferred" if self.inferred else "exact"
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -123,7 +153,9 @@ class Summary:
         """Over plain decoding, as this run's own plain cycles have it; an estimate of what `bench` measures. None with fewer
         than four of them: from one alone it was off by a tenth either way."""
         rate = self.tokens_per_second
-        return None if rate is None or self.plain_cycles < 4 else rate * self.plain_s / self.plain_cycles
+        if rate is None or self.plain_s is None or self.plain_cycles < 4:
+            return None
+        return rate * self.plain_s / self.plain_cycles
 
     def figures(self) -> dict[str, Any]:
         """Counters and rates under the names that JSON output uses."""
@@ -146,11 +178,13 @@ class Summary:
             "verify_s": self.verify_s,
             "other_s": self.other_s,
             "seed": self.seed,
+            "observer": self.observer,
+            "exactness": self.exactness,
         }
 
 
 def _positions(before: tuple[Position, ...], cycle: Cycle) -> tuple[Position, ...]:
-    drafted = len(cycle.drafted)
+    drafted = cycle.depth
     if not drafted:
         return before
     known = [*before, *(Position() for _ in range(drafted - len(before)))]
@@ -160,5 +194,9 @@ def _positions(before: tuple[Position, ...], cycle: Cycle) -> tuple[Position, ..
     return tuple(known)
 
 
-def _ratio(part: float, whole: float) -> float | None:
+def _sum(total: float | None, part: float | None) -> float | None:
+    return None if total is None or part is None else total + part
+
+
+def _ratio(part: float, whole: float | None) -> float | None:
     return part / whole if whole else None

@@ -12,6 +12,8 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from specdec_engine.record.events import TokenId
+
 REPLACEMENT = "\ufffd"
 _JOINERS = "\u200c\u200d"  # they shape Persian, Indic and emoji text, and cannot reorder or hide anything
 
@@ -72,8 +74,13 @@ class TextStream:
         self.stopped = False
         """True once a stop string has been seen; nothing comes out any more."""
 
-    def feed(self, token: int) -> str:
-        return "" if self.stopped else self._release(self._detokenizer.feed(token))
+    def feed(self, token: TokenId) -> str:
+        """An unknown token is U+FFFD, as bytes are that make no character."""
+        if self.stopped:
+            return ""
+        return self._release(
+            self._detokenizer.flush() + REPLACEMENT if token is None else self._detokenizer.feed(token)
+        )
 
     def flush(self) -> str:
         if self.stopped:

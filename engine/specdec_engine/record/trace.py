@@ -1,30 +1,49 @@
 """Events to JSON lines and back: one event a line, flushed as it happens, so that a killed run leaves what it did.
 
-A trace may hold several runs, one `started` line each. With a `describe` function the writer adds `pieces` to a line, the
-text of the token ids that this trace has not named yet, so that it can be read without the tokenizer.
+A trace may hold several runs. Each line bears its run's id, so that the lines of two writers can be told apart. With a
+`describe` function the writer adds `pieces` to a line, the text of the token ids that the run has not named yet, so that it
+can be read without the tokenizer.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+import secrets
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self, TypedDict
+from typing import IO, TYPE_CHECKING, Any, Self, TypedDict
 
 from specdec_engine.errors import TraceError, reason
-from specdec_engine.record.events import TRACE_SCHEMA, Cycle, Event, Failed, Finished, SettingChanged, Started
+from specdec_engine.record.events import (
+    TRACE_SCHEMA,
+    Counters,
+    Cycle,
+    Event,
+    Failed,
+    Finished,
+    SettingChanged,
+    Started,
+)
 from specdec_engine.record.files import lock, parse_record, typed
+
+if TYPE_CHECKING:
+    import msgspec
 
 _KINDS: dict[str, type[Event]] = {
     "started": Started,
     "cycle": Cycle,
     "setting_changed": SettingChanged,
+    "counters": Counters,
     "finished": Finished,
     "failed": Failed,
 }
 _Pieces = dict[int, str]
+_READS = ("specdec.trace/1", TRACE_SCHEMA)
+"""In /1 no line has a run's id, and everything is known; otherwise it is the same."""
 
 
 def to_json(event: Event) -> dict[str, Any]:
@@ -39,23 +58,10 @@ def from_json(record: Mapping[str, Any]) -> Event:
     cls = _KINDS.get(str(record.get("kind")))
     if cls is None:
         raise ValueError(f"there is no kind {record.get('kind')!r}")
-    if cls is Started and record.get("schema") != TRACE_SCHEMA:
-        raise ValueError(f"schema {record.get('schema')!r} is not {TRACE_SCHEMA!r}")
+    if cls is Started and record.get("schema") not in _READS:
+        raise ValueError(f"schema {record.get('schema')!r} is none of {', '.join(_READS)}")
     event = typed(record, cls)
-    match event:
-        case Started():
-            typed(event.settings, _Settings)
-            typed(event.environment, _Environment)
-            _check_tokens(event.prompt)
-        case SettingChanged():
-            typed({event.name: event.old}, _Settings)
-            typed({event.name: event.new}, _Settings)
-        case Finished():
-            _check_numbers(
-                "finished", event.emitted, event.cycles, event.prefill_s, event.peak_bytes, event.recording_s
-            )
-        case Cycle():
-            _check_cycle(event)
+    _check(event)
     return event
 
 
@@ -89,52 +95,73 @@ class _Environment(TypedDict, total=False):
     plain_tokens_per_second: float | None
 
 
-_MOST = 2**63
-"""No token's id, count of bytes or number of seconds is as large."""
+def _check(event: Event) -> None:
+    """Raises ValueError, with the field, for an event that contradicts itself."""
+    match event:
+        case Cycle():
+            _check_cycle(event)
+        case Started():
+            typed(event.settings, _Settings)
+            typed(event.environment, _Environment)
+        case SettingChanged():
+            typed({event.name: event.old}, _Settings)
+            typed({event.name: event.new}, _Settings)
 
 
 def _check_cycle(cycle: Cycle) -> None:
     """Raises ValueError."""
     k = len(cycle.drafted)
-    raw = [side for side in (cycle.raw_p, cycle.raw_q) if side is not None]
-    told = (cycle.p, cycle.q, cycle.u, cycle.overlap, *(values for r in raw for values in (r.drafted, r.likeliest)))
-    if any(len(values) != k for values in told) or not 0 <= cycle.accepted <= k:
-        raise ValueError(f"cycle {cycle.index} has {k} drafted tokens and other numbers of verdicts")
+    _check_lengths(cycle, k)
     if len(cycle.emitted) > cycle.accepted + 1:
-        raise ValueError(f"cycle {cycle.index} accepts {cycle.accepted} tokens and emits {len(cycle.emitted)}")
-    rows = [*cycle.residual, *((token, mass) for r in raw for row in r.likeliest for token, mass, _ in row)]
-    _check_tokens((*cycle.drafted, *cycle.emitted, *(token for token, _ in rows)))
-    _check_numbers("cycle", cycle.index, cycle.k, cycle.context, cycle.draft_s, cycle.verify_s, cycle.other_s)
-    untempered = [value for r in raw for value in r.drafted]
-    chances = (*cycle.p, *cycle.q, *cycle.u, *cycle.overlap, *(mass for _, mass in rows), *untempered)
-    if any(value is not None and not -_ROUNDING <= value <= 1 + _ROUNDING for value in chances):
-        raise ValueError(f"cycle {cycle.index} has a probability that is not from 0 to 1")
+        raise ValueError(f"emitted: {len(cycle.emitted)} tokens where {cycle.accepted} were accepted")
+    if cycle.parents is not None or cycle.path is not None:
+        _check_tree(cycle, k)
+    phases = (cycle.draft_s, cycle.verify_s, cycle.other_s)
+    if None in phases and phases != (None, None, None):
+        raise ValueError("draft_s, verify_s, other_s: all three are known, or none")
 
 
-_ROUNDING = 1e-3
-"""By how much a sum of bfloat16 probabilities may pass 1."""
+def _check_lengths(cycle: Cycle, k: int) -> None:
+    """Raises ValueError for lists by position that are not of the draft's length."""
+    if cycle.accepted > k:
+        raise ValueError(f"accepted: {cycle.accepted} of {k} drafted tokens")
+    lists = (("p", cycle.p), ("q", cycle.q), ("u", cycle.u), ("overlap", cycle.overlap))
+    raw = [(n, r) for n, r in (("raw_p", cycle.raw_p), ("raw_q", cycle.raw_q)) if r is not None]
+    for name, values in (*lists, *((n, r.drafted) for n, r in raw), *((n, r.likeliest) for n, r in raw)):
+        if len(values) != k:
+            raise ValueError(f"{name}: {len(values)} entries for {k} drafted tokens")
 
 
-def _check_tokens(tokens: Sequence[int]) -> None:
-    if any(not 0 <= token < _MOST for token in tokens):
-        raise ValueError(f"{next(t for t in tokens if not 0 <= t < _MOST)} is no token's id")
-
-
-def _check_numbers(what: str, *values: float | None) -> None:
-    if any(value is not None and not 0 <= value < _MOST for value in values):
-        raise ValueError(f"a {what} has a count or a time below 0 or beyond all bounds")
+def _check_tree(cycle: Cycle, k: int) -> None:
+    """Raises ValueError for a token tree whose parts do not belong together."""
+    parents, path = cycle.parents, cycle.path
+    if parents is None or path is None:
+        raise ValueError("parents, path: both are given, or none")
+    if len(parents) != k or any(not -1 <= parent < place for place, parent in enumerate(parents)):
+        raise ValueError(f"parents: each of {k} drafted tokens has one, that stands before it, or -1")
+    if len(path) != cycle.accepted:
+        raise ValueError(f"path: {len(path)} places of {cycle.accepted} accepted tokens")
+    before = -1
+    for place in path:
+        if not 0 <= place < k or parents[place] != before:
+            raise ValueError(f"path: {place} does not follow {before}")
+        before = place
 
 
 class Records:
-    """Events as the records of a trace's lines; with `describe`, each names the token ids that no record named before."""
+    """Events as the records of a trace's lines. Each `started` begins a run with an id of its own; with `describe`, each
+    record names the token ids that none of its run named before."""
 
     def __init__(self, describe: Callable[[int], str] | None = None) -> None:
         self.describe = describe
         """Names a token id; may be set later, when there is a tokenizer."""
+        self._run = ""
         self._named: set[int] = set()
 
     def of(self, event: Event) -> dict[str, Any]:
-        record = to_json(event)
+        if isinstance(event, Started) or not self._run:
+            self._run, self._named = secrets.token_hex(6), set()
+        record = {"kind": event.kind, "run": self._run, **to_json(event)}
         if self.describe is not None:
             record["pieces"] = {str(token): self.describe(token) for token in sorted(self._new_tokens(event))}
         return record
@@ -144,9 +171,9 @@ class Records:
             case Started():
                 tokens = set(event.prompt)
             case Cycle():
-                told = [row for side in (event.raw_p, event.raw_q) if side is not None for row in side.likeliest]
-                tokens = {*event.drafted, *event.emitted, *(token for token, _ in event.residual)}
-                tokens |= {token for row in told for token, _, _ in row}
+                rows = [row for raw in (event.raw_p, event.raw_q) if raw is not None for row in raw.likeliest]
+                tokens = {token for token in (*event.drafted, *event.emitted) if token is not None}
+                tokens |= {token for token, _ in event.residual} | {token for row in rows for token, _, _ in row}
             case _:
                 tokens = set()
         new = tokens - self._named
@@ -196,61 +223,137 @@ class TraceWriter:
         self.close()
 
 
+@dataclass(frozen=True, slots=True)
+class TraceLine:
+    """An event as it stands in a trace."""
+
+    run: str
+    """Its run's id; empty in a trace of /1."""
+    event: Event
+    pieces: Mapping[int, str]
+    """Text of the token ids that this line is the first of its run to name; bytes that are no UTF-8 are lone surrogates (PEP
+    383)."""
+
+
 def read_trace(path: Path | str) -> Iterator[Event]:
-    """The events of a trace, in order.
+    """The events of a trace, run by run, in the order in which the runs began.
 
     A line that is cut short is accepted where a killed run would leave it: at the end, or before the next `started`.
     Raises TraceError, with the line's number, for any other line that is not an event, and for another schema.
     """
-    for _, event, _ in _records(Path(path)):
-        yield event
-
-
-def read_described(path: Path | str) -> Iterator[tuple[Event, dict[int, str]]]:
-    """Events with the text of the token ids that each names first; bytes that are no UTF-8 come as lone surrogates (PEP
-    383)."""
-    for _, event, pieces in _records(Path(path)):
-        yield event, pieces
+    return (line.event for line in read_lines(path))
 
 
 def read_pieces(path: Path | str) -> dict[int, str]:
     """Token id to text, for all ids that the trace names."""
-    pieces: dict[int, str] = {}
-    for _, named in read_described(path):
-        pieces |= named
-    return pieces
+    return {token: text for line in read_lines(path) for token, text in line.pieces.items()}
 
 
-def _records(path: Path) -> Iterator[tuple[int, Event, dict[int, str]]]:
+def read_lines(path: Path | str) -> Iterator[TraceLine]:
+    """As `read_trace`, with what else a line says. The first run's lines come as they are read; lines of other runs among
+    them wait until it has ended, or the file has."""
+    return _run_by_run(_lines(Path(path)))
+
+
+@dataclass(slots=True)
+class _Run:
+    waiting: deque[TraceLine] = field(default_factory=deque)
+    over: bool = False
+
+    def take(self) -> Iterator[TraceLine]:
+        while self.waiting:
+            yield self.waiting.popleft()
+
+
+def _run_by_run(lines: Iterable[TraceLine]) -> Iterator[TraceLine]:
+    """The same lines, those of each run together."""
+    by_id, order = dict[str, _Run](), deque[_Run]()
+    for line in lines:
+        if isinstance(line.event, Started):
+            if line.run in by_id:  # a copy of a run, or the next one of a trace without ids
+                by_id[line.run].over = True
+            by_id[line.run] = _Run()
+            order.append(by_id[line.run])
+        run = by_id[line.run]
+        run.waiting.append(line)
+        run.over = run.over or isinstance(line.event, Finished | Failed)
+        yield from order[0].take()
+        while order[0].over and len(order) > 1:
+            order.popleft()
+            yield from order[0].take()
+    for run in (*order, *by_id.values()):
+        yield from run.take()
+
+
+def _lines(path: Path) -> Iterator[TraceLine]:
     damaged: tuple[int, Exception] | None = None
-    begun = False
+    begun = set[str]()
     try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
+        with path.open("rb") as file:
+            for number, raw in enumerate(file, start=1):
+                if not raw.strip():
                     continue
                 try:
-                    record = parse_record(line.strip())  # an error then counts columns of this line
-                    event = from_json(record)
-                    pieces = typed(record.get("pieces", {}), _Pieces)
-                    if not (begun or isinstance(event, Started)):
-                        raise ValueError(f"a {event.kind} comes before any run has started")
-                    begun = True
+                    line = _parse(raw.strip())  # an error then counts columns of this line
+                    if isinstance(line.event, Started):
+                        begun.add(line.run)
+                    elif line.run not in begun:
+                        raise ValueError(f"a {line.event.kind} comes before its run has started")
                 except ValueError as error:
                     if damaged:
                         raise _unreadable(path, *damaged) from error
                     damaged = number, error
                     continue
-                if damaged and not isinstance(event, Started):
+                if damaged and not isinstance(line.event, Started):
                     raise _unreadable(path, *damaged)
                 damaged = None
-                yield number, event, pieces
+                yield line
     except OSError as error:
         raise TraceError(
             f"cannot read {path}: {reason(error)}", "give the path of a file written by --trace"
         ) from error
-    if damaged and line.endswith(b"\n"):
+    if damaged and raw.endswith(b"\n"):
         raise _unreadable(path, *damaged)
+
+
+class _Head(TypedDict, total=False):
+    """What a line says beside its event."""
+
+    kind: str
+    run: str
+    schema: str
+    pieces: dict[int, str]
+
+
+def _parse(line: bytes) -> TraceLine:
+    """Raises ValueError. msgspec reads a line in a fifteenth of the time that `json` and a conversion take. What it refuses
+    goes that way too: it may be a lone surrogate, which is no fault, and else the error says more."""
+    import msgspec
+
+    try:
+        head = _head_decoder().decode(line)
+        event = _event_decoder(head["kind"]).decode(line)
+        if isinstance(event, Started) and event.schema not in _READS:
+            raise KeyError(event.schema)
+    except (msgspec.MsgspecError, KeyError):
+        record = parse_record(line)
+        return TraceLine(typed(record.get("run", ""), str), from_json(record), typed(record.get("pieces", {}), _Pieces))
+    _check(event)
+    return TraceLine(head.get("run", ""), event, head.get("pieces", {}))
+
+
+@cache
+def _head_decoder() -> msgspec.json.Decoder[_Head]:
+    import msgspec
+
+    return msgspec.json.Decoder(_Head)
+
+
+@cache
+def _event_decoder(kind: str) -> msgspec.json.Decoder[Event]:
+    import msgspec
+
+    return msgspec.json.Decoder(_KINDS[kind])
 
 
 def _unreadable(path: Path, number: int, error: Exception) -> TraceError:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.errors import UsageError
-from specdec_engine.record.events import Cycle, SettingChanged, Started
+from specdec_engine.record.events import Cycle, SettingChanged, Started, known_ids
 from specdec_engine.record.trace import read_trace
 
 ROOM = 256
@@ -75,7 +75,12 @@ def recorded(path: Path, target: str, sampling: Sampling) -> list[Answer]:
         elif isinstance(event, SettingChanged) and event.name in wanted:
             raise UsageError(f"in {path} {event.name} was turned on the way", "record a run in which it stays as it is")
         elif isinstance(event, Cycle):
-            said += event.emitted
+            try:
+                said += known_ids(event.emitted)
+            except ValueError as error:
+                raise UsageError(
+                    f"in {path}, cycle {event.index}: {error}", "give a trace of our own engine"
+                ) from error
             ended = event.end == "stop"
     close()
     if not found:

@@ -18,7 +18,7 @@ from specdec_engine.drafters.base import Drafter, Foreseeing
 from specdec_engine.drafters.token_choice import along
 from specdec_engine.errors import UsageError
 from specdec_engine.pair import Pair
-from specdec_engine.record.events import Cycle
+from specdec_engine.record.events import Cycle, known_ids
 from specdec_engine.runtime.target import ModelTarget
 from specdec_engine.tune.answers import ROOM, Answer
 from specdec_engine.tune.whatif import Chances, UnitCosts
@@ -39,7 +39,7 @@ def written(
         try:
             for event in pair.decode(prompt, k=0, sampling=sampling, max_tokens=max_tokens, seed=seed + number):
                 if isinstance(event, Cycle):
-                    said += event.emitted
+                    said += known_ids(event.emitted)
                     ended = event.end == "stop"
         except UsageError:
             continue

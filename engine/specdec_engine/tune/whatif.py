@@ -13,8 +13,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean, median
 
 from specdec_engine.bench.figures import Interval
-from specdec_engine.record.cycle_stats import seconds
-from specdec_engine.record.events import Cycle
+from specdec_engine.record.events import Cycle, known_phases
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,20 +73,19 @@ class UnitCosts:
     def of(cls, cycles: Sequence[Cycle]) -> UnitCosts:
         """Medians; each cycle is held against the two plain ones nearest to it, so that a machine whose speed changes falls
         out. Raises ValueError without plain cycles."""
-        plain = [(i, seconds(cycle)) for i, cycle in enumerate(cycles) if not cycle.drafted]
+        timed = [(len(cycle.drafted), known_phases(cycle)) for cycle in cycles]
+        plain = [(i, phases.total_s) for i, (n, phases) in enumerate(timed) if not n]
         if not plain:
             raise ValueError("no plain cycle was timed")
         draft, passes, other = dict[int, list[float]](), dict[int, list[float]](), list[float]()
-        for i, cycle in enumerate(cycles):
+        for i, (n, phases) in enumerate(timed):
             near = fmean(s for _, s in sorted(plain, key=lambda p: abs(p[0] - i))[:2])
-            n = len(cycle.drafted)
-            passes.setdefault(n + 1, []).append(cycle.verify_s / near)
-            if (
-                n and i and cycles[i - 1].drafted
-            ):  # after a plain cycle a drafter has more to catch up with than in a run
-                draft.setdefault(n, []).append(cycle.draft_s / near)
+            passes.setdefault(n + 1, []).append(phases.verify_s / near)
+            # After a plain cycle a drafter has more to catch up with than in a run.
+            if n and i and timed[i - 1][0]:
+                draft.setdefault(n, []).append(phases.draft_s / near)
             if n:
-                other.append(cycle.other_s / near)
+                other.append(phases.other_s / near)
         return cls(median(s for _, s in plain), _medians(draft), _medians(passes), median(other or [0.0]))
 
     def drafting(self, times: Iterable[tuple[int, float]]) -> UnitCosts:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from specdec_engine.record.cycle_stats import budget, rate
-from specdec_tui.frame import View
+from specdec_tui.frame import Frame, View
 from specdec_tui.panels import Line, PanelContext, fitted, number
 from specdec_tui.pieces import plain
 
@@ -15,10 +15,17 @@ def header(view: View, room: PanelContext, state: str) -> Line:
         return [(" specdec ", "brand")]
     most = plain(frame.setting("k"))
     k = f"k ≤ {most} auto" if frame.setting("adaptive") else f"k {most}"
-    facts = f"{k}  T {plain(frame.setting('temperature'))}  seed {frame.seed}"
+    facts = f"{k}  T {plain(frame.setting('temperature'))}  seed {frame.seed}{_observed(frame)}"
     models = f"{plain(frame.settings.get('draft'))} → {plain(frame.settings.get('target'))}"
     models = fitted(models, max(8, room.width - len(facts) - len(state) - 14))
     return [(" specdec ", "brand"), (f" {models}  ", "strong"), (f"{facts}  ", ""), (state, "key")]
+
+
+def _observed(frame: Frame) -> str:
+    """Who tells the run, where it is not our own engine, and whether it was seen or deduced."""
+    if frame.observer == "specdec":
+        return ""
+    return f"  {plain(frame.observer)}, {frame.summary().exactness}"
 
 
 def figures(view: View, room: PanelContext) -> Line:

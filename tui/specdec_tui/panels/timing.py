@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from specdec_engine.record.cycle_stats import budget, rate, rates, split
+from specdec_engine.record.cycle_stats import budget, median_phases, rate, rates
 from specdec_tui.bars import columns, stacked
 from specdec_tui.frame import View
 from specdec_tui.panels import Line, PanelContent, PanelContext, number
@@ -15,10 +15,10 @@ def throughput(view: View, room: PanelContext) -> PanelContent | None:
     """Columns from zero, one a cycle; below plain decoding they are red."""
     past = view.past
     found = rates(past.cycles[-room.width :])
-    if not found:
+    if not any(found):
         return None
     plain = 1 / past.plain_s if past.plain_s else None
-    top = max(*found, plain or 0.0, 1e-9)
+    top = max(*(v for v in found if v is not None), plain or 0.0, 1e-9)
     lines = list[Line]()
     for row in columns(found, top, room.width, 2):
         shown = [None] * (room.width - len(found)) + found
@@ -33,7 +33,7 @@ def throughput(view: View, room: PanelContext) -> PanelContent | None:
 
 
 def time_split(view: View, room: PanelContext) -> PanelContent | None:
-    found = split(view.past.cycles[-RECENT:])
+    found = median_phases(view.past.cycles[-RECENT:])
     if found is None or not found.total_s:
         return None
     parts = (found.draft_s, found.verify_s, found.other_s)

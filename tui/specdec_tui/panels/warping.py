@@ -47,7 +47,7 @@ def _side(
     lines: list[Line] = [[(label, "strong"), (f", before → after {by}", "muted")]]
     width, drafted, was = max(4, room.width - _NAME - _NUMBERS - 3), cycle.drafted[at], raw.drafted[at]
     rows = list(raw.likeliest[at])
-    if was is not None and now is not None and all(token != drafted for token, _, _ in rows):
+    if drafted is not None and was is not None and now is not None and all(token != drafted for token, _, _ in rows):
         rows.append((drafted, was, now))
     for token, before, after in rows:
         mark = "› " if token == drafted else "  "
