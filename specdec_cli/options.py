@@ -13,6 +13,7 @@ import typer
 
 from specdec_cli import output
 from specdec_engine.core.cycle_types import Sampling
+from specdec_engine.core.registry import OURS, described
 from specdec_engine.errors import UsageError
 from specdec_engine.models.progress import Report, silent
 
@@ -32,9 +33,7 @@ Draft = Annotated[
         "-d",
         rich_help_panel=_MODELS,
         show_default="a profile's; else ngram,builtin for the built-in target, ngram for others",
-        help="Hub id, folder, .gguf file, builtin (made for the built-in target), ngram, ngram:N (look up at most N tokens), "
-        "suffix, self:N (the target's first N layers), a folder that distill made, or none; joined by commas, the first "
-        "that proposes wins.",
+        help=f"{', '.join(map(described, OURS))}. A,B is A, and B where A proposes nothing.",
     ),
 ]
 K = Annotated[

@@ -53,6 +53,8 @@ def info(json: opt.Json = False) -> None:
     for model in found["models"]:
         fits = f" · drafts for it: {', '.join(model['drafts'])}" if model["drafts"] else ""
         output.say(f"{model['name']}: {model['model_type']}, {model['size'] / 1e9:.1f} GB{fits}")
+    for name, about in found["drafters"].items():
+        output.say(f"draft {name}: {about}")
     if not found["models"]:
         output.say("no other models are in the hub's cache")
     config = found["config"]
@@ -76,6 +78,7 @@ def _measured(runtime: dict[str, Any]) -> Iterator[str]:
 
 
 def _found() -> dict[str, Any]:
+    from specdec_engine.core.registry import foreign
     from specdec_engine.models.builtin import is_cached
     from specdec_engine.models.hub_cache import cached_models, drafts_for
 
@@ -97,6 +100,7 @@ def _found() -> dict[str, Any]:
             }
             for m in models
         ],
+        "drafters": {entry.name: entry.about for entry in foreign()},
         "config": _config(),
     }
 

@@ -191,14 +191,18 @@ _MOST_FITTING = 2
 
 
 def _fitting(target: str) -> list[str]:
-    """Drafts that need not be named: the one made for the built-in target, and cached models with the target's tokens."""
+    """Drafts that need not be named: those that other packages add, the one made for the built-in target, and cached models
+    with the target's tokens."""
+    from specdec_engine.core.registry import foreign
+
+    added = [entry.name for entry in foreign()]
     if target == "builtin":
-        return ["builtin"]
+        return ["builtin", *added]
     from specdec_engine.models.hub_cache import cached_models, drafts_for
 
     models = cached_models()
     fitting = [draft.name for model in models if model.name == target for draft in drafts_for(model, models)]
-    return fitting[:_MOST_FITTING]
+    return [*fitting[:_MOST_FITTING], *added]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import pytest
 import typer
 
 from specdec_cli.main import COMMANDS, app
+from specdec_engine.core.registry import OURS
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -74,3 +75,9 @@ def test_the_first_page_is_short_and_leads_to_every_other():
     assert len(text.encode()) < README_BYTES
     assert {f"docs/{page.name}" for page in ROOT.glob("docs/*.md")} <= set(LINK.findall(text))
     assert {name for name in COMMANDS if f"specdec {name}" not in text} <= {"replay", "info"}
+
+
+@pytest.mark.parametrize("entry", OURS, ids=lambda entry: entry.name)
+def test_each_way_of_drafting_has_its_row_in_the_docs(entry):
+    forms = ", ".join(f"`{form}`" for form in entry.forms)
+    assert f"\n| {forms} | {entry.about}" in (ROOT / "docs" / "generate.md").read_text("utf-8")

@@ -162,22 +162,6 @@ def test_public_names_are_what_they_say():
         specdec_engine.nonsense  # noqa: B018
 
 
-def test_third_parties_can_add_a_drafter(monkeypatch):
-    """An entry point in the group `specdec.drafters` is found by name, with its argument."""
-    from importlib.metadata import EntryPoint
-
-    from specdec_engine import drafters
-    from tests.fakes import host
-
-    entry = EntryPoint("mine", "specdec_engine.drafters.ngram:build", drafters.ENTRY_POINTS)
-    monkeypatch.setattr(
-        drafters,
-        "entry_points",
-        lambda group, name: [entry] if (group, name) == (drafters.ENTRY_POINTS, "mine") else [],
-    )
-    assert drafters.build_drafter("mine:5", host()).name == "ngram"
-
-
 def test_a_pair_on_a_cpu_imports_no_compiler_of_torchs():
     """`torch._dynamo` takes 1.4 s of a start; more than one harmless import brings it along."""
     code = "import sys, specdec_engine.pair, specdec_engine.runtime.lean\nprint(*sys.modules)"

@@ -1,4 +1,4 @@
-"""What every drafter owes the loop. Each entry of `DRAFTERS`, and a cascade of them, is held to the same assertions."""
+"""What every drafter owes the loop. Each entry of the registry, and a cascade of them, is held to the same assertions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 
 from specdec_engine.core.cycle_types import Sampling, Verdict
 from specdec_engine.core.randomness import KeyedRandomness
-from specdec_engine.drafters import DRAFTERS, build_drafter
+from specdec_engine.core.registry import drafters
+from specdec_engine.drafters import build_drafter
 from specdec_engine.drafters.base import Foreseeing, LoadedDraft
 from specdec_engine.runtime.generic import GenericRuntime
 from specdec_engine.runtime.target import ModelTarget
@@ -109,7 +110,7 @@ def verdict(draft, accepted):
 
 
 def test_every_drafter_is_under_contract():
-    assert SPECS.keys() == DRAFTERS.keys(), "add the new drafter to SPECS above"
+    assert SPECS.keys() == drafters().keys(), "add the new drafter to SPECS above"
 
 
 @pytest.mark.parametrize("spec", CASES)

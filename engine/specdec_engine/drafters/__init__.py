@@ -1,46 +1,20 @@
-"""Ways of drafting, by name. Listing them imports nothing but this file.
+"""Ways of drafting. `core/registry.py` lists them; here they are built.
 
-A new one: a file here with `build(argument, host)`, a line in `DRAFTERS`, and a case in tests/contracts, which fail until
-there is one. Another package's: the entry-point group `specdec.drafters`, whose values are such `build` functions.
+A new one: a file here with `build(argument, host)`, an entry in the registry, and a case in tests/contracts, which fail until
+there is one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from importlib import import_module
-from importlib.metadata import entry_points
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
+from specdec_engine.core.registry import drafters, entry_of
 from specdec_engine.errors import UsageError
 
 if TYPE_CHECKING:
     from specdec_engine.drafters.base import Drafter, DraftHost
-
-ENTRY_POINTS = "specdec.drafters"
-
-
-@dataclass(frozen=True, slots=True)
-class DrafterSpec:
-    """Where a drafter is built, and one line about it."""
-
-    module: str
-    about: str
-
-
-DRAFTERS: Mapping[str, DrafterSpec] = {
-    "none": DrafterSpec("specdec_engine.drafters.none", "plain decoding"),
-    "ngram": DrafterSpec("specdec_engine.drafters.ngram", "copy what followed the same tokens before"),
-    "suffix": DrafterSpec(
-        "specdec_engine.drafters.suffix", "copy what most often followed the longest suffix seen before"
-    ),
-    "model": DrafterSpec("specdec_engine.drafters.model", "a smaller model with the same tokenizer"),
-    "head": DrafterSpec(
-        "specdec_engine.drafters.head", "a layer distilled from the target, which reads its hidden states"
-    ),
-    "self": DrafterSpec("specdec_engine.drafters.self_layers", "the target's first layers"),
-}
 
 
 def build_drafter(spec: str, host: DraftHost) -> Drafter:
@@ -58,14 +32,11 @@ def build_drafter(spec: str, host: DraftHost) -> Drafter:
 
 
 def _build_one(spec: str, host: DraftHost) -> Drafter:
-    name, _, argument = spec.partition(":")
-    if name in DRAFTERS:
-        built: Drafter = import_module(DRAFTERS[name].module).build(argument, host)
-        return built
-    for entry in entry_points(group=ENTRY_POINTS, name=name):
-        foreign: Drafter = entry.load()(argument, host)
-        return foreign
-    return _build_one(f"{_kind(spec)}:{spec}", host)
+    entry, argument = entry_of(spec), spec.partition(":")[2]
+    if entry is None:
+        entry, argument = drafters()[_kind(spec)], spec
+    built: Drafter = resolve_name(entry.build)(argument, host)
+    return built
 
 
 def is_checkpoint(spec: str) -> bool:
@@ -73,9 +44,7 @@ def is_checkpoint(spec: str) -> bool:
     nothing of a third party."""
     from specdec_engine.models.draft_files import read_draft
 
-    name = spec.partition(":")[0]
-    ours = name in DRAFTERS or name == "builtin" or bool(entry_points(group=ENTRY_POINTS, name=name))
-    return not ours and read_draft(Path(spec)) is None
+    return entry_of(spec) is None and spec != "builtin" and read_draft(Path(spec)) is None
 
 
 def _kind(name: str) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from specdec_engine.core.registry import entry_of
 from specdec_engine.errors import OutOfMemory, PairIncompatible
 from specdec_engine.models.draft_files import DraftFolder, builtin_draft, read_draft
 from specdec_engine.models.hub_cache import cached_models, drafts_for
@@ -63,8 +64,12 @@ def _member(ours: Candidate, draft: str, options: LoadOptions) -> tuple[list[Fin
     word, _, argument = draft.partition(":")
     if word == "self":
         return [_own_layers(ours, argument)], {}
-    if word in _WORDS:
+    entry = entry_of(draft)
+    if entry is not None and (entry.lookup or word == "none"):
         return [Finding("draft", "ok", f"{draft} drafts without a model of its own, and fits every target")], {}
+    if entry is not None and entry.package:
+        said = f"{draft} is {entry.package}'s, which alone can say what it needs; it is loaded by generate"
+        return [Finding("draft", "note", said)], {}
     head = builtin_draft() if draft == "builtin" else Path(draft)
     made = read_draft(head) if head.is_dir() else None
     if made is not None and made.kind == "head":
@@ -86,9 +91,6 @@ def _member(ours: Candidate, draft: str, options: LoadOptions) -> tuple[list[Fin
     if any(f.level == "bad" for f in findings):
         findings += _others(ours)
     return findings, figures
-
-
-_WORDS = ("ngram", "suffix", "none")
 
 
 def _own_layers(ours: Candidate, argument: str) -> Finding:

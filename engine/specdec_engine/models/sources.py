@@ -11,13 +11,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+from specdec_engine.core.registry import words
 from specdec_engine.errors import ModelUnavailable, first_line, reason
 from specdec_engine.models.builtin import builtin_gguf
 from specdec_engine.models.progress import Progress, Report, silent
 from specdec_engine.record.files import read_json
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_WORDS = ["builtin", "ngram", "suffix", "none"]
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
 
@@ -37,7 +37,7 @@ def resolve(name: str, *, offline: bool = False, trust_remote_code: bool = False
         return _checked_gguf(path)
     if path.suffix.lower() == ".gguf":
         raise ModelUnavailable(f"no file {str(path)!r}", "give the path of a .gguf file")
-    if meant := difflib.get_close_matches(name, _WORDS, cutoff=0.75):
+    if meant := difflib.get_close_matches(name.partition(":")[0], words(), cutoff=0.75):
         raise ModelUnavailable(f"no model {name!r}", f"did you mean {meant[0]}? A hub id is org/name")
     if not _HUB_ID.fullmatch(name) or path.exists():
         raise ModelUnavailable(

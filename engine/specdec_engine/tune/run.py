@@ -12,6 +12,8 @@ from specdec_engine.bench.plan import Arm, Plan
 from specdec_engine.bench.report import ArmFigures, figures_of
 from specdec_engine.bench.session import Session
 from specdec_engine.core.cycle_types import Sampling
+from specdec_engine.core.registry import drafters as registered
+from specdec_engine.core.registry import is_lookup
 from specdec_engine.errors import UsageError
 from specdec_engine.pair import Pair
 from specdec_engine.record.prompt_files import Question
@@ -59,18 +61,11 @@ class Tuned:
         return (self.best.draft, self.best.k) if pays else ("none", 0)
 
 
-LOOKUPS = ("ngram", "suffix")
-"""They cost next to nothing, fit every target, and may go before a model."""
-
-
 def candidates(drafts: Sequence[str]) -> list[str]:
     """Each draft by itself, a cascade's members once each, and the lookups."""
-    named = dict.fromkeys(member.strip() for draft in [*drafts, *LOOKUPS] for member in draft.split(","))
+    lookups = [entry.name for entry in registered().values() if entry.lookup]
+    named = dict.fromkeys(member.strip() for draft in [*drafts, *lookups] for member in draft.split(","))
     return [member for member in named if member not in ("", "none")]
-
-
-def is_lookup(name: str) -> bool:
-    return name.partition(":")[0] in LOOKUPS
 
 
 def with_cascades(names: Sequence[str]) -> list[str]:

@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from specdec_engine.core.registry import ServerNames, drafters, entry_of, is_lookup
 from specdec_engine.drafters import is_checkpoint
 
 BUILTIN_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -51,6 +52,14 @@ class Wanted:
         return self.draft if is_checkpoint(self.draft) else None
 
     @property
+    def names(self) -> ServerNames:
+        """What servers call this way of drafting. Raises ValueError for one that they do not have."""
+        entry = entry_of(self.draft) or drafters()["model"]
+        if entry.servers is None:
+            raise ValueError(f"no server drafts as {self.draft} does")
+        return entry.servers
+
+    @property
     def longest(self) -> str:
         """Tokens that are looked up at most."""
         name, _, argument = self.draft.partition(":")
@@ -66,7 +75,7 @@ class Wanted:
 def served(draft: str) -> tuple[str | None, tuple[str, ...]]:
     """Of a draft as after --draft the member that servers can run, a checkpoint before a lookup, and the others."""
     members = tuple(member.strip() for member in draft.split(",") if member.strip() != "none")
-    lookups = [m for m in members if m.partition(":")[0] in ("ngram", "suffix")]
+    lookups = [member for member in members if is_lookup(member)]
     known = next(iter([*filter(is_checkpoint, members), *lookups]), None)
     return known, tuple(member for member in members if member != known)
 
@@ -77,10 +86,10 @@ def launches(wanted: Wanted) -> list[Launch]:
 
 
 def _vllm(s: Wanted) -> Launch:
-    config: dict[str, object] = {"method": "ngram", "prompt_lookup_max": int(s.longest), "prompt_lookup_min": 1}
+    config: dict[str, object] = {"method": s.names.vllm, "prompt_lookup_max": int(s.longest), "prompt_lookup_min": 1}
     needs = ["vLLM 0.32", *_folder(s)]
     if s.model is not None:
-        config = {"method": "draft_model", "model": s.model}
+        config = {"method": s.names.vllm, "model": s.model}
         if s.sampled:  # its default draft is greedy, whose acceptance at a temperature is another
             config |= {"draft_sample_method": "probabilistic"}
         needs.append("equal vocabulary sizes of target and draft")
@@ -91,10 +100,11 @@ def _vllm(s: Wanted) -> Launch:
 
 def _sglang(s: Wanted) -> Launch:
     command = ["python", "-m", "sglang.launch_server", "--model-path", _hub(s.target)]
+    command += ["--speculative-algorithm", s.names.sglang]
     if s.model is None:
-        command += ["--speculative-algorithm", "NGRAM", "--speculative-num-draft-tokens", str(s.k)]
+        command += ["--speculative-num-draft-tokens", str(s.k)]
     else:
-        command += ["--speculative-algorithm", "STANDALONE", "--speculative-draft-model-path", s.model]
+        command += ["--speculative-draft-model-path", s.model]
         command += ["--speculative-num-steps", str(s.k), "--speculative-eagle-topk", "1"]
         command += ["--speculative-num-draft-tokens", str(s.k + 1)]
     needs = ("SGLang 0.5.23, and a GPU", "this line was not tried against its parser", *_folder(s))
@@ -107,10 +117,10 @@ def _llama_cpp(s: Wanted) -> Launch:
     if s.gguf is None:
         needs.append(f"{_hub(s.target)} as a GGUF")
     if s.model is None:
-        command += ["--spec-type", "ngram-simple", "--spec-ngram-simple-size-n", s.longest]
+        command += ["--spec-type", s.names.llama_cpp, "--spec-ngram-simple-size-n", s.longest]
         command += ["--spec-ngram-simple-size-m", str(s.k)]
     else:
-        command += ["-md", s.model if s.model.endswith(".gguf") else "DRAFT.gguf", "--spec-type", "draft-simple"]
+        command += ["-md", s.model if s.model.endswith(".gguf") else "DRAFT.gguf", "--spec-type", s.names.llama_cpp]
         command += ["--spec-draft-n-max", str(s.k)]
         needs.append("vocabularies within 128 tokens, with the same text for each")
         if not s.model.endswith(".gguf"):
