@@ -26,7 +26,7 @@ from specdec_engine.runtime.ops import TORCH, Ops
 from specdec_engine.runtime.shape import shape_of
 from specdec_engine.verify.rules import AcceptanceRule
 from specdec_engine.verify.sampling import draw, warp
-from specdec_engine.verify.verifier import Verifier
+from specdec_engine.verify.verifier import verifier_for
 from tests.tape import TapeRecorder
 
 CPU = torch.device("cpu")
@@ -164,7 +164,7 @@ def events(
     **options: Any,
 ) -> Iterator[Event]:
     if rule is not None:
-        options["verifier"] = Verifier(rule, CPU)
+        options["verifier"] = verifier_for(rule, CPU)
     return decode(
         target,
         drafter,

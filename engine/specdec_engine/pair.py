@@ -40,7 +40,7 @@ from specdec_engine.system.machine import usable_cores
 from specdec_engine.system.threads import set_threads, use_fewer_threads
 from specdec_engine.verify.processors import Asked
 from specdec_engine.verify.rules import RULES, AcceptanceRule, SyntheticRule
-from specdec_engine.verify.verifier import Verifier
+from specdec_engine.verify.verifier import Verifier, verifier_for
 from specdec_engine.version import VERSION
 
 
@@ -261,7 +261,7 @@ def _paired(models: Loader, draft: str | None) -> Pair:
 
 def _verifier(rule: AcceptanceRule, target: Runtime) -> Verifier:
     """Recorded where the target is; apart from it, which forgets its recordings when its cache grows."""
-    return Verifier(rule, target.device, target.recorder.another() if isinstance(target, GraphRuntime) else None)
+    return verifier_for(rule, target.device, target.recorder.another() if isinstance(target, GraphRuntime) else None)
 
 
 def _unnamed(target: Candidate) -> str:

@@ -15,17 +15,20 @@ import torch
 
 from specdec_engine.core.cycle_types import Draft
 from specdec_engine.errors import GenerationFailed
-from specdec_engine.verify.report import Numbers, read, report, report_on_host
+from specdec_engine.verify.decide import decide as decide_on_device
+from specdec_engine.verify.decide import decide_on_host
+from specdec_engine.verify.evidence import Layout, Numbers, unpack, verdict_of
 from specdec_engine.verify.rules import RULES, TokenRule, VerifyInputs, apply_token_rule
 from tests.fakes import ScriptedRandomness
 
 
 def on_host(rule, draft, p, numbers):
-    return report_on_host(rule, p, draft.tokens, draft.probs, numbers)
+    return decide_on_host(rule, p, draft.tokens, draft.probs, numbers)
 
 
 def on_a_device(rule, draft, p, numbers):
-    return report(rule, p, draft.tokens, draft.probs, numbers.tensor(p.device)).tolist()
+    row = decide_on_device(rule, p, draft.tokens, draft.probs, numbers.tensor(p.device))
+    return unpack(row.tolist(), Layout.of(len(draft), p.shape[1], None))
 
 
 @pytest.fixture(params=[on_host, on_a_device], ids=["host", "device"])
@@ -34,7 +37,7 @@ def decide(request):
 
     def decided(rule, draft, p, random, position):
         numbers = Numbers.drawn(random, position, len(draft))
-        return read(request.param(rule, draft, p, numbers), draft.source, numbers, p.shape[1])
+        return verdict_of(request.param(rule, draft, p, numbers), draft.source, numbers)
 
     return decided
 

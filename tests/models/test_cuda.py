@@ -19,7 +19,7 @@ from specdec_engine.runtime.target import ModelTarget
 from specdec_engine.system.timing import timer_for
 from specdec_engine.verify.coupling import gumbel_noise
 from specdec_engine.verify.rules import RULES
-from specdec_engine.verify.verifier import Verifier
+from specdec_engine.verify.verifier import verifier_for
 from tests.fakes import CPU, VOCAB, StateWeights, cycles, emitted, events, lean, run, tiny_llama
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -67,7 +67,7 @@ def about(target, draft):
 
 
 def verifier_on(target, rule="token"):
-    return Verifier(RULES[rule], target.device, target.runtime.recorder.another())
+    return verifier_for(RULES[rule], target.device, target.runtime.recorder.another())
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -75,7 +75,7 @@ def verifier_on(target, rule="token"):
 def test_recorded_verdicts_are_the_eager_ones(rule, sampling):
     target, drafter = pair()
     found = []
-    for verifier in (Verifier(RULES[rule], target.device), verifier_on(target, rule)):
+    for verifier in (verifier_for(RULES[rule], target.device), verifier_on(target, rule)):
         found.append(cycles(run(target, drafter, PROMPT, k=4, sampling=sampling, max_tokens=200, verifier=verifier)))
     assert [c.emitted for c in found[0]] == [c.emitted for c in found[1]]
     assert [c.drafted for c in found[0]] == [c.drafted for c in found[1]]

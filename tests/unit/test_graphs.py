@@ -27,7 +27,7 @@ from specdec_engine.runtime.target import ModelTarget
 from specdec_engine.system.timing import HostTimer
 from specdec_engine.verify.processors import Asked
 from specdec_engine.verify.rules import RULES, SyntheticRule, TokenRule
-from specdec_engine.verify.verifier import Verifier
+from specdec_engine.verify.verifier import verifier_for
 from tests.fakes import CPU, VOCAB, FakeClock, cycles, emitted, events, graph, host, lean, run, tiny_llama
 from tests.tape import TapeRecorder
 
@@ -45,7 +45,7 @@ def pair(recorder=None, draft=SMALL):
 
 def verifier_on(recorder, rule="token"):
     """A verdict that is recorded."""
-    return Verifier(RULES[rule], CPU, recorder.another())
+    return verifier_for(RULES[rule], CPU, recorder.another())
 
 
 SAMPLINGS = [Sampling(), Sampling(1.0), Sampling(0.7, top_k=30, top_p=0.9), Sampling(0.9, raw=True)]
@@ -255,7 +255,9 @@ def test_a_cycle_reads_from_the_device_once(sampling, monkeypatch):
             torch.Tensor, name, lambda self, *a, _o=original, _n=name, **o: (reads.append(_n), _o(self, *a, **o))[1]
         )
     per_cycle, seen = [], 0
-    verifier = Verifier(RULES["token"], CPU, TapeRecorder())  # as on a GPU: on the host looking is free, and it is done
+    verifier = verifier_for(
+        RULES["token"], CPU, TapeRecorder()
+    )  # as on a GPU: on the host looking is free, and it is done
     for _ in cycles_as_they_come(
         events(target, drafter, PROMPT, k=4, sampling=sampling, max_tokens=40, verifier=verifier)
     ):
@@ -288,7 +290,7 @@ def test_recorded_or_not_a_drafts_columns_are_named(temperature):
     logits[0, drafted[0]] += 9.0  # kept, so that the second is tested
     draft = Draft(drafted, None, "x", own, ids)
     for recorder in (None, TapeRecorder()):
-        verdict = Verifier(TokenRule(), CPU, recorder).start(logits, draft, sampling, KeyedRandomness(1), 5)()
+        verdict = verifier_for(TokenRule(), CPU, recorder).start(logits, draft, sampling, KeyedRandomness(1), 5)()
         assert verdict.raw_q.drafted == pytest.approx((0.5, 0.5))
         assert verdict.raw_q.likeliest[0][:2] == ((2, pytest.approx(0.5), 1.0), (5, pytest.approx(0.2), 0.0))
         assert verdict.raw_p.drafted == pytest.approx(logits.softmax(-1)[[0, 1], drafted].tolist())
@@ -303,7 +305,7 @@ def test_recorded_or_not_a_drafts_columns_are_named(temperature):
 def test_recorded_verdicts_are_the_unrecorded_ones(rule, sampling, raw):
     """Sampled drafts, greedy ones and none, k by k."""
     recorder = TapeRecorder()
-    verifier, plain = Verifier(rule, CPU, recorder), Verifier(rule, CPU)
+    verifier, plain = verifier_for(rule, CPU, recorder), verifier_for(rule, CPU)
     for k in (3, 0, 5, 3, 0):
         target, drafter = ModelTarget(lean(TARGET), "tiny"), RuntimeDrafter(lean(SMALL), host(VOCAB), "small")
         options = {
@@ -439,7 +441,7 @@ def test_a_made_up_acceptance_rate_is_recorded_too():
     recorder = TapeRecorder()
     target, drafter = pair(recorder)
     whole = Pair(target, drafter, {}, AutoK(), DraftLimits(), None, frozenset(), Asked(), {}).synthetic(0.7)
-    verifier, plain = whole.verifiers["synthetic"], Verifier(SyntheticRule(0.7), CPU)
+    verifier, plain = whole.verifiers["synthetic"], verifier_for(SyntheticRule(0.7), CPU)
     options = {"k": 4, "sampling": Sampling(0.9), "max_tokens": 40}
     expected = emitted(run(target, drafter, PROMPT, verifier=plain, **options))
     before = recorder.recordings

@@ -10,8 +10,9 @@ import torch
 
 from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.core.randomness import KeyedRandomness
-from specdec_engine.verify.greedy import GreedyReports
-from specdec_engine.verify.report import Numbers, read, report
+from specdec_engine.verify.decide import decide
+from specdec_engine.verify.evidence import Layout, Numbers, unpack, verdict_of
+from specdec_engine.verify.greedy import RememberedRule
 from specdec_engine.verify.rules import RULES, SyntheticRule, TokenRule
 from specdec_engine.verify.sampling import best_where_sure, warp
 
@@ -29,15 +30,16 @@ class TooKind(TokenRule):
 @pytest.mark.parametrize("rule", [*RULES.values(), SyntheticRule(0.5), TooKind()], ids=lambda rule: type(rule).__name__)
 def test_a_pattern_that_is_remembered_gives_the_verdict_of_the_rule(rule):
     """Few tokens, so that patterns come again."""
-    rng, reports = random.Random(3), GreedyReports(rule)
+    rng, remembered = random.Random(3), RememberedRule(rule)
     for position in range(400):
         k, vocab = rng.randint(0, 4), 5
         p = torch.eye(vocab)[torch.tensor([rng.randrange(vocab) for _ in range(k + 1)])]
         drafted = [rng.randrange(vocab) for _ in range(k)]
         numbers, best = Numbers.drawn(KeyedRandomness(1), position, k), p.argmax(-1).tolist()
-        found = read(reports.report(best, drafted, numbers, vocab), "x", numbers, vocab)
+        found = verdict_of(remembered.decide(best, drafted, numbers, vocab), "x", numbers)
         tokens = torch.tensor(drafted, dtype=torch.long)
-        asked = read(report(rule, p, tokens, None, numbers.tensor(p.device)).tolist(), "x", numbers, vocab)
+        row = decide(rule, p, tokens, None, numbers.tensor(p.device)).tolist()
+        asked = verdict_of(unpack(row, Layout.of(k, vocab, None)), "x", numbers)
         assert replace(found, residual=()) == replace(asked, residual=())
         assert dict(found.residual) == dict(asked.residual)  # equal masses in any order
 
@@ -50,9 +52,10 @@ def test_the_rule_is_asked_once_a_pattern():
             asked.append(case)
             return super().thresholds(case)
 
-    reports, numbers = GreedyReports(Counted()), Numbers(0, [0.5, 0.5], [0.5] * 3)
+    remembered, numbers = RememberedRule(Counted()), Numbers(0, [0.5, 0.5], [0.5] * 3)
     for base in (0, 100, 7):
-        assert reports.report([base, base + 1, base + 2], [base, base + 3], numbers, 1000)[:2] == [1, base + 1]
+        found = remembered.decide([base, base + 1, base + 2], [base, base + 3], numbers, 1000)
+        assert (found.accepted, found.token) == (1, base + 1)
     assert len(asked) == 1
 
 

@@ -23,7 +23,7 @@ from specdec_engine.system.memory import peak_bytes, ran_out
 from specdec_engine.system.timing import Mark, Timer, timer_for
 from specdec_engine.verify.processors import Asked, Processed, process
 from specdec_engine.verify.rules import TokenRule
-from specdec_engine.verify.verifier import PendingVerdict, Verifier
+from specdec_engine.verify.verifier import PendingVerdict, Verifier, verifier_for
 
 
 def decode(
@@ -52,7 +52,7 @@ def decode(
     Raises UsageError for a prompt that is empty or fills the target's context, before any event; any error after that is
     yielded as Failed, for traces, and then raised.
     """
-    verifier, timer = verifier or Verifier(TokenRule(), target.device), timer or timer_for(target.device)
+    verifier, timer = verifier or verifier_for(TokenRule(), target.device), timer or timer_for(target.device)
     ahead = target.device.type == "cuda" if ahead is None else ahead
     clipper = Clipper(stop, _room(prompt, stop, target.limit), tokenizer)
     run = _Run(target, drafter, list(prompt), controls, clipper, random, verifier, timer)

@@ -1,4 +1,4 @@
-"""Reports at temperature 0, on the host: the rule is asked once about each pattern, and remembered.
+"""Decisions at temperature 0, on the host: the rule is asked once about each pattern, and remembered.
 
 With one-hot rows and a deterministic draft, what a rule does depends on which of a few ids are equal, and on the uniform
 numbers only by how they compare with its thresholds. Asking it takes some 60 small tensor operations, each 5 to 10 µs after a
@@ -13,7 +13,7 @@ from itertools import accumulate
 
 import torch
 
-from specdec_engine.verify.report import RESIDUAL_TOP, Numbers
+from specdec_engine.verify.evidence import RESIDUAL_TOP, Evidence, Numbers
 from specdec_engine.verify.rules import AcceptanceRule, VerifyInputs
 
 Pattern = tuple[tuple[int, ...], tuple[int, ...]]
@@ -30,17 +30,17 @@ class _Asked:
     """By which positions passed: how many are accepted, and the weights of the token that ends the cycle."""
 
 
-class GreedyReports:
-    """`report.report` for rows whose mass is all on one token, and drafts without probabilities; of one rule."""
+class RememberedRule:
+    """`decide` of one rule, for rows whose mass is all on one token, and drafts without probabilities."""
 
     def __init__(self, rule: AcceptanceRule) -> None:
         self._rule = rule
         self._asked: dict[Pattern, _Asked] = {}
 
-    def report(self, best: Sequence[int], drafted: Sequence[int], numbers: Numbers, vocab: int) -> list[float]:
+    def decide(self, best: Sequence[int], drafted: Sequence[int], numbers: Numbers, vocab: int) -> Evidence:
         """best [k + 1]: where each row's mass is."""
         if not drafted:
-            return [0, best[0], 1.0]
+            return Evidence(0, best[0], 1.0)
         ids = sorted({*best, *drafted})  # as in a vocabulary, so that a uniform number draws the same
         pattern = tuple(map(ids.index, best)), tuple(map(ids.index, drafted))
         asked = self._asked.get(pattern) or self._ask(pattern, len(ids))
@@ -50,19 +50,8 @@ class GreedyReports:
         level = numbers.final[n] * mass
         token = next((id for id, end in zip(ids, accumulate(weights), strict=True) if end > level), ids[0])
         p = [1.0 if token == at else 0.0 for token, at in zip(drafted, best, strict=False)]
-        largest = sorted(zip(weights, ids, strict=True), key=lambda entry: -entry[0])
-        largest = [*largest, *[(0.0, 0)] * RESIDUAL_TOP][: min(RESIDUAL_TOP, vocab)]
-        return [
-            n,
-            token,
-            mass,
-            *drafted,
-            *p,
-            *[1.0] * len(drafted),
-            *p,
-            *(w for w, _ in largest),
-            *(i for _, i in largest),
-        ]
+        largest = sorted(zip(ids, weights, strict=True), key=lambda entry: -entry[1])[: min(RESIDUAL_TOP, vocab)]
+        return Evidence(n, token, mass, drafted, p, [1.0] * len(drafted), p, largest)
 
     def _ask(self, pattern: Pattern, m: int) -> _Asked:
         best, drafted = pattern

@@ -1,7 +1,7 @@
 """Acceptance rules: which drafted tokens survive, and what replaces the first that does not.
 
 p is the target's distribution and q the one the draft was drawn from, as in Leviathan et al. 2023 (arXiv:2211.17192) and
-Chen et al. 2023 (arXiv:2302.01318). A rule is three pure functions (`thresholds`, `count`, `final`); `report.report`
+Chen et al. 2023 (arXiv:2302.01318). A rule is three pure functions (`thresholds`, `count`, `final`); `decide.decide`
 holds these against uniform numbers on a device, `apply_rule` on the host. Losslessness is a property of the three, and is
 proved by enumerating them (tests/exact), where the token rule's second form, for the host, is held against its first,
 too. Nothing here runs a model, keeps state, or knows about temperature.

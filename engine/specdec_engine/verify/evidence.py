@@ -1,0 +1,198 @@
+"""The evidence behind a verdict: one record, however it was worked out, and the row of numbers in which a device sends it.
+
+On a host the record is made as it is. On a device its parts are tensors, which `pack` makes one row of, so that one copy
+brings them home; `unpack` makes the record of that row. No other file knows how the row is laid out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from math import isfinite
+
+import torch
+from torch import Tensor
+
+from specdec_engine.core.cycle_types import Verdict
+from specdec_engine.core.randomness import Randomness
+from specdec_engine.errors import GenerationFailed
+from specdec_engine.record.events import Raw
+from specdec_engine.verify.sampling import wide
+
+RESIDUAL_TOP, RAW_TOP = 8, 4
+"""Entries of the residual, and of raw distributions, that a verdict carries: what a screen can show."""
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """The uniform numbers of one cycle's verdict."""
+
+    position: int
+    accept: list[float]
+    """[k]: what each drafted token is held against."""
+    final: list[float]
+    """[k + 1]: what the cycle's last token is drawn with, by how many were accepted."""
+
+    @classmethod
+    def drawn(cls, random: Randomness, position: int, k: int) -> Numbers:
+        return cls(position, random.uniforms(position, "accept", k), random.uniforms(position, "final", k + 1))
+
+    def tensor(self, device: torch.device) -> Tensor:
+        """[2, k + 1] on the host, in the dtype that `device` computes with."""
+        return torch.tensor([[*self.accept, 0.0], self.final], dtype=wide(device))
+
+
+@dataclass(frozen=True, slots=True)
+class RawInputs:
+    """What p and q are made of, where a verdict shall tell what they were before temperature and filters."""
+
+    logits: Tensor
+    """[k + 1, V], the target's."""
+    q: Tensor | None
+    """[k, V'], a draft's distributions; None where there are none."""
+    ids: Tensor | None
+    """[V']: which id each column of q belongs to; None where it is the column's number."""
+
+    @property
+    def sides(self) -> int:
+        """1 for the target alone, 2 with the draft."""
+        return 1 if self.q is None else 2
+
+    @property
+    def entries(self) -> int:
+        """Of each row that are told."""
+        return min(RAW_TOP, self.logits.shape[1], RAW_TOP if self.q is None else self.q.shape[1])
+
+
+@dataclass(frozen=True, slots=True)
+class RawRows:
+    """One side's raw distributions, a row for each drafted token that was tested, and perhaps for others."""
+
+    drafted: Sequence[float]
+    """[m]: the drafted token's probability."""
+    before: Sequence[Sequence[float]]
+    """[m, n]: the largest entries,"""
+    ids: Sequence[Sequence[float]]
+    """where they are,"""
+    after: Sequence[Sequence[float]]
+    """and what temperature and filters made of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What a rule decided about a draft of k tokens, and on what grounds."""
+
+    accepted: int
+    token: int
+    """The target's own, that ends the cycle."""
+    mass: float
+    """Of the row it was drawn from: 1, if that is made of numbers."""
+    drafted: Sequence[int] = ()
+    """[k], and so the next three."""
+    p: Sequence[float] = ()
+    q: Sequence[float] = ()
+    overlap: Sequence[float] = ()
+    residual: Sequence[tuple[int, float]] = ()
+    """The largest entries of what the token was drawn from; where all were accepted they say nothing."""
+    raw: Sequence[RawRows] = ()
+    """The target's, then the draft's; empty where none was asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How long the parts of a row are."""
+
+    k: int
+    residual: int = 0
+    sides: int = 0
+    entries: int = 0
+
+    @classmethod
+    def of(cls, k: int, vocab: int, raw: RawInputs | None) -> Layout:
+        """Without a draft nothing but accepted, token and mass."""
+        if not k:
+            return cls(0)
+        return cls(k, min(RESIDUAL_TOP, vocab), *((0, 0) if raw is None else (raw.sides, raw.entries)))
+
+
+def pack(
+    decided: Sequence[Tensor], by_token: Sequence[Tensor], residual: Sequence[Tensor], raw: Sequence[Tensor]
+) -> Tensor:
+    """One row [n], in the dtype of the mass.
+
+    decided: accepted, token, mass, [] each; by_token: drafted, p, q, overlap, [k] each; residual: ids and their mass; raw: of
+    each side drafted [k], before, ids, after, [k, n] each.
+    """
+    dtype = decided[2].dtype
+    return torch.cat([part.flatten().to(dtype) for part in (*decided, *by_token, *residual, *raw)])
+
+
+def unpack(row: Sequence[float], layout: Layout) -> Evidence:
+    """The record in a row that `pack` made."""
+    values, k, n = iter(row), layout.k, layout.entries
+
+    def take(count: int) -> list[float]:
+        return list(islice(values, count))
+
+    def rows() -> list[list[float]]:
+        return [take(n) for _ in range(k)]
+
+    accepted, token, mass = take(3)
+    drafted, p, q, overlap = ([int(t) for t in take(k)], take(k), take(k), take(k))
+    ids, masses = take(layout.residual), take(layout.residual)
+    raw = [RawRows(take(k), rows(), rows(), rows()) for _ in range(layout.sides)]
+    residual = [(int(id), mass) for id, mass in zip(ids, masses, strict=True)]
+    return Evidence(int(accepted), int(token), mass, drafted, p, q, overlap, residual, raw)
+
+
+def verdict_of(evidence: Evidence, drafter: str, numbers: Numbers) -> Verdict:
+    """What the loop is told. Raises GenerationFailed where a distribution that mattered is not made of numbers."""
+    e, k = evidence, len(numbers.accept)
+    n, rejected = e.accepted, e.accepted < k
+    _check_numbers(e, drafter, numbers.position + n)
+    raw = [_raw(rows, k, min(n + 1, k)) for rows in e.raw]
+    return Verdict(
+        drafted=tuple(e.drafted),
+        accepted=n,
+        token=e.token,
+        origin="recovered" if rejected else "bonus",
+        p=tuple(_known(e.p)),
+        q=tuple(e.q),
+        u=tuple(value if i <= n else None for i, value in enumerate(numbers.accept)),
+        overlap=tuple(_known(e.overlap)),
+        residual=tuple((id, mass) for id, mass in e.residual if mass > 0) if rejected else (),
+        raw_p=raw[0] if len(raw) > 0 else None,
+        raw_q=raw[1] if len(raw) > 1 else None,
+    )
+
+
+def _raw(rows: RawRows, k: int, tested: int) -> Raw:
+    """Of a token that was never tested nothing is told: on a host nothing was worked out."""
+
+    def entries(i: int) -> Iterator[tuple[int, float, float]]:
+        for id, before, after in zip(rows.ids[i], rows.before[i], rows.after[i], strict=True):
+            if isfinite(before) and isfinite(after):
+                yield int(id), before, after
+
+    told, untested = [tuple(entries(i)) for i in range(tested)], k - tested
+    return Raw((*_known(rows.drafted[:tested]), *[None] * untested), (*told, *[()] * untested))
+
+
+def _known(values: Sequence[float]) -> list[float | None]:
+    """Past a rejection the prefix is a dead one, and its numbers may be none."""
+    return [value if isfinite(value) else None for value in values]
+
+
+def _check_numbers(e: Evidence, drafter: str, position: int) -> None:
+    if any(value != value for value in e.q):
+        raise GenerationFailed(
+            f"the draft {drafter} gave logits that are not numbers near position {position}",
+            "try --dtype float32, or another draft",
+        )
+    tested = (*e.p[: e.accepted + 1], *e.overlap[: e.accepted + 1])
+    if not isfinite(e.mass) or any(value != value for value in tested):
+        raise GenerationFailed(
+            f"the target gave logits that are not finite numbers at position {position}",
+            "try --dtype float32; if it persists, the checkpoint is damaged",
+        )
