@@ -1,4 +1,4 @@
-"""A package that adds a way of drafting: installed, it stands wherever ours do."""
+"""The package that the docs show, which adds a way of drafting: installed, it stands wherever ours do."""
 
 from __future__ import annotations
 
@@ -6,34 +6,35 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
 from tests.fakes import save_checkpoint
 
-MODULE = """
-from specdec_engine.drafters.ngram import build as lookup
+DOCS = (Path(__file__).parents[2] / "docs" / "extending.md").read_text("utf-8")
 
-print("imported")
 
-def build(argument, host):
-    drafter = lookup(argument, host)
-    drafter.name = "mirror"
-    return drafter
-"""
+def block(mark):
+    """The block of the docs that follows this mark."""
+    return DOCS.partition(f"<!-- tested: {mark} -->\n```")[2].partition("\n")[2].partition("```")[0]
 
 
 @pytest.fixture(scope="module")
 def specdec(tmp_path_factory):
     """Runs a command where the package is installed, as pip leaves it."""
     site = tmp_path_factory.mktemp("site")
-    (site / "mirror_draft.py").write_text(MODULE)
-    info = site / "mirror_draft-1.0.dist-info"
+    (site / "repeat_draft.py").write_text(f"print('imported')\n{block('module')}")
+    project = tomllib.loads(block("package"))["project"]
+    info = site / "repeat_draft-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: mirror-draft\nVersion: 1.0\nSummary: reads backwards\n"
+        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: 1.0\nSummary: {project['description']}\n"
     )
-    (info / "entry_points.txt").write_text("[specdec.drafters]\nmirror = mirror_draft:build\n")
+    points = project["entry-points"]["specdec.drafters"]
+    lines = [f"{name} = {value}" for name, value in points.items()]
+    (info / "entry_points.txt").write_text("\n".join(["[specdec.drafters]", *lines]))
 
     def run(*words, code=0):
         path = os.pathsep.join([str(site), *sys.path])
@@ -58,29 +59,29 @@ def checkpoint(tmp_path_factory):
 def test_help_and_info_describe_it_without_importing_it(specdec):
     for words in (["generate", "--help"], ["watch", "--help"], ["info"]):
         said = specdec(*words).stdout
-        assert "mirror" in said
-        assert "reads backwards, by mirror-draft" in " ".join(said.replace("│", " ").split())
+        assert "repeat" in said
+        assert "the newest token again and again, by repeat-draft" in " ".join(said.replace("│", " ").split())
         assert "imported" not in said
 
 
 def test_it_drafts(specdec, checkpoint):
-    run = specdec("generate", "-t", checkpoint, "-d", "mirror:2", "-n", "12", "-k", "3", "--raw", "--json", "aaaa")
+    run = specdec("generate", "-t", checkpoint, "-d", "repeat:2", "-n", "12", "-k", "3", "--raw", "--json", "aaaa")
     assert run.stdout.startswith("imported")
     told = json.loads(run.stdout.removeprefix("imported"))
     plain = json.loads(
         specdec("generate", "-t", checkpoint, "-d", "none", "-n", "12", "--raw", "--json", "aaaa").stdout
     )
     assert told["token_ids"] == plain["token_ids"]
-    assert told["settings"]["draft"] == "mirror"
+    assert told["settings"]["draft"] == "repeat"
 
 
 def test_a_mistyped_name_is_hinted_at(specdec, checkpoint):
-    assert "did you mean mirror?" in specdec("generate", "-t", checkpoint, "-d", "miror:2", "x", code=3).stderr
+    assert "did you mean repeat?" in specdec("generate", "-t", checkpoint, "-d", "repaet:2", "x", code=3).stderr
 
 
 def test_check_says_whose_it_is(specdec, checkpoint):
-    said = specdec("check", checkpoint, "mirror").stdout
-    assert "· draft: mirror is mirror-draft's" in said
+    said = specdec("check", checkpoint, "repeat").stdout
+    assert "· draft: repeat is repeat-draft's" in said
 
 
 def test_tune_considers_it_and_tells_servers_nothing_of_it(specdec, checkpoint, tmp_path):
@@ -88,5 +89,5 @@ def test_tune_considers_it_and_tells_servers_nothing_of_it(specdec, checkpoint, 
     prompts.write_text("aaaa bbbb\ncccc dddd\neeee ffff\n")
     words = ["tune", "-t", checkpoint, "--prompts", str(prompts), "--max-tokens", "12", "--json"]
     told = json.loads(specdec(*words).stdout.removeprefix("imported"))
-    assert "mirror" in {one["draft"] for one in told["drafts"]}
-    assert "mirror" not in json.dumps(told["launches"])
+    assert "repeat" in {one["draft"] for one in told["drafts"]}
+    assert "repeat" not in json.dumps(told["launches"])
