@@ -34,7 +34,7 @@ from specdec_engine import Cycle, LoadOptions, Pair, Summary, load_pair
 from specdec_engine.models.progress import Report
 from specdec_engine.system.machine import usable_cores
 from specdec_tui.app import SpecdecApp
-from specdec_tui.live import LiveSource, Request
+from specdec_tui.live import LiveStream, Request
 
 PROMPT = "Explain step by step how a lighthouse works, and why ships still need one."
 
@@ -126,7 +126,7 @@ def attached(request: Request, size: str) -> dict[str, Any]:
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
     threading.Thread(target=_dropped, args=(leader,), daemon=True).start()
     kept = {fd: os.dup(fd) for fd in (0, 1, 2)}
-    source = LiveSource(load, request, Path(tempfile.gettempdir()) / "display.log")
+    source = LiveStream(load, request, Path(tempfile.gettempdir()) / "display.log")
     source._events = clocked = Clocked()
     try:
         for fd in kept:

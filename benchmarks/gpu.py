@@ -20,6 +20,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,16 +34,17 @@ from specdec_engine.core.randomness import KeyedRandomness
 from specdec_engine.decoding.control import Controls
 from specdec_engine.decoding.loop import decode
 from specdec_engine.decoding.stopping import Stop
-from specdec_engine.drafters.base import DraftHost, LoadedDraft
+from specdec_engine.drafters.base import DraftSetup, LoadedDraft
 from specdec_engine.drafters.none import NoDrafter
 from specdec_engine.drafters.on_runtime import RuntimeDrafter
+from specdec_engine.record.events import known_ids
 from specdec_engine.runtime.decoder import Decoder
 from specdec_engine.runtime.graphs import CudaRecorder, GraphRuntime
 from specdec_engine.runtime.lean import LeanRuntime
 from specdec_engine.runtime.shape import shape_of
 from specdec_engine.runtime.target import ModelTarget
 from specdec_engine.verify.rules import TokenRule
-from specdec_engine.verify.verifier import Verifier
+from specdec_engine.verify.verifier import Verifier, verifier_for
 
 Size = tuple[int, int, int, int, int, int]
 SHAPES: dict[str, Size] = {  # hidden, mlp, layers, heads, key-value heads, vocabulary
@@ -106,21 +108,22 @@ def main() -> None:
     began = time.perf_counter()
     target, draft = runtime(target_model, "target"), runtime(draft_model, "draft")
     prompt = torch.randint(vocab, (64,), generator=torch.Generator().manual_seed(2)).tolist()
-    verifier = Verifier(TokenRule(), device, target.recorder.another() if isinstance(target, GraphRuntime) else None)
+    recorder = target.recorder.another() if isinstance(target, GraphRuntime) else None
+    verifier = verifier_for(TokenRule(), device, recorder)
 
     def weight_rows(ids: Tensor) -> Tensor:
         rows: Tensor = target_model.get_output_embeddings().weight[ids]
         return rows
 
     def ours(k: int) -> Callable[[], list[int]]:
-        host = DraftHost("target", None, vocab, device, lambda name: LoadedDraft(draft), lambda: target, weight_rows)
+        host = DraftSetup("target", None, vocab, device, lambda name: LoadedDraft(draft), lambda: target, weight_rows)
         drafter = RuntimeDrafter(draft, host, "draft") if k else NoDrafter(host)
         return lambda: run(ModelTarget(target, "target"), drafter, verifier, prompt, k, options.tokens)
 
     for k in (0, options.k):
         report.attempt(f"the first run with k {k}", ours(k))
     report.add("warm-up and capture seconds", round(time.perf_counter() - began, 2))
-    steps = [report.attempt("a step", lambda model=model: step_seconds(model, prompt)) for model in (target, draft)]
+    steps = [report.attempt("a step", partial(step_seconds, model, prompt)) for model in (target, draft)]
     # An embedding's rows are looked up, not read through.
     read = [
         sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
@@ -211,6 +214,9 @@ class InMemory:
     def names(self) -> frozenset[str]:
         return frozenset(self._state)
 
+    def size(self, name: str) -> tuple[int, ...]:
+        return tuple(self._state[name].shape)
+
     def dense(self, name: str) -> Tensor:
         tensor: Tensor = self._state[name]
         return tensor
@@ -235,7 +241,7 @@ def run(target: Any, drafter: Any, verifier: Verifier, prompt: Sequence[int], k:
         random=KeyedRandomness(0),
         verifier=verifier,
     )
-    return [token for event in events if isinstance(event, Cycle) for token in event.emitted]
+    return [token for event in events if isinstance(event, Cycle) for token in known_ids(event.emitted)]
 
 
 def theirs(model: Any, prompt: Sequence[int], tokens: int, **how: Any) -> Callable[[], list[int]]:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from specdec_engine import Cycle, LoadOptions, Pair, Summary, load_pair
+from specdec_engine.record.events import known_ids
 
 NOISE = 0.04
 
@@ -94,10 +95,10 @@ def compare(reference: Any, pairs: list[Pair], prompt: str, k: int, tokens: int)
     made = reference.generate(batch, attention_mask=torch.ones_like(batch), do_sample=False, max_new_tokens=tokens)
     expected = made[0, len(ids) :].tolist()
     for name, pair in zip(("ngram", "model"), pairs, strict=True):
-        found, summary = [], Summary()
+        found, summary = list[int](), Summary()
         for event in pair.decode(ids, k=k, max_tokens=tokens):
             summary = summary.plus(event)
-            found += event.emitted if isinstance(event, Cycle) else ()
+            found += known_ids(event.emitted) if isinstance(event, Cycle) else ()
         at = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), None)
         identical = found == expected
         print(f"{name} k {k} {'same' if identical else f'differs at {at}'}: {prompt[:50]!r}", file=sys.stderr)

@@ -30,6 +30,7 @@ import torch
 
 from specdec_engine import Cycle, LoadOptions, Pair, load_pair
 from specdec_engine.models.builtin import builtin_gguf
+from specdec_engine.record.events import known_ids
 from specdec_engine.system.machine import cpu_name, usable_cores
 
 Arm = Callable[[list[int], int], list[int]]
@@ -82,7 +83,7 @@ def ours(pair: Pair, k: int | Literal["auto"]) -> Arm:
 
     def run(prompt: list[int], tokens: int) -> list[int]:
         events = endless.decode(prompt, k=k, max_tokens=tokens)
-        return [token for event in events if isinstance(event, Cycle) for token in event.emitted]
+        return [token for event in events if isinstance(event, Cycle) for token in known_ids(event.emitted)]
 
     return run
 
@@ -306,7 +307,7 @@ def outside(options: argparse.Namespace) -> dict[str, Any]:
     """Share of a cycle that is not a forward, for the lookup at k 3; loop, sampling, verdict and events are all in it."""
     pair = load_pair(options.target, "ngram", LoadOptions(threads=options.threads))
     prompt = pair.encode("Repeat this list twice, then explain each: apple, pear, plum, cherry.")
-    runtime: Any = pair.target.runtime  # type: ignore[attr-defined]
+    runtime: Any = pair.target.runtime
     plain, spent = runtime.forward, [0.0]
 
     def timed(tokens: torch.Tensor, rows: int) -> torch.Tensor:

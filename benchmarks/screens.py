@@ -25,13 +25,14 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 from specdec_engine.record.events import Cycle, Finished, SettingChanged
 from specdec_engine.record.trace import Records, read_lines
 from specdec_engine.system.machine import cpu_name, usable_cores
-from specdec_tui.source import DEMO
+from specdec_tui.streams import DEMO
 
 CYCLES, TOKENS = 3_000, 10_000
 KEYS = {
@@ -190,11 +191,11 @@ def _keys(trace: Path, columns: int, rows: int, rounds: int) -> dict[str, list[f
     for _ in range(rounds):
         os.write(terminal.leader, KEYS["newest cycle"])  # and no longer plays
         for name in ("previous cycle", "next token", "step within a cycle", "scroll the text", "first cycle"):
-            found[name].append(terminal.seconds_to_frame(lambda key=name: os.write(terminal.leader, KEYS[key])))
+            found[name].append(terminal.seconds_to_frame(partial(os.write, terminal.leader, KEYS[name])))
         for name in ("next rejection", "next cycle", "newest cycle"):
-            found[name].append(terminal.seconds_to_frame(lambda key=name: os.write(terminal.leader, KEYS[key])))
+            found[name].append(terminal.seconds_to_frame(partial(os.write, terminal.leader, KEYS[name])))
         for size in ((columns - 20, rows - 4), (columns, rows)):
-            found["resize"].append(terminal.seconds_to_frame(lambda size=size: terminal.resize(*size)))
+            found["resize"].append(terminal.seconds_to_frame(partial(terminal.resize, *size)))
     terminal.close()
     return found
 

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from specdec_engine import Cycle, LoadOptions, Pair, Sampling, Summary, load_pair
+from specdec_engine.record.events import known_ids, known_phases
 from specdec_engine.system.machine import cpu_name, usable_cores
 
 
@@ -102,12 +103,12 @@ def run(arm: Arm, prompt: str, sampling: Sampling, tokens: int, seed: int) -> No
     ):
         summary = summary.plus(event)
         if isinstance(event, Cycle):
-            ids += event.emitted
-            verify.setdefault(len(event.drafted) + 1, []).append(event.verify_s)
+            ids += known_ids(event.emitted)
+            verify.setdefault(len(event.drafted) + 1, []).append(known_phases(event).verify_s)
             for i in range(min(event.tested, 16)):
                 tested[i] += 1
                 reached[i] += i < event.accepted
-    record = {"token_s": summary.decode_s / summary.emitted, "summary": summary, "ids": ids}
+    record = {"token_s": (summary.decode_s or 0.0) / summary.emitted, "summary": summary, "ids": ids}
     arm.runs.append({**record, "reached": reached, "tested": tested, "verify": verify})
 
 

@@ -20,7 +20,7 @@ from statistics import median
 from specdec_engine.record.events import Cycle, Started
 from specdec_engine.record.trace import Records, read_lines
 from specdec_engine.system.machine import cpu_name
-from specdec_tui.source import DEMO
+from specdec_tui.streams import DEMO
 
 CYCLES, ROUNDS = 100_000, 3
 

@@ -15,7 +15,7 @@ from specdec_engine.core.randomness import KeyedRandomness, Randomness
 from specdec_engine.decoding.control import Controls
 from specdec_engine.decoding.loop import decode
 from specdec_engine.decoding.stopping import Stop
-from specdec_engine.drafters.base import DraftHost, LoadedDraft, empty_draft
+from specdec_engine.drafters.base import DraftSetup, LoadedDraft, empty_draft
 from specdec_engine.record.events import Cycle, Event
 from specdec_engine.runtime.decoder import Decoder
 from specdec_engine.runtime.graphs import GraphRuntime, Recorder
@@ -298,13 +298,13 @@ def save_checkpoint(folder: Path, seed: int = 0, tokenizer: Any = None, endless:
     return folder
 
 
-def host(vocab: int = VOCAB, load_draft: Callable[[str], Any] | None = None, **more: Any) -> DraftHost:
+def host(vocab: int = VOCAB, load_draft: Callable[[str], Any] | None = None, **more: Any) -> DraftSetup:
     def refuse(*_: Any) -> Any:
         raise AssertionError("nothing should be loaded")
 
     load = refuse if load_draft is None else lambda name: LoadedDraft(load_draft(name))
     settings = {"tokenizer": None, "target": refuse, "output_rows": refuse, **more}
-    return DraftHost(name="target", vocab=vocab, device=CPU, load_draft=load, **settings)
+    return DraftSetup(name="target", vocab=vocab, device=CPU, load_draft=load, **settings)
 
 
 def save_head_draft(folder: Path, target: Any, tokenizer: Any, taps: Sequence[int] = (0,), ids: int = 120) -> Path:

@@ -21,7 +21,7 @@ from specdec_engine.decoding.control import Controls
 from specdec_engine.decoding.loop import decode
 from specdec_engine.decoding.stopping import Stop
 from specdec_engine.drafters import build_drafter
-from specdec_engine.drafters.base import Drafter, DraftHost, LoadedDraft, ModelInfo
+from specdec_engine.drafters.base import Drafter, DraftSetup, LoadedDraft, ModelInfo
 from specdec_engine.errors import PairIncompatible, UsageError
 from specdec_engine.models.chat import chat_ids, raw_ids, special_in, stop_id
 from specdec_engine.models.draft_files import read_draft
@@ -187,12 +187,7 @@ class Loader:
 
 def _paired(models: Loader, draft: str | None) -> Pair:
     found, target = models.found, models.found.name
-    drafts, notes = dict[str, Loaded](), list[str]()
-    asked, cores = models.options.threads, usable_cores()
-    if isinstance(asked, int) and asked > cores:
-        notes.append(f"{asked} threads on {cores} cores wait for each other, and may take ten times as long")
-    if models.options.device == "auto" and (idle := idle_gpu(found.device)) is not None:
-        notes.append(idle)
+    drafts, notes = dict[str, Loaded](), [*_machine_notes(models)]
 
     def load_draft(name: str) -> LoadedDraft:
         small = models.find_draft(name)
@@ -202,10 +197,10 @@ def _paired(models: Loader, draft: str | None) -> Pair:
         elif special := check_pair(target, found.tokenizer, name, small.tokenizer).special:
             notes.append(f"{len(special)} special tokens of {target} and {name} differ, from id {special[0].id} on")
         drafts[name] = models.draft(name)
-        host.parts[name] = _model_info(drafts[name])
+        setup.models[name] = _model_info(drafts[name])
         return LoadedDraft(drafts[name].runtime, None if made is None else made.ids)
 
-    host = DraftHost(
+    setup = DraftSetup(
         name=target,
         tokenizer=found.tokenizer,
         vocab=found.vocab,
@@ -216,7 +211,7 @@ def _paired(models: Loader, draft: str | None) -> Pair:
         draft_quantize=models.options.draft_quantize,
     )
     # The drafter first: what is wrong with it comes out before the larger model's weights are read.
-    drafter = build_drafter(_unnamed(found) if draft is None else draft, host)
+    drafter = build_drafter(_unnamed(found) if draft is None else draft, setup)
     loaded = models.target()
     if loaded.runtime.vocab != found.vocab:
         raise PairIncompatible(
@@ -226,37 +221,49 @@ def _paired(models: Loader, draft: str | None) -> Pair:
         made_for = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if model.runtime.limit != made_for:
             notes.append(f"{model.name} is used up to {model.runtime.limit} tokens, where its LongRoPE changes over")
-    if loaded.stop_ids and min(loaded.stop_ids) >= found.vocab:
-        notes.append(f"no token of {target} ends a text: {min(loaded.stop_ids)} is beyond its {found.vocab:,} tokens")
-    if loaded.asked:
-        said = ", ".join(f"{key} {value}" for key, value in loaded.asked.named().items())
-        notes.append(f"followed, of {target}'s generation_config.json: {said}")
-    if loaded.unused:
-        notes.append(
-            f"not used, of {target}'s weights: {counted(len(loaded.unused), 'tensor')}, the first {loaded.unused[0]}"
-        )
-    if loaded.left_out:
-        notes.append(f"not followed, of {target}'s generation_config.json: {', '.join(loaded.left_out)}")
+    notes += _checkpoint_notes(loaded)
     return Pair(
         target=ModelTarget(loaded.runtime, target),
         drafter=drafter,
         verifiers={name: _verifier(rule, loaded.runtime) for name, rule in RULES.items()},
         auto=AutoK(),
-        draft_limits=host.draft_limits,
+        draft_limits=setup.draft_limits,
         tokenizer=loaded.tokenizer,
         stop_ids=loaded.stop_ids,
         asked=loaded.asked,
-        environment=_environment(loaded, host.parts),
+        environment=_environment(loaded, setup.models),
         notes=tuple(notes),
         remarks=(
             _remark("target", _model_info(loaded), loaded.remark)
             + (", by our own kernels" if loaded.kernels == "own" else ""),
             *(
                 _remark("draft", part, drafts[name].remark if name in drafts else "")
-                for name, part in host.parts.items()
+                for name, part in setup.models.items()
             ),
         ),
     )
+
+
+def _machine_notes(models: Loader) -> Iterator[str]:
+    asked, cores = models.options.threads, usable_cores()
+    if isinstance(asked, int) and asked > cores:
+        yield f"{asked} threads on {cores} cores wait for each other, and may take ten times as long"
+    if models.options.device == "auto" and (idle := idle_gpu(models.found.device)) is not None:
+        yield idle
+
+
+def _checkpoint_notes(target: Loaded) -> Iterator[str]:
+    """What of a target's files is followed, and what is not."""
+    name, vocab = target.name, target.runtime.vocab
+    if target.stop_ids and min(target.stop_ids) >= vocab:
+        yield f"no token of {name} ends a text: {min(target.stop_ids)} is beyond its {vocab:,} tokens"
+    if target.asked:
+        said = ", ".join(f"{key} {value}" for key, value in target.asked.named().items())
+        yield f"followed, of {name}'s generation_config.json: {said}"
+    if target.unused:
+        yield f"not used, of {name}'s weights: {counted(len(target.unused), 'tensor')}, the first {target.unused[0]}"
+    if target.left_out:
+        yield f"not followed, of {name}'s generation_config.json: {', '.join(target.left_out)}"
 
 
 def _verifier(rule: AcceptanceRule, target: Runtime) -> Verifier:

@@ -19,7 +19,7 @@ from specdec_cli.exits import ExitCode
 from specdec_cli.options import QUANTIZED
 from specdec_cli.startup import interruptible, quieten
 from specdec_engine.bench import report
-from specdec_engine.bench.plan import Arm, Cell, Plan, builtin_questions, chosen, ks_of
+from specdec_engine.bench.plan import Arm, Plan, Run, builtin_questions, chosen, ks_of
 from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.errors import OutOfMemory, UsageError
 from specdec_engine.record.prompt_files import read_questions
@@ -195,17 +195,17 @@ def _measured(
     """Run what is missing of the plan; after Ctrl-C what there is, and False."""
     session, whole = _session(plan, begun, where, synthetic), True
     kept.begin(session.record())
-    cells = session.cells()
-    if not cells:
+    runs = session.runs()
+    if not runs:
         output.note("nothing is left to run")
     try:
-        if cells:
+        if runs:
             session.warm_up()
-        for cell in _followed(cells, session.plan):
-            session.measure(cell)
+        for run in _followed(runs, session.plan):
+            session.measure(run)
             kept.write(session.record())
     except KeyboardInterrupt:
-        done = f"{len(session.samples)} of {len(list(session.plan.cells()))} runs"
+        done = f"{len(session.samples)} of {len(list(session.plan.runs()))} runs"
         output.note(f"interrupted after {done}" + ("; --resume goes on" if kept.path is not None else ""))
         whole = False
         if not any(s.arm is None for s in session.samples):
@@ -280,21 +280,21 @@ class _Kept:
             self.error = error
 
 
-def _followed(cells: Sequence[Cell], plan: Plan) -> Iterator[Cell]:
+def _followed(runs: Sequence[Run], plan: Plan) -> Iterator[Run]:
     """On a terminal with a bar: which run, how many, how long still."""
     if not sys.stderr.isatty():
-        yield from cells
+        yield from runs
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}", markup=False))
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=len(cells))
-        for cell in cells:
-            label = "plain" if cell.arm is None else plan.arms[cell.arm].label
-            bar.update(task, description=f"{label}, {plan.questions[cell.question].category}")
-            yield cell
+        task = bar.add_task("", total=len(runs))
+        for run in runs:
+            label = "plain" if run.arm is None else plan.arms[run.arm].label
+            bar.update(task, description=f"{label}, {plan.questions[run.question].category}")
+            yield run
             bar.advance(task)
 
 

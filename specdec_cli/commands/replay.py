@@ -29,7 +29,7 @@ def replay(
         raise UsageError(f"{trace} is not a file", "give a file that --trace wrote")
     if plain:
         from specdec_tui.narrate import script
-        from specdec_tui.source import read_frame
+        from specdec_tui.streams import read_frame
 
         frame, name = read_frame(trace)
         _several(trace, frame.run)
@@ -38,7 +38,7 @@ def replay(
         return
     if export is not None:
         from specdec_tui.export import export as write
-        from specdec_tui.source import read_frame
+        from specdec_tui.streams import read_frame
 
         frame, name = read_frame(trace)
         _several(trace, frame.run)
@@ -52,9 +52,9 @@ def replay(
     from specdec_tui.app import SpecdecApp
     from specdec_tui.leaving import show
     from specdec_tui.player import REPLAY_SPEED
-    from specdec_tui.source import ReplaySource
+    from specdec_tui.streams import ReplayStream
 
-    source = ReplaySource(trace)
+    source = ReplayStream(trace)
     show(SpecdecApp(source, speed=REPLAY_SPEED))
     if source.error is not None:
         raise source.error

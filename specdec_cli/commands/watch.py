@@ -19,7 +19,7 @@ from specdec_cli.prompts import read_prompt
 from specdec_cli.startup import quieten, uncollected
 from specdec_engine.decoding.stopping import Stop
 from specdec_engine.errors import UsageError
-from specdec_tui.live import LiveSource, Request
+from specdec_tui.live import LiveStream, Request
 
 if TYPE_CHECKING:
     from specdec_engine.models.progress import Report
@@ -101,7 +101,7 @@ def watch(
         how.chat,
         how.system,
     )
-    source = LiveSource(load, request, user_log_path("specdec") / "watch.log")
+    source = LiveStream(load, request, user_log_path("specdec") / "watch.log")
     try:
         show(SpecdecApp(source, speed=math.inf))
     except SystemExit as ended:
@@ -136,7 +136,7 @@ def _start(target: str, draft: str | None) -> Choice:
 
 
 def _demonstrate() -> None:
-    from specdec_tui.source import DEMO
+    from specdec_tui.streams import DEMO
 
     replay(DEMO)
 
@@ -145,20 +145,20 @@ def _teach() -> None:
     """On a terminal the pages, else what they say."""
     from specdec_tui.lesson import Lesson, script
     from specdec_tui.player import REPLAY_SPEED
-    from specdec_tui.source import DEMO, FrameSource, read_frame
+    from specdec_tui.streams import DEMO, FrameStream, read_frame
 
     frame, name = read_frame(DEMO)
     if sys.stdout.isatty() and sys.stdin.isatty():
         from specdec_tui.app import SpecdecApp
         from specdec_tui.leaving import show
 
-        show(SpecdecApp(FrameSource(frame, name), speed=REPLAY_SPEED, lesson=Lesson(frame)))
+        show(SpecdecApp(FrameStream(frame, name), speed=REPLAY_SPEED, lesson=Lesson(frame)))
         return
     for line in script(frame, name):
         output.say(line)
 
 
-def _left(source: LiveSource, code: int = ExitCode.OK) -> NoReturn:
+def _left(source: LiveStream, code: int = ExitCode.OK) -> NoReturn:
     """The terminal is whole again: say what went wrong, and do not wait for a pass or a download that goes on."""
     stage = source.stage
     for sentence in source.notes:  # on the screen they were seen for a moment

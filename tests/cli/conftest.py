@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,5 +51,5 @@ def environment(**extra: str) -> dict[str, str]:
 
 def process(*argv: object, stdin: bytes | None = None, **extra: str) -> subprocess.CompletedProcess[bytes]:
     """Run to its end; without `stdin` it reads /dev/null."""
-    given = {"input": stdin} if stdin is not None else {"stdin": subprocess.DEVNULL}
+    given: dict[str, Any] = {"input": stdin} if stdin is not None else {"stdin": subprocess.DEVNULL}
     return subprocess.run(command(*argv), capture_output=True, env=environment(**extra), timeout=120, **given)

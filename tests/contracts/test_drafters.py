@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from specdec_engine.core.cycle_types import Sampling, Verdict
 from specdec_engine.core.randomness import KeyedRandomness
 from specdec_engine.core.registry import drafters
 from specdec_engine.drafters import build_drafter
-from specdec_engine.drafters.base import Foreseeing, LoadedDraft
+from specdec_engine.drafters.base import AcceptanceAlong, LoadedDraft
 from specdec_engine.runtime.generic import GenericRuntime
 from specdec_engine.runtime.target import ModelTarget
 from specdec_engine.tune.answers import Answer
@@ -51,6 +52,8 @@ RUNTIMES = {
     "reduced": lambda: LoadedDraft(lean(tiny_llama(seed=1, layers=1, vocab=80)), torch.arange(1, 160, 2)),
 }
 TOKENIZER = byte_tokenizer()
+HEAD: Path
+"""A folder with a draft head."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -127,7 +130,7 @@ def test_proposals_keep_the_contract(spec, sampling):
         assert len(draft) <= k
         assert draft.tokens.dtype == torch.int64
         assert all(0 <= t < VOCAB for t in draft.tokens.tolist())
-        assert draft.source in SPECS or draft.source in ("small", "self:1", str(HEAD))
+        assert draft.drafter in SPECS or draft.drafter in ("small", "self:1", str(HEAD))
         if draft.probs is not None:
             assert draft.probs.shape == (len(draft), VOCAB)
             assert torch.allclose(draft.probs.sum(-1), torch.ones(len(draft)), atol=1e-5)
@@ -252,7 +255,7 @@ def test_a_full_acceptance_costs_no_extra_pass():
     passes = []
 
     class Counting(GenericRuntime):
-        def forward(self, tokens, rows):
+        def forward(self, tokens, rows):  # type: ignore[override]
             passes.append(len(tokens))
             return super().forward(tokens, rows)
 
@@ -316,9 +319,9 @@ def test_what_a_drafter_foresees_is_what_it_would_draw_from(spec, sampling):
     p = [2 * value for value in q]  # as if the target said each token twice as often
     context = [*prompt, *said]
     inner = drafter.drafter
-    assert isinstance(inner, Foreseeing)
+    assert isinstance(inner, AcceptanceAlong)
     drafter._follow(context)
-    rows = inner.foresee(context, p, 4, sampling)
+    rows = inner.acceptance_along(context, p, 4, sampling)
     assert rows[0] == pytest.approx([0.5] * 4, rel=1e-3)
     for i in range(1, 4):
         fresh = build(spec)

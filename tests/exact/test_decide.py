@@ -37,7 +37,7 @@ def decide(request):
 
     def decided(rule, draft, p, random, position):
         numbers = Numbers.drawn(random, position, len(draft))
-        return verdict_of(request.param(rule, draft, p, numbers), draft.source, numbers)
+        return verdict_of(request.param(rule, draft, p, numbers), draft.drafter, numbers)
 
     return decided
 

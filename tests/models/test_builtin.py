@@ -88,7 +88,8 @@ def test_the_perturbed_draft_is_neither_always_right_nor_always_wrong(loaded, pe
     """Otherwise the test above would not exercise rejection and acceptance both."""
     drafter, target = drafted_by(loaded, "model:perturbed", perturbed), ModelTarget(loaded.runtime, "builtin")
     found = cycles(run(target, drafter, chat(loaded, PROMPTS[0]), k=4, max_tokens=48))
-    assert {0, 4} < {c.accepted for c in found} or len({c.accepted for c in found}) >= 3
+    kept = [c.accepted / len(c.drafted) for c in found if c.drafted]
+    assert min(kept) < 1.0 == max(kept)
 
 
 def test_sampling_repeats_under_a_seed(loaded, perturbed):

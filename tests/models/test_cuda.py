@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import pytest
 import torch
 
 from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.core.transfer import download, upload
-from specdec_engine.drafters.base import DraftHost, LoadedDraft
+from specdec_engine.drafters.base import DraftSetup, LoadedDraft
 from specdec_engine.drafters.ngram import NgramDrafter
 from specdec_engine.drafters.on_runtime import RuntimeDrafter
+from specdec_engine.record.events import Event, known_phases
 from specdec_engine.runtime.decoder import Decoder
 from specdec_engine.runtime.graphs import CudaRecorder, GraphRuntime
 from specdec_engine.runtime.shape import Unsupported, shape_of
@@ -63,7 +64,7 @@ def pair(capacity=64):
 
 
 def about(target, draft):
-    return DraftHost("t", None, VOCAB, target.device, lambda name: LoadedDraft(draft), lambda: target, lambda ids: ids)
+    return DraftSetup("t", None, VOCAB, target.device, lambda name: LoadedDraft(draft), lambda: target, lambda ids: ids)
 
 
 def verifier_on(target, rule="token"):
@@ -123,9 +124,9 @@ def test_recording_is_in_no_phase():
     verifier = verifier_on(target)
     first, second = (run(target, drafter, PROMPT, k=4, max_tokens=60, verifier=verifier) for _ in range(2))
     assert first[-1].recording_s > 0.0 == second[-1].recording_s
-    spent = [max(c.draft_s + c.verify_s + c.other_s for c in cycles(found)) for found in (first, second)]
+    spent = [max(known_phases(c).total_s for c in cycles(found)) for found in (first, second)]
     assert spent[0] < spent[1] + first[-1].recording_s / 4
-    assert all(min(c.draft_s, c.verify_s, c.other_s) >= 0.0 for c in cycles(first))
+    assert all(min(astuple(known_phases(c))) >= 0.0 for c in cycles(first))
 
 
 def test_one_stopwatch_a_device():
@@ -166,16 +167,29 @@ def test_a_cycle_waits_for_nothing_but_its_verdict(sampling, drafting):
     target, drafter = pair(capacity=512)
     drafter = drafter if drafting == "model" else NgramDrafter(about(target.runtime, target.runtime))
     options = {"k": 4, "sampling": sampling, "max_tokens": 80, "verifier": verifier_on(target)}
-    run(target, drafter, PROMPT, **options)  # records
-    count = 0
+    expected = emitted(run(target, drafter, PROMPT, **options))  # records
+    watched, count = list[Event](), 0
     try:
         for event in events(target, drafter, PROMPT, **options):
+            watched.append(event)
             if event.kind == "cycle":
                 count += 1
                 torch.cuda.set_sync_debug_mode("error")
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert count > 5
+    assert emitted(watched) == expected
+
+
+def test_a_wait_is_noticed():
+    """The control of the test above."""
+    there = torch.ones(1, device=cuda())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            there.item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_transfers_arrive():
@@ -198,7 +212,7 @@ def test_the_noise_is_the_cpus():
 def test_a_coupled_run_says_what_the_cpu_says():
     target, drafter = pair()
     sampling = replace(Sampling(0.9), coupling="gumbel")
-    plain_drafter = RuntimeDrafter(lean(draft_model()), DraftHost("t", None, VOCAB, CPU, None, None, None), "small")
+    plain_drafter = RuntimeDrafter(lean(draft_model()), DraftSetup("t", None, VOCAB, CPU, None, None, None), "small")
     plain = run(ModelTarget(lean(target_model()), "t"), plain_drafter, PROMPT, k=4, sampling=sampling, max_tokens=60)
     verifier = verifier_on(target)
     assert emitted(run(target, drafter, PROMPT, k=4, sampling=sampling, max_tokens=60, verifier=verifier)) == emitted(

@@ -98,4 +98,5 @@ def test_a_download_that_was_cut_short_says_so(file, tmp_path):
 def test_memory_is_reckoned_packed(file):
     """An 8B model in 4 bits must not be refused for what it would need in 16."""
     packed, dense = (find_model(str(file), LoadOptions(quantize=q)).need.weights for q in ("auto", "none"))
-    assert dense > packed or "F16" in file.name
+    bits = {"Q4_0": 4.5, "Q4_1": 5.0, "Q8_0": 8.5, "F16": 16.0}[file.name.split(".")[1]]
+    assert packed / dense == pytest.approx(bits / 16, rel=0.3)  # norms are not packed

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from specdec_tui.app import SpecdecApp
-from specdec_tui.source import Stage
+from specdec_tui.streams import Stage
 from tests.tui.scenes import name
 
 GOLDENS = Path(__file__).parent / "goldens"

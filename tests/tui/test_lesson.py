@@ -9,7 +9,7 @@ import pytest
 
 from specdec_tui.app import SpecdecApp
 from specdec_tui.lesson import ENOUGH, Lesson, pages, script
-from specdec_tui.source import DEMO, FrameSource, read_frame
+from specdec_tui.streams import DEMO, FrameStream, read_frame
 from specdec_tui.toy import TOKENS, Draws, P, Q, WhatIf, left
 from tests.tui.conftest import screen_of
 from tests.tui.scenes import frame as made
@@ -23,7 +23,7 @@ def demo():
 def taught(demo, act, size=(120, 40)):
     async def run():
         lesson = Lesson(demo[0])
-        app = SpecdecApp(FrameSource(*demo), speed=1 / 16, lesson=lesson)
+        app = SpecdecApp(FrameStream(*demo), speed=1 / 16, lesson=lesson)
         async with app.run_test(size=size) as pilot:
             await pilot.pause(0.1)
             return await act(app, pilot, lesson)

@@ -10,8 +10,8 @@ import pytest
 from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.errors import ModelUnavailable
 from specdec_engine.models.progress import Progress
-from specdec_engine.record.events import Cycle, Finished, Started
-from specdec_tui.live import LiveSource, Request
+from specdec_engine.record.events import Cycle, Event, Finished, Started
+from specdec_tui.live import LiveStream, Request
 from tests.fakes import byte_tokenizer, save_checkpoint
 from tests.tui.conftest import on_screen, screen_of
 
@@ -28,7 +28,7 @@ def source(folder, tmp_path):
 
         return load_pair(str(folder), "ngram", LoadOptions(dtype="float32", device="cpu"))
 
-    made = LiveSource(load, Request("hello hello hello", k=3, max_tokens=120, seed=1), tmp_path / "log" / "watch.log")
+    made = LiveStream(load, Request("hello hello hello", k=3, max_tokens=120, seed=1), tmp_path / "log" / "watch.log")
     yield made
     made.close()
 
@@ -38,6 +38,11 @@ def until(condition, seconds=60.0):
     while not condition():
         assert time.monotonic() < end, "it never came"
         time.sleep(0.01)
+
+
+def waiting(source):
+    """Whether the engine's thread stands at its gate: sleeping a while would find that on a slow machine, too."""
+    return bool(source._gate._waiters)
 
 
 def gathered(source, found, enough):
@@ -79,13 +84,12 @@ def test_a_run_comes_with_its_plain_speed(source):
 def test_the_engine_waits_between_cycles_and_runs_as_many_as_it_may(source):
     source.allow(2)
     source.start()
-    found = gathered(source, [], lambda f: len(cycles(f)) == 2)
-    time.sleep(0.2)
-    assert not source.drain()
-    source.allow(3)
-    gathered(source, found, lambda f: len(cycles(f)) == 3)
-    time.sleep(0.2)
-    assert not source.drain()
+    found = list[Event]()
+    for allowed in (2, 3):
+        source.allow(allowed)
+        gathered(source, found, lambda f, n=allowed: len(cycles(f)) >= n and waiting(source))
+        found += source.drain()  # what came before it waited
+        assert len(cycles(found)) == allowed
 
 
 def test_settings_change_from_the_next_cycle_on_and_are_recorded(source):
@@ -157,7 +161,7 @@ def test_closing_while_loading_ends_the_thread(tmp_path):
             time.sleep(0.01)
             report(Progress("load", "x", 1, 2))
 
-    source = LiveSource(load, Request("x"), tmp_path / "watch.log")
+    source = LiveStream(load, Request("x"), tmp_path / "watch.log")
     source.start()
     began.wait(10)
     source.close()
@@ -178,7 +182,7 @@ def test_what_goes_wrong_while_loading_is_a_stage(tmp_path, error):
     def load(report):
         raise error
 
-    source = LiveSource(load, Request("x"), tmp_path / "logs" / "watch.log")
+    source = LiveStream(load, Request("x"), tmp_path / "logs" / "watch.log")
     source.start()
     until(lambda: source.stage.failed)
     if isinstance(error, ModelUnavailable):

@@ -14,7 +14,7 @@ from specdec_engine.record.events import Counters, Failed, SettingChanged
 from specdec_engine.record.trace import TraceWriter
 from specdec_tui import export
 from specdec_tui.narrate import script
-from specdec_tui.source import DEMO, ReplaySource, read_frame
+from specdec_tui.streams import DEMO, ReplayStream, read_frame
 from tests.tui.conftest import on_screen, screen_of
 from tests.tui.scenes import PIECES, events, frame, name
 
@@ -41,7 +41,7 @@ def replayed(path, *keys, size=(120, 40)):
     async def act(app, pilot):
         for _ in range(100):
             await pilot.pause(0.05)
-            if app.player.view.at_end or app.source.stage is not None:
+            if app.player.view.at_end or app.stream.stage is not None:
                 break
         for key in keys:
             await pilot.press(key)
@@ -49,7 +49,7 @@ def replayed(path, *keys, size=(120, 40)):
         await pilot.pause(0.1)
         return screen_of(app)
 
-    return on_screen(ReplaySource(path), act, size=size)
+    return on_screen(ReplayStream(path), act, size=size)
 
 
 @pytest.mark.parametrize("size", [(80, 24), (200, 60)])
@@ -139,7 +139,7 @@ def test_a_large_trace_shows_its_beginning_at_once(trace):
             assert time.monotonic() - began < 20
         return screen_of(app)
 
-    assert "inspector" in on_screen(ReplaySource(path), act)
+    assert "inspector" in on_screen(ReplayStream(path), act)
 
 
 # -- as files and sentences --------------------------------------------------------------------------------------------

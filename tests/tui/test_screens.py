@@ -8,7 +8,7 @@ import pytest
 
 from specdec_engine.record.events import Failed, SettingChanged
 from specdec_tui.saving import KINDS
-from specdec_tui.source import Stage
+from specdec_tui.streams import Stage
 from tests.tui.conftest import Told, lines_of, on_screen, screen_of
 from tests.tui.scenes import events, frame
 
@@ -241,7 +241,7 @@ def test_runs_are_saved(tmp_path, monkeypatch, kind):
     begins = {"bitmap": b"\x89PNG", "animation": b"GIF8", "picture": b"<svg", "trace": b'{"ki', "narration": b"- Ta"}
     assert file.read_bytes().startswith(begins.get(kind, b" "))
     if kind == "trace":
-        from specdec_tui.source import read_frame
+        from specdec_tui.streams import read_frame
 
         again, named = read_frame(file)
         assert list(again.events()) == events(20)

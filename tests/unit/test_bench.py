@@ -141,14 +141,14 @@ def plan(**changes):
 
 
 def test_every_prompt_is_run_in_every_arm_and_plain_at_every_temperature():
-    cells = list(plan().cells())
-    assert len(cells) == 2 * 6 * (2 + 2)
-    assert len(set(cells)) == len(cells)
-    for start in range(0, len(cells), 4):  # prompt by prompt
-        assert len({(c.question, c.repeat) for c in cells[start : start + 4]}) == 1
-    firsts = [cells[start].arm for start in range(0, len(cells), 4)]
+    runs = list(plan().runs())
+    assert len(runs) == 2 * 6 * (2 + 2)
+    assert len(set(runs)) == len(runs)
+    for start in range(0, len(runs), 4):  # prompt by prompt
+        assert len({(c.question, c.repeat) for c in runs[start : start + 4]}) == 1
+    firsts = [runs[start].arm for start in range(0, len(runs), 4)]
     assert len(set(firsts)) > 1  # in shuffled order
-    assert cells == list(plan().cells())
+    assert runs == list(plan().runs())
 
 
 def test_prompts_come_in_the_formats_of_the_field(tmp_path):
@@ -191,22 +191,39 @@ def made(samples):
     )
 
 
-def test_a_record_is_read_back_whole_and_only_for_its_own_plan(tmp_path):
-    samples = [sample(0), sample(1), sample(0, 0, 0, token_s=0.005), sample(2, 0, 0)]
-    found = made(samples)
+SAMPLES = [sample(0), sample(1), sample(0, 0, 0, token_s=0.005), sample(2, 0, 0)]
+
+
+@pytest.fixture
+def written(tmp_path):
+    file = tmp_path / "r.json"
+    report.write(file, made(SAMPLES))
+    return file
+
+
+def test_a_record_tells_speedup_equality_and_advice():
+    found = made(SAMPLES)
     assert found["arms"][0]["speedup"] == pytest.approx(2.0)
     assert found["arms"][0]["identical"] == found["arms"][0]["compared"] == 2
     assert found["recommendation"]["reason"].startswith("too few prompts")
-    file = tmp_path / "r.json"
-    report.write(file, found)
-    assert sorted(report.samples_of(report.read(file), plan(), threads=2), key=repr) == sorted(samples, key=repr)
+
+
+def test_a_record_is_read_back_whole(written):
+    again = report.samples_of(report.read(written), plan(), threads=2)
+    assert sorted(again, key=repr) == sorted(SAMPLES, key=repr)
+
+
+def test_a_record_serves_only_its_own_plan_and_threads(written):
     with pytest.raises(UsageError, match="other arms"):
-        report.samples_of(report.read(file), plan(max_tokens=9), threads=2)
+        report.samples_of(report.read(written), plan(max_tokens=9), threads=2)
     with pytest.raises(UsageError, match="begun on 2 threads"):
-        report.samples_of(report.read(file), plan(), threads=1)
-    file.write_text(json.dumps({"schema": "other"}))
+        report.samples_of(report.read(written), plan(), threads=1)
+
+
+def test_a_file_of_another_schema_is_no_record(written):
+    written.write_text(json.dumps({"schema": "other"}))
     with pytest.raises(UsageError, match=r"specdec\.bench/1"):
-        report.read(file)
+        report.read(written)
 
 
 def test_samples_whose_plain_run_is_missing_are_kept():

@@ -13,7 +13,7 @@ from specdec_engine.adaptive.cost import Drafting, Drift, Staircase, Times, best
 from specdec_engine.adaptive.limits import DraftLimits
 from specdec_engine.decoding.control import Controls
 from specdec_engine.record.events import Cycle, SettingChanged
-from tests.fakes import ScriptedDrafter, TableTarget, cycles, greedy, host, run
+from tests.fakes import ScriptedDrafter, TableTarget, cycles, emitted, greedy, host, run
 
 PACKED = {1: 1.0, 2: 1.05, 3: 1.2, 4: 1.3, 5: 1.7, 6: 1.75, 7: 1.8, 8: 1.85, 9: 2.3}
 
@@ -232,7 +232,7 @@ def test_members_of_a_cascade_have_their_own_k():
     context = [5, 6, 7] * 4
     drafter.begin(context)
     draft = drafter.propose(context, 4, Sampling(), KeyedRandomness(0))
-    assert (draft.source, len(draft)) == ("suffix", 2)
+    assert (draft.drafter, len(draft)) == ("suffix", 2)
 
 
 def test_the_staircase_takes_the_median_of_the_last_and_never_falls():
@@ -317,4 +317,6 @@ def test_a_member_that_never_drafts_does_no_harm(spec):
 
     about, auto = host(), AutoK()
     about.draft_limits.controller = auto
-    assert cycles(run(TableTarget(vocab=5), build_drafter(spec, about), [1, 2], max_tokens=80, controls=Controls(auto)))
+    found = run(TableTarget(vocab=5), build_drafter(spec, about), [1, 2], max_tokens=80, controls=Controls(auto))
+    assert emitted(found) == emitted(run(TableTarget(vocab=5), build_drafter("none", host()), [1, 2], max_tokens=80))
+    assert {c.drafter for c in cycles(found)} <= {"ngram", "none"}

@@ -24,7 +24,7 @@ from specdec_engine.models.loading import load_model
 from specdec_engine.models.options import LoadOptions
 from specdec_engine.record.prompt_files import Question
 from specdec_tui.narrate import script
-from specdec_tui.source import read_frame
+from specdec_tui.streams import read_frame
 from tests.fakes import save_checkpoint, save_gguf
 
 DEMO = (Path(specdec_tui.__file__).parent / "demo.jsonl").read_text("utf-8").splitlines()[:12]

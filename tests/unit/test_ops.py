@@ -66,7 +66,7 @@ def test_heads_are_rotated_as_torch_rotates_them(own, n, heads, groups, size, dt
     assert_close(found, expected.float(), torch.float32) if dtype == torch.float32 else assert_close(
         found.bfloat16(), expected, dtype
     )
-    assert_close(*caches, dtype)
+    assert_close(caches[0], caches[1], dtype)
 
 
 def heads_at(n, end, heads, groups, size, dtype):

@@ -21,8 +21,10 @@ def cycle(drafted, accepted, emitted, overlap=None, seconds=(0.25, 0.5, 0.25)):
         (None,) * n,
         overlap or (None,) * n,
         (),
-        *seconds,
-        10,
+        draft_s=seconds[0],
+        verify_s=seconds[1],
+        other_s=seconds[2],
+        context=10,
     )
 
 

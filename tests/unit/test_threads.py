@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import pytest
 import torch
 
@@ -25,10 +27,11 @@ def test_half_as_many_until_they_keep_step(cores, room, free):
     assert free_threads(cores, lambda n: n <= room) == free
 
 
-@pytest.mark.parametrize(("long_s", "in_step"), [(0.0, False), (60.0, True)])
-def test_operations_that_take_too_long_are_noticed(monkeypatch, long_s, in_step):
-    monkeypatch.setattr(threads, "_LONG_S", long_s)
-    assert threads.keep_step(2) == in_step
+@pytest.mark.parametrize(("late", "in_step"), [(0, True), (2, True), (8, False)])
+def test_operations_that_wait_for_a_thread_are_noticed(late, in_step):
+    """Two of 0.01 ms each second that took a millisecond are chance; eight are another program's doing."""
+    times = iter([0.0011] * late + [0.00001] * 20_000)
+    assert threads.keep_step(2, clock=accumulate(times, initial=0.0).__next__) == in_step
 
 
 @pytest.mark.parametrize("room", [4, 2])

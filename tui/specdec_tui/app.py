@@ -13,7 +13,7 @@ from specdec_tui.player import Player
 from specdec_tui.screens.help import HelpScreen
 from specdec_tui.screens.lesson import LessonScreen
 from specdec_tui.screens.watch import WatchScreen
-from specdec_tui.source import Source
+from specdec_tui.streams import EventStream
 
 INTERRUPTED = 130
 """As a shell has it."""
@@ -33,23 +33,23 @@ class SpecdecApp(TerminalApp[None]):
         Binding("question_mark,f1", "help", "Help", id="help"),
     ]
 
-    def __init__(self, source: Source, *, speed: float, lesson: Lesson | None = None) -> None:
+    def __init__(self, stream: EventStream, *, speed: float, lesson: Lesson | None = None) -> None:
         super().__init__()
         self._lesson = lesson
-        self.source = source
+        self.stream = stream
         self._stopped = -_TWICE_S
-        self.player = Player(speed, live=source.live)
+        self.player = Player(speed, live=stream.live)
 
     def on_mount(self) -> None:
         lesson = self._lesson
         if lesson is None:
-            self.push_screen(WatchScreen(self.source, self.player))
+            self.push_screen(WatchScreen(self.stream, self.player))
         else:
-            self.push_screen(LessonScreen(self.source, self.player, lesson))
-        self.source.start()
+            self.push_screen(LessonScreen(self.stream, self.player, lesson))
+        self.stream.start()
 
     def on_unmount(self) -> None:
-        self.source.close()
+        self.stream.close()
 
     def action_stop(self) -> None:
         """Hold the engine; leave when it comes again at once."""

@@ -18,7 +18,7 @@ from specdec_tui.frame import Frame, View, steps
 from specdec_tui.pieces import Name
 from specdec_tui.saving import markdown
 from specdec_tui.screens.watch import WatchScreen
-from specdec_tui.source import FrameSource, read_frame
+from specdec_tui.streams import FrameStream, read_frame
 
 SIZE = (112, 40)
 """Cells of an exported screen."""
@@ -62,7 +62,7 @@ def drawn(frame: Frame, name: Name, views: Iterable[View], take: Callable[[Specd
     """Let the app draw each view, and `take` what it needs."""
 
     async def run() -> None:
-        app = SpecdecApp(FrameSource(frame, name), speed=1.0)
+        app = SpecdecApp(FrameStream(frame, name), speed=1.0)
         async with app.run_test(size=SIZE) as pilot:
             await pilot.pause()
             screen = app.screen

@@ -16,7 +16,7 @@ from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.errors import SpecdecError
 from specdec_engine.models.progress import Progress, Report
 from specdec_engine.record.events import Cycle, Finished, Started, known_phases
-from specdec_tui.source import Stage, Threaded
+from specdec_tui.streams import Stage, Threaded
 
 if TYPE_CHECKING:
     from specdec_engine.adaptive.controller import AutoK
@@ -44,7 +44,7 @@ class Request:
     system: str | None = None
 
 
-class LiveSource(Threaded):
+class LiveStream(Threaded):
     """Events of the engine. `load` is called in its thread."""
 
     live = True

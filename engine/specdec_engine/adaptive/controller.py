@@ -42,10 +42,10 @@ _FIRST_PROBE, _LAST_PROBE = 16, 128
 _CLEARLY = 1.07
 """How much faster plain decoding must be for that: in simulated runs, whose texts and machine changed as real ones do, drafts
 near the break-even so gained up to 1.4 %, and hopeless ones lost 0.2."""
-_TRIES = 0.01
-"""Share of the time that a drafter's tries may take, but for the first two: `self:8` reads 100 tokens in 4 plain passes, and
+_PROBE_SHARE = 0.01
+"""Share of the time that a drafter's probes may take, but for the first two: `self:8` reads 100 tokens in 4 plain passes, and
 ran at 0.96 of plain decoding."""
-_HOPE = 0.5
+_OPTIMISM = 0.5
 """Standard deviations by which a first token's chance may be better than it looks before its drafter is switched off. Three
 misses say little: without, drafts with α 0.15 to 0.4 and c 0.09 were off for a third of simulated greedy runs, which lost 3
 to 4 %; hopeless ones cost half a per cent more so."""
@@ -77,11 +77,11 @@ class _Odds:
     def at_best(self) -> float:
         """What the rate may well be, going by so few trials: mean and deviation if at first every rate was as likely."""
         rate = (self.hits + 1) / (self.trials + 2)
-        return rate + _HOPE * sqrt(rate * (1 - rate) / (self.trials + 3))
+        return rate + _OPTIMISM * sqrt(rate * (1 - rate) / (self.trials + 3))
 
 
 @dataclass(slots=True)
-class _Source:
+class _DrafterHistory:
     """What is known of one drafter."""
 
     k: int = _FIRST
@@ -91,24 +91,24 @@ class _Source:
     draft: Drafting = field(default_factory=Drafting)
     confidences: list[float] = field(default_factory=list)
     """Of the draft in flight."""
-    free: bool = False
+    sure_before: bool = False
     """Knows how sure it is before it drafts, and at no cost: then that decides, and it is never switched off as a whole."""
     drafts: int = 0
-    pause: int = _FIRST_PROBE
-    asleep: int = 0
+    probe_pause: int = _FIRST_PROBE
+    cycles_off: int = 0
     """Cycles since it was switched off."""
-    unread: int = 0
+    backlog: int = 0
     """Those of the newest run: the text that a try has to read first."""
     least_s: float = inf
     """Of a draft."""
     catch_up: float = inf
     """Seconds that a try took beyond that, a cycle unread: the least, since one may have been slow for another reason."""
-    tries: int = 0
-    tried: int = 0
+    probes: int = 0
+    probe_drafts: int = 0
     """Drafts in all tries."""
-    trying: bool = False
+    probing: bool = False
     """It has been switched on again, and has not yet been found to pay."""
-    read: int = 0
+    backlog_read: int = 0
     """Cycles that were unread before all tries."""
 
     @property
@@ -122,7 +122,7 @@ class _Source:
         alpha = self.alpha
         return list(accumulate((odds.value(alpha) for odds in self.by_position), mul))
 
-    def hope(self) -> list[float]:
+    def optimistic_reach(self) -> list[float]:
         """The same, if the first token is what it may well be."""
         reach = self.reach()
         more = self.by_position[0].at_best() / reach[0]
@@ -135,7 +135,7 @@ class _Source:
 
     def next_chance(self, confidence: float, position: int) -> float:
         """Of a token not drafted yet, after one that the drafter was this sure of."""
-        if self.free:
+        if self.sure_before:
             return self.chance(confidence, position)
         return self.by_position[min(position, MOST - 1)].value(self.alpha)
 
@@ -151,24 +151,24 @@ class _Source:
     def looks_further(self) -> bool:
         """Whether the next draft goes one token further than pays: else what that would cost and bring is never seen again,
         and one slow draft in a run's first cycles holds k down for good."""
-        return not self.free and 0 < self.k < MOST and self.drafts % _LOOKS == _LOOKS - 1
+        return not self.sure_before and 0 < self.k < MOST and self.drafts % _LOOKS == _LOOKS - 1
 
     @property
-    def tries_s(self) -> float:
+    def probes_s(self) -> float:
         """Seconds of all tries and of one more now."""
-        drafts = self.tried * (self.tries + 1) / max(1, self.tries)
-        return self.least_s * drafts + self.catch_up * (self.read + self.unread)
+        drafts = self.probe_drafts * (self.probes + 1) / max(1, self.probes)
+        return self.least_s * drafts + self.catch_up * (self.backlog_read + self.backlog)
 
     def learn(self, cycle: Cycle, draft_s: float, kept: Sequence[float]) -> None:
         """draft_s: the cycle's own, evened out; kept: of each tested token whether it was, or with what chance."""
         self.drafts += 1
         self.least_s = min(self.least_s, draft_s)
-        if self.unread:  # mostly that: held to be what a draft costs, it kept a drafter off for good
-            self.catch_up = min(self.catch_up, (draft_s - self.least_s) / self.unread)
-            draft_s -= self.catch_up * self.unread
-            self.read, self.unread = self.read + self.unread, 0
+        if self.backlog:  # mostly that: held to be what a draft costs, it kept a drafter off for good
+            self.catch_up = min(self.catch_up, (draft_s - self.least_s) / self.backlog)
+            draft_s -= self.catch_up * self.backlog
+            self.backlog_read, self.backlog = self.backlog_read + self.backlog, 0
         self.draft.add(len(cycle.drafted), draft_s)
-        self.tried += self.trying
+        self.probe_drafts += self.probing
         for odds in self.by_position:
             odds.fade()
         for odds, hit in zip(self.by_position, kept, strict=False):
@@ -187,7 +187,7 @@ class AutoK:
 
     def _forget(self) -> None:
         self._passes, self._other, self._drift = Staircase(), Times(), Drift()
-        self._sources: dict[str, _Source] = {}
+        self._histories: dict[str, _DrafterHistory] = {}
         self._seeds: set[int] = set()  # of the runs it has learnt from
         self._cycles = 0
         self._tokens = self._seconds = self._elapsed = 0.0
@@ -200,8 +200,8 @@ class AutoK:
         """
         if seed in self._seeds:
             self._forget()
-        for source in self._sources.values():  # drafters read a prompt before the run
-            source.unread = 0
+        for history in self._histories.values():  # drafters read a prompt before the run
+            history.backlog = 0
         self._seed, self._tokenwise = seed, tokenwise
 
     @property
@@ -209,7 +209,7 @@ class AutoK:
         """For the next cycle: the most that any drafter may propose."""
         if self._measuring:
             return 0
-        return max((source.k + source.looks_further for source in self._sources.values()), default=_FIRST)
+        return max((history.k + history.looks_further for history in self._histories.values()), default=_FIRST)
 
     @property
     def _measuring(self) -> bool:
@@ -218,38 +218,38 @@ class AutoK:
     @property
     def off(self) -> bool:
         """Whether every drafter was switched off."""
-        return bool(self._sources) and not any(source.k for source in self._sources.values())
+        return bool(self._histories) and not any(history.k for history in self._histories.values())
 
     def limit(self, name: str) -> int:
         """What this drafter may propose in the next cycle."""
-        source = self._source(name)
-        return source.k + source.looks_further
+        history = self._history(name)
+        return history.k + history.looks_further
 
     def should_draft(self, name: str, confidence: float) -> bool:
         """Whether a draft that is this sure of its first token should begin: it pays, and more than that of another drafter
         which knows only afterwards how sure it is."""
-        source = self._source(name)
-        source.free = True
-        if not self._knows(source):
+        history = self._history(name)
+        history.sure_before = True
+        if not self._knows(history):
             return True
-        net = self._net(source, 1.0, 0, source.chance(confidence, 0), source.chance(confidence, 1))
-        return net > max([0.0, *(self._net_of(other) for other in self._sources.values())])
+        gain = self._net_gain(history, 1.0, 0, history.chance(confidence, 0), history.chance(confidence, 1))
+        return gain > max([0.0, *(self._net_gain_of_draft(other) for other in self._histories.values())])
 
     def early_stop(self, name: str) -> Callable[[float], bool]:
         """For one draft: told the confidence of each token drafted, says whether to end with it."""
-        source, reach = self._source(name), 1.0
-        source.confidences = []
-        least = source.k + 1 if source.looks_further else 1
+        history, reach = self._history(name), 1.0
+        history.confidences = []
+        least = history.k + 1 if history.looks_further else 1
 
-        def enough(confidence: float) -> bool:
+        def stop_now(confidence: float) -> bool:
             nonlocal reach
-            drafted = len(source.confidences)
-            source.confidences.append(confidence)
-            reach *= source.chance(confidence, drafted)
-            following = source.next_chance(confidence, drafted + 1)
-            return drafted + 1 >= least and not self._pays(source, reach, drafted + 1, following, following)
+            drafted = len(history.confidences)
+            history.confidences.append(confidence)
+            reach *= history.chance(confidence, drafted)
+            following = history.next_chance(confidence, drafted + 1)
+            return drafted + 1 >= least and not self._pays(history, reach, drafted + 1, following, following)
 
-        return enough
+        return stop_now
 
     def observe(self, cycle: Cycle) -> str:
         """Learn from a cycle. Returns why `k` is another now; empty if it is not."""
@@ -266,20 +266,20 @@ class AutoK:
         self._seconds = _MEMORY * self._seconds + draft_s + verify_s + other_s
         self._elapsed += draft_s + verify_s + other_s
         if self._cycles % _FADES_EVERY == 0:
-            for source in self._sources.values():
-                source.forget_a_little()
+            for history in self._histories.values():
+                history.forget_a_little()
         if cycle.drafted:
-            self._source(cycle.drafter).learn(cycle, draft_s, self._kept(cycle))
+            self._history(cycle.drafter).learn(cycle, draft_s, self._kept(cycle))
         if self._measuring:
             reasons = ["a plain pass is measured, which all else is held against"]
         elif self._passes.measured(1):
             reasons = [
-                self._plan(name, source, bool(cycle.drafted) and name == cycle.drafter)
-                for name, source in self._sources.items()
+                self._set_k(name, history, bool(cycle.drafted) and name == cycle.drafter)
+                for name, history in self._histories.items()
             ]
         if self.k == before:
             return ""
-        if any(source.looks_further for source in self._sources.values()):
+        if any(history.looks_further for history in self._histories.values()):
             reasons.append("one token further, to see what it brings and costs")
         return "; ".join(filter(None, reasons)) or "drafting goes on as before"
 
@@ -291,63 +291,63 @@ class AutoK:
             kept = [hit if told is None else told for hit, told in zip(kept, cycle.overlap, strict=False)]
         return kept
 
-    def _plan(self, name: str, source: _Source, drafted: bool) -> str:
+    def _set_k(self, name: str, history: _DrafterHistory, drafted: bool) -> str:
         """Set the drafter's k for the next cycle; why, if it changed."""
-        if not source.k:
-            source.asleep += 1
-            source.unread += 1
+        if not history.k:
+            history.cycles_off += 1
+            history.backlog += 1
             # Two tell what it costs. Waiting makes one no cheaper: there is more to read.
-            dear = source.tries >= 2 and source.tries_s > _TRIES * self._elapsed
-            if source.asleep < source.pause or dear:
+            dear = history.probes >= 2 and history.probes_s > _PROBE_SHARE * self._elapsed
+            if history.cycles_off < history.probe_pause or dear:
                 return ""
-            source.k, source.asleep, source.trying = 1, 0, True
-            source.tries += 1
-            for odds in source.by_position:  # what was seen before the pause has aged
+            history.k, history.cycles_off, history.probing = 1, 0, True
+            history.probes += 1
+            for odds in history.by_position:  # what was seen before the pause has aged
                 odds.fade(_AGED)
             return f"{name} is tried once more"
         if not drafted:
             return ""
-        reach = source.reach()
-        now = self._at(source, reach, source.k)
-        best = self._at(source, reach, MOST) if source.free else self._best(source, reach)
-        if not best.k and not source.free and self._best(source, source.hope()).k:
-            before, source.k = source.k, 1
+        reach = history.reach()
+        now = self._choice_at(history, reach, history.k)
+        best = self._choice_at(history, reach, MOST) if history.sure_before else self._best_choice(history, reach)
+        if not best.k and not history.sure_before and self._best_choice(history, history.optimistic_reach()).k:
+            before, history.k = history.k, 1
             return "" if before == 1 else f"{name} may yet pay: too few drafts to tell"
-        source.trying &= not best.k
-        enough = _BETTER if best.k else _BETTER_OFF
-        if best.k == source.k or (best.rate < enough * now.rate and not source.free):
+        history.probing &= not best.k
+        needed = _BETTER if best.k else _BETTER_OFF
+        if best.k == history.k or (best.rate < needed * now.rate and not history.sure_before):
             return ""
-        source.k = best.k
+        history.k = best.k
         if not best.k:
-            source.trying = False
+            history.probing = False
             if best.rate > _CLEARLY * now.rate:
-                source.pause = min(2 * source.pause, _LAST_PROBE)
+                history.probe_pause = min(2 * history.probe_pause, _LAST_PROBE)
             cost = now.seconds * best.rate
             return f"{name} does not pay: {now.emitted:.2f} tokens a cycle expected for {cost:.2f} plain passes"
-        source.pause = _FIRST_PROBE
-        if source.free:
+        history.probe_pause = _FIRST_PROBE
+        if history.sure_before:
             return f"{name} drafts as far as it is sure"
         return f"{name}: {best.emitted:.2f} tokens expected for {best.seconds / self._plain:.2f} plain passes"
 
-    def _best(self, source: _Source, reach: Sequence[float]) -> Choice:
-        return best_k(reach, source.draft, self._passes, self._other.seconds)
+    def _best_choice(self, history: _DrafterHistory, reach: Sequence[float]) -> Choice:
+        return best_k(reach, history.draft, self._passes, self._other.seconds)
 
-    def _at(self, source: _Source, reach: Sequence[float], k: int) -> Choice:
-        return cycle_of(reach[:k], source.draft, self._passes, self._other.seconds)
+    def _choice_at(self, history: _DrafterHistory, reach: Sequence[float], k: int) -> Choice:
+        return cycle_of(reach[:k], history.draft, self._passes, self._other.seconds)
 
     @property
     def _plain(self) -> float:
         """Seconds of a plain cycle."""
         return self._passes(1) + self._other.seconds
 
-    def _pays(self, source: _Source, reach: float, drafted: int, first: float, later: float) -> bool:
+    def _pays(self, history: _DrafterHistory, reach: float, drafted: int, first: float, later: float) -> bool:
         """Whether drafting on adds more than it costs."""
-        return self._net(source, reach, drafted, first, later) > 0 if self._knows(source) else drafted < _FIRST
+        return self._net_gain(history, reach, drafted, first, later) > 0 if self._knows(history) else drafted < _FIRST
 
-    def _knows(self, source: _Source) -> bool:
-        return self._passes.measured(1) > 0 and source.draft.known
+    def _knows(self, history: _DrafterHistory) -> bool:
+        return self._passes.measured(1) > 0 and history.draft.known
 
-    def _net(self, source: _Source, reach: float, drafted: int, first: float, later: float) -> float:
+    def _net_gain(self, history: _DrafterHistory, reach: float, drafted: int, first: float, later: float) -> float:
         """Tokens that drafting on is expected to add, by one or by several, less what its steps and the wider pass cost at
         this run's rate; the most of them.
 
@@ -355,21 +355,21 @@ class AutoK:
         chances of the next token and of those after it.
         """
         rate, gain, nets = self._rate, 0.0, list[float]()
-        now = source.draft(drafted) + self._passes(drafted + 1)
+        now = history.draft(drafted) + self._passes(drafted + 1)
         for k in range(drafted + 1, MOST + 1):
             reach *= first if k == drafted + 1 else later
             gain += reach
-            nets.append(gain - rate * (source.draft(k) + self._passes(k + 1) - now))
+            nets.append(gain - rate * (history.draft(k) + self._passes(k + 1) - now))
         return max(nets, default=0.0)
 
-    def _net_of(self, source: _Source) -> float:
-        """The same for a whole draft of a drafter that is not free; 0 for one that is off, or not known yet."""
-        if source.free or not source.k or not self._knows(source):
+    def _net_gain_of_draft(self, history: _DrafterHistory) -> float:
+        """The same for a whole draft of a drafter that is sure of nothing before; 0 for one that is off, or not known yet."""
+        if history.sure_before or not history.k or not self._knows(history):
             return 0.0
         rate, plain = self._rate, self._passes(1)
-        gains = accumulate(source.reach()[: source.k])
+        gains = accumulate(history.reach()[: history.k])
         return max(
-            gain - rate * (source.draft(k) + self._passes(k + 1) - plain) for k, gain in enumerate(gains, start=1)
+            gain - rate * (history.draft(k) + self._passes(k + 1) - plain) for k, gain in enumerate(gains, start=1)
         )
 
     @property
@@ -377,8 +377,8 @@ class AutoK:
         """Tokens a second, not below plain decoding's."""
         return max(self._tokens / self._seconds, 1 / self._plain)
 
-    def _source(self, name: str) -> _Source:
-        source = self._sources.get(name)
-        if source is None:  # setdefault makes one every time, 7 µs
-            source = self._sources[name] = _Source()
-        return source
+    def _history(self, name: str) -> _DrafterHistory:
+        history = self._histories.get(name)
+        if history is None:  # setdefault makes one every time, 7 µs
+            history = self._histories[name] = _DrafterHistory()
+        return history

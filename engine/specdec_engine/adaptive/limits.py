@@ -13,18 +13,18 @@ class DraftLimits:
 
     controller: AutoK | None = None
 
-    def limit(self, source: str, k: int) -> int:
+    def limit(self, drafter: str, k: int) -> int:
         """Tokens that this drafter may propose in this cycle, at most k."""
-        return k if self.controller is None else min(k, self.controller.limit(source))
+        return k if self.controller is None else min(k, self.controller.limit(drafter))
 
-    def should_draft(self, source: str, confidence: float) -> bool:
+    def should_draft(self, drafter: str, confidence: float) -> bool:
         """Whether a draft that is this sure of its first token should begin."""
-        return self.controller is None or self.controller.should_draft(source, confidence)
+        return self.controller is None or self.controller.should_draft(drafter, confidence)
 
-    def early_stop(self, source: str) -> StopDrafting | None:
+    def early_stop(self, drafter: str) -> StopDrafting | None:
         """Asked once a draft: what to ask after each of its tokens; None if there is nothing to ask."""
-        return None if self.controller is None else self.controller.early_stop(source)
+        return None if self.controller is None else self.controller.early_stop(drafter)
 
-    def early_stop_on(self, device: torch.device, source: str) -> StopDrafting | None:
+    def early_stop_on(self, device: torch.device, drafter: str) -> StopDrafting | None:
         """The same for a draft made on this device: there is nothing to ask where looking would wait for it."""
-        return self.early_stop(source) if device.type == "cpu" else None
+        return self.early_stop(drafter) if device.type == "cpu" else None

@@ -10,7 +10,7 @@ from itertools import accumulate, pairwise
 import torch
 
 from specdec_engine.bench.figures import Sample
-from specdec_engine.bench.plan import Arm, Cell
+from specdec_engine.bench.plan import Arm, Run
 from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.drafters.base import empty_draft
 from specdec_engine.errors import CheckFailed
@@ -26,7 +26,7 @@ def asked(pair: Pair, question: Question, turn: str, history: Sequence[tuple[str
     return pair.encode(turn, history=history, system=question.system or None)
 
 
-def run(pair: Pair, arm: Arm | None, cell: Cell, question: Question, max_tokens: int, seed: int) -> list[Sample]:
+def measure_run(pair: Pair, arm: Arm | None, run: Run, question: Question, max_tokens: int, seed: int) -> list[Sample]:
     """All turns of a conversation as one sample; none where the model said nothing. Sampled arms share the prompt's seed."""
     history, total, ids, passes = list[tuple[str, str]](), Summary(), list[int](), dict[str, tuple[int, float]]()
     prefill, turns = 0.0, list[int]()
@@ -35,7 +35,7 @@ def run(pair: Pair, arm: Arm | None, cell: Cell, question: Question, max_tokens:
         for event in pair.decode(
             question.ids or asked(pair, question, turn, history),
             k=0 if arm is None else arm.k,
-            sampling=Sampling(cell.temperature),
+            sampling=Sampling(run.temperature),
             rule="token" if arm is None else arm.rule,
             max_tokens=max_tokens,
             seed=seed,
@@ -55,10 +55,10 @@ def run(pair: Pair, arm: Arm | None, cell: Cell, question: Question, max_tokens:
         return []
     return [
         Sample(
-            question=cell.question,
-            repeat=cell.repeat,
-            temperature=cell.temperature,
-            arm=cell.arm,
+            question=run.question,
+            repeat=run.repeat,
+            temperature=run.temperature,
+            arm=run.arm,
             seed=seed,
             emitted=total.emitted,
             cycles=total.cycles,
@@ -72,7 +72,7 @@ def run(pair: Pair, arm: Arm | None, cell: Cell, question: Question, max_tokens:
             passes=passes,
             token_ids=tuple(ids),
             turns=tuple(turns),
-            quantize=cell.quantize,
+            quantize=run.quantize,
         )
     ]
 

@@ -40,7 +40,7 @@ class Arm:
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
+class Run:
     """One run: a prompt, a repeat, and an arm; None for plain decoding at this temperature, with these weights."""
 
     question: int
@@ -63,13 +63,13 @@ class Plan:
     conditions: tuple[str, ...] = ()
     """What else samples must have in common to be put together: where and how the models ran."""
 
-    def cells(self) -> Iterator[Cell]:
+    def runs(self) -> Iterator[Run]:
         """Prompt by prompt, plain decoding and all arms in shuffled order: a machine that slows down slows all alike."""
         order = random.Random(self.seed)
         against = sorted({(arm.temperature, arm.quantize) for arm in self.arms})
         for repeat, question in product(range(self.repeats), range(len(self.questions))):
-            plain = [Cell(question, repeat, t, None, form) for t, form in against]
-            arms = [Cell(question, repeat, a.temperature, i, a.quantize) for i, a in enumerate(self.arms)]
+            plain = [Run(question, repeat, t, None, form) for t, form in against]
+            arms = [Run(question, repeat, a.temperature, i, a.quantize) for i, a in enumerate(self.arms)]
             yield from order.sample(plain + arms, len(plain + arms))
 
     @property

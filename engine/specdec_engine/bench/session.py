@@ -9,8 +9,8 @@ from typing import Any
 from specdec_engine.adaptive.controller import AutoK
 from specdec_engine.bench import report
 from specdec_engine.bench.figures import Sample
-from specdec_engine.bench.measure import explained, run
-from specdec_engine.bench.plan import Cell, Plan
+from specdec_engine.bench.measure import explained, measure_run
+from specdec_engine.bench.plan import Plan, Run
 from specdec_engine.errors import OutOfMemory, UsageError
 from specdec_engine.pair import Pair
 
@@ -39,36 +39,36 @@ class Session:
         self._own = [replace(pairs[arm.draft, arm.quantize], auto=AutoK()) for arm in plan.arms]
         self._failed = set[int]()
 
-    def cells(self) -> list[Cell]:
+    def runs(self) -> list[Run]:
         """Those that are not measured yet."""
-        done = {Cell(s.question, s.repeat, s.temperature, s.arm, s.quantize) for s in self.samples}
-        return [cell for cell in self.plan.cells() if cell not in done]
+        done = {Run(s.question, s.repeat, s.temperature, s.arm, s.quantize) for s in self.samples}
+        return [run for run in self.plan.runs() if run not in done]
 
     def warm_up(self) -> None:
         """A short run of every arm, dropped: kernels set themselves up, pages come in."""
-        plain = [Cell(0, -1, 0.0, None, form) for form in self._plain]
-        arms = [Cell(0, -1, arm.temperature, number, arm.quantize) for number, arm in enumerate(self.plan.arms)]
-        for cell in (*plain, *arms):
-            self._run(cell, min(_WARM_TOKENS, self.plan.max_tokens), self.plan.seed - 1)
+        plain = [Run(0, -1, 0.0, None, form) for form in self._plain]
+        arms = [Run(0, -1, arm.temperature, number, arm.quantize) for number, arm in enumerate(self.plan.arms)]
+        for run in (*plain, *arms):
+            self._run(run, min(_WARM_TOKENS, self.plan.max_tokens), self.plan.seed - 1)
 
-    def measure(self, cell: Cell) -> None:
+    def measure(self, run: Run) -> None:
         """Run it, if its arm still runs. A prompt that fills the context is left out, and so is an arm that needs too much
         memory; where plain decoding does, OutOfMemory is raised."""
-        self.samples += self._run(cell, self.plan.max_tokens, self.plan.seed + 1000 * cell.repeat + cell.question)
+        self.samples += self._run(run, self.plan.max_tokens, self.plan.seed + 1000 * run.repeat + run.question)
 
-    def _run(self, cell: Cell, max_tokens: int, seed: int) -> list[Sample]:
-        if cell.arm in self._failed:
+    def _run(self, run: Run, max_tokens: int, seed: int) -> list[Sample]:
+        if run.arm in self._failed:
             return []
-        arm = None if cell.arm is None else self.plan.arms[cell.arm]
-        pair = self._plain[cell.quantize] if cell.arm is None else self._own[cell.arm]
+        arm = None if run.arm is None else self.plan.arms[run.arm]
+        pair = self._plain[run.quantize] if run.arm is None else self._own[run.arm]
         try:
-            return run(pair, arm, cell, self.plan.questions[cell.question], max_tokens, seed)
+            return measure_run(pair, arm, run, self.plan.questions[run.question], max_tokens, seed)
         except UsageError as error:
-            self.left_out.setdefault(f"prompt {cell.question}", error.message)
+            self.left_out.setdefault(f"prompt {run.question}", error.message)
         except OutOfMemory as error:
-            if arm is None or cell.arm is None:
+            if arm is None or run.arm is None:
                 raise
-            self._failed.add(cell.arm)
+            self._failed.add(run.arm)
             self.left_out[arm.label] = error.message
         return []
 

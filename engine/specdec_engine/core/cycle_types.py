@@ -68,7 +68,7 @@ class Draft:
     """[k] int64, on the target's device: it is read on the host only with the verdict, in one copy."""
     probs: Tensor | None
     """[k, V], the distribution each token was *actually drawn from*; None for a deterministic draft (q is 1)."""
-    source: str
+    drafter: str
     """Which drafter; a cascade forwards the member's name."""
     raw: Tensor | None = None
     """[k, V'], the distributions before temperature and filters; None where they were not asked for, or there are none."""

@@ -1,7 +1,7 @@
 """The ways of drafting, by name: help, hints, `check`, `tune`, launch lines and docs are made from this list. No torch.
 
 Another package adds its own by the entry-point group `specdec.drafters`, whose values are functions `build(argument,
-host)`. They stand in the same list, with the package's name and what it says of itself; none of their code is imported
+setup)`. They stand in the same list, with the package's name and what it says of itself; none of their code is imported
 for that.
 """
 
@@ -34,7 +34,7 @@ class DrafterEntry:
     about: str
     """What it drafts, in a few words."""
     build: str
-    """`module:function`, a function of an argument and a `DraftHost` that gives a `Drafter`."""
+    """`module:function`, a function of an argument and a `DraftSetup` that gives a `Drafter`."""
     lookup: bool = False
     """Whether it reads no weights and costs next to nothing: it fits every target, and may go before a model."""
     servers: ServerNames | None = None

@@ -187,7 +187,7 @@ class _Run:
 def _propose(drafter: Drafter, context: Sequence[int], k: int, settings: Settings, random: Randomness) -> Draft:
     draft = drafter.propose(context, k, settings.draft_sampling, random)
     if len(draft) > k:
-        raise GenerationFailed(f"the drafter {draft.source} proposed {len(draft)} tokens where {k} were asked for")
+        raise GenerationFailed(f"the drafter {draft.drafter} proposed {len(draft)} tokens where {k} were asked for")
     return draft
 
 
@@ -198,7 +198,7 @@ def _cycle(
     draft_s, verify_s, other_s = seconds
     return Cycle(
         index=index,
-        drafter=draft.source if verdict.drafted else "none",
+        drafter=draft.drafter if verdict.drafted else "none",
         k=k,
         drafted=verdict.drafted,
         accepted=verdict.accepted,

@@ -1,7 +1,7 @@
 """Ways of drafting. `core/registry.py` lists them; here they are built.
 
-A new one: a file here with `build(argument, host)`, an entry in the registry, and a case in tests/contracts, which fail until
-there is one.
+A new one: a file here with `build(argument, setup)`, an entry in the registry, and a case in tests/contracts, which fail
+until there is one.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from specdec_engine.core.registry import drafters, entry_of
 from specdec_engine.errors import UsageError
 
 if TYPE_CHECKING:
-    from specdec_engine.drafters.base import Drafter, DraftHost
+    from specdec_engine.drafters.base import Drafter, DraftSetup
 
 
-def build_drafter(spec: str, host: DraftHost) -> Drafter:
+def build_drafter(spec: str, setup: DraftSetup) -> Drafter:
     """The drafter that `--draft` names.
 
     `spec` is `none`, `ngram`, `ngram:5`, a third party's name, a model (hub id, folder, .gguf file), or several of these
@@ -27,15 +27,15 @@ def build_drafter(spec: str, host: DraftHost) -> Drafter:
 
     if not spec.replace(",", "").strip():
         raise UsageError(f"the draft {spec!r} names no drafter", "choose none, ngram, or a model's name")
-    members = [_build_one(part.strip(), host) for part in spec.split(",") if part.strip()]
-    return members[0] if len(members) == 1 else CascadeDrafter(members, host)
+    members = [_build_one(part.strip(), setup) for part in spec.split(",") if part.strip()]
+    return members[0] if len(members) == 1 else CascadeDrafter(members, setup)
 
 
-def _build_one(spec: str, host: DraftHost) -> Drafter:
+def _build_one(spec: str, setup: DraftSetup) -> Drafter:
     entry, argument = entry_of(spec), spec.partition(":")[2]
     if entry is None:
         entry, argument = drafters()[_kind(spec)], spec
-    built: Drafter = resolve_name(entry.build)(argument, host)
+    built: Drafter = resolve_name(entry.build)(argument, setup)
     return built
 
 

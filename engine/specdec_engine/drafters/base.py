@@ -46,11 +46,13 @@ class Drafter(Protocol):
 
 
 @runtime_checkable
-class Foreseeing(Protocol):
+class AcceptanceAlong(Protocol):
     """**Protocol:** a drafter that can tell how its drafts would fare along a given text, without drafting. Of others each
     place's draft is asked for, which says as much where drafts are not drawn at random."""
 
-    def foresee(self, context: Sequence[int], p: Sequence[float], k: int, sampling: Sampling) -> list[list[float]]:
+    def acceptance_along(
+        self, context: Sequence[int], p: Sequence[float], k: int, sampling: Sampling
+    ) -> list[list[float]]:
         """For each of the last len(p) tokens of `context`, which the target has read but for the very last: row i, column j
         is the chance that token j of a draft that begins before token i is accepted, if all before it were; p: the target's
         probabilities of these tokens. A row ends with the text, and where next to no draft gets that far; it is empty where
@@ -68,7 +70,7 @@ class LoadedDraft:
 
 
 @dataclass(frozen=True, slots=True)
-class DraftHost:
+class DraftSetup:
     """What a drafter may know about the target it drafts for, when it is built."""
 
     name: str
@@ -86,7 +88,7 @@ class DraftHost:
     draft_quantize: Quantize = "auto"
     draft_limits: DraftLimits = field(default_factory=DraftLimits)
     """Asked by drafters that can stop early."""
-    parts: dict[str, ModelInfo] = field(default_factory=dict)
+    models: dict[str, ModelInfo] = field(default_factory=dict)
     """Filled by drafters that compute on the target's runtime: by name, what they are."""
 
 

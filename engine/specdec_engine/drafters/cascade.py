@@ -6,18 +6,18 @@ from collections.abc import Sequence
 
 from specdec_engine.core.cycle_types import Draft, Sampling, Verdict
 from specdec_engine.core.randomness import Randomness
-from specdec_engine.drafters.base import Drafter, DraftHost, empty_draft
+from specdec_engine.drafters.base import Drafter, DraftSetup, empty_draft
 
 
 class CascadeDrafter:
     """Cheap drafters first. Whether a member proposes depends on the context alone, so the rule stays unbiased."""
 
-    def __init__(self, members: Sequence[Drafter], host: DraftHost) -> None:
+    def __init__(self, members: Sequence[Drafter], setup: DraftSetup) -> None:
         if not members:
             raise ValueError("a cascade needs at least one member")
         self.name = ",".join(member.name for member in members)
         self._members = tuple(members)
-        self._limits, self._device = host.draft_limits, host.device
+        self._limits, self._device = setup.draft_limits, setup.device
         self._proposer = self._members[-1]
 
     def begin(self, prompt: Sequence[int]) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from specdec_engine.drafters.base import DraftHost
+from specdec_engine.drafters.base import DraftSetup
 from specdec_engine.drafters.on_runtime import RuntimeDrafter
 from specdec_engine.errors import UsageError
 
 
-def build(argument: str, host: DraftHost) -> RuntimeDrafter:
+def build(argument: str, setup: DraftSetup) -> RuntimeDrafter:
     """The argument is the model's name, as for --target."""
     if not argument:
         raise UsageError("the draft model has no name", "model:NAME, or simply NAME")
-    loaded = host.load_draft(argument)
-    return RuntimeDrafter(loaded.runtime, host, argument, loaded.ids)
+    loaded = setup.load_draft(argument)
+    return RuntimeDrafter(loaded.runtime, setup, argument, loaded.ids)

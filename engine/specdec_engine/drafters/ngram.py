@@ -13,7 +13,7 @@ import torch
 from specdec_engine.core.cycle_types import Draft, Sampling, Verdict
 from specdec_engine.core.randomness import Randomness
 from specdec_engine.core.transfer import upload
-from specdec_engine.drafters.base import DraftHost, empty_draft
+from specdec_engine.drafters.base import DraftSetup, empty_draft
 from specdec_engine.errors import UsageError
 from specdec_engine.runtime import StopDrafting
 
@@ -29,12 +29,12 @@ class NgramDrafter:
 
     name = "ngram"
 
-    def __init__(self, host: DraftHost, longest: int = 3, shortest: int = 1) -> None:
+    def __init__(self, setup: DraftSetup, longest: int = 3, shortest: int = 1) -> None:
         if not 1 <= shortest <= longest <= _MOST:
             raise UsageError(
                 f"ngram:{longest} is not from {shortest} to {_MOST}", "the number is the longest n-gram to look up"
             )
-        self._device, self._limits = host.device, host.draft_limits
+        self._device, self._limits = setup.device, setup.draft_limits
         self._lengths = range(longest, shortest - 1, -1)
         self._after: dict[tuple[int, ...], int] = {}  # n-gram -> where what followed its last occurrence begins
         self._indexed = 0
@@ -79,11 +79,11 @@ def _sure(context: Sequence[int], start: int) -> float:
     return next(sure for least, sure in _SURE.items() if alike >= least)
 
 
-def _kept(k: int, sure: float, enough: StopDrafting | None) -> int:
+def _kept(k: int, sure: float, stop: StopDrafting | None) -> int:
     """How many of k tokens to propose, each of which is this sure."""
-    if enough is None:
+    if stop is None:
         return k
-    return next((i for i in range(1, k) if enough(sure)), k)
+    return next((i for i in range(1, k) if stop(sure)), k)
 
 
 def _copy(context: Sequence[int], start: int, k: int) -> list[int]:
@@ -92,10 +92,10 @@ def _copy(context: Sequence[int], start: int, k: int) -> list[int]:
     return [context[start + i % period] for i in range(k)]
 
 
-def build(argument: str, host: DraftHost) -> NgramDrafter:
+def build(argument: str, setup: DraftSetup) -> NgramDrafter:
     """`ngram` or `ngram:LONGEST`."""
     if not argument:
-        return NgramDrafter(host)
+        return NgramDrafter(setup)
     if not argument.isdecimal():
         raise UsageError(f"ngram:{argument} is not a number", "ngram:5 looks up at most 5 tokens")
-    return NgramDrafter(host, int(argument))
+    return NgramDrafter(setup, int(argument))

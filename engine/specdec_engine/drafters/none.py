@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from specdec_engine.core.cycle_types import Draft, Sampling, Verdict
 from specdec_engine.core.randomness import Randomness
-from specdec_engine.drafters.base import DraftHost, empty_draft
+from specdec_engine.drafters.base import DraftSetup, empty_draft
 
 
 class NoDrafter:
@@ -14,8 +14,8 @@ class NoDrafter:
 
     name = "none"
 
-    def __init__(self, host: DraftHost) -> None:
-        self._device = host.device
+    def __init__(self, setup: DraftSetup) -> None:
+        self._device = setup.device
 
     def begin(self, prompt: Sequence[int]) -> None:
         pass
@@ -27,5 +27,5 @@ class NoDrafter:
         pass
 
 
-def build(argument: str, host: DraftHost) -> NoDrafter:
-    return NoDrafter(host)
+def build(argument: str, setup: DraftSetup) -> NoDrafter:
+    return NoDrafter(setup)

@@ -16,7 +16,7 @@ from torch import Tensor
 from specdec_engine.core.cycle_types import Draft, Sampling, Verdict
 from specdec_engine.core.randomness import Randomness
 from specdec_engine.core.transfer import upload
-from specdec_engine.drafters.base import DraftHost, empty_draft
+from specdec_engine.drafters.base import DraftSetup, empty_draft
 from specdec_engine.drafters.token_choice import DraftChoice, along, chance, draft_numbers
 from specdec_engine.models.draft_files import inverse
 from specdec_engine.runtime import Runtime, prefill, step_by_step
@@ -25,19 +25,19 @@ from specdec_engine.runtime import Runtime, prefill, step_by_step
 class RuntimeDrafter:
     """Any causal LM on a runtime. Greedy at temperature 0; otherwise drawn under the run's own sampling settings."""
 
-    def __init__(self, runtime: Runtime, host: DraftHost, name: str, ids: Tensor | None = None) -> None:
+    def __init__(self, runtime: Runtime, setup: DraftSetup, name: str, ids: Tensor | None = None) -> None:
         """ids [V']: the target's id of each of the draft's, for a draft with a reduced vocabulary. Whatever else the target
         says is fed to it as its last id."""
         self.name = name
         self.runtime = runtime
-        self._device = host.device
-        self._limits = host.draft_limits
-        self._target_vocab = host.vocab
+        self._device = setup.device
+        self._limits = setup.draft_limits
+        self._target_vocab = setup.vocab
         self._vocab = min(
-            runtime.vocab, host.vocab
+            runtime.vocab, setup.vocab
         )  # ids that both have; padding rows differ between sizes of a family
         self._ids_of = None if ids is None else ids.to(runtime.device)
-        self._own = None if ids is None else inverse(ids, host.vocab, lacking=len(ids) - 1).tolist()
+        self._own = None if ids is None else inverse(ids, setup.vocab, lacking=len(ids) - 1).tolist()
         self._drafted_from = 0  # length of the context that the last draft followed
 
     def begin(self, prompt: Sequence[int]) -> None:
@@ -59,9 +59,9 @@ class RuntimeDrafter:
         unroll = (
             partial(step_by_step, self.runtime) if sampling.coupled else self.runtime.unroll
         )  # no room for the noise
-        enough = self._limits.early_stop_on(self.runtime.device, self.name)
-        choose = DraftChoice(sampling, self._vocab, confident=enough is not None)
-        drawn = unroll(self._ids(context[self.runtime.cached :]), u, temperature, choose, enough)
+        stop = self._limits.early_stop_on(self.runtime.device, self.name)
+        choose = DraftChoice(sampling, self._vocab, confident=stop is not None)
+        drawn = unroll(self._ids(context[self.runtime.cached :]), u, temperature, choose, stop)
         tokens = self._translated(drawn.tokens).to(self._device)
         raw = None if drawn.raw is None else drawn.raw.to(self._device)
         ids = None if self._ids_of is None else self._ids_of.to(self._device)
@@ -72,7 +72,9 @@ class RuntimeDrafter:
         self.runtime.rollback(to=self._drafted_from + min(verdict.accepted, len(draft) - 1))
 
     @torch.inference_mode()
-    def foresee(self, context: Sequence[int], p: Sequence[float], k: int, sampling: Sampling) -> list[list[float]]:
+    def acceptance_along(
+        self, context: Sequence[int], p: Sequence[float], k: int, sampling: Sampling
+    ) -> list[list[float]]:
         """One pass: what it says of a token does not depend on where the draft began. Nothing beyond its own context."""
         begin = len(context) - len(p)
         end = len(context) if self.runtime.limit is None else min(len(context), self.runtime.limit + 1)

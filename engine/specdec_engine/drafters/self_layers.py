@@ -8,19 +8,19 @@ token is accepted, with many a draft costs what it saves.
 
 from __future__ import annotations
 
-from specdec_engine.drafters.base import DraftHost, ModelInfo
+from specdec_engine.drafters.base import DraftSetup, ModelInfo
 from specdec_engine.drafters.on_runtime import RuntimeDrafter
 from specdec_engine.errors import PairIncompatible, UsageError
 from specdec_engine.runtime.decoder import Decoder
 from specdec_engine.runtime.lean import LeanRuntime
 
 
-def build(argument: str, host: DraftHost) -> RuntimeDrafter:
+def build(argument: str, setup: DraftSetup) -> RuntimeDrafter:
     """`self:N`, N at least 1 and less than the target has layers. Raises PairIncompatible for a target whose forward is not
     ours to cut."""
     if not argument.isdecimal() or not int(argument):
         raise UsageError(f"self:{argument} names no number of layers", "self:8 drafts with the target's first 8 layers")
-    runtime, layers = host.target(), int(argument)
+    runtime, layers = setup.target(), int(argument)
     if not isinstance(runtime, LeanRuntime) or not isinstance(runtime.decoder, Decoder):
         raise PairIncompatible(
             f"self:{argument} needs the lean or the graph runtime, and the target runs on {runtime.name}",
@@ -32,7 +32,7 @@ def build(argument: str, host: DraftHost) -> RuntimeDrafter:
             f"self:{max(1, runtime.decoder.shape.layers // 4)} is a usual choice",
         )
     name, decoder = f"self:{layers}", runtime.decoder
-    host.parts[name] = ModelInfo(
+    setup.models[name] = ModelInfo(
         name=name,
         model_type="first layers of the target",
         parameters=0,  # none that the target does not have
@@ -42,4 +42,4 @@ def build(argument: str, host: DraftHost) -> RuntimeDrafter:
         dtype=str(decoder.dtype).removeprefix("torch."),
         weights=decoder.forms,
     )
-    return RuntimeDrafter(runtime.first(layers), host, name)
+    return RuntimeDrafter(runtime.first(layers), setup, name)

@@ -15,7 +15,7 @@ import torch
 from specdec_engine.core.cycle_types import Draft, Sampling, Verdict
 from specdec_engine.core.randomness import Randomness
 from specdec_engine.core.transfer import upload
-from specdec_engine.drafters.base import DraftHost, empty_draft
+from specdec_engine.drafters.base import DraftSetup, empty_draft
 from specdec_engine.errors import UsageError
 
 DEPTH = 16
@@ -44,8 +44,8 @@ class SuffixDrafter:
 
     name = "suffix"
 
-    def __init__(self, host: DraftHost) -> None:
-        self._device, self._limits = host.device, host.draft_limits
+    def __init__(self, setup: DraftSetup) -> None:
+        self._device, self._limits = setup.device, setup.draft_limits
         self._root, self._known = _Node(), 0
         self._ends: list[_Node] = []
 
@@ -56,7 +56,7 @@ class SuffixDrafter:
         self._learn(context[self._known :])
         self._known = len(context)
         tokens, reach, ends = list[int](), 1.0, [*self._ends, self._root]
-        enough = self._limits.early_stop(self.name)
+        stop = self._limits.early_stop(self.name)
         while len(tokens) < k:
             node = next((end for end in ends if end.after), None)
             if node is None:
@@ -65,10 +65,10 @@ class SuffixDrafter:
             reach *= chance
             if not tokens and (node is self._root or not self._limits.should_draft(self.name, chance)):
                 break  # nothing but how common a token is
-            if reach < _LEAST and enough is None:
+            if reach < _LEAST and stop is None:
                 break
             tokens.append(token)
-            if enough is not None and enough(chance):
+            if stop is not None and stop(chance):
                 break
             ends = [*_advanced(ends, token), self._root]
         return (
@@ -96,8 +96,8 @@ def _advanced(ends: Iterable[_Node], token: int) -> list[_Node]:
     return [end.after[token] for end in ends if token in end.after]
 
 
-def build(argument: str, host: DraftHost) -> SuffixDrafter:
+def build(argument: str, setup: DraftSetup) -> SuffixDrafter:
     """`suffix`, which takes no argument."""
     if argument:
         raise UsageError(f"suffix:{argument} is not known", "simply suffix")
-    return SuffixDrafter(host)
+    return SuffixDrafter(setup)

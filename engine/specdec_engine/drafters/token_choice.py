@@ -67,7 +67,7 @@ def chance(p: float, q: float) -> float:
     return min(1.0, q / p) if p > 0 else 0.0
 
 
-class Following:
+class TextSampler:
     """Chooses what a text says, and notes how likely a draft was to be accepted there: a `TokenSampler` for one draft."""
 
     def __init__(self, tokens: Sequence[int], p: Sequence[float], sampling: Sampling) -> None:
@@ -88,7 +88,7 @@ class Following:
         fed = upload(torch.tensor([max(token, 0)]), logits.device)
         return SampledToken(fed, None, torch.ones((), device=logits.device))
 
-    def enough(self, confidence: float) -> bool:
+    def stop(self, confidence: float) -> bool:
         """Hardly a draft gets further."""
         return self._reach < 1e-3
 

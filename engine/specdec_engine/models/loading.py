@@ -138,7 +138,7 @@ class Candidate:
             except Unsupported as reason:
                 dense = self._dense(reason)
                 if self.path.is_dir():
-                    dense._read(torch.device("meta"))
+                    dense._read(torch.device("meta"))  # noqa: SLF001 - another of its own class
                 return dense
         return self
 
@@ -151,7 +151,7 @@ class Candidate:
                 raise Unsupported(_SPREAD)
             return self._lean(self.shape)
         except Unsupported as reason:  # of the config, or now of the checkpoint
-            return self._dense(reason)._generic(placement, str(reason))
+            return self._dense(reason)._generic(placement, str(reason))  # noqa: SLF001 - likewise
 
     def _dense(self, reason: Unsupported) -> Candidate:
         """For the generic forward. Raises UsageError if what was asked for is the lean one's."""
@@ -183,7 +183,7 @@ class Candidate:
         return self._loaded(runtime, decoder.forms, decoder.parameters, remark=remark)
 
     def _graphs(self, forward: Forward) -> tuple[GraphRuntime | None, str]:
-        """This forward as graphs; None where it cannot be recorded, and why. Raises UsageError if graphs were asked for."""
+        """A forward as graphs; None where it cannot be recorded, and why. Raises UsageError if graphs were asked for."""
         limit = context_limit(self.config)
         room = room_for(self.options.tokens, limit)
         runtime = GraphRuntime(forward, self.name, limit, room, CudaRecorder(self.device))

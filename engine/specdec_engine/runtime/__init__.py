@@ -42,10 +42,10 @@ class DraftTokens(NamedTuple):
     """[k, V'], the distributions before temperature and filters over the draft's own ids, where they were asked for."""
 
     @classmethod
-    def of(cls, chosen: Sequence[SampledToken], tokens: Sequence[Tensor]) -> DraftTokens:
+    def of(cls, sampled: Sequence[SampledToken], tokens: Sequence[Tensor]) -> DraftTokens:
         """tokens: [1] each; those chosen, or what they are called elsewhere."""
-        rows = [one.row for one in chosen if one.row is not None]
-        raw = [one.raw for one in chosen if one.raw is not None]
+        rows = [one.row for one in sampled if one.row is not None]
+        raw = [one.raw for one in sampled if one.raw is not None]
         return cls(torch.cat(list(tokens)), torch.cat(rows) if rows else None, torch.cat(raw) if raw else None)
 
 
@@ -95,11 +95,11 @@ class Runtime(Protocol):
         ...
 
     def unroll(
-        self, pending: Tensor, u: Tensor, temperature: Tensor, choose: TokenSampler, enough: StopDrafting | None = None
+        self, pending: Tensor, u: Tensor, temperature: Tensor, sampler: TokenSampler, stop: StopDrafting | None = None
     ) -> DraftTokens:
         """[m] pending tokens and [k] uniform numbers -> [k] tokens, each chosen after the one before.
 
-        Fewer than k where `enough` says so; a runtime that records does not ask. Caches the pending tokens and all chosen
+        Fewer than k where `stop` says so; a runtime that records does not ask. Caches the pending tokens and all chosen
         ones but the last.
         """
         ...
@@ -121,14 +121,14 @@ def step_by_step(
     pending: Tensor,
     u: Tensor,
     temperature: Tensor,
-    choose: TokenSampler,
-    enough: StopDrafting | None = None,
+    sampler: TokenSampler,
+    stop: StopDrafting | None = None,
 ) -> DraftTokens:
     """`Runtime.unroll` by one forward a token."""
-    chosen = list[SampledToken]()
+    sampled = list[SampledToken]()
     for number in u:
-        chosen.append(choose(runtime.forward(pending, 1), number, temperature))
-        pending = chosen[-1].token
-        if enough is not None and enough(chosen[-1].sure):
+        sampled.append(sampler(runtime.forward(pending, 1), number, temperature))
+        pending = sampled[-1].token
+        if stop is not None and stop(sampled[-1].sure):
             break
-    return DraftTokens.of(chosen, [one.token for one in chosen])
+    return DraftTokens.of(sampled, [one.token for one in sampled])

@@ -191,7 +191,7 @@ class GraphRuntime(LeanRuntime):
 
     @torch.inference_mode()
     def unroll(
-        self, pending: Tensor, u: Tensor, temperature: Tensor, choose: TokenSampler, enough: StopDrafting | None = None
+        self, pending: Tensor, u: Tensor, temperature: Tensor, sampler: TokenSampler, stop: StopDrafting | None = None
     ) -> DraftTokens:
         """One replay a token, always k. More than two pending tokens, which is rare, are fed in a pass before."""
         if pending.shape[0] > 2:
@@ -201,7 +201,7 @@ class GraphRuntime(LeanRuntime):
         ends = range(begin + m, begin + m + u.shape[0])
         self._make_room(ends[-1])
         # All of them before the first runs: a recording writes to the fixed tensors.
-        steps = [self._step(m if end == ends[0] else 1, self._span(1, end), choose) for end in ends]
+        steps = [self._step(m if end == ends[0] else 1, self._span(1, end), sampler) for end in ends]
         self._fixed.tokens[:m].copy_(pending)
         self._fixed.start.fill_(begin)
         self._fixed.temperature.copy_(temperature)
@@ -238,19 +238,19 @@ class GraphRuntime(LeanRuntime):
 
         return work
 
-    def _step(self, m: int, span: int, choose: TokenSampler) -> Replay:
+    def _step(self, m: int, span: int, sampler: TokenSampler) -> Replay:
         """The token [1] chosen after m tokens, and its distributions [1, V]; empty ones where there are none."""
         fixed = self._fixed
 
         def work() -> Results:
             positions = fixed.start + torch.arange(m, device=self.device)
             logits = self.decoder(fixed.tokens[:m], positions, self._cache, span, 1)
-            chosen = choose(logits, fixed.number, fixed.temperature)
-            fixed.tokens[:1].copy_(chosen.token)
+            sampled = sampler(logits, fixed.number, fixed.temperature)
+            fixed.tokens[:1].copy_(sampled.token)
             fixed.start.add_(m)
-            return _results(chosen)
+            return _results(sampled)
 
-        return self._recorded(("step", m, span, choose.key), work)
+        return self._recorded(("step", m, span, sampler.key), work)
 
     def _recorded(self, key: Hashable, work: Callable[[], Results]) -> Replay:
         """The recording for this key, made if it is not there.
@@ -294,9 +294,9 @@ def repeatable(recorder: Recorder, work: Callable[[], Results]) -> Replay:
         return work
 
 
-def _results(chosen: SampledToken) -> Results:
-    nothing = chosen.token.new_empty(0)
-    return (chosen.token, *(nothing if t is None else t for t in (chosen.row, chosen.raw)))
+def _results(sampled: SampledToken) -> Results:
+    nothing = sampled.token.new_empty(0)
+    return (sampled.token, *(nothing if t is None else t for t in (sampled.row, sampled.raw)))
 
 
 def room_for(tokens: int, limit: int | None) -> int:

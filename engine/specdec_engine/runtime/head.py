@@ -157,20 +157,20 @@ class HeadRuntime:
         tokens: Tensor,
         u: Tensor,
         temperature: Tensor,
-        choose: TokenSampler,
+        sampler: TokenSampler,
         ids: Tensor,
-        enough: StopDrafting | None = None,
+        stop: StopDrafting | None = None,
     ) -> DraftTokens:
         """Pending slots and [k] uniform numbers -> at most [k] tokens, the target's ids, and their distributions [k, V']."""
-        states, chosen, said = self._forward.fused(features), list[SampledToken](), list[Tensor]()
+        states, sampled, said = self._forward.fused(features), list[SampledToken](), list[Tensor]()
         for number in u:
             logits, states = self._step(states, tokens)
-            chosen.append(choose(logits, number, temperature))
-            tokens = ids.index_select(0, chosen[-1].token)
+            sampled.append(sampler(logits, number, temperature))
+            tokens = ids.index_select(0, sampled[-1].token)
             said.append(tokens)
-            if enough is not None and enough(chosen[-1].sure):
+            if stop is not None and stop(sampled[-1].sure):
                 break
-        return DraftTokens.of(chosen, said)
+        return DraftTokens.of(sampled, said)
 
     def _step(self, states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         end = self._cached + tokens.shape[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,41 +51,41 @@ def recorded(path: Path, target: str, sampling: Sampling) -> list[Answer]:
         "top_p": sampling.top_p,
         "min_p": sampling.min_p,
     }
-    found, prompt, said, ended = list[Answer](), tuple[int, ...](), list[int](), False
-
-    def close() -> None:
-        if said:
-            found.append(Answer((*prompt, *said), len(prompt), ended))
-
+    found = list[Answer]()
     for event in read_trace(path):
         if isinstance(event, Started):
-            close()
-            prompt, said, ended = event.prompt, [], False
-            if event.settings.get("target") != target:
-                raise UsageError(
-                    f"{path} is of the target {event.settings.get('target')}, not {target}",
-                    "name that one with --target",
-                )
-            for name, value in wanted.items():
-                if event.settings.get(name, value) != value:
-                    raise UsageError(
-                        f"{path} was recorded with {name} {event.settings[name]}, not {value}",
-                        "give the same --temperature; filters cannot be tuned for",
-                    )
+            _check_run(path, event, target, wanted)
+            found.append(Answer(event.prompt, len(event.prompt), False))
         elif isinstance(event, SettingChanged) and event.name in wanted:
             raise UsageError(f"in {path} {event.name} was turned on the way", "record a run in which it stays as it is")
         elif isinstance(event, Cycle):
-            try:
-                said += known_ids(event.emitted)
-            except ValueError as error:
-                raise UsageError(
-                    f"in {path}, cycle {event.index}: {error}", "give a trace of our own engine"
-                ) from error
-            ended = event.end == "stop"
-    close()
-    if not found:
+            answer = found.pop()
+            found.append(Answer((*answer.context, *_told(path, event)), answer.begin, event.end == "stop"))
+    if not (answered := [answer for answer in found if len(answer.context) > answer.begin]):
         raise UsageError(f"{path} has no emitted tokens", "record a longer run with --trace")
-    return found
+    return answered
+
+
+def _check_run(path: Path, run: Started, target: str, wanted: Mapping[str, float]) -> None:
+    """Raises UsageError for a run of another target or another distribution."""
+    if run.settings.get("target") != target:
+        raise UsageError(
+            f"{path} is of the target {run.settings.get('target')}, not {target}", "name that one with --target"
+        )
+    for name, value in wanted.items():
+        if run.settings.get(name, value) != value:
+            raise UsageError(
+                f"{path} was recorded with {name} {run.settings[name]}, not {value}",
+                "give the same --temperature; filters cannot be tuned for",
+            )
+
+
+def _told(path: Path, cycle: Cycle) -> tuple[int, ...]:
+    """The tokens of a cycle. Raises UsageError where its observer does not tell them."""
+    try:
+        return known_ids(cycle.emitted)
+    except ValueError as error:
+        raise UsageError(f"in {path}, cycle {cycle.index}: {error}", "give a trace of our own engine") from error
 
 
 def cut(ids: Sequence[int], prompt: int, answer: int) -> list[Answer]:

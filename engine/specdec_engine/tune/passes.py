@@ -14,7 +14,7 @@ from specdec_engine.core.cycle_types import Draft, Sampling, Verdict
 from specdec_engine.core.randomness import KeyedRandomness, Randomness
 from specdec_engine.core.transfer import upload
 from specdec_engine.decoding.control import Controls
-from specdec_engine.drafters.base import Drafter, Foreseeing
+from specdec_engine.drafters.base import AcceptanceAlong, Drafter
 from specdec_engine.drafters.token_choice import along
 from specdec_engine.errors import UsageError
 from specdec_engine.pair import Pair
@@ -63,9 +63,9 @@ def chances_along(
     drafter: Drafter, target: ModelTarget, answer: Answer, sampling: Sampling
 ) -> tuple[Chances, list[tuple[int, float]]]:
     """How its drafts would fare in this answer; and of one that had to be asked, the tokens and seconds of each draft."""
-    if not isinstance(drafter, Foreseeing):
+    if not isinstance(drafter, AcceptanceAlong):
         return _proposed_along(drafter, answer, sampling)
-    rows = drafter.foresee(answer.context, _target_along(target, answer, sampling), MOST_K, sampling)
+    rows = drafter.acceptance_along(answer.context, _target_along(target, answer, sampling), MOST_K, sampling)
     return Chances(tuple(MOST_K if row else 0 for row in rows), tuple(map(tuple, rows)), answer.ended), []
 
 
@@ -94,7 +94,7 @@ def _proposed_along(drafter: Drafter, answer: Answer, sampling: Sampling) -> tup
         times.append((len(draft), time.perf_counter() - began))
         if draft.probs is not None:
             raise UsageError(
-                f"the draft {draft.source} draws at random, and cannot tell what it would have drawn",
+                f"the draft {draft.drafter} draws at random, and cannot tell what it would have drawn",
                 "tune at temperature 0, or leave it out",
             )
         tokens = draft.tokens.tolist()
@@ -106,7 +106,7 @@ def _proposed_along(drafter: Drafter, answer: Answer, sampling: Sampling) -> tup
 def unit_costs(pair: Pair, answers: Sequence[Answer], sampling: Sampling, seed: int) -> UnitCosts:
     """Time cycles of every k up to `MOST_K` in real runs, in shuffled order: a plain one, then two of each k. A drafter that
     proposes where it finds something, and too rarely for that, has a stand-in that always does."""
-    if not isinstance(pair.drafter, Foreseeing):
+    if not isinstance(pair.drafter, AcceptanceAlong):
         pair = replace(pair, drafter=_Filler(pair.target.device))
     order, cycles = random.Random(seed), list[Cycle]()
     rounds = [order.sample(range(1, MOST_K + 1), MOST_K) for _ in range(ROUNDS)]

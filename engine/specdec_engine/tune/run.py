@@ -137,7 +137,7 @@ def _confirmed(
     plan = Plan(target, arms, questions, 1, max_tokens, seed)
     session = Session(plan, {"": pair}, {(best.draft, ""): pair}, {})
     session.warm_up()
-    for number, cell in enumerate(cells := session.cells(), 1):
-        say(f"confirming, run {number} of {len(cells)}")
-        session.measure(cell)
+    for number, run in enumerate(runs := session.runs(), 1):
+        say(f"confirming, run {number} of {len(runs)}")
+        session.measure(run)
     return figures_of(plan, session.samples)

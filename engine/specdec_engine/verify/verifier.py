@@ -72,7 +72,7 @@ class HostVerifier:
             filtered = partial(_gathered, p)
         if raw is not None:
             evidence = with_raw(evidence, raw, draft, filtered)
-        verdict = verdict_of(evidence, draft.source, numbers)
+        verdict = verdict_of(evidence, draft.drafter, numbers)
         return lambda: verdict
 
     def _greedily(self, best: list[int], draft: Draft, numbers: Numbers, vocab: int) -> tuple[Evidence, Filtered]:
@@ -95,7 +95,7 @@ class DeviceVerifier:
         numbers, raw = Numbers.drawn(random, position, len(draft)), _raw_inputs(logits, draft, sampling)
         row = self._row(logits, draft, sampling, random, numbers, raw)
         layout = Layout.of(len(draft), logits.shape[1], raw)
-        return partial(_arrived, *download(row), layout, draft.source, numbers)
+        return partial(_arrived, *download(row), layout, draft.drafter, numbers)
 
     def _row(
         self,

@@ -13,7 +13,7 @@ _SHOWN = 5
 """Rows; the last stands for all later positions, where there are more."""
 
 
-def positions(view: View, room: PanelContext) -> PanelContent | None:
+def positions(view: View, context: PanelContext) -> PanelContent | None:
     """How often the token at each position was kept, of those tested there."""
     found = view.past.summary().positions
     if len(found) > _SHOWN:
@@ -22,7 +22,7 @@ def positions(view: View, room: PanelContext) -> PanelContent | None:
         found = (*found[: _SHOWN - 1], Position(*sums))
     if not found:
         return None
-    cells = max(4, room.width - 15)
+    cells = max(4, context.width - 15)
     lines: list[Line] = [
         [
             (f"{i}{'+' if i == _SHOWN else ' '}", "muted"),
@@ -36,11 +36,11 @@ def positions(view: View, room: PanelContext) -> PanelContent | None:
     return PanelContent("kept, by position in the draft", lines)
 
 
-def rolling(view: View, room: PanelContext) -> PanelContent | None:
-    found = rolling_alpha(view.past.cycles[-room.width - WINDOW :], WINDOW)
+def rolling(view: View, context: PanelContext) -> PanelContent | None:
+    found = rolling_alpha(view.past.cycles[-context.width - WINDOW :], WINDOW)
     if not any(value is not None for value in found):
         return None
     return PanelContent(
         f"kept of tested, last {WINDOW} cycles · {number(found[-1])}",
-        [[(row, "draft")] for row in columns(found, 1.0, room.width)],
+        [[(row, "draft")] for row in columns(found, 1.0, context.width)],
     )

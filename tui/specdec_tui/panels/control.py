@@ -10,7 +10,7 @@ from specdec_tui.panels import Line, PanelContent, PanelContext, flowed
 from specdec_tui.pieces import one_line, plain
 
 
-def memory(view: View, room: PanelContext) -> PanelContent | None:
+def memory(view: View, context: PanelContext) -> PanelContent | None:
     """Weights and caches so far; None where the run did not say how large its models are."""
     frame = view.past
     models = [frame.environment.get("target"), *(frame.environment.get("drafts") or {}).values()]
@@ -20,27 +20,27 @@ def memory(view: View, room: PanelContext) -> PanelContent | None:
     tokens = len(frame.prompt) + frame.summaries[-1].emitted
     cache = tokens * sum(m.get("token_bytes") or 0 for m in parts)
     target, drafts = parts[0]["weight_bytes"], sum(m["weight_bytes"] for m in parts[1:])
-    cells = stacked((drafts, target, cache), room.width)
+    cells = stacked((drafts, target, cache), context.width)
     bars: Line = [(glyph * n, s) for glyph, n, s in zip("█▓░", cells, ("draft", "target", "muted"), strict=True)]
     said = ([f"draft {_size(drafts)}"] if drafts else []) + [f"target {_size(target)}"]
     said += [f"{_size(cache)} for {tokens} tokens"] if cache else []
     most = frame.finished.peak_bytes if frame.finished is not None else None
     title = "memory" if most is None else f"memory · at most {_size(most)} in all"
-    return PanelContent(title, [bars, *flowed("  ".join(said), room.width)])
+    return PanelContent(title, [bars, *flowed("  ".join(said), context.width)])
 
 
 def _size(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
-def k_over_time(view: View, room: PanelContext) -> PanelContent | None:
+def k_over_time(view: View, context: PanelContext) -> PanelContent | None:
     """None while k has never changed."""
     past = view.past
     changes = [change for change in past.changes if change.name == "k"]
     if not changes or not past.cycles:
         return None
-    ks = [cycle.k for cycle in past.cycles[-room.width :]]
-    lines: list[Line] = [[(row, "ratio")] for row in columns([float(k) for k in ks], float(max(*ks, 1)), room.width)]
+    ks = [cycle.k for cycle in past.cycles[-context.width :]]
+    lines: list[Line] = [[(row, "ratio")] for row in columns([float(k) for k in ks], float(max(*ks, 1)), context.width)]
     last = changes[-1]
-    lines += flowed(f"from cycle {last.cycle + 1}: {one_line(last.reason) or 'changed'}", room.width, "muted")[:3]
+    lines += flowed(f"from cycle {last.cycle + 1}: {one_line(last.reason) or 'changed'}", context.width, "muted")[:3]
     return PanelContent(f"k · now {plain(last.new)}", lines)

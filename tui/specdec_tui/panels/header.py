@@ -8,7 +8,7 @@ from specdec_tui.panels import Line, PanelContext, fitted, number
 from specdec_tui.pieces import plain
 
 
-def header(view: View, room: PanelContext, state: str) -> Line:
+def header(view: View, context: PanelContext, state: str) -> Line:
     """state: playing, paused, finished, in words and a glyph."""
     frame = view.past
     if not frame.run:
@@ -17,7 +17,7 @@ def header(view: View, room: PanelContext, state: str) -> Line:
     k = f"k ≤ {most} auto" if frame.setting("adaptive") else f"k {most}"
     facts = f"{k}  T {plain(frame.setting('temperature'))}  seed {frame.seed}{_observed(frame)}"
     models = f"{plain(frame.settings.get('draft'))} → {plain(frame.settings.get('target'))}"
-    models = fitted(models, max(8, room.width - len(facts) - len(state) - 14))
+    models = fitted(models, max(8, context.width - len(facts) - len(state) - 14))
     return [(" specdec ", "brand"), (f" {models}  ", "strong"), (f"{facts}  ", ""), (state, "key")]
 
 
@@ -28,7 +28,7 @@ def _observed(frame: Frame) -> str:
     return f"  {plain(frame.observer)}, {frame.summary().exactness}"
 
 
-def figures(view: View, room: PanelContext) -> Line:
+def figures(view: View, context: PanelContext) -> Line:
     """Figures of what is shown: the same that `stats` gives for those events."""
     past = view.past
     s = past.summary()
@@ -46,7 +46,7 @@ def figures(view: View, room: PanelContext) -> Line:
     ]
     line, used = list[tuple[str, str]](), 0
     for text, style in parts:
-        if used + len(text) > room.width:
+        if used + len(text) > context.width:
             break
         line.append((text, style))
         used += len(text)

@@ -13,7 +13,7 @@ from specdec_tui.pieces import alone
 _LABEL, _NUMBER = 11, 7
 
 
-def inspector(view: View, room: PanelContext) -> PanelContent | None:
+def inspector(view: View, context: PanelContext) -> PanelContent | None:
     """None before the first cycle."""
     cycle, at = view.cycle, view.inspected
     if cycle is None:
@@ -25,21 +25,21 @@ def inspector(view: View, room: PanelContext) -> PanelContent | None:
             [("the pass gave the target's own token", "muted")],
         ]
         return PanelContent("inspector", lines)
-    token = fitted(f"“{alone(cycle.drafted[at], room.name)}”", room.width - 22)
+    token = fitted(f"“{alone(cycle.drafted[at], context.name)}”", context.width - 22)
     lines = [[(f"cycle {cycle.index + 1} · token {at + 1} of {len(cycle.drafted)} · ", "muted"), (token, "strong")]]
     if view.warping:
-        return PanelContent("before and after · ▒ gained ░ lost", [*lines, *in_full(view, cycle, at, room)])
+        return PanelContent("before and after · ▒ gained ░ lost", [*lines, *in_full(view, cycle, at, context)])
     seen = view.partial
     if seen is not None and not seen.verified:
-        return PanelContent("inspector", [*lines, *_draft(cycle, at, room.width)])
+        return PanelContent("inspector", [*lines, *_draft(cycle, at, context.width)])
     thrown = seen is None or seen.tested > at
-    lines += _scales(cycle, at, room.width, view.frame.rule, thrown)
+    lines += _scales(cycle, at, context.width, view.frame.rule, thrown)
     lines += in_short(cycle, at, view.frame.upto(view.shown))
     if seen is not None and seen.tested <= at and not seen.final:
         return PanelContent("inspector", [*lines, [("not tested yet", "muted")]])
     lines += [[], *_verdict(cycle, at, view.frame.rule)]
     if at == cycle.accepted and (seen is None or seen.final):
-        lines += _residual(cycle, room, view.frame.rule)
+        lines += _residual(cycle, context, view.frame.rule)
     overlap = cycle.overlap[at] if at < len(cycle.overlap) else None
     if overlap is not None and at <= cycle.accepted:
         lines += [[("overlap Σ min(p, q) ", "muted"), (number(overlap), "")]]
@@ -84,7 +84,7 @@ def _verdict(cycle: Cycle, at: int, rule: str) -> list[Line]:
     return [[(f"{held(cycle, at)}  →  ", ""), verdict]]
 
 
-def _residual(cycle: Cycle, room: PanelContext, rule: str) -> list[Line]:
+def _residual(cycle: Cycle, context: PanelContext, rule: str) -> list[Line]:
     if cycle.accepted == len(cycle.drafted) or not cycle.residual:
         return []
     drawn = cycle.emitted[-1] if len(cycle.emitted) > cycle.accepted else None
@@ -94,11 +94,11 @@ def _residual(cycle: Cycle, room: PanelContext, rule: str) -> list[Line]:
     known = [entry for entry in cycle.residual if entry[0] == drawn]
     others = [entry for entry in cycle.residual if entry[0] != drawn]
     entries = sorted([*others[: 4 - len(known)], *known], key=lambda entry: -entry[1])
-    rest, width = 1.0 - sum(mass for _, mass in entries), max(6, room.width - 32)
+    rest, width = 1.0 - sum(mass for _, mass in entries), max(6, context.width - 32)
     if drawn is not None and not known:
-        lines.append([("  ↳ drawn: ", "muted"), (fitted(alone(drawn, room.name), 20), "recovered")])
+        lines.append([("  ↳ drawn: ", "muted"), (fitted(alone(drawn, context.name), 20), "recovered")])
     for token, mass in entries:
-        name = padded(alone(token, room.name), 13)
+        name = padded(alone(token, context.name), 13)
         mark = ("↳ drawn", "recovered") if token == drawn else ("", "")
         lines.append([(f"  {name}", ""), (bar(mass, width), "target"), (f"{mass:.2f} ".rjust(6), ""), mark])
     if rest > 0.005:

@@ -7,12 +7,12 @@ from specdec_tui.panels import Line, PanelContent, PanelContext, number, padded
 from specdec_tui.pieces import alone
 
 
-def table(view: View, room: PanelContext) -> PanelContent | None:
+def table(view: View, context: PanelContext) -> PanelContent | None:
     """None for a cycle without a draft. p past the first rejection is in parentheses: its prefix was given up."""
     cycle = view.cycle
     if cycle is None or not cycle.drafted:
         return None
-    wide = max(8, room.width - 38)
+    wide = max(8, context.width - 38)
     lines: list[Line] = [[(f"  {'token'.ljust(wide)}{'q':>7}{'p':>9}{'min(1,p/q)':>12}{'u':>7}", "muted")]]
     for i, token in enumerate(cycle.drafted):
         p, q, u = cycle.p[i], cycle.q[i], cycle.u[i]
@@ -22,7 +22,7 @@ def table(view: View, room: PanelContext) -> PanelContent | None:
         mark, style = (
             ("✓", "accepted") if i < cycle.accepted else ("×", "refused") if i == cycle.accepted else ("·", "muted")
         )
-        name = padded(alone(token, room.name), wide)
+        name = padded(alone(token, context.name), wide)
         row = f"{number(q, 3):>7}{target:>9}{number(ratio, 3):>11} {number(u, 3):>7}"
         lines.append([(f"{mark} ", style), (name, style if i != view.inspected else "cursor"), (row, "")])
     if len(cycle.emitted) > cycle.accepted:
@@ -31,7 +31,7 @@ def table(view: View, room: PanelContext) -> PanelContent | None:
         lines.append(
             [
                 (f"{mark} ", style),
-                (padded(alone(cycle.emitted[-1], room.name), wide), style),
+                (padded(alone(cycle.emitted[-1], context.name), wide), style),
                 (how, "muted"),
             ]
         )

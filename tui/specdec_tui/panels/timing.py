@@ -11,17 +11,17 @@ RECENT = 32
 """Cycles that medians look back on."""
 
 
-def throughput(view: View, room: PanelContext) -> PanelContent | None:
+def throughput(view: View, context: PanelContext) -> PanelContent | None:
     """Columns from zero, one a cycle; below plain decoding they are red."""
     past = view.past
-    found = rates(past.cycles[-room.width :])
+    found = rates(past.cycles[-context.width :])
     if not any(found):
         return None
     plain = 1 / past.plain_s if past.plain_s else None
     top = max(*(v for v in found if v is not None), plain or 0.0, 1e-9)
     lines = list[Line]()
-    for row in columns(found, top, room.width, 2):
-        shown = [None] * (room.width - len(found)) + found
+    for row in columns(found, top, context.width, 2):
+        shown = [None] * (context.width - len(found)) + found
         lines.append(
             [
                 (cell, "refused" if v is not None and plain is not None and v < 0.97 * plain else "draft")
@@ -32,12 +32,12 @@ def throughput(view: View, room: PanelContext) -> PanelContent | None:
     return PanelContent(title, lines)
 
 
-def time_split(view: View, room: PanelContext) -> PanelContent | None:
+def time_split(view: View, context: PanelContext) -> PanelContent | None:
     found = median_phases(view.past.cycles[-RECENT:])
     if found is None or not found.total_s:
         return None
     parts = (found.draft_s, found.verify_s, found.other_s)
-    cells = stacked(parts, room.width)
+    cells = stacked(parts, context.width)
     bars: Line = [
         (glyph * n, style) for glyph, n, style in zip("█▓░", cells, ("draft", "target", "muted"), strict=True)
     ]
@@ -45,7 +45,7 @@ def time_split(view: View, room: PanelContext) -> PanelContent | None:
     return PanelContent("where a cycle's time goes, median", [bars, [("  ".join(words) + " ms", "")]])
 
 
-def made_of(view: View, room: PanelContext) -> PanelContent | None:
+def made_of(view: View, context: PanelContext) -> PanelContent | None:
     """None where plain decoding is not known, or nothing was drafted."""
     past = view.past
     if past.plain_s is None or not past.summary().drafted:

@@ -26,18 +26,18 @@ def in_short(cycle: Cycle, at: int, frame: Frame) -> list[Line]:
     return [[(f"before {by if by == drafts else 'warping'}: {', '.join(told)}", "muted")]] if told else []
 
 
-def in_full(view: View, cycle: Cycle, at: int, room: PanelContext) -> list[Line]:
+def in_full(view: View, cycle: Cycle, at: int, context: PanelContext) -> list[Line]:
     """The likeliest tokens of both, before and after; p only when the cycle, shown in part, has come to its verification."""
     lines, frame = list[Line]([[]]), view.frame.upto(view.shown)
     if view.partial is None or view.partial.verified:
-        lines += [*_side("target", cycle.raw_p, cycle.p[at], cycle, at, warper(frame), room), []]
+        lines += [*_side("target", cycle.raw_p, cycle.p[at], cycle, at, warper(frame), context), []]
     if cycle.raw_q is None and cycle.raw_p is not None and cycle.q[at] == 1.0:
         return [*lines, [("q draft", "strong"), (" looked this up: q is 1, whatever the temperature", "muted")]]
-    return lines + _side("draft", cycle.raw_q, cycle.q[at], cycle, at, warper(frame, "draft_temperature"), room)
+    return lines + _side("draft", cycle.raw_q, cycle.q[at], cycle, at, warper(frame, "draft_temperature"), context)
 
 
 def _side(
-    who: str, raw: Raw | None, now: float | None, cycle: Cycle, at: int, by: str, room: PanelContext
+    who: str, raw: Raw | None, now: float | None, cycle: Cycle, at: int, by: str, context: PanelContext
 ) -> list[Line]:
     label = ("q " if who == "draft" else "p ") + who
     if raw is None:
@@ -45,7 +45,7 @@ def _side(
     if not raw.likeliest[at]:
         return [[(label, "strong"), (" before temperature: not worked out, it was never tested", "muted")]]
     lines: list[Line] = [[(label, "strong"), (f", before → after {by}", "muted")]]
-    width, drafted, was = max(4, room.width - _NAME - _NUMBERS - 3), cycle.drafted[at], raw.drafted[at]
+    width, drafted, was = max(4, context.width - _NAME - _NUMBERS - 3), cycle.drafted[at], raw.drafted[at]
     rows = list(raw.likeliest[at])
     if drafted is not None and was is not None and now is not None and all(token != drafted for token, _, _ in rows):
         rows.append((drafted, was, now))
@@ -53,7 +53,7 @@ def _side(
         mark = "› " if token == drafted else "  "
         lines.append(
             [
-                (mark + padded(alone(token, room.name), _NAME), "strong" if token == drafted else ""),
+                (mark + padded(alone(token, context.name), _NAME), "strong" if token == drafted else ""),
                 (changed(before, after, width), who),
                 (f" {before:.3f}→{after:.3f}".rjust(_NUMBERS), ""),
             ]

@@ -14,7 +14,7 @@ from specdec_tui.panels import Line, PanelContent, flowed
 from specdec_tui.panels.toy import curve, histograms
 from specdec_tui.player import Player
 from specdec_tui.screens.watch import WatchScreen
-from specdec_tui.source import Source
+from specdec_tui.streams import EventStream
 from specdec_tui.theme import content
 from specdec_tui.toy import MOST
 from specdec_tui.widgets.board import Board
@@ -41,19 +41,19 @@ class LessonScreen(WatchScreen):
     LessonScreen.-narrow.-inspecting #left, LessonScreen.-narrow.-inspecting #scrubber { display: none; }
     """
 
-    def __init__(self, source: Source, player: Player, lesson: Lesson) -> None:
-        super().__init__(source, player)
+    def __init__(self, stream: EventStream, player: Player, lesson: Lesson) -> None:
+        super().__init__(stream, player)
         self._lesson, self._seen = lesson, State(player.view)
         self._drawing = self._unsure = False
 
     def compose(self) -> ComposeResult:
         yield Static(id="page", markup=False)
         yield Static(id="experiment", markup=False)
-        yield Board(self._source.name)
+        yield Board(self._stream.name)
 
     def on_mount(self) -> None:
         super().on_mount()
-        self._player.feed(self._source.drain())
+        self._player.feed(self._stream.drain())
         self.action_turn(0)
 
     def tick(self) -> None:

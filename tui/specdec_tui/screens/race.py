@@ -15,7 +15,7 @@ from textual.screen import Screen
 from textual.widgets import Static
 
 from specdec_tui.frame import Frame
-from specdec_tui.live import LiveSource, Request
+from specdec_tui.live import LiveStream, Request
 from specdec_tui.panels import Line, number
 from specdec_tui.pieces import one_line
 from specdec_tui.race import Lane, Race
@@ -48,10 +48,10 @@ class RaceScreen(Screen[Frame | None]):
         Binding("escape,b", "back", "Back to the run", id="race.back"),
     ]
 
-    def __init__(self, source: LiveSource) -> None:
+    def __init__(self, stream: LiveStream) -> None:
         super().__init__()
-        self._source, self._frames = source, [Frame(), Frame()]
-        self._before = before = source.turned
+        self._stream, self._frames = stream, [Frame(), Frame()]
+        self._before = before = stream.turned
         seed = before.seed if before.seed is not None else secrets.randbits(32)
         alone = replace(before.sampling, raw=False)  # 1 to 3 % of a cycle, which plain ones do not pay
         self._request = replace(before, seed=seed, sampling=alone)
@@ -68,7 +68,7 @@ class RaceScreen(Screen[Frame | None]):
             for key in ("plain", "speculative"):
                 with Vertical(classes="lane"):
                     yield Static(id=f"{key}-figures", markup=False)
-                    yield Stream(self._source.name, id=f"{key}-stream")
+                    yield Stream(self._stream.name, id=f"{key}-stream")
         yield Static(id="race-verdict", markup=False)
         yield Static("space play · home again · + - speed · escape back", id="race-keys", markup=False)
 
@@ -92,13 +92,13 @@ class RaceScreen(Screen[Frame | None]):
     def _next(self) -> None:
         self._recording += 1
         if (request := next(self._waiting, None)) is not None:
-            self._source.again(request)
+            self._stream.again(request)
             return
         self._race = Race(Lane.of("plain", self._frames[0]), Lane.of("speculative", self._frames[1]))
 
     def _record(self) -> None:
-        self._source.allow(None)
-        for event in self._source.drain():
+        self._stream.allow(None)
+        for event in self._stream.drain():
             frame = self._frames[self._recording]
             if event.kind != "started" and not frame.run:
                 continue  # of the run that was given up
@@ -130,7 +130,7 @@ class RaceScreen(Screen[Frame | None]):
         said = (
             race.verdict() if race is not None and over else "Recorded back to back on this machine, replayed together."
         )
-        stage = self._source.stage
+        stage = self._stream.stage
         if stage is not None and stage.failed:
             said = one_line(f"× {stage.text}. {stage.hint}")
         elif (broken := next((f.failed for f in self._frames if f.failed is not None), None)) is not None:
@@ -139,7 +139,7 @@ class RaceScreen(Screen[Frame | None]):
 
     def _title(self) -> Line:
         if self._race is None:
-            stage = self._source.stage
+            stage = self._stream.stage
             what = (
                 one_line(stage.text)
                 if stage is not None and not stage.failed
@@ -166,5 +166,5 @@ class RaceScreen(Screen[Frame | None]):
 
     def action_back(self) -> None:
         """With the speculative run; before both are recorded, with none."""
-        self._source.request = self._before
+        self._stream.request = self._before
         self.dismiss(self._frames[1] if self._race is not None else None)

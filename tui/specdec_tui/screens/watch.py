@@ -21,13 +21,13 @@ from specdec_engine.record.text import printable
 from specdec_tui import raster
 from specdec_tui.display import DrawThrottle
 from specdec_tui.frame import View
-from specdec_tui.live import LiveSource, Request
+from specdec_tui.live import LiveStream, Request
 from specdec_tui.narrate import ending, step_words
 from specdec_tui.player import Player
 from specdec_tui.saving import KINDS, animate, fresh_path, save
 from specdec_tui.screens.ask import AskKind, AskPrompt, AskWord
 from specdec_tui.screens.race import RaceScreen
-from specdec_tui.source import Source, Stage
+from specdec_tui.streams import EventStream, Stage
 from specdec_tui.widgets.board import Board, Status
 from specdec_tui.widgets.scrubber import Scrubber
 from specdec_tui.widgets.stream import Stream
@@ -75,10 +75,10 @@ class WatchScreen(Screen[None]):
         Binding("h", "aim(-1)", "Previous token of the cycle", id="aim-back"),
     ]
 
-    def __init__(self, source: Source, player: Player) -> None:
+    def __init__(self, stream: EventStream, player: Player) -> None:
         super().__init__()
-        self._source, self._player = source, player
-        self._live = source if isinstance(source, LiveSource) else None
+        self._stream, self._player = stream, player
+        self._live = stream if isinstance(stream, LiveStream) else None
         self._word = ""
         self._racing = False
         self._ticked, self._throttle = monotonic(), DrawThrottle()
@@ -86,7 +86,7 @@ class WatchScreen(Screen[None]):
         self._drawn: tuple[View, bool, float, Stage | None, int] | None = None
 
     def compose(self) -> ComposeResult:
-        yield Board(self._source.name)
+        yield Board(self._stream.name)
 
     def on_mount(self) -> None:
         self.query_one(Stream).focus()
@@ -104,10 +104,10 @@ class WatchScreen(Screen[None]):
         elapsed, self._ticked = now - self._ticked, now
         if self._racing:  # the events are the race's
             return
-        self._player.feed(self._source.drain())
+        self._player.feed(self._stream.drain())
         self._player.tick(elapsed)
-        self._source.allow(self._player.allowed)
-        stage = self._source.stage
+        self._stream.allow(self._player.allowed)
+        stage = self._stream.stage
         self._since = now if stage is None or stage.failed else self._since
         self._waited = int(now - self._since)
         state = self._player.view, self._player.playing, self._player.speed, stage, self._waited
@@ -127,7 +127,7 @@ class WatchScreen(Screen[None]):
         end = "live" if self._player.live and not over else "end"
         live, cost = self._live is not None, self._throttle.share if self._at_full_speed else None
         said = Status(
-            self._state(), self._narration(), end, self._player.playing, live, self._source.stage, cost, self._waited
+            self._state(), self._narration(), end, self._player.playing, live, self._stream.stage, cost, self._waited
         )
         with self.app.batch_update():
             self.query_one(Board).show(view, said)
@@ -135,8 +135,8 @@ class WatchScreen(Screen[None]):
     def _narration(self) -> str:
         view = self._player.view
         if view.at_end and view.frame.over and view.shown:
-            return f"{ending(view.frame)} {step_words(view, self._source.name)}"
-        return step_words(view, self._source.name)
+            return f"{ending(view.frame)} {step_words(view, self._stream.name)}"
+        return step_words(view, self._stream.name)
 
     def _state(self) -> str:
         player, over = self._player, self._player.view.frame.over
@@ -196,7 +196,7 @@ class WatchScreen(Screen[None]):
         view = self._player.view
         if not self._word:
             return
-        found = containing(view.frame, self._source.name, self._word, view.shown, direction)
+        found = containing(view.frame, self._stream.name, self._word, view.shown, direction)
         if found is None:
             self._say(f"“{printable(self._word)}” is not in the text")
         else:
@@ -206,7 +206,7 @@ class WatchScreen(Screen[None]):
     async def action_save(self) -> None:
         if (kind := await self.app.push_screen_wait(AskKind(KINDS))) is None:
             return
-        frame, name = self._player.view.frame, self._source.name
+        frame, name = self._player.view.frame, self._stream.name
         self.app.clear_notifications()  # a picture would show them
         await sleep(0.1)
         try:
@@ -244,13 +244,13 @@ class WatchScreen(Screen[None]):
         self._turn("temperature", lambda live: live.change_temperature(by))
 
     def action_adapt(self) -> None:
-        self._turn("k auto", LiveSource.toggle_auto)
+        self._turn("k auto", LiveStream.toggle_auto)
 
-    def _turn(self, name: str, turn: Callable[[LiveSource], float | None]) -> None:
+    def _turn(self, name: str, turn: Callable[[LiveStream], float | None]) -> None:
         """While a run is under way; and say what its next cycle will run with."""
         value = None if self._live is None or self._player.view.frame.over else turn(self._live)
         if value is None:
-            loading = self._source.stage is not None
+            loading = self._stream.stage is not None
             self._say("nothing runs yet" if loading else "no run is under way: r begins another")
             return
         shown = ("on" if value else "off") if isinstance(value, bool) else f"{value:g}"

@@ -13,7 +13,7 @@ from specdec_tui.panels import PanelContext, acceptance, control, fitted, flowed
 from specdec_tui.panels.inspector import inspector
 from specdec_tui.panels.table import table
 from specdec_tui.pieces import Name, one_line
-from specdec_tui.source import Stage
+from specdec_tui.streams import Stage
 from specdec_tui.theme import content
 from specdec_tui.widgets.keys import Keys
 from specdec_tui.widgets.ladder import Ladder
@@ -81,19 +81,19 @@ class Board(Vertical):
         yield Scrubber()
         yield Keys(id="keys")
 
-    def show(self, view: View, said: Status) -> None:
+    def show(self, view: View, status: Status) -> None:
         """Draw it."""
         waiting = not view.frame.run
         self.set_class(waiting, "-waiting")
-        room = PanelContext(self.size.width, self._token_name)
-        self._static("header", [header.header(view, room, said.state)])
+        context = PanelContext(self.size.width, self._token_name)
+        self._static("header", [header.header(view, context, status.state)])
         if waiting:
-            self._static("notice", notice(said.stage, said.waited))
+            self._static("notice", notice(status.stage, status.waited))
             return
-        self._static("figures", [header.figures(view, room)])
-        troubled = said.stage is not None and said.stage.failed
+        self._static("figures", [header.figures(view, context)])
+        troubled = status.stage is not None and status.stage.failed
         style = "refused" if troubled else ""
-        said_now = f"{said.stage.text}. {said.stage.hint}" if said.stage is not None else said.narration
+        said_now = f"{status.stage.text}. {status.stage.hint}" if status.stage is not None else status.narration
         told = flowed(one_line(said_now), max(1, self.size.width - 2), style)
         if len(told) > 2:  # what is cut must be seen to be
             rest = " ".join(text for line in told[1:] for text, _ in line)
@@ -104,8 +104,8 @@ class Board(Vertical):
         for box in self.query(PanelBox):
             if box.parent is not None and box.parent.display:
                 box.show(view)
-        self.query_one(Scrubber).show(view, said.end)
-        self.query_one(Keys).show(said.playing, said.live, said.display_cost)
+        self.query_one(Scrubber).show(view, status.end)
+        self.query_one(Keys).show(status.playing, status.live, status.display_cost)
 
     def _static(self, name: str, lines: list[list[tuple[str, str]]]) -> None:
         self.query_one(f"#{name}", Static).update(content(lines), layout=False)

@@ -17,22 +17,22 @@ class PanelBox(Static):
     def __init__(self, panel: Panel, name: Name, *, id: str) -> None:
         super().__init__(id=id, classes="panel -silent", markup=False)
         self._panel, self._token_name = panel, name
-        self._drawn: PanelContent | None = None
+        self._shown: PanelContent | None = None
 
     def show(self, view: View) -> None:
-        drawn, before = self._panel(view, PanelContext(max(10, self._room()), self._token_name)), self._drawn
-        if drawn == before:
+        shown, before = self._panel(view, PanelContext(max(10, self._room()), self._token_name)), self._shown
+        if shown == before:
             return
-        self._drawn = drawn
-        self.set_class(drawn is None, "-silent")
-        if drawn is None:
+        self._shown = shown
+        self.set_class(shown is None, "-silent")
+        if shown is None:
             return
-        if before is None or before.title != drawn.title:
-            self.border_title = content([[(drawn.title, "muted")]])
+        if before is None or before.title != shown.title:
+            self.border_title = content([[(shown.title, "muted")]])
         # A layout draws the whole screen again: only where this box grows or shrinks.
         fixed = self.styles.height is not None and not self.styles.height.is_auto
-        same = before is not None and (fixed or len(before.lines) == len(drawn.lines))
-        self.update(content(drawn.lines), layout=not same)
+        same = before is not None and (fixed or len(before.lines) == len(shown.lines))
+        self.update(content(shown.lines), layout=not same)
 
     def _room(self) -> int:
         """Cells within the border; the column's, while this one is hidden and has none."""

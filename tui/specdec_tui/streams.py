@@ -29,7 +29,7 @@ class Stage:
     failed: bool = False
 
 
-class Source(Protocol):
+class EventStream(Protocol):
     """**Protocol:** events for the screen, drained at its own rate, from a thread of the source's own."""
 
     live: bool
@@ -81,7 +81,7 @@ class Threaded:
         self.error, self.stage = error, Stage(error.message, error.hint, failed=True)
 
 
-class ReplaySource(Threaded):
+class ReplayStream(Threaded):
     """A trace, read in a thread: a large one shows its beginning while the rest is read. Of several runs, the last."""
 
     live = False
@@ -121,7 +121,7 @@ class ReplaySource(Threaded):
             self._failed(error)
 
 
-class FrameSource:
+class FrameStream:
     """A run that is known whole."""
 
     live = False
