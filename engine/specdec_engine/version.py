@@ -1,3 +1,3 @@
 """What this is a version of; `pyproject.toml` reads it, and so may every room."""
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"

@@ -8,6 +8,7 @@ import tomllib
 import pytest
 
 from specdec_cli import profiles
+from specdec_engine.core.registry import OURS
 from specdec_engine.tune import passes
 
 
@@ -42,7 +43,8 @@ def test_it_looks_at_each_draft_solves_and_confirms(tune, checkpoint, draft_chec
     assert found["schema"] == "specdec.tune/1"
     names = {curve["draft"] for curve in found["drafts"]}
     d = str(draft_checkpoint)
-    assert names == {d, "ngram", "suffix", f"ngram,{d}", f"suffix,{d}"}
+    lookups = {entry.name for entry in OURS if entry.lookup}
+    assert names == {d, *lookups, *(f"{lookup},{d}" for lookup in lookups)}
     assert all([p["k"] for p in curve["curve"]] == list(range(1, 17)) for curve in found["drafts"])
     assert found["costs"][d]["pass_s"].keys() == {str(n) for n in range(1, 18)}
     assert found["predicted"]["draft"] == found["drafts"][0]["draft"]

@@ -41,6 +41,8 @@ def pressed(source, *keys, size=(120, 40), speed=float("inf")):
 def test_screens_look_as_they_did(golden, size, what, keys):
     shown, _ = pressed(Told(events(60)), *keys, size=size)
     golden(shown, f"{what}-{size[0]}x{size[1]}.txt")
+    text = shown if isinstance(shown, str) else "\n".join(shown)
+    assert text.count("╭") == text.count("╰"), "a box is cut off at the bottom: there is no room for all panels"
 
 
 def test_greyscale_has_no_hue_and_says_as_much(monkeypatch):

@@ -36,8 +36,10 @@ class DrafterEntry:
     build: str
     """`module:function`, a function of an argument and a `DraftSetup` that gives a `Drafter`."""
     lookup: bool = False
-    """Whether it reads no weights and costs next to nothing: it fits every target, and may go before a model."""
+    """Whether it reads no weights and costs next to nothing: it fits every target, and `tune` tries it for everybody, alone
+    and before each model."""
     servers: ServerNames | None = None
+    """None for what no server can do."""
     package: str = ""
     """Which has it; empty for ours."""
 

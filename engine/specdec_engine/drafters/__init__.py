@@ -1,8 +1,4 @@
-"""Ways of drafting. `core/registry.py` lists them; here they are built.
-
-A new one: a file here with `build(argument, setup)`, an entry in the registry, and a case in tests/contracts, which fail
-until there is one.
-"""
+"""Ways of drafting. `core/registry.py` lists them; here they are built. CONTRIBUTING.md says what a new one takes."""
 
 from __future__ import annotations
 

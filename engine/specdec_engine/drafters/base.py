@@ -28,6 +28,7 @@ class Drafter(Protocol):
       that made its draft, and that would bias the output;
     - it may stop early because of what it knows *before* drawing a token, or after including one; it never drops a drawn
       token because of its value, which would bias the output;
+    - it may ask `setup.draft_limits` how far to go, and need not: the loop's k is the most in any case;
     - `observe` follows each `propose` that gave tokens and tells what became of them; own state is rolled back there. In
       a cycle it may not be asked at all: the context is the truth, and the drafter catches up with it.
     """

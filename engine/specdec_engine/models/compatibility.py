@@ -61,15 +61,15 @@ def check(target: str, draft: str, options: LoadOptions) -> Fit:
 
 
 def _member(ours: Candidate, draft: str, options: LoadOptions) -> tuple[list[Finding], dict[str, Any]]:
-    word, _, argument = draft.partition(":")
-    if word == "self":
-        return [_own_layers(ours, argument)], {}
-    entry = entry_of(draft)
-    if entry is not None and (entry.lookup or word == "none"):
-        return [Finding("draft", "ok", f"{draft} drafts without a model of its own, and fits every target")], {}
+    entry, argument = entry_of(draft), draft.partition(":")[2]
     if entry is not None and entry.package:
         said = f"{draft} is {entry.package}'s, which alone can say what it needs; it is loaded by generate"
         return [Finding("draft", "note", said)], {}
+    if entry is not None and entry.name == "self":
+        return [_own_layers(ours, argument)], {}
+    if entry is not None and entry.name not in ("model", "head"):
+        return [Finding("draft", "ok", f"{draft} drafts without a model of its own, and fits every target")], {}
+    draft = draft if entry is None else argument  # model:NAME and head:FOLDER
     head = builtin_draft() if draft == "builtin" else Path(draft)
     made = read_draft(head) if head.is_dir() else None
     if made is not None and made.kind == "head":

@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from specdec_engine.core.registry import ServerNames, drafters, entry_of, is_lookup
+from specdec_engine.core.registry import ServerNames, drafters, entry_of
 from specdec_engine.drafters import is_checkpoint
 
 BUILTIN_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -75,9 +75,13 @@ class Wanted:
 def served(draft: str) -> tuple[str | None, tuple[str, ...]]:
     """Of a draft as after --draft the member that servers can run, a checkpoint before a lookup, and the others."""
     members = tuple(member.strip() for member in draft.split(",") if member.strip() != "none")
-    lookups = [member for member in members if is_lookup(member)]
-    known = next(iter([*filter(is_checkpoint, members), *lookups]), None)
+    known = next(iter([*filter(is_checkpoint, members), *filter(_is_named, members)]), None)
     return known, tuple(member for member in members if member != known)
+
+
+def _is_named(draft: str) -> bool:
+    """Whether servers have a name for it."""
+    return (entry := entry_of(draft)) is not None and entry.servers is not None
 
 
 def launches(wanted: Wanted) -> list[Launch]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.cells import cell_len
 from textual.widget import Widget
 from textual.widgets import Static
 
@@ -31,8 +32,13 @@ class PanelBox(Static):
             self.border_title = content([[(shown.title, "muted")]])
         # A layout draws the whole screen again: only where this box grows or shrinks.
         fixed = self.styles.height is not None and not self.styles.height.is_auto
-        same = before is not None and (fixed or len(before.lines) == len(shown.lines))
+        same = before is not None and (fixed or self._rows(before) == self._rows(shown))
         self.update(content(shown.lines), layout=not same)
+
+    def _rows(self, panel: PanelContent) -> int:
+        """Rows that its lines take: one that is too wide is wrapped."""
+        width = max(1, self._room())
+        return sum(max(1, -(-sum(cell_len(text) for text, _ in line) // width)) for line in panel.lines)
 
     def _room(self) -> int:
         """Cells within the border; the column's, while this one is hidden and has none."""
