@@ -126,19 +126,19 @@ def attached(request: Request, size: str) -> dict[str, Any]:
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
     threading.Thread(target=_dropped, args=(leader,), daemon=True).start()
     kept = {fd: os.dup(fd) for fd in (0, 1, 2)}
-    source = LiveStream(load, request, Path(tempfile.gettempdir()) / "display.log")
-    source._events = clocked = Clocked()
+    stream = LiveStream(load, request, Path(tempfile.gettempdir()) / "display.log")
+    stream._events = clocked = Clocked()
     try:
         for fd in kept:
             os.dup2(follower, fd)
-        app = SpecdecApp(source, speed=math.inf)
+        app = SpecdecApp(stream, speed=math.inf)
 
         async def leave_after_two() -> None:
             while not app.player.view.frame.over:
                 await asyncio.sleep(0.1)
             clocked.events.clear()
             clocked.times.clear()
-            source.again(request)
+            stream.again(request)
             while app.player.view.frame.run < 2 or not app.player.view.frame.over:
                 await asyncio.sleep(0.1)
             app.exit()
@@ -149,8 +149,8 @@ def attached(request: Request, size: str) -> dict[str, Any]:
         for fd, copy in kept.items():
             os.dup2(copy, fd)
             os.close(copy)
-    assert source._pair is not None
-    return result(source._pair, clocked.events, clocked.times)
+    assert stream._pair is not None
+    return result(stream._pair, clocked.events, clocked.times)
 
 
 def _dropped(leader: int) -> None:

@@ -116,8 +116,8 @@ def main() -> None:
         return rows
 
     def ours(k: int) -> Callable[[], list[int]]:
-        host = DraftSetup("target", None, vocab, device, lambda name: LoadedDraft(draft), lambda: target, weight_rows)
-        drafter = RuntimeDrafter(draft, host, "draft") if k else NoDrafter(host)
+        setup = DraftSetup("target", None, vocab, device, lambda name: LoadedDraft(draft), lambda: target, weight_rows)
+        drafter = RuntimeDrafter(draft, setup, "draft") if k else NoDrafter(setup)
         return lambda: run(ModelTarget(target, "target"), drafter, verifier, prompt, k, options.tokens)
 
     for k in (0, options.k):

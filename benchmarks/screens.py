@@ -172,7 +172,7 @@ def _lengthened(path: Path) -> tuple[int, int]:
     while len(cycles) < CYCLES or tokens < TOKENS:
         part = once[len(cycles) % len(once)]
         end = "recovered" if part.end in ("stop", "length") else part.end
-        cycles.append(replace(part, index=len(cycles), end=end, context=part.context + tokens))
+        cycles.append(replace(part, index=len(cycles), end=end, context=(part.context or 0) + tokens))
         tokens += len(part.emitted)
     turned = [event for event in events if isinstance(event, SettingChanged)]
     records = Records(lambda token: pieces.get(token, ""))

@@ -108,7 +108,8 @@ def run(arm: Arm, prompt: str, sampling: Sampling, tokens: int, seed: int) -> No
             for i in range(min(event.tested, 16)):
                 tested[i] += 1
                 reached[i] += i < event.accepted
-    record = {"token_s": (summary.decode_s or 0.0) / summary.emitted, "summary": summary, "ids": ids}
+    assert summary.decode_s is not None
+    record = {"token_s": summary.decode_s / summary.emitted, "summary": summary, "ids": ids}
     arm.runs.append({**record, "reached": reached, "tested": tested, "verify": verify})
 
 

@@ -46,9 +46,11 @@ class Real(Helped, TyperCommand):
         """With the drafts that other packages add: to look for them takes 60 ms, which only the reader of the help waits."""
         for option in self.params:
             if option.name == "draft":
+                from rich.markup import escape
+
                 from specdec_engine.core.registry import described, foreign
 
-                added = f" Of other packages: {', '.join(map(described, foreign()))}." if foreign() else ""
+                added = f" Of other packages: {escape(', '.join(map(described, foreign())))}." if foreign() else ""
                 option.help += added  # type: ignore[attr-defined]
         super().format_help(ctx, formatter)
 

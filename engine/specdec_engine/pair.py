@@ -139,6 +139,8 @@ class Pair:
             controls = self.controls(k, sampling)
         self.draft_limits.controller = controls.auto
         self.auto.begin(seed, tokenwise=rule == "token")  # always: it may be switched on in the middle of the run
+        if controls.auto is not None:
+            controls.adapt(controls.auto)  # k as it is now: what an earlier run with this seed has taught is forgotten
         return decode(
             self.target,
             self.drafter,
@@ -165,7 +167,7 @@ def load_pair(target: str = "builtin", draft: str | None = None, options: LoadOp
 
 class Loader:
     """Pairs of one target; they share its weights, its cache, and those of drafts that they have in common, so they take
-    turns. What is looked at is not loaded before all was looked at."""
+    turns. All models are checked before any weights are loaded."""
 
     def __init__(self, target: str, options: LoadOptions | None = None) -> None:
         """Raises the errors of `find_model`."""
@@ -211,7 +213,7 @@ def _paired(models: Loader, draft: str | None) -> Pair:
         draft_quantize=models.options.draft_quantize,
     )
     # The drafter first: what is wrong with it comes out before the larger model's weights are read.
-    drafter = build_drafter(_unnamed(found) if draft is None else draft, setup)
+    drafter = build_drafter(_default_draft(found) if draft is None else draft, setup)
     loaded = models.target()
     if loaded.runtime.vocab != found.vocab:
         raise PairIncompatible(
@@ -220,7 +222,9 @@ def _paired(models: Loader, draft: str | None) -> Pair:
     for model in (loaded, *drafts.values()):
         made_for = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if model.runtime.limit != made_for:
-            notes.append(f"{model.name} is used up to {model.runtime.limit} tokens, where its LongRoPE changes over")
+            notes.append(
+                f"{model.name} is used up to {model.runtime.limit} tokens: beyond that, LongRoPE changes all positions"
+            )
     notes += _checkpoint_notes(loaded)
     return Pair(
         target=ModelTarget(loaded.runtime, target),
@@ -271,7 +275,7 @@ def _verifier(rule: AcceptanceRule, target: Runtime) -> Verifier:
     return verifier_for(rule, target.device, target.recorder.another() if isinstance(target, GraphRuntime) else None)
 
 
-def _unnamed(target: Candidate) -> str:
+def _default_draft(target: Candidate) -> str:
     """A lookup, which fits every target; behind it, for the built-in one, the head that was made for it
     (`benchmarks/README.md` compares them), where the target runs on our own forward."""
     return "ngram,builtin" if target.name == "builtin" and isinstance(target.shape, Shape) else "ngram"

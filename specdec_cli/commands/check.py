@@ -13,7 +13,7 @@ from specdec_cli import output
 from specdec_cli.exits import ExitCode
 from specdec_cli.startup import quieten
 
-_MARKS = {"ok": "✓", "note": "·", "bad": "×"}
+_MARKS = {"ok": "✓", "note": "·", "open": "?", "bad": "×"}
 
 
 @opt.records
@@ -40,6 +40,7 @@ def check(
     else:
         for finding in fit.findings:
             output.say(f"{_MARKS[finding.level]} {finding.about}: {finding.said}")
-        output.say(f"{'✓' if fit.fits else '×'} {draft} {'can' if fit.fits else 'cannot'} draft for {target}")
+        mark, verb = ("×", "cannot") if not fit.fits else ("✓", "can") if fit.certain else ("?", "may be able to")
+        output.say(f"{mark} {draft} {verb} draft for {target}")
     if not fit.fits:
         raise typer.Exit(ExitCode.INCOMPATIBLE)

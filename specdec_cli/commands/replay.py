@@ -54,11 +54,11 @@ def replay(
     from specdec_tui.player import REPLAY_SPEED
     from specdec_tui.streams import ReplayStream
 
-    source = ReplayStream(trace)
-    show(SpecdecApp(source, speed=REPLAY_SPEED))
-    if source.error is not None:
-        raise source.error
-    _several(trace, source.runs)
+    stream = ReplayStream(trace)
+    show(SpecdecApp(stream, speed=REPLAY_SPEED))
+    if stream.error is not None:
+        raise stream.error
+    _several(trace, stream.runs)
 
 
 def _several(trace: Path, runs: int) -> None:

@@ -135,7 +135,8 @@ def tune(
                     f"--save with {'a text' if text is not None else f'{len(answers)} answers'} has nothing to confirm",
                     f"give at least {FEWEST} prompts, or leave out --save",
                 )
-            found = tuned(target, loaded, answers, temperature, max_tokens, seed, say, confirm=text is None)
+            leave_out = _leave_out if draft is None else None
+            found = tuned(target, loaded, answers, temperature, max_tokens, seed, say, text is None, leave_out)
     except KeyboardInterrupt:
         output.note("interrupted; nothing is recommended, and nothing is saved")
         raise
@@ -180,10 +181,15 @@ def _loaded(target: str, drafts: Sequence[str] | None, options: LoadOptions) -> 
             if drafts is not None:
                 raise
             if "," not in name:
-                output.note(f"{name} is left out: {error.message}")
+                _leave_out(name, error)
     for sentence in dict.fromkeys(note for pair in found.values() for note in pair.notes):
         output.note(sentence)
     return found
+
+
+def _leave_out(name: str, error: SpecdecError) -> None:
+    """Of a draft that nobody named."""
+    output.note(f"{name} is left out: {error.message}")
 
 
 _MOST_FITTING = 2

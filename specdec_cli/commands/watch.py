@@ -101,12 +101,12 @@ def watch(
         how.chat,
         how.system,
     )
-    source = LiveStream(load, request, user_log_path("specdec") / "watch.log")
+    stream = LiveStream(load, request, user_log_path("specdec") / "watch.log")
     try:
-        show(SpecdecApp(source, speed=math.inf))
+        show(SpecdecApp(stream, speed=math.inf))
     except SystemExit as ended:
-        _left(source, int(ended.code or 0))
-    _left(source)
+        _left(stream, int(ended.code or 0))
+    _left(stream)
 
 
 def _start(target: str, draft: str | None) -> Choice:
@@ -158,19 +158,19 @@ def _teach() -> None:
         output.say(line)
 
 
-def _left(source: LiveStream, code: int = ExitCode.OK) -> NoReturn:
+def _left(stream: LiveStream, code: int = ExitCode.OK) -> NoReturn:
     """The terminal is whole again: say what went wrong, and do not wait for a pass or a download that goes on."""
-    stage = source.stage
-    for sentence in source.notes:  # on the screen they were seen for a moment
+    stage = stream.stage
+    for sentence in stream.notes:  # on the screen they were seen for a moment
         output.note(sentence)
-    if source.error is None and stage is not None and stage.failed:
+    if stream.error is None and stage is not None and stage.failed:
         output.error(stage.text, stage.hint)
         raise typer.Exit(ExitCode.FAILED)
-    if not source.closed:
+    if not stream.closed:
         sys.stdout.flush()
         os._exit(code)
-    if source.error is not None:
-        raise source.error
+    if stream.error is not None:
+        raise stream.error
     raise typer.Exit(code)
 
 

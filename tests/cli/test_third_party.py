@@ -10,8 +10,13 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from tests.fakes import save_checkpoint
+from specdec_cli.main import app
+from specdec_engine.core import registry
+from specdec_engine.drafters import build_drafter
+from specdec_engine.errors import ModelUnavailable
+from tests.fakes import host, save_checkpoint
 
 DOCS = (Path(__file__).parents[2] / "docs" / "extending.md").read_text("utf-8")
 
@@ -21,20 +26,22 @@ def block(mark):
     return DOCS.partition(f"<!-- tested: {mark} -->\n```")[2].partition("\n")[2].partition("```")[0]
 
 
+def install(site, package, points, summary="[/x] as \u202esaid"):
+    """As pip leaves a package's metadata."""
+    info = site / f"{package.replace('-', '_')}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\nSummary: {summary}\n")
+    lines = [f"{name} = {value}" for name, value in points.items()]
+    (info / "entry_points.txt").write_text("\n".join(["[specdec.drafters]", *lines]))
+
+
 @pytest.fixture(scope="module")
 def specdec(tmp_path_factory):
     """Runs a command where the package is installed, as pip leaves it."""
     site = tmp_path_factory.mktemp("site")
     (site / "repeat_draft.py").write_text(f"print('imported')\n{block('module')}")
     project = tomllib.loads(block("package"))["project"]
-    info = site / "repeat_draft-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: 1.0\nSummary: {project['description']}\n"
-    )
-    points = project["entry-points"]["specdec.drafters"]
-    lines = [f"{name} = {value}" for name, value in points.items()]
-    (info / "entry_points.txt").write_text("\n".join(["[specdec.drafters]", *lines]))
+    install(site, project["name"], project["entry-points"]["specdec.drafters"], project["description"])
 
     def run(*words, code=0):
         path = os.pathsep.join([str(site), *sys.path])
@@ -81,7 +88,8 @@ def test_a_mistyped_name_is_hinted_at(specdec, checkpoint):
 
 def test_check_says_whose_it_is(specdec, checkpoint):
     said = specdec("check", checkpoint, "repeat").stdout
-    assert "· draft: repeat is repeat-draft's" in said
+    assert "? draft: repeat is repeat-draft's" in said
+    assert "? repeat may be able to draft for" in said
 
 
 def test_tune_considers_it_and_tells_servers_nothing_of_it(specdec, checkpoint, tmp_path):
@@ -91,3 +99,30 @@ def test_tune_considers_it_and_tells_servers_nothing_of_it(specdec, checkpoint, 
     told = json.loads(specdec(*words).stdout.removeprefix("imported"))
     assert "repeat" in {one["draft"] for one in told["drafts"]}
     assert "repeat" not in json.dumps(told["launches"])
+
+
+def test_odd_and_broken_packages_harm_nobody(monkeypatch, tmp_path):
+    """Their names are no words of ours, and what breaks names the package."""
+    (tmp_path / "bad_draft.py").write_text("raise RuntimeError('boom')")
+    points = {"bad": "bad_draft:build [fast]", "builtin": "bad_draft:build", "co:lon": "x:y", "co,mma": "x:y"}
+    install(tmp_path, "a-bad-draft", points)
+    install(tmp_path, "b-bad-draft", {"bad": "x:y"})
+    monkeypatch.syspath_prepend(tmp_path)
+    registry.foreign.cache_clear()
+    try:
+        (bad,) = registry.foreign()
+        assert (bad.name, bad.package, bad.build) == ("bad", "a-bad-draft", "bad_draft:build")
+        assert "b-bad-draft has one of this name" in bad.about
+        assert "\u202e" not in bad.about
+        with pytest.raises(ModelUnavailable, match=r"package a-bad-draft, cannot be loaded: RuntimeError: boom"):
+            build_drafter("bad", host())
+        help_of_generate = typer_help()
+        assert "[/x] as" in help_of_generate
+    finally:
+        registry.foreign.cache_clear()
+
+
+def typer_help():
+    result = CliRunner().invoke(app, ["generate", "--help"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    return result.output

@@ -17,7 +17,7 @@ from specdec_engine.core.cycle_types import Draft
 from specdec_engine.errors import GenerationFailed
 from specdec_engine.verify.decide import decide as decide_on_device
 from specdec_engine.verify.decide import decide_on_host
-from specdec_engine.verify.evidence import Layout, Numbers, unpack, verdict_of
+from specdec_engine.verify.evidence import Layout, Uniforms, unpack, verdict_of
 from specdec_engine.verify.rules import RULES, TokenRule, VerifyInputs, apply_token_rule
 from tests.fakes import ScriptedRandomness
 
@@ -36,7 +36,7 @@ def decide(request):
     """Both ways to a verdict."""
 
     def decided(rule, draft, p, random, position):
-        numbers = Numbers.drawn(random, position, len(draft))
+        numbers = Uniforms.drawn(random, position, len(draft))
         return verdict_of(request.param(rule, draft, p, numbers), draft.drafter, numbers)
 
     return decided

@@ -268,7 +268,32 @@ def test_a_run_of_a_server_says_who_observed_it_and_shows_no_figure_it_does_not_
 
 def test_an_engine_that_tells_totals_alone_has_figures_of_them(trace):
     started, *_ = events(12)
-    path = trace([replace(started, observer="vllm", environment={}), Counters(9.0, 100, 300, 210, 310, (90, 70, 50))])
+    path = trace([replace(started, observer="vllm", environment={}), Counters(9.0, 100, 300, 210, 330, (90, 70, 50))])
     found, _ = read_frame(path)
     assert (found.summary().mean_emitted_per_cycle, found.summary().acceptance_rate) == (3.1, 0.7)
-    assert replayed(path)
+    screen = replayed(path)
+    for shown in ("vllm, counted", "3.10 a cycle", "210 of 300 drafted tokens were kept"):
+        assert shown in screen
+
+
+def test_a_token_tree_is_told_by_its_path(trace):
+    started, *found = events(12)
+    chain = next(e for e in found if e.kind == "cycle" and len(e.drafted) >= 3)
+    k = len(chain.drafted)
+    tree = replace(
+        chain,
+        index=0,
+        parents=(-1, -1, 1, *[2] * (k - 3)),
+        path=(1, 2),
+        accepted=2,
+        emitted=(*chain.drafted[1:3], 7),
+        u=(None,) * k,
+        residual=(),
+    )
+    path = trace([started, tree])
+    (told,) = [line for line in script(*read_frame(path)) if line.startswith("Cycle 1")]
+    assert f"kept 2 of {k}" in told
+    screen = replayed(path)
+    row = next(line for line in screen.splitlines() if "2/" in line)
+    assert row.count("✓") == 2
+    assert row.index("·") < row.index("✓")  # the sibling that was not taken stands first

@@ -12,8 +12,10 @@ from specdec_engine.adaptive.controller import MOST, AutoK
 from specdec_engine.adaptive.cost import Drafting, Drift, Staircase, Times, best_k, expected_emitted
 from specdec_engine.adaptive.limits import DraftLimits
 from specdec_engine.decoding.control import Controls
+from specdec_engine.models.options import LoadOptions
+from specdec_engine.pair import load_pair
 from specdec_engine.record.events import Cycle, SettingChanged
-from tests.fakes import ScriptedDrafter, TableTarget, cycles, emitted, greedy, host, run
+from tests.fakes import ScriptedDrafter, TableTarget, cycles, emitted, greedy, host, run, save_checkpoint
 
 PACKED = {1: 1.0, 2: 1.05, 3: 1.2, 4: 1.3, 5: 1.7, 6: 1.75, 7: 1.8, 8: 1.85, 9: 2.3}
 
@@ -298,6 +300,17 @@ def test_a_seed_that_comes_again_finds_nothing_learnt():
     assert auto.k == 0
     auto.begin(1)
     assert auto.k == 3
+
+
+def test_a_pairs_run_begins_with_the_k_that_is_left_after_forgetting(tmp_path):
+    """The settings are read after the run has begun: with k 0 from what was forgotten it would never draft again."""
+    pair = load_pair(str(save_checkpoint(tmp_path / "model")), "ngram", LoadOptions(dtype="float32", threads=1))
+    for controls in (None, pair.controls()):
+        pair.auto.begin(7)
+        World(0.02, 0.1).run(pair.auto, 100)
+        assert pair.auto.k == 0
+        started = next(pair.decode([1, 2, 3], seed=7, max_tokens=4, controls=controls))
+        assert started.settings["k"] == 3
 
 
 def test_a_run_that_taught_it_nothing_may_be_repeated():

@@ -11,7 +11,7 @@ import torch
 from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.core.randomness import KeyedRandomness
 from specdec_engine.verify.decide import decide
-from specdec_engine.verify.evidence import Layout, Numbers, unpack, verdict_of
+from specdec_engine.verify.evidence import Layout, Uniforms, unpack, verdict_of
 from specdec_engine.verify.greedy import RememberedRule
 from specdec_engine.verify.rules import RULES, SyntheticRule, TokenRule
 from specdec_engine.verify.sampling import best_where_sure, warp
@@ -35,7 +35,7 @@ def test_a_pattern_that_is_remembered_gives_the_verdict_of_the_rule(rule):
         k, vocab = rng.randint(0, 4), 5
         p = torch.eye(vocab)[torch.tensor([rng.randrange(vocab) for _ in range(k + 1)])]
         drafted = [rng.randrange(vocab) for _ in range(k)]
-        numbers, best = Numbers.drawn(KeyedRandomness(1), position, k), p.argmax(-1).tolist()
+        numbers, best = Uniforms.drawn(KeyedRandomness(1), position, k), p.argmax(-1).tolist()
         found = verdict_of(remembered.decide(best, drafted, numbers, vocab), "x", numbers)
         tokens = torch.tensor(drafted, dtype=torch.long)
         row = decide(rule, p, tokens, None, numbers.tensor(p.device)).tolist()
@@ -52,7 +52,7 @@ def test_the_rule_is_asked_once_a_pattern():
             asked.append(case)
             return super().thresholds(case)
 
-    remembered, numbers = RememberedRule(Counted()), Numbers(0, [0.5, 0.5], [0.5] * 3)
+    remembered, numbers = RememberedRule(Counted()), Uniforms(0, [0.5, 0.5], [0.5] * 3)
     for base in (0, 100, 7):
         found = remembered.decide([base, base + 1, base + 2], [base, base + 3], numbers, 1000)
         assert (found.accepted, found.token) == (1, base + 1)

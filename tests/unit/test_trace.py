@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -51,18 +52,16 @@ def trace(tmp_path):
 
 
 def test_every_event_is_read_back_as_it_was(tmp_path):
-    others = [
-        UNKNOWN,
-        TREE,
-        Counters(1.5, 10, 30, 20, None, (9, 7, 4)),
-        SettingChanged(3, "k", 4, 5, "asked"),
-        Failed("GenerationFailed", "m", "h"),
-        Finished("cancelled", 1, 1, None),
+    unknown = replace(EVENTS[0], prompt=(1, None), seed=None)
+    runs = [
+        [*EVENTS[:-1], SettingChanged(3, "k", 4, 5, "asked"), Finished("cancelled", 1, 1, None)],
+        [unknown, UNKNOWN, replace(UNKNOWN, k=None, context=None), TREE, Failed("GenerationFailed", "m", "h")],
+        [unknown, Counters(1.5, 10, 30, 20, 31, (9, 7, 4))],
     ]
     with TraceWriter(tmp_path / "t") as writer:
-        for event in [*EVENTS, *others]:
+        for event in chain.from_iterable(runs):
             writer.write(event)
-    assert list(read_trace(tmp_path / "t")) == [*EVENTS, *others]
+    assert list(read_trace(tmp_path / "t")) == list(chain.from_iterable(runs))
 
 
 @pytest.mark.parametrize(
@@ -152,6 +151,11 @@ def test_a_line_of_a_run_that_never_began_is_refused(trace):
         (CYCLE, {"u": []}, "u: 0 entries"),
         (CYCLE, {"residual": [[1, 2.5]]}, "residual"),
         (CYCLE, {"raw_p": {"drafted": [0.1] * 3, "likeliest": [[[1, 0.5, -1]]] * 3}}, "raw_p.likeliest"),
+        (
+            CYCLE,
+            {"kind": "counters", "at_s": 1, "cycles": 1, "drafted": 2, "accepted": 3, "emitted": 3},
+            "accepted: 3 of 2",
+        ),
         (TREE, {"path": [0, 2]}, "path: 2 does not follow 0"),
         (TREE, {"path": [1]}, "path: 1 places"),
         (TREE, {"path": None}, "both are given"),
@@ -165,6 +169,30 @@ def test_a_cycle_that_cannot_be_is_refused_with_line_and_field(tmp_path, cycle, 
         list(read_trace(tmp_path / "t"))
 
 
+def test_a_line_that_is_nested_too_deeply_is_no_event(trace):
+    deep = '{"kind": "started", "settings": {"x": ' + "[" * 100_000 + "]" * 100_000 + "}}"
+    trace.write_text(deep + "\n" + trace.read_text())
+    with pytest.raises(TraceError, match=r"line 1 .*nested too deeply"):
+        list(read_trace(trace))
+
+
+def test_an_event_after_the_end_of_its_run_is_refused(trace):
+    lines = trace.read_text().splitlines()
+    trace.write_text("\n".join([*lines, lines[1]]) + "\n")
+    with pytest.raises(TraceError, match="after it has ended"):
+        list(read_trace(trace))
+
+
+@pytest.mark.parametrize("wrong", ['{"kind": "cycle"}', '"hello"', '{"kind": "started", "schema": "specdec.trace/3"}'])
+def test_only_a_line_that_was_cut_short_is_passed_over(trace, wrong):
+    """At the end without its newline, and before the next run; whole JSON is another fault."""
+    whole = trace.read_text()
+    for content in (whole + wrong, wrong + "\n" + whole):
+        trace.write_text(content)
+        with pytest.raises(TraceError):
+            list(read_trace(trace))
+
+
 def test_figures_of_what_is_not_told_are_unknown_and_never_zero():
     s = Summary().plus(EVENTS[0]).plus(UNKNOWN)
     assert (s.draft_s, s.verify_s, s.other_s, s.expected_alpha) == (None,) * 4
@@ -174,23 +202,34 @@ def test_figures_of_what_is_not_told_are_unknown_and_never_zero():
     assert known.decode_s == pytest.approx(0.02 + CYCLE.seconds)
 
 
+def test_what_became_of_a_trees_tokens():
+    """5 and 6 follow the context, 7 follows 6; 6 and 7 were kept, and 8 came free."""
+    assert [TREE.fate(place) for place in range(3)] == ["untested", "accepted", "accepted"]
+    assert (TREE.depth, TREE.tested, TREE.rejected) == (2, 2, None)
+    assert TREE.origins == ("accepted", "accepted", "bonus")
+    cut = replace(TREE, path=(1,), accepted=1, emitted=(6, 9))
+    assert [cut.fate(place) for place in range(3)] == ["untested", "accepted", "rejected"]
+    assert (cut.tested, cut.origins) == (2, ("accepted", "recovered"))
+    leaf = replace(TREE, path=(0,), accepted=1, emitted=(5, 9))
+    assert (leaf.tested, leaf.rejected) == (1, None)  # nothing followed the accepted token
+
+
 def test_levels_of_a_tree_are_counted_as_positions():
-    s = Summary().plus(TREE)
+    s = Summary().plus(replace(TREE, overlap=(0.1, 0.9, 0.8)))
     assert [(p.drafted, p.tested, p.accepted) for p in s.positions] == [(1, 1, 1), (1, 1, 1)]
-    assert (TREE.depth, TREE.tested) == (2, 2)
-    rejected = replace(TREE, path=(1,), accepted=1)
-    assert rejected.tested == 2
-    assert replace(TREE, path=(0,), accepted=1).tested == 1  # nothing followed the accepted token
+    assert s.expected_alpha is None
 
 
 def test_counters_are_totals_where_there_are_no_cycles():
-    s = Summary().plus(EVENTS[0]).plus(Counters(1.0, 10, 30, 20, 30, (9, 7, 4)))
-    assert (s.cycles, s.drafted, s.accepted, s.emitted, s.mean_emitted_per_cycle) == (10, 30, 20, 30, 3.0)
-    assert (s.alpha, s.tokens_per_second) == (None, None)
+    """Of 10 cycles that drafted 30 tokens; 5 of the 35 emitted ones came without a draft."""
+    s = Summary().plus(EVENTS[0]).plus(Counters(1.0, 10, 30, 20, 35, (9, 7, 4)))
+    assert (s.cycles, s.drafted, s.accepted, s.emitted, s.mean_emitted_per_cycle) == (10, 30, 20, 35, 3.0)
+    assert (s.alpha, s.tokens_per_second, s.exactness) == (None, None, "counted")
     assert [p.reach for p in s.positions] == [0.9, 0.7, 0.4]
-    assert s.plus(Counters(2.0, 11, 33, 22, 33)).cycles == 11
-    seen = Summary().plus(CYCLE)
+    assert s.plus(Counters(2.0, 11, 33, 22, 40)).cycles == 11
+    seen = Summary().plus(EVENTS[0]).plus(CYCLE)
     assert seen.plus(Counters(1.0, 10, 30, 20, 30)) == seen
+    assert s.plus(CYCLE) == seen
 
 
 def test_a_trace_cut_at_any_byte_still_reads(trace, tmp_path):

@@ -16,7 +16,7 @@ from specdec_engine.tune.answers import Answer, cut, evenly, recorded
 from specdec_engine.tune.servers import Wanted, launches, served
 from specdec_engine.tune.whatif import (
     Chances,
-    Kind,
+    CycleKind,
     Member,
     UnitCosts,
     best_of,
@@ -127,8 +127,8 @@ def test_sampled_runs_take_the_cycles_that_plain_ones_foretell():
 def test_in_a_cascade_the_first_that_proposes_wins_the_cycle():
     lookup = Chances((0, 2, 0, 2), ((), (1.0, 0.0), (), (1.0,)), ended=True)
     model = Chances((4,) * 4, ((1.0,) * 4, (0.0,) * 3, (0.0,) * 2, (0.0,)), ended=True)
-    assert expected_cycles([lookup, model], 1) == {Kind(1, 1): 2.0, Kind(0, 1): 1.0}  # tokens 0 1, 2, 3
-    assert expected_cycles([lookup], 2) == {Kind(0, 0): 1.0, Kind(0, 2): 2.0}
+    assert expected_cycles([lookup, model], 1) == {CycleKind(1, 1): 2.0, CycleKind(0, 1): 1.0}  # tokens 0 1, 2, 3
+    assert expected_cycles([lookup], 2) == {CycleKind(0, 0): 1.0, CycleKind(0, 2): 2.0}
 
 
 # -- costs and settings ------------------------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ def test_launch_lines_say_the_same_k_and_what_is_not_the_same():
     vllm, sglang, llama = launches(Wanted("big.gguf", "ngram:5", 3, sampled=False, gguf="big.gguf"))
     assert '"prompt_lookup_max": 5' in vllm.line
     assert "--spec-ngram-simple-size-n 5" in llama.line
-    assert all(any("its own n-gram lookup" in need for need in launch.needs) for launch in (vllm, sglang, llama))
+    assert all(any("its own lookup" in need for need in launch.needs) for launch in (vllm, sglang, llama))
     assert any("not as a GGUF" in need for need in vllm.needs)
 
 

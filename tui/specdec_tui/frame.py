@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from specdec_engine.record.events import Counters, Cycle, Event, Failed, Finished, SettingChanged, Started
+from specdec_engine.record.events import Counters, Cycle, Event, Failed, Finished, SettingChanged, Started, TokenId
 from specdec_engine.record.stats import Summary
 from specdec_tui.pieces import plain
 
@@ -17,7 +17,7 @@ class Frame:
 
     run: int = 0
     """Counts what began; 0 while nothing has."""
-    prompt: tuple[int, ...] = ()
+    prompt: tuple[TokenId, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     """As in force in the first cycle."""
     environment: Mapping[str, Any] = field(default_factory=dict)
@@ -87,7 +87,7 @@ class Frame:
 
     def events(self) -> Iterator[Event]:
         """The events it was folded from."""
-        yield Started(self.prompt, self.settings, self.seed or 0, self.environment, self.observer)
+        yield Started(self.prompt, self.settings, self.seed, self.environment, self.observer)
         changes = list(self.changes)
         for cycle in self.cycles:
             while changes and changes[0].cycle <= cycle.index:
@@ -187,7 +187,7 @@ class View:
             return min(self.position, len(cycle.drafted) - 1)
         if (partial := self.partial) is not None and not partial.final:
             return max(0, min(partial.tested, cycle.tested) - 1) if partial.verified else max(0, partial.drafted - 1)
-        return min(cycle.accepted, len(cycle.drafted) - 1)
+        return len(cycle.drafted) - 1 if cycle.rejected is None else cycle.rejected
 
     # -- moving ------------------------------------------------------------------------------------------------------
 
@@ -220,7 +220,7 @@ class View:
         """At the next cycle with a rejection, or with all drafted tokens accepted; unmoved if there is none."""
         for i in range(self.shown, len(self.frame.cycles)):
             cycle = self.frame.cycles[i]
-            rejected = cycle.accepted < len(cycle.drafted)
+            rejected = cycle.rejected is not None
             if cycle.drafted and rejected == (wanted == "rejection"):
                 return self.to(i + 1)
         return self

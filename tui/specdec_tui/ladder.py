@@ -40,13 +40,7 @@ def _tokens(cycle: Cycle, partial: Step | None) -> list[tuple[TokenId, str]]:
     drafted = cycle.drafted if partial is None else cycle.drafted[: partial.drafted]
     tested = cycle.tested if partial is None else partial.tested
     kinds = [
-        "drafted"
-        if i >= tested and (partial is not None and not partial.final)
-        else "accepted"
-        if i < cycle.accepted
-        else "rejected"
-        if i == cycle.accepted
-        else "untested"
+        "drafted" if i >= tested and (partial is not None and not partial.final) else cycle.fate(i)
         for i in range(len(drafted))
     ]
     found: list[tuple[TokenId, str]] = list(zip(drafted, kinds, strict=True))

@@ -13,25 +13,27 @@ from specdec_tui.pieces import Name, StreamDecoder, alone, one_line, plain
 def narrate(cycle: Cycle, name: Name, rule: str = "token") -> str:
     """One or two sentences."""
     last = repr_of(cycle.emitted[-1], name) if cycle.emitted else "nothing"
-    number, k, at = cycle.index + 1, len(cycle.drafted), cycle.accepted
+    number, k, kept, at = cycle.index + 1, len(cycle.drafted), cycle.accepted, cycle.rejected
     if not k:
         return f"Cycle {number}: nothing was drafted, so the pass gave one token, {last}.{_ended(cycle)}"
-    if at == k:
+    if at is None:
         free = "" if _clipped(cycle) else f", and {last} comes free from the same pass"
-        return f"Cycle {number}: kept {'the one guess' if k == 1 else f'all {k}'}{free}.{_ended(cycle)}"
+        all_of = "the one guess" if k == 1 else f"all {k}" if kept == k else f"{kept} of {k}"
+        return f"Cycle {number}: kept {all_of}{free}.{_ended(cycle)}"
     refused = repr_of(cycle.drafted[at], name)
     drawn = "" if _clipped(cycle) else f", {last} {_drawn(cycle, rule)} instead"
     if rule != "token":
-        return f"Cycle {number}: kept {at} of {k} by {rule} verification{drawn}.{_ended(cycle)}"
-    dropped = f"; the {k - at - 1} after it untested" if k - at > 1 else ""
-    return f"Cycle {number}: kept {at} of {k}. {refused} rejected ({held(cycle, at)}){drawn}{dropped}.{_ended(cycle)}"
+        return f"Cycle {number}: kept {kept} of {k} by {rule} verification{drawn}.{_ended(cycle)}"
+    untested = sum(cycle.fate(place) == "untested" for place in range(k))
+    dropped = f"; the {untested} after it untested" if untested else ""
+    return f"Cycle {number}: kept {kept} of {k}. {refused} rejected ({held(cycle, at)}){drawn}{dropped}.{_ended(cycle)}"
 
 
 def held(cycle: Cycle, at: int) -> str:
     """The token rule's test of one position in numbers."""
     p, q, u = cycle.p[at], cycle.q[at], cycle.u[at]
     if p is None or q is None or u is None or not q:
-        return "the target says otherwise" if at >= cycle.accepted else "the target agrees"
+        return "the target agrees" if cycle.fate(at) == "accepted" else "the target says otherwise"
     if p in (0.0, 1.0) and q == 1.0:  # temperature 0, or noise that both share: there is nothing to throw
         return "the target's choice too" if p else "not the target's choice"
     if p >= q:
@@ -66,7 +68,7 @@ def step_words(view: View, name: Name) -> str:
     """What the step of a cycle that is shown in parts has just done."""
     cycle, partial, rule = view.cycle, view.partial, view.frame.rule
     if cycle is None:
-        return "Nothing is decoded yet."
+        return ending(view.frame) if view.frame.counters is not None else "Nothing is decoded yet."
     if partial is None or partial.final:
         return narrate(cycle, name, rule)
     number, k = cycle.index + 1, len(cycle.drafted)
@@ -81,7 +83,7 @@ def step_words(view: View, name: Name) -> str:
         )
         return f"Cycle {number}: the target reads {guesses}."
     at = partial.tested - 1
-    verdict = "kept" if at < cycle.accepted else "rejected"
+    verdict = "kept" if cycle.fate(at) == "accepted" else "rejected"
     why = held(cycle, at) if rule == "token" else f"{rule} verification weighs the whole draft"
     return f"Cycle {number}: {repr_of(cycle.drafted[at], name)} is {verdict} ({why})."
 
@@ -99,7 +101,7 @@ def script(frame: Frame, name: Name) -> list[str]:
     settings = frame.settings
     lines = [
         f"Target {plain(settings.get('target'))}, draft {plain(settings.get('draft'))}, k {plain(settings.get('k'))}, "
-        f"temperature {plain(settings.get('temperature'))}, seed {frame.seed}; "
+        f"temperature {plain(settings.get('temperature'))}, seed {plain(frame.seed)}; "
         f"{counted(len(frame.prompt), 'token')} of prompt."
     ]
     lines += [f"Prompt: {_said(frame.prompt, name)}"] if frame.prompt else []
@@ -126,6 +128,8 @@ def ending(frame: Frame) -> str:
         return f"The run broke: {one_line(frame.failed.message)} ({one_line(frame.failed.hint)})."
     if not s.cycles:
         return "Nothing was decoded."
+    if s.counted:
+        return f"{frame.observer} tells totals alone: {s.accepted} of {counted(s.drafted, 'drafted token')} were kept."
     rate = "" if s.tokens_per_second is None else f", {s.tokens_per_second:.1f} tokens a second"
     kept = f"{s.accepted} of {counted(s.drafted, 'drafted token')} {'was' if s.drafted == 1 else 'were'} kept"
     accepted = kept if s.drafted else "nothing was drafted"

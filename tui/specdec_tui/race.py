@@ -6,7 +6,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import accumulate
 
-from specdec_engine.record.events import TokenId
+from specdec_engine.record.events import TokenId, known_phases
 from specdec_tui.frame import Frame, View
 
 
@@ -21,7 +21,7 @@ class Lane:
 
     @classmethod
     def of(cls, title: str, frame: Frame) -> Lane:
-        return cls(title, frame, tuple(accumulate(cycle.seconds or 0.0 for cycle in frame.cycles)))
+        return cls(title, frame, tuple(accumulate(known_phases(cycle).total_s for cycle in frame.cycles)))
 
     @property
     def total_s(self) -> float:

@@ -30,7 +30,7 @@ class Stage:
 
 
 class EventStream(Protocol):
-    """**Protocol:** events for the screen, drained at its own rate, from a thread of the source's own."""
+    """**Protocol:** events for the screen, drained at its own rate, from a thread of their own."""
 
     live: bool
     """Whether settings can change and cycles wait to be allowed."""
@@ -119,6 +119,8 @@ class ReplayStream(Threaded):
             gc.freeze()  # a collection that looks through 5,000 cycles takes 0.1 s, and is felt
         except SpecdecError as error:
             self._failed(error)
+        except Exception as error:  # a screen that waits for ever says less
+            self._failed(TraceError(f"{self.path} cannot be read: {error}", "this is a bug in specdec"))
 
 
 class FrameStream:

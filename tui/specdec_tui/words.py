@@ -164,13 +164,12 @@ class TextLayout:
         drafted = [Word(alone(token, self._name), "drafted", index, i) for i, token in enumerate(cycle.drafted)]
         if partial is None or partial.final:
             dropped = [
-                replace(word, kind="rejected" if i == cycle.accepted else "untested")
-                for i, word in enumerate(drafted)
-                if i >= cycle.accepted
+                replace(word, kind=fate)
+                for word, fate in zip(drafted, map(cycle.fate, range(len(drafted))), strict=True)
+                if fate != "accepted"
             ]
             return [*own[: cycle.accepted], *dropped, *own[cycle.accepted :]]
-        kept: list[Kind] = ["accepted"]
-        verdicts: list[Kind] = [*(kept * cycle.accepted), "rejected"]
+        verdicts = [cycle.fate(i) for i in range(len(drafted))]
         tested = [
             replace(word, kind=verdict) for word, verdict in zip(drafted[: partial.tested], verdicts, strict=False)
         ]

@@ -24,19 +24,23 @@ MOST = 7
 """The largest k that is tried: passes of up to 8 rows. A ninth costs as much as a quarter of all eight in int4 on a CPU (2.3
 plain passes against 1.85), and one drafted token rarely brings that."""
 _FIRST = 3
+"""k until something is known."""
 _PLAIN_AT = (2, 8, 16, 32, 64, 128, 256)
 """The cycles that measure a plain pass, which every comparison needs: one alone, on a shared machine, was so far off that
 a draft with α 0.4 was switched off for a sixth of the cycles."""
 _MEMORY = 0.975
-"""What a cycle's evidence is worth one cycle later: some 40 cycles are remembered, two paragraphs. With 25 a draft with
+"""The weight that evidence keeps from one cycle (for acceptance, from one draft of the drafter) to the next: some 40 are
+remembered, two paragraphs. With 25 a draft with
 α 0.4 looked like one with 0.3 every few prompts, and was switched off."""
 _FADES_EVERY = 8
 _LONG_MEMORY = 0.92
-"""What is known of a drafter's confidences is worth, so many cycles later."""
+"""The weight that what is known of a drafter's confidences keeps, every so many cycles."""
 _AGED = 0.6
+"""The weight that what was seen before a drafter was off keeps when it is tried again."""
 _LOOKS = 8
 """Every so many drafts one goes further."""
 _BINS = 10
+"""Confidences are told apart in tenths."""
 _FIRST_PROBE, _LAST_PROBE = 16, 128
 """Cycles after which a drafter that was switched off is tried once more; the pause doubles where it lost clearly."""
 _CLEARLY = 1.07
@@ -98,18 +102,18 @@ class _DrafterHistory:
     cycles_off: int = 0
     """Cycles since it was switched off."""
     backlog: int = 0
-    """Those of the newest run: the text that a try has to read first."""
+    """Those of the newest run: the text that a probe has to read first."""
     least_s: float = inf
     """Of a draft."""
     catch_up: float = inf
-    """Seconds that a try took beyond that, a cycle unread: the least, since one may have been slow for another reason."""
+    """Least seconds beyond that, for each missed cycle, that a probe took to catch up."""
     probes: int = 0
     probe_drafts: int = 0
-    """Drafts in all tries."""
+    """Drafts in all probes."""
     probing: bool = False
     """It has been switched on again, and has not yet been found to pay."""
     backlog_read: int = 0
-    """Cycles that were unread before all tries."""
+    """Missed cycles that all probes had to read."""
 
     @property
     def alpha(self) -> float:
@@ -143,7 +147,7 @@ class _DrafterHistory:
         return self.by_confidence[min(int(confidence * _BINS), _BINS - 1) + (_BINS if position else 0)]
 
     def forget_a_little(self) -> None:
-        """What did not pay is tried again some day."""
+        """Fade what is known of confidences, so that old failures stop counting."""
         for odds in self.by_confidence:
             odds.fade(_LONG_MEMORY)
 
@@ -155,12 +159,12 @@ class _DrafterHistory:
 
     @property
     def probes_s(self) -> float:
-        """Seconds of all tries and of one more now."""
+        """Seconds of all probes, and of one more now."""
         drafts = self.probe_drafts * (self.probes + 1) / max(1, self.probes)
         return self.least_s * drafts + self.catch_up * (self.backlog_read + self.backlog)
 
     def learn(self, cycle: Cycle, draft_s: float, kept: Sequence[float]) -> None:
-        """draft_s: the cycle's own, evened out; kept: of each tested token whether it was, or with what chance."""
+        """draft_s: the cycle's own, evened out; kept: of each tested token 1 or 0, or its acceptance probability."""
         self.drafts += 1
         self.least_s = min(self.least_s, draft_s)
         if self.backlog:  # mostly that: held to be what a draft costs, it kept a drafter off for good
@@ -323,11 +327,11 @@ class AutoK:
             if best.rate > _CLEARLY * now.rate:
                 history.probe_pause = min(2 * history.probe_pause, _LAST_PROBE)
             cost = now.seconds * best.rate
-            return f"{name} does not pay: {now.emitted:.2f} tokens a cycle expected for {cost:.2f} plain passes"
+            return f"{name} does not pay: {now.emitted:.2f} tokens a cycle expected for {cost:.2f} plain cycles"
         history.probe_pause = _FIRST_PROBE
         if history.sure_before:
             return f"{name} drafts as far as it is sure"
-        return f"{name}: {best.emitted:.2f} tokens expected for {best.seconds / self._plain:.2f} plain passes"
+        return f"{name}: {best.emitted:.2f} tokens expected for {best.seconds / self._plain:.2f} plain cycles"
 
     def _best_choice(self, history: _DrafterHistory, reach: Sequence[float]) -> Choice:
         return best_k(reach, history.draft, self._passes, self._other.seconds)
@@ -348,8 +352,8 @@ class AutoK:
         return self._passes.measured(1) > 0 and history.draft.known
 
     def _net_gain(self, history: _DrafterHistory, reach: float, drafted: int, first: float, later: float) -> float:
-        """Tokens that drafting on is expected to add, by one or by several, less what its steps and the wider pass cost at
-        this run's rate; the most of them.
+        """The best net gain in tokens of drafting 1, 2, … more: tokens added, less the draft's and the pass's extra
+        seconds at this run's tokens a second.
 
         By several, because of the staircase: the first row more may cost as much as three. `first` and `later` are the
         chances of the next token and of those after it.

@@ -1,10 +1,10 @@
-"""Runs one cell of a plan, and tells rounding from bugs where greedy texts differ."""
+"""Measures one run of a plan, and tells rounding from bugs where greedy texts differ."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import accumulate, pairwise
 
 import torch
@@ -51,7 +51,7 @@ def measure_run(pair: Pair, arm: Arm | None, run: Run, question: Question, max_t
         ids += said
         turns.append(len(said))
         history.append((turn, pair.tokenizer.decode(said, skip_special_tokens=True)))
-    if not total.emitted:
+    if not total.emitted or (phases := total.phases) is None:
         return []
     return [
         Sample(
@@ -65,9 +65,7 @@ def measure_run(pair: Pair, arm: Arm | None, run: Run, question: Question, max_t
             drafted=total.drafted,
             tested=total.tested,
             accepted=total.accepted,
-            draft_s=total.draft_s or 0.0,
-            verify_s=total.verify_s or 0.0,
-            other_s=total.other_s or 0.0,
+            **asdict(phases),
             prefill_s=prefill,
             passes=passes,
             token_ids=tuple(ids),

@@ -7,9 +7,12 @@ for that.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+
+from specdec_engine.record.text import printable
 
 GROUP = "specdec.drafters"
 
@@ -28,7 +31,7 @@ class DrafterEntry:
     """One way of drafting."""
 
     name: str
-    """`NAME` or `NAME:ARGUMENT` after --draft."""
+    """`NAME` or `NAME:ARGUMENT` after --draft; models and heads are found by their own names, which `forms` say."""
     forms: tuple[str, ...]
     """How it is written there; words in capitals stand for the user's own."""
     about: str
@@ -41,11 +44,9 @@ class DrafterEntry:
     servers: ServerNames | None = None
     """None for what no server can do."""
     package: str = ""
-    """Which has it; empty for ours."""
+    """The package that provides it; empty for ours."""
 
 
-_LOOKUP = ServerNames("ngram", "NGRAM", "ngram-simple")
-"""They have no suffix tree that is like ours; their own lookup is the nearest."""
 OURS = (
     DrafterEntry(
         "model",
@@ -54,14 +55,19 @@ OURS = (
         "specdec_engine.drafters.model:build",
         servers=ServerNames("draft_model", "STANDALONE", "draft-simple"),
     ),
-    DrafterEntry("head", ("builtin", "FOLDER"), "a head that distill made", "specdec_engine.drafters.head:build"),
+    DrafterEntry(
+        "head",
+        ("builtin", "FOLDER"),
+        "a head that distill made; builtin, for the built-in target",
+        "specdec_engine.drafters.head:build",
+    ),
     DrafterEntry(
         "ngram",
         ("ngram", "ngram:N"),
-        "what followed the same tokens before",
+        "what followed the same tokens before, N at most",
         "specdec_engine.drafters.ngram:build",
         lookup=True,
-        servers=_LOOKUP,
+        servers=ServerNames("ngram", "NGRAM", "ngram-simple"),
     ),
     DrafterEntry(
         "suffix",
@@ -69,7 +75,7 @@ OURS = (
         "what most often followed them",
         "specdec_engine.drafters.suffix:build",
         lookup=True,
-        servers=_LOOKUP,
+        servers=ServerNames("suffix", "NGRAM", "ngram-simple"),
     ),
     DrafterEntry("self", ("self:N",), "the target's first N layers", "specdec_engine.drafters.self_layers:build"),
     DrafterEntry("none", ("none",), "plain decoding", "specdec_engine.drafters.none:build"),
@@ -78,17 +84,30 @@ OURS = (
 
 @cache
 def foreign() -> tuple[DrafterEntry, ...]:
-    """Those of other packages."""
+    """Those of other packages. Words of ours stay ours; of two packages with one name the first has it, which its sentence
+    says; a name that could not be typed after --draft is left out."""
     from importlib.metadata import entry_points  # 60 ms, which a command without a draft does without
 
-    ours, found = {entry.name for entry in OURS}, list[DrafterEntry]()
+    found = dict[str, DrafterEntry]()
     for point in entry_points(group=GROUP):
-        package = "another package" if point.dist is None else point.dist.name
-        summary = None if point.dist is None else point.dist.metadata["Summary"]
-        about = f"{summary or 'not described'}, by {package}"
-        if point.name not in ours:
-            found.append(DrafterEntry(point.name, (point.name,), about, point.value, package=package))
-    return tuple(found)
+        package = point.dist.name if point.dist is not None else None
+        if point.name in _RESERVED or not _NAME.fullmatch(point.name):
+            continue
+        if (first := found.get(point.name)) is not None:
+            about = f"{first.about} ({package or 'another package'} has one of this name, too)"
+            found[point.name] = replace(first, about=about)
+            continue
+        summary = None if point.dist is None else str(point.dist.metadata.json.get("summary") or "")
+        about = f"{printable(summary or 'not described')}, by {package or 'a package without a name'}"
+        build = point.value.partition("[")[0].strip()  # extras are for pip
+        found[point.name] = DrafterEntry(point.name, (point.name,), about, build, package=package or "another package")
+    return tuple(found.values())
+
+
+_NAME = re.compile(r"[\w.-]+")
+_MODELS = ("model", "head")
+"""Entries that are found by a model's name and seldom by their own."""
+_RESERVED = {"builtin", *(entry.name for entry in OURS)}
 
 
 def drafters() -> Mapping[str, DrafterEntry]:
@@ -97,8 +116,9 @@ def drafters() -> Mapping[str, DrafterEntry]:
 
 
 def entry_of(spec: str) -> DrafterEntry | None:
-    """Whose name a draft begins with, as `ngram:5` does; None for the name of a model."""
-    return drafters().get(spec.partition(":")[0].strip())
+    """The entry named by the part before `:`, as in `ngram:5`; None for the name of a model."""
+    name, colon, _ = spec.partition(":")
+    return None if name.strip() in _MODELS and not colon else drafters().get(name.strip())
 
 
 def is_lookup(spec: str) -> bool:
@@ -107,9 +127,8 @@ def is_lookup(spec: str) -> bool:
 
 
 def words() -> list[str]:
-    """What can be typed as it stands, without an argument left out: for hints about what was mistyped."""
-    forms = (form for entry in drafters().values() for form in entry.forms)
-    return list(dict.fromkeys(form.partition(":")[0] for form in forms if not form[0].isupper()))
+    """What a mistyped draft may have meant."""
+    return ["builtin", *(name for name in drafters() if name not in _MODELS)]
 
 
 def described(entry: DrafterEntry) -> str:

@@ -41,7 +41,8 @@ def decode(
     ahead: bool | None = None,
     asked: Asked | None = None,
 ) -> Iterator[Event]:
-    """Emit up to `stop.max_tokens` tokens after `prompt`, yielding Started, a Cycle a draft, then Finished.
+    """Emit up to `stop.max_tokens` tokens after `prompt`, yielding Started, a Cycle a target pass (a SettingChanged
+    before it for each change), then Finished.
 
     With a lossless rule the emitted tokens have exactly the target's distribution, for any drafter and any k (Leviathan
     et al. 2023); at temperature 0 they are the target's greedy tokens. `verifier` holds the rule (the token rule unless
@@ -65,11 +66,11 @@ def decode(
         budget["generation_config"] = asked.named()
     yield Started(tuple(prompt), {**names, **run.settings.named(), **budget}, random.seed, dict(environment or {}))
     try:
-        yield from run.ahead() if ahead else run.in_turn()
+        yield from run.run_ahead() if ahead else run.run_in_turn()
     except Exception as error:
-        known = _understood(error)
-        yield Failed(type(known).__name__, known.message, known.hint)
-        raise known from (None if known is error else error)
+        reported = _as_ours(error)
+        yield Failed(type(reported).__name__, reported.message, reported.hint)
+        raise reported from (None if reported is error else error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +103,9 @@ class _Run:
         self._controls, self._clipper, self._random = controls, clipper, random
         self._verifier, self._timer = verifier, timer
         self.process: Processed | None = None
-        self._prompt_tokens, self._started, self._done = len(context), 0, 0
+        self._prompt_tokens, self._cycles_started, self._cycles_done = len(context), 0, 0
 
-    def in_turn(self) -> Iterator[Event]:
+    def run_in_turn(self) -> Iterator[Event]:
         """Start a cycle, finish it, yield it."""
         prefill, reason = self._begin(), None
         while reason is None:
@@ -114,9 +115,9 @@ class _Run:
             yield cycle
         yield self._finished(reason, prefill)
 
-    def ahead(self) -> Iterator[Event]:
+    def run_ahead(self) -> Iterator[Event]:
         """Finish a cycle, start the next, and only then yield."""
-        prefill, reason, broken = self._begin(), None, None
+        prefill, reason, start_error = self._begin(), None, None
         in_flight = self._start_cycle()
         while reason is None:
             changed = in_flight.changed
@@ -125,11 +126,11 @@ class _Run:
                 try:
                     in_flight = self._start_cycle()
                 except Exception as error:
-                    broken = error
+                    start_error = error
             yield from changed
             yield cycle
-            if broken is not None:
-                raise broken
+            if start_error is not None:
+                raise start_error
         yield self._finished(reason, prefill)
 
     def _begin(self) -> tuple[Mark, Mark]:
@@ -143,8 +144,8 @@ class _Run:
         target, context = self._target, self._context
         assert target.cached == len(context) - 1, f"{target.cached} cached, {len(context)} in context"
         before, self.settings = self.settings, self._controls.settings  # read once: what is announced is what runs
-        changed = changes(self._started, before, self.settings, self._controls.reason)
-        self._started += 1
+        changed = changes(self._cycles_started, before, self.settings, self._controls.reason)
+        self._cycles_started += 1
         marks, sampling = [self._timer.mark()], self.settings.sampling
 
         k = min(self.settings.k, self._clipper.room - 1)  # the last token of the budget is the target's own
@@ -161,7 +162,7 @@ class _Run:
 
     def _finish_cycle(self, in_flight: _InFlightCycle) -> tuple[Cycle, FinishReason | None]:
         draft, marks, context, position = in_flight.draft, in_flight.marks, self._context, len(self._context)
-        marks.append(self._timer.mark())  # what lies before it is the consumer's time
+        marks.append(self._timer.mark())  # the time before this mark is the consumer's: no phase counts it
         verdict = in_flight.pending()
         clipped = self._clipper.clip(verdict.tokens)
         context += clipped.emitted
@@ -172,8 +173,8 @@ class _Run:
         started, drafted, verified, resumed, done = marks
         phases = ((started, drafted), (drafted, verified), (resumed, done))
         seconds = [self._timer.seconds(*phase) for phase in phases]
-        cycle = _cycle(self._done, in_flight.k, draft, verdict, clipped, seconds, position)
-        self._done += 1
+        cycle = _cycle(self._cycles_done, in_flight.k, draft, verdict, clipped, seconds, position)
+        self._cycles_done += 1
         self._controls.observe(cycle)
         return cycle, clipped.reason
 
@@ -181,7 +182,7 @@ class _Run:
         emitted = len(self._context) - self._prompt_tokens
         peak = peak_bytes(self._target.device)
         recording_s = self._timer.paused(prefill[0], self._timer.mark())
-        return Finished(reason, emitted, self._done, self._timer.seconds(*prefill), peak, recording_s)
+        return Finished(reason, emitted, self._cycles_done, self._timer.seconds(*prefill), peak, recording_s)
 
 
 def _propose(drafter: Drafter, context: Sequence[int], k: int, settings: Settings, random: Randomness) -> Draft:
@@ -229,8 +230,8 @@ def _room(context: Sequence[int], stop: Stop, limit: int | None) -> int:
     return stop.max_tokens if limit is None else min(stop.max_tokens, limit - len(context))
 
 
-def _understood(error: Exception) -> SpecdecError:
-    """Any exception as one of ours: memory is recognised, the rest keeps its own words."""
+def _as_ours(error: Exception) -> SpecdecError:
+    """Any exception as one of ours; memory that ran out has a type of its own."""
     if isinstance(error, SpecdecError):
         return error
     if ran_out(error):

@@ -7,7 +7,7 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 from specdec_engine.core.registry import drafters, entry_of
-from specdec_engine.errors import UsageError
+from specdec_engine.errors import ModelUnavailable, SpecdecError, UsageError, first_line
 
 if TYPE_CHECKING:
     from specdec_engine.drafters.base import Drafter, DraftSetup
@@ -31,7 +31,13 @@ def _build_one(spec: str, setup: DraftSetup) -> Drafter:
     entry, argument = entry_of(spec), spec.partition(":")[2]
     if entry is None:
         entry, argument = drafters()[_kind(spec)], spec
-    built: Drafter = resolve_name(entry.build)(argument, setup)
+    try:
+        built: Drafter = resolve_name(entry.build)(argument, setup)
+    except Exception as error:
+        if not entry.package or isinstance(error, SpecdecError):
+            raise
+        what = f"the draft {spec}, of the package {entry.package}, cannot be loaded: {type(error).__name__}: "
+        raise ModelUnavailable(what + first_line(error), "choose another draft, or mend that package") from error
     return built
 
 

@@ -22,15 +22,15 @@ class Drafter(Protocol):
     The contract, checked for every drafter in tests/contracts:
 
     - `propose` returns 0 to k tokens, each a valid id of the target, on the target's device;
-    - if it drew them at random, `probs[i]` is the exact distribution token i was drawn from, over the target's
-      vocabulary, whose uniform numbers come from `random` under the purpose "draft"; otherwise `probs` is None;
+    - if it draws tokens, `probs[i]` is the exact distribution of token i over the target's vocabulary, and the uniform
+      numbers come from `random` under the purpose "draft"; otherwise `probs` is None;
     - a draft depends on nothing that an earlier run drew: a run with the same seed would be tested with the very numbers
       that made its draft, and that would bias the output;
     - it may stop early because of what it knows *before* drawing a token, or after including one; it never drops a drawn
       token because of its value, which would bias the output;
     - it may ask `setup.draft_limits` how far to go, and need not: the loop's k is the most in any case;
-    - `observe` follows each `propose` that gave tokens and tells what became of them; own state is rolled back there. In
-      a cycle it may not be asked at all: the context is the truth, and the drafter catches up with it.
+    - `observe` follows each `propose` that gave tokens and tells what became of them; own state is rolled back there.
+      It is not called in every cycle: the context is the truth, and the drafter catches up with it.
     """
 
     name: str
@@ -48,16 +48,16 @@ class Drafter(Protocol):
 
 @runtime_checkable
 class AcceptanceAlong(Protocol):
-    """**Protocol:** a drafter that can tell how its drafts would fare along a given text, without drafting. Of others each
-    place's draft is asked for, which says as much where drafts are not drawn at random."""
+    """**Protocol:** a drafter that can tell its acceptance probabilities along a given text, without drafting. Of other
+    drafters `propose` is called at each place instead, which says the same where drafts are not drawn."""
 
     def acceptance_along(
         self, context: Sequence[int], p: Sequence[float], k: int, sampling: Sampling
     ) -> list[list[float]]:
         """For each of the last len(p) tokens of `context`, which the target has read but for the very last: row i, column j
-        is the chance that token j of a draft that begins before token i is accepted, if all before it were; p: the target's
-        probabilities of these tokens. A row ends with the text, and where next to no draft gets that far; it is empty where
-        none is proposed. `sampling` is the draft's."""
+        is the probability that token j of a draft that begins before token i is accepted, if all before it were; p: the
+        target's probabilities of these tokens. A row ends with the text, and where next to no draft gets that far; it is
+        empty where none is proposed. `sampling` is the draft's."""
         ...
 
 
@@ -67,7 +67,7 @@ class LoadedDraft:
 
     runtime: Runtime
     ids: Tensor | None = None
-    """[V'] the target's id of each of its own, for a reduced vocabulary."""
+    """[V']: the target's id of each draft id, for a reduced vocabulary."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ class DraftSetup:
     draft_limits: DraftLimits = field(default_factory=DraftLimits)
     """Asked by drafters that can stop early."""
     models: dict[str, ModelInfo] = field(default_factory=dict)
-    """Filled by drafters that compute on the target's runtime: by name, what they are."""
+    """Filled while drafters are built: each model in use, by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +106,12 @@ class ModelInfo:
     dtype: str
     weights: str
     weight_bytes: int = 0
-    """Of its own, as kept in memory."""
+    """Bytes of its own weights in memory."""
     token_bytes: int | None = None
-    """Of its own cache, a token; None where that is not known."""
+    """Bytes of its cache for each token; None where that is not known."""
     revision: str | None = None
 
 
-def empty_draft(device: torch.device, source: str = "none") -> Draft:
+def empty_draft(device: torch.device, drafter: str = "none") -> Draft:
     """The empty draft."""
-    return Draft(torch.empty(0, dtype=torch.long, device=device), None, source)
+    return Draft(torch.empty(0, dtype=torch.long, device=device), None, drafter)

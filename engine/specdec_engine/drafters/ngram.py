@@ -17,8 +17,8 @@ from specdec_engine.drafters.base import DraftSetup, empty_draft
 from specdec_engine.errors import UsageError
 from specdec_engine.runtime import StopDrafting
 
-_MOST = 64
-"""Every token is entered once for each length."""
+_LARGEST_N = 64
+"""The largest n: each token adds an index entry for each length."""
 
 
 class NgramDrafter:
@@ -30,9 +30,9 @@ class NgramDrafter:
     name = "ngram"
 
     def __init__(self, setup: DraftSetup, longest: int = 3, shortest: int = 1) -> None:
-        if not 1 <= shortest <= longest <= _MOST:
+        if not 1 <= shortest <= longest <= _LARGEST_N:
             raise UsageError(
-                f"ngram:{longest} is not from {shortest} to {_MOST}", "the number is the longest n-gram to look up"
+                f"ngram:{longest} is not from {shortest} to {_LARGEST_N}", "the number is the longest n-gram to look up"
             )
         self._device, self._limits = setup.device, setup.draft_limits
         self._lengths = range(longest, shortest - 1, -1)
@@ -48,8 +48,8 @@ class NgramDrafter:
         self._index(context)
         for n in self._lengths:
             start = self._after.get(tuple(context[-n:])) if len(context) > n else None
-            if start is not None and self._limits.should_draft(self.name, sure := _sure(context, start)):
-                kept = _kept(k, sure, self._limits.early_stop(self.name))
+            if start is not None and self._limits.should_draft(self.name, sure := _confidence_at(context, start)):
+                kept = _draft_length(k, sure, self._limits.early_stop(self.name))
                 return Draft(upload(torch.tensor(_copy(context, start, kept)), self._device), None, self.name)
         return empty_draft(self._device, self.name)
 
@@ -65,22 +65,22 @@ class NgramDrafter:
         self._indexed = max(self._indexed, len(context) - 1)
 
 
-_SURE = {12: 0.95, 8: 0.82, 4: 0.7, 3: 0.6, 2: 0.5, 1: 0.25}
-"""By how many tokens are alike at least, the most first: how likely the next is the target's, until a run tells. At
-temperature 0 after 12, 8, 4, 3, 2 and 1 it was so 97, 82, 71, 58, 58 and 25 times in 100 (20 Spec-Bench questions). So a copy
-that has gone on for long is drafted far, and one that has just begun is not: 2 % of a run's speed."""
+_CONFIDENCE = {12: 0.95, 8: 0.82, 4: 0.7, 3: 0.6, 2: 0.5, 1: 0.25}
+"""By the least length of the match, longest first: the chance that the next token of a copy is accepted, until a run
+tells. At temperature 0 after 12, 8, 4, 3, 2 and 1 it was so 97, 82, 71, 58, 58 and 25 times in 100 (20 Spec-Bench
+questions). So a copy that has gone on for long is drafted far, and one that has just begun is not: 2 % of a run's speed."""
 
 
-def _sure(context: Sequence[int], start: int) -> float:
-    """Of the first token of a copy from `start` on."""
-    alike, most = 1, min(start, max(_SURE))
+def _confidence_at(context: Sequence[int], start: int) -> float:
+    """How sure a copy from `start` on is of its first token."""
+    alike, most = 1, min(start, max(_CONFIDENCE))
     while alike < most and context[start - alike - 1] == context[-alike - 1]:
         alike += 1
-    return next(sure for least, sure in _SURE.items() if alike >= least)
+    return next(sure for least, sure in _CONFIDENCE.items() if alike >= least)
 
 
-def _kept(k: int, sure: float, stop: StopDrafting | None) -> int:
-    """How many of k tokens to propose, each of which is this sure."""
+def _draft_length(k: int, sure: float, stop: StopDrafting | None) -> int:
+    """How many of k tokens to propose, where it is this sure of each."""
     if stop is None:
         return k
     return next((i for i in range(1, k) if stop(sure)), k)

@@ -17,7 +17,7 @@ from specdec_engine.core.cycle_types import Draft, Sampling, Verdict
 from specdec_engine.core.randomness import Randomness
 from specdec_engine.core.transfer import upload
 from specdec_engine.drafters.base import DraftSetup, empty_draft
-from specdec_engine.drafters.token_choice import DraftChoice, along, chance, draft_numbers
+from specdec_engine.drafters.token_choice import DraftChoice, acceptance_of_emitted, draft_numbers, probabilities_of
 from specdec_engine.models.draft_files import inverse
 from specdec_engine.runtime import Runtime, prefill, step_by_step
 
@@ -37,7 +37,7 @@ class RuntimeDrafter:
             runtime.vocab, setup.vocab
         )  # ids that both have; padding rows differ between sizes of a family
         self._ids_of = None if ids is None else ids.to(runtime.device)
-        self._own = None if ids is None else inverse(ids, setup.vocab, lacking=len(ids) - 1).tolist()
+        self._draft_id_of = None if ids is None else inverse(ids, setup.vocab, lacking=len(ids) - 1).tolist()
         self._drafted_from = 0  # length of the context that the last draft followed
 
     def begin(self, prompt: Sequence[int]) -> None:
@@ -52,49 +52,49 @@ class RuntimeDrafter:
         if k < 1:
             return empty_draft(self._device, self.name)
         self._drafted_from = len(context)
-        self._catch_up(context, keep=_PENDING_IN_ONE_PASS)
+        self._catch_up(context, keep=_MOST_IN_ONE_PASS)
         u, temperature = draft_numbers(random, sampling, len(context), k, self._target_vocab, self.runtime.device)
         if sampling.coupled:
             u = u[:, : self._vocab] if self._ids_of is None else u[:, self._ids_of]
-        unroll = (
-            partial(step_by_step, self.runtime) if sampling.coupled else self.runtime.unroll
-        )  # no room for the noise
+        # What a runtime records has no input for Gumbel noise, [V] a token.
+        unroll = partial(step_by_step, self.runtime) if sampling.coupled else self.runtime.unroll
         stop = self._limits.early_stop_on(self.runtime.device, self.name)
-        choose = DraftChoice(sampling, self._vocab, confident=stop is not None)
-        drawn = unroll(self._ids(context[self.runtime.cached :]), u, temperature, choose, stop)
+        sampler = DraftChoice(sampling, self._vocab, confident=stop is not None)
+        drawn = unroll(self._ids(context[self.runtime.cached :]), u, temperature, sampler, stop)
         tokens = self._translated(drawn.tokens).to(self._device)
         raw = None if drawn.raw is None else drawn.raw.to(self._device)
         ids = None if self._ids_of is None else self._ids_of.to(self._device)
         return Draft(tokens, self._widened(drawn.rows), self.name, raw, ids)
 
     def observe(self, draft: Draft, verdict: Verdict) -> None:
-        """Forget what was fed for the rejected tokens; k - 1 of the drafted were fed."""
+        """Forget what was fed for the rejected tokens; all drafted ones but the last were fed."""
         self.runtime.rollback(to=self._drafted_from + min(verdict.accepted, len(draft) - 1))
 
     @torch.inference_mode()
     def acceptance_along(
         self, context: Sequence[int], p: Sequence[float], k: int, sampling: Sampling
     ) -> list[list[float]]:
-        """One pass: what it says of a token does not depend on where the draft began. Nothing beyond its own context."""
+        """One pass covers every beginning: a token's probability depends on the text before it alone. Rows beyond the
+        draft's own context are empty."""
         begin = len(context) - len(p)
         end = len(context) if self.runtime.limit is None else min(len(context), self.runtime.limit + 1)
         self.runtime.rollback(0)
         if begin < end:
             self._catch_up(context[:begin], keep=1)
         chances = list[float]()
-        for at in range(begin, end, _PENDING_IN_ONE_PASS):
-            said = context[at : min(at + _PENDING_IN_ONE_PASS, end)]
-            logits = self.runtime.forward(self._ids(context[at - 1 : at - 1 + len(said)]), len(said))
-            q = along(logits[:, : self._vocab], self._own_ids(said), sampling)
-            chances += [chance(*pair) for pair in zip(p[at - begin :], q, strict=False)]
+        for at in range(begin, end, _MOST_IN_ONE_PASS):
+            targets = context[at : min(at + _MOST_IN_ONE_PASS, end)]
+            logits = self.runtime.forward(self._ids(context[at - 1 : at - 1 + len(targets)]), len(targets))
+            q = probabilities_of(logits[:, : self._vocab], self._draft_ids(targets), sampling)
+            chances += [acceptance_of_emitted(*pair) for pair in zip(p[at - begin :], q, strict=False)]
         return [chances[i : i + k] for i in range(len(p))]
 
-    def _own_ids(self, tokens: Sequence[int]) -> list[int]:
+    def _draft_ids(self, tokens: Sequence[int]) -> list[int]:
         """-1 where it has none."""
-        if self._ids_of is None or self._own is None:
+        if self._ids_of is None or self._draft_id_of is None:
             return list(tokens)
         targets = self._ids_of.tolist()
-        found = [self._own[token] for token in tokens]
+        found = [self._draft_id_of[token] for token in tokens]
         return [own if targets[own] == token else -1 for own, token in zip(found, tokens, strict=True)]
 
     def _translated(self, tokens: Tensor) -> Tensor:
@@ -117,9 +117,9 @@ class RuntimeDrafter:
 
     def _ids(self, tokens: Sequence[int]) -> Tensor:
         # An id the draft has no embedding for is fed as its last one: any q is lossless, as long as it was drawn from.
-        ids = [min(t, self.runtime.vocab - 1) if self._own is None else self._own[t] for t in tokens]
+        ids = [min(t, self.runtime.vocab - 1) if self._draft_id_of is None else self._draft_id_of[t] for t in tokens]
         return upload(torch.tensor(ids), self.runtime.device)
 
 
-_PENDING_IN_ONE_PASS = 64
+_MOST_IN_ONE_PASS = 64
 """Tokens behind that still go into the draft's own first pass instead of a prefill of their own."""

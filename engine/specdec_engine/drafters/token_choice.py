@@ -25,9 +25,9 @@ class DraftChoice:
 
     sampling: Sampling
     vocab: int
-    """Ids that may be chosen: the first so many."""
+    """Only ids below this may be chosen."""
     eager: bool = False
-    """On the host, and nothing records it."""
+    """On the host, and outside anything that is recorded."""
     confident: bool = True
     """True where somebody asks how sure the draft is; at temperature 0 that costs a softmax over the vocabulary."""
 
@@ -52,9 +52,8 @@ class DraftChoice:
         return SampledToken(drawn[None], row, sure, raw)
 
 
-def along(logits: Tensor, said: Sequence[int], sampling: Sampling) -> list[float]:  # [n, V], [n] -> [n]
-    """How likely each of these tokens was to be chosen after its row's text; 0 for ids that are none (negative, or V and
-    more)."""
+def probabilities_of(logits: Tensor, said: Sequence[int], sampling: Sampling) -> list[float]:  # [n, V], [n] -> [n]
+    """The probability of each token under its row; 0 for ids outside the vocabulary."""
     ids = upload(torch.tensor(said), logits.device)
     known = (ids >= 0) & (ids < logits.shape[-1])
     rows = warp(logits, sampling).gather(-1, ids.where(known, 0)[:, None])[:, 0]
@@ -62,13 +61,13 @@ def along(logits: Tensor, said: Sequence[int], sampling: Sampling) -> list[float
     return found
 
 
-def chance(p: float, q: float) -> float:
-    """That a token which the target says with p came from a draft of q: min(p, q) / p."""
+def acceptance_of_emitted(p: float, q: float) -> float:
+    """The probability that a token which the target emitted was an accepted draft token: min(p, q) / p."""
     return min(1.0, q / p) if p > 0 else 0.0
 
 
 class TextSampler:
-    """Chooses what a text says, and notes how likely a draft was to be accepted there: a `TokenSampler` for one draft."""
+    """Chooses what a text says, and notes each token's acceptance probability: a `TokenSampler` for one draft."""
 
     def __init__(self, tokens: Sequence[int], p: Sequence[float], sampling: Sampling) -> None:
         """tokens: the draft's ids of what is said, negative where it has none; p: what the target gives them."""
@@ -83,13 +82,13 @@ class TextSampler:
     def __call__(self, logits: Tensor, u: Tensor, temperature: Tensor) -> SampledToken:
         at = len(self.chances)
         token = self._tokens[at]
-        self.chances.append(chance(self._p[at], along(logits, [token], self._sampling)[0]))
+        self.chances.append(acceptance_of_emitted(self._p[at], probabilities_of(logits, [token], self._sampling)[0]))
         self._reach *= self.chances[-1]
         fed = upload(torch.tensor([max(token, 0)]), logits.device)
         return SampledToken(fed, None, torch.ones((), device=logits.device))
 
     def stop(self, confidence: float) -> bool:
-        """Hardly a draft gets further."""
+        """Whether fewer than one draft in a thousand gets further."""
         return self._reach < 1e-3
 
 

@@ -19,7 +19,8 @@ from specdec_engine.runtime.context_limit import context_limit
 from specdec_engine.runtime.shape import Unsupported
 from specdec_engine.system.memory import free_bytes, gib
 
-Level = Literal["ok", "note", "bad"]
+Level = Literal["ok", "note", "open", "bad"]
+"""open: what cannot be known before it is tried."""
 _SHOWN = 3
 _ALPHAS = (0.5, 0.8)
 """Acceptance of a weak and of an apt draft: what published pairs lie between on mixed text."""
@@ -44,6 +45,11 @@ class Fit:
     figures: Mapping[str, Any]
 
     @property
+    def certain(self) -> bool:
+        """Whether all that decides it could be looked at."""
+        return all(finding.level != "open" for finding in self.findings)
+
+    @property
     def fits(self) -> bool:
         return all(finding.level != "bad" for finding in self.findings)
 
@@ -64,7 +70,7 @@ def _member(ours: Candidate, draft: str, options: LoadOptions) -> tuple[list[Fin
     entry, argument = entry_of(draft), draft.partition(":")[2]
     if entry is not None and entry.package:
         said = f"{draft} is {entry.package}'s, which alone can say what it needs; it is loaded by generate"
-        return [Finding("draft", "note", said)], {}
+        return [Finding("draft", "open", said)], {}
     if entry is not None and entry.name == "self":
         return [_own_layers(ours, argument)], {}
     if entry is not None and entry.name not in ("model", "head"):

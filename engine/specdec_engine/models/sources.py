@@ -37,14 +37,23 @@ def resolve(name: str, *, offline: bool = False, trust_remote_code: bool = False
         return _checked_gguf(path)
     if path.suffix.lower() == ".gguf":
         raise ModelUnavailable(f"no file {str(path)!r}", "give the path of a .gguf file")
-    if meant := difflib.get_close_matches(name.partition(":")[0], words(), cutoff=0.75):
-        raise ModelUnavailable(f"no model {name!r}", f"did you mean {meant[0]}? A hub id is org/name")
+    meant = difflib.get_close_matches(name.partition(":")[0], words(), cutoff=0.75)
+    if meant and not _cached(name):
+        typed = {"self": "self:N"}.get(meant[0], meant[0])
+        raise ModelUnavailable(f"no model {name!r}", f"did you mean {typed}? A hub id is org/name")
     if not _HUB_ID.fullmatch(name) or path.exists():
         raise ModelUnavailable(
             f"no model at {name!r}: it is no folder and no GGUF file",
             "give a folder with config.json and *.safetensors, a .gguf file, a hub id such as org/name, or builtin",
         )
     return _checked_folder(_fetch(name, offline, trust_remote_code, report))
+
+
+def _cached(name: str) -> bool:
+    """Whether the hub's cache has a model of this name, which then is none that was mistyped."""
+    import huggingface_hub as hub
+
+    return bool(_HUB_ID.fullmatch(name)) and isinstance(hub.try_to_load_from_cache(name, "config.json"), str)
 
 
 def _is_gguf(path: Path) -> bool:

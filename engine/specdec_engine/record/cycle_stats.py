@@ -86,9 +86,9 @@ class Budget:
 def budget(s: Summary, plain_s: float) -> Budget | None:
     """Of these cycles together. plain_s: seconds of a plain cycle. None without cycles that took time, and where their phases
     are not known."""
-    if not s.cycles or not s.decode_s or not plain_s or s.draft_s is None or s.verify_s is None or s.other_s is None:
+    if not s.cycles or not plain_s or (phases := s.phases) is None or not phases.total_s:
         return None
-    draft, verify, other = (total / s.cycles / plain_s for total in (s.draft_s, s.verify_s, s.other_s))
+    draft, verify, other = (total / s.cycles / plain_s for total in (phases.draft_s, phases.verify_s, phases.other_s))
     steady = None
     if s.alpha is not None:
         steady = expected_emitted(s.alpha, s.drafted / s.cycles) / (draft + verify + other)

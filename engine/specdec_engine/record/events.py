@@ -21,6 +21,8 @@ End = Literal["recovered", "bonus", "plain", "stop", "length"]
 FinishReason = Literal["stop", "length", "cancelled"]
 Origin = Literal["accepted", "recovered", "bonus", "plain"]
 """Where an emitted token came from."""
+Fate = Literal["accepted", "rejected", "untested"]
+"""What became of a drafted token."""
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Seconds = Annotated[float, Meta(ge=0, lt=2**63)]
 Probability = Annotated[float, Meta(ge=-1e-3, le=1 + 1e-3)]
@@ -41,16 +43,16 @@ def known_ids(tokens: Sequence[TokenId]) -> tuple[int, ...]:
 class Started:
     """The first event: everything needed to read, or to repeat, the run."""
 
-    prompt: tuple[Count, ...]
+    prompt: tuple[TokenId, ...]
     """Token ids of the prompt, as the target saw them."""
     settings: Mapping[str, Any]
-    """target, draft, rule, coupling, k, temperature, top_k, top_p, min_p, draft_temperature, adaptive, max_tokens, stop
-    as in force in the first cycle."""
-    seed: int
+    """target, draft, rule, coupling, k, temperature, top_k, top_p, min_p, draft_temperature, adaptive, max_tokens, stop,
+    generation_config, as in force in the first cycle."""
+    seed: int | None
     environment: Mapping[str, Any] = field(default_factory=dict)
     """Versions, device, dtype, runtime; empty when the caller gave none."""
     observer: str = "specdec"
-    """The engine that tells the run: ours, or the server that is watched."""
+    """The engine that ran it: ours, or the server that is watched."""
     schema: str = TRACE_SCHEMA
     kind: Literal["started"] = "started"
 
@@ -86,7 +88,7 @@ class Cycle:
     index: Count
     drafter: str
     """Who proposed; `none` when nothing was drafted."""
-    k: Count
+    k: Count | None
     """Tokens asked of the drafter; it may propose fewer."""
     drafted: tuple[TokenId, ...]
     accepted: Count
@@ -109,10 +111,10 @@ class Cycle:
     verify_s: Seconds | None
     other_s: Seconds | None
     """Seconds of the three phases: all known, or none."""
-    context: Count
+    context: Count | None
     """Tokens in the context when the cycle began."""
     cycle_s: Seconds | None = None
-    """Seconds of the whole cycle, from an observer that does not tell its phases."""
+    """Seconds of the whole cycle, where its phases are not known."""
     exactness: Literal["exact", "inferred"] = "exact"
     """Whether the cycle was seen as it was, or deduced from what came out of the engine."""
     parents: tuple[int, ...] | None = None
@@ -138,6 +140,23 @@ class Cycle:
         """Of the whole cycle: its phases together, or what its observer says of it."""
         return self.cycle_s if (phases := self.phases) is None else phases.total_s
 
+    def fate(self, place: int) -> Fate:
+        """What became of the drafted token at this place. Of a tree's siblings those were rejected that were held against a
+        number, or the first where no number is told."""
+        if place in (range(self.accepted) if self.path is None else self.path):
+            return "accepted"
+        if place == self.rejected or (self.parents is not None and self.u[place] is not None):
+            return "rejected"
+        return "untested"
+
+    @property
+    def rejected(self) -> int | None:
+        """Place of the drafted token that ended the cycle; None where all were accepted, or nothing was drafted."""
+        if self.parents is None:
+            return self.accepted if self.accepted < len(self.drafted) else None
+        last = self.path[-1] if self.path else -1
+        return self.parents.index(last) if last in self.parents else None
+
     @property
     def depth(self) -> int:
         """Levels of the draft: its length, or a tree's longest path."""
@@ -153,13 +172,12 @@ class Cycle:
         """Levels of the draft held against the target: those of the accepted tokens, and the one of the rejection."""
         if self.parents is None:
             return min(self.accepted + 1, len(self.drafted))
-        last = self.path[-1] if self.path else -1
-        return self.accepted + (last in self.parents)
+        return self.accepted + (self.rejected is not None)
 
     @property
     def origins(self) -> tuple[Origin, ...]:
         """Where each emitted token came from."""
-        final: Origin = "plain" if not self.drafted else "bonus" if self.accepted == len(self.drafted) else "recovered"
+        final: Origin = "plain" if not self.drafted else "bonus" if self.rejected is None else "recovered"
         return tuple("accepted" if i < self.accepted else final for i in range(len(self.emitted)))
 
 
@@ -185,15 +203,16 @@ class SettingChanged:
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """Totals since the engine began, from one that tells no cycles."""
+    """Totals since the engine began, of one that reports no cycles."""
 
     at_s: Seconds
     """Seconds since the watching began."""
-    cycles: Count | None
+    cycles: Count
     """Those that verified a draft."""
-    drafted: Count | None
-    accepted: Count | None
-    emitted: Count | None
+    drafted: Count
+    accepted: Count
+    emitted: Count
+    """Those of cycles without a draft, too."""
     accepted_at: tuple[Count, ...] = ()
     """Accepted tokens by their position in the draft; empty when it is not known."""
     kind: Literal["counters"] = "counters"
@@ -201,7 +220,8 @@ class Counters:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The run ended as it should: a stop, the budget, or the consumer's wish, who then records `cancelled` itself."""
+    """The run ended as it should: a stop, the budget, or a consumer that cancelled it, which then records this event
+    itself."""
 
     reason: FinishReason
     emitted: Count

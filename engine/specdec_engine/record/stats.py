@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from specdec_engine.record.events import Counters, Cycle, Event, Finished, Started
+from specdec_engine.record.events import Counters, Cycle, Event, Finished, Phases, Started
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,10 @@ class Summary:
                 return self
 
     def _plus_cycle(self, cycle: Cycle) -> Summary:
-        overlaps = [o for o in cycle.overlap[: cycle.tested] if o is not None]
+        if self.counted:  # cycles say more
+            return Summary(self.prompt_tokens, self.seed, observer=self.observer).plus(cycle)
+        # Of a tree it is not told which of several overlaps a level was decided by.
+        overlaps = [] if cycle.parents else [o for o in cycle.overlap[: cycle.tested] if o is not None]
         plain_s = cycle.seconds if (phases := cycle.phases) is None else phases.verify_s + phases.other_s
         return replace(
             self,
@@ -107,19 +110,18 @@ class Summary:
         )
 
     def _plus_counters(self, totals: Counters) -> Summary:
-        cycles = totals.cycles or 0
         return replace(
             self,
-            cycles=cycles,
-            drafted=totals.drafted or 0,
-            accepted=totals.accepted or 0,
-            emitted=totals.emitted or 0,
+            cycles=totals.cycles,
+            drafted=totals.drafted,
+            accepted=totals.accepted,
+            emitted=totals.emitted,
             draft_s=None,
             verify_s=None,
             other_s=None,
             decode_s=None,
             # What was tested is not told: a rejection cannot be told apart from the end of a shorter draft.
-            positions=tuple(Position(drafted=cycles, accepted=kept) for kept in totals.accepted_at),
+            positions=tuple(Position(drafted=totals.cycles, accepted=kept) for kept in totals.accepted_at),
             counted=True,
         )
 
@@ -137,12 +139,20 @@ class Summary:
 
     @property
     def mean_emitted_per_cycle(self) -> float | None:
-        return _ratio(self.emitted, self.cycles)
+        # Counted cycles are those that drafted; what the others emitted is in the total as well.
+        return _ratio(self.accepted + self.cycles if self.counted else self.emitted, self.cycles)
 
     @property
-    def exactness(self) -> Literal["exact", "inferred"]:
-        """Whether all cycles were seen as they were."""
-        return "inferred" if self.inferred else "exact"
+    def exactness(self) -> Literal["exact", "inferred", "counted"]:
+        """Whether all cycles were seen as they were, some deduced, or none told at all."""
+        return "counted" if self.counted else "inferred" if self.inferred else "exact"
+
+    @property
+    def phases(self) -> Phases | None:
+        """Seconds by what cycles do; None where one of them does not tell."""
+        if self.draft_s is None or self.verify_s is None or self.other_s is None:
+            return None
+        return Phases(self.draft_s, self.verify_s, self.other_s)
 
     @property
     def tokens_per_second(self) -> float | None:

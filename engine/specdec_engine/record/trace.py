@@ -43,7 +43,7 @@ _KINDS: dict[str, type[Event]] = {
 }
 _Pieces = dict[int, str]
 _READS = ("specdec.trace/1", TRACE_SCHEMA)
-"""In /1 no line has a run's id, and everything is known; otherwise it is the same."""
+"""/1 has no run ids, and nothing in it is unknown or inferred; otherwise it is the same."""
 
 
 def to_json(event: Event) -> dict[str, Any]:
@@ -70,16 +70,16 @@ class _Settings(TypedDict, total=False):
 
     target: str | None
     draft: str | None
-    rule: str
-    coupling: str
-    k: int
+    rule: str | None
+    coupling: str | None
+    k: int | None
     temperature: float | None
     top_k: int | None
     top_p: float | None
     min_p: float | None
     draft_temperature: float | None
-    adaptive: bool
-    max_tokens: int
+    adaptive: bool | None
+    max_tokens: int | None
 
 
 class _Part(TypedDict, total=False):
@@ -103,6 +103,8 @@ def _check(event: Event) -> None:
         case Started():
             typed(event.settings, _Settings)
             typed(event.environment, _Environment)
+        case Counters() if event.accepted > event.drafted:
+            raise ValueError(f"accepted: {event.accepted} of {event.drafted} drafted tokens")
         case SettingChanged():
             typed({event.name: event.old}, _Settings)
             typed({event.name: event.new}, _Settings)
@@ -169,7 +171,7 @@ class Records:
     def _new_tokens(self, event: Event) -> set[int]:
         match event:
             case Started():
-                tokens = set(event.prompt)
+                tokens = {token for token in event.prompt if token is not None}
             case Cycle():
                 rows = [row for raw in (event.raw_p, event.raw_q) if raw is not None for row in raw.likeliest]
                 tokens = {token for token in (*event.drafted, *event.emitted) if token is not None}
@@ -182,7 +184,8 @@ class Records:
 
 
 class TraceWriter:
-    """Appends events to a file, one flushed line each, which is locked meanwhile: the lines of two runs would mix.
+    """Appends events to a file, one flushed line each, which is locked meanwhile, so that no line of another
+    program comes between the parts of one.
 
     Raises TraceError when the file cannot be opened, another process writes to it, or a line cannot be written (no such
     folder, disk full).
@@ -272,7 +275,7 @@ def _run_by_run(lines: Iterable[TraceLine]) -> Iterator[TraceLine]:
         if isinstance(line.event, Started):
             if line.run in by_id:  # a copy of a run, or the next one of a trace without ids
                 by_id[line.run].over = True
-            by_id[line.run] = _Run()
+            by_id[line.run] = _Run()  # the one before it with this id is still in order
             order.append(by_id[line.run])
         run = by_id[line.run]
         run.waiting.append(line)
@@ -281,13 +284,14 @@ def _run_by_run(lines: Iterable[TraceLine]) -> Iterator[TraceLine]:
         while order[0].over and len(order) > 1:
             order.popleft()
             yield from order[0].take()
-    for run in (*order, *by_id.values()):
+    for run in order:
         yield from run.take()
 
 
 def _lines(path: Path) -> Iterator[TraceLine]:
     damaged: tuple[int, Exception] | None = None
-    begun = set[str]()
+    whole = True
+    open_runs = set[str]()
     try:
         with path.open("rb") as file:
             for number, raw in enumerate(file, start=1):
@@ -295,14 +299,11 @@ def _lines(path: Path) -> Iterator[TraceLine]:
                     continue
                 try:
                     line = _parse(raw.strip())  # an error then counts columns of this line
-                    if isinstance(line.event, Started):
-                        begun.add(line.run)
-                    elif line.run not in begun:
-                        raise ValueError(f"a {line.event.kind} comes before its run has started")
+                    _follow(line, open_runs)
                 except ValueError as error:
-                    if damaged:
-                        raise _unreadable(path, *damaged) from error
-                    damaged = number, error
+                    if damaged or _is_json(raw):  # a killed run leaves the beginning of a line, and no other one
+                        raise _unreadable(path, *(damaged or (number, error))) from error
+                    damaged, whole = (number, error), raw.endswith(b"\n")
                     continue
                 if damaged and not isinstance(line.event, Started):
                     raise _unreadable(path, *damaged)
@@ -312,8 +313,30 @@ def _lines(path: Path) -> Iterator[TraceLine]:
         raise TraceError(
             f"cannot read {path}: {reason(error)}", "give the path of a file written by --trace"
         ) from error
-    if damaged and raw.endswith(b"\n"):
+    if damaged and whole:
         raise _unreadable(path, *damaged)
+
+
+def _follow(line: TraceLine, open_runs: set[str]) -> None:
+    """Note which runs have begun and not ended. Raises ValueError for an event outside its run."""
+    match line.event:
+        case Started():
+            open_runs.add(line.run)
+        case event if line.run not in open_runs:
+            raise ValueError(f"a {event.kind} comes before its run has started, or after it has ended")
+        case Finished() | Failed():
+            open_runs.discard(line.run)
+
+
+def _is_json(line: bytes) -> bool:
+    """Whether it is whole, whatever it says."""
+    try:
+        json.loads(line)
+    except RecursionError:
+        return True
+    except ValueError:
+        return False
+    return True
 
 
 class _Head(TypedDict, total=False):
@@ -326,8 +349,8 @@ class _Head(TypedDict, total=False):
 
 
 def _parse(line: bytes) -> TraceLine:
-    """Raises ValueError. msgspec reads a line in a fifteenth of the time that `json` and a conversion take. What it refuses
-    goes that way too: it may be a lone surrogate, which is no fault, and else the error says more."""
+    """Raises ValueError. msgspec reads a line in a fifteenth of the time that `json` and a conversion take. A line that it
+    rejects is parsed again by `json`, which accepts lone surrogates and has the better errors."""
     import msgspec
 
     try:
@@ -335,7 +358,7 @@ def _parse(line: bytes) -> TraceLine:
         event = _event_decoder(head["kind"]).decode(line)
         if isinstance(event, Started) and event.schema not in _READS:
             raise KeyError(event.schema)
-    except (msgspec.MsgspecError, KeyError):
+    except (msgspec.MsgspecError, RecursionError, KeyError):
         record = parse_record(line)
         return TraceLine(typed(record.get("run", ""), str), from_json(record), typed(record.get("pieces", {}), _Pieces))
     _check(event)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.errors import UsageError
-from specdec_engine.record.events import Cycle, SettingChanged, Started, known_ids
+from specdec_engine.record.events import Cycle, SettingChanged, Started, TokenId, known_ids
 from specdec_engine.record.trace import read_trace
 
 ROOM = 256
@@ -51,19 +51,26 @@ def recorded(path: Path, target: str, sampling: Sampling) -> list[Answer]:
         "top_p": sampling.top_p,
         "min_p": sampling.min_p,
     }
-    found = list[Answer]()
+    found, prompt, emitted, ended = list[Answer](), tuple[int, ...](), list[int](), False
+
+    def close() -> None:
+        if emitted:
+            found.append(Answer((*prompt, *emitted), len(prompt), ended))
+
     for event in read_trace(path):
         if isinstance(event, Started):
+            close()
             _check_run(path, event, target, wanted)
-            found.append(Answer(event.prompt, len(event.prompt), False))
+            prompt, emitted, ended = _told(path, "the prompt", event.prompt), [], False
         elif isinstance(event, SettingChanged) and event.name in wanted:
             raise UsageError(f"in {path} {event.name} was turned on the way", "record a run in which it stays as it is")
         elif isinstance(event, Cycle):
-            answer = found.pop()
-            found.append(Answer((*answer.context, *_told(path, event)), answer.begin, event.end == "stop"))
-    if not (answered := [answer for answer in found if len(answer.context) > answer.begin]):
+            emitted += _told(path, f"cycle {event.index}", event.emitted)
+            ended = event.end == "stop"
+    close()
+    if not found:
         raise UsageError(f"{path} has no emitted tokens", "record a longer run with --trace")
-    return answered
+    return found
 
 
 def _check_run(path: Path, run: Started, target: str, wanted: Mapping[str, float]) -> None:
@@ -80,12 +87,12 @@ def _check_run(path: Path, run: Started, target: str, wanted: Mapping[str, float
             )
 
 
-def _told(path: Path, cycle: Cycle) -> tuple[int, ...]:
-    """The tokens of a cycle. Raises UsageError where its observer does not tell them."""
+def _told(path: Path, what: str, tokens: Sequence[TokenId]) -> tuple[int, ...]:
+    """The same tokens. Raises UsageError where their observer does not tell them."""
     try:
-        return known_ids(cycle.emitted)
+        return known_ids(tokens)
     except ValueError as error:
-        raise UsageError(f"in {path}, cycle {cycle.index}: {error}", "give a trace of our own engine") from error
+        raise UsageError(f"{path}, {what}: {error}", "give a trace of our own engine") from error
 
 
 def cut(ids: Sequence[int], prompt: int, answer: int) -> list[Answer]:

@@ -15,7 +15,7 @@ from specdec_engine.core.randomness import KeyedRandomness, Randomness
 from specdec_engine.core.transfer import upload
 from specdec_engine.decoding.control import Controls
 from specdec_engine.drafters.base import AcceptanceAlong, Drafter
-from specdec_engine.drafters.token_choice import along
+from specdec_engine.drafters.token_choice import probabilities_of
 from specdec_engine.errors import UsageError
 from specdec_engine.pair import Pair
 from specdec_engine.record.events import Cycle, known_ids
@@ -77,7 +77,7 @@ def _target_along(target: ModelTarget, answer: Answer, sampling: Sampling) -> li
     for start in range(answer.begin, len(answer.context), _CHUNK):
         tokens = upload(torch.tensor(answer.context[start - 1 : start + _CHUNK][:-1]), target.device)
         logits = target.runtime.forward(tokens, len(tokens))
-        found += along(logits, answer.context[start : start + len(tokens)], sampling)
+        found += probabilities_of(logits, answer.context[start : start + len(tokens)], sampling)
     # Greedy text was chosen by passes over single tokens, which may round differently: what it says is what the target says.
     return [1.0] * len(found) if sampling.greedy else found
 

@@ -83,16 +83,23 @@ def tuned(
     seed: int,
     say: Say,
     confirm: bool = True,
+    leave_out: Callable[[str, UsageError], None] | None = None,
 ) -> Tuned:
-    """pairs: by draft, for each of `with_cascades`; confirm: not for a text that the target has not said. Raises UsageError
-    without answers."""
+    """pairs: by draft, for each of `with_cascades`; confirm: not for a text that the target has not said; leave_out: told of
+    a draft that cannot be looked at, where that ends nothing. Raises UsageError without answers, and for such a draft."""
     if not answers:
         raise UsageError("the target answered no prompt", "give shorter prompts, or more of them")
     members, sampling, lookups = dict[str, Member](), Sampling(temperature), list[UnitCosts]()
     for name, pair in pairs.items():
         if "," in name:
             continue
-        chances, times = looked_at(pair, answers, sampling, partial(_counted, say, f"looking at {name}"))
+        try:
+            chances, times = looked_at(pair, answers, sampling, partial(_counted, say, f"looking at {name}"))
+        except UsageError as error:
+            if leave_out is None:
+                raise
+            leave_out(name, error)
+            continue
         say(f"timing {name}")
         costs = lookups[0] if times and lookups else unit_costs(pair, answers, sampling, seed)
         if times:  # the passes over a lookup's drafts are any lookup's
@@ -100,7 +107,8 @@ def tuned(
             costs = costs.drafting(times)
         members[name] = Member(name, chances, costs)
     say(f"solving for {len(pairs)} drafts and {MOST_K} k")
-    found = curves(([members[name] for name in draft.split(",")] for draft in pairs), MOST_K)
+    cascades = [names for names in (draft.split(",") for draft in pairs) if set(names) <= members.keys()]
+    found = curves(([members[name] for name in names] for names in cascades), MOST_K)
     best = best_of(next(iter(found.values())))
     confirmed = list[ArmFigures]()
     if confirm and len(answers) >= FEWEST:

@@ -68,7 +68,7 @@ class Wanted:
     @property
     def notes(self) -> list[str]:
         """What is not the same."""
-        own = ["with its own n-gram lookup, which is not quite ours"] if self.model is None else []
+        own = ["with its own lookup, which is not quite ours"] if self.model is None else []
         return own + ([f"without {', '.join(self.left_out)}"] if self.left_out else [])
 
 
@@ -90,8 +90,12 @@ def launches(wanted: Wanted) -> list[Launch]:
 
 
 def _vllm(s: Wanted) -> Launch:
-    config: dict[str, object] = {"method": s.names.vllm, "prompt_lookup_max": int(s.longest), "prompt_lookup_min": 1}
+    config: dict[str, object] = {"method": s.names.vllm}
     needs = ["vLLM 0.32", *_folder(s)]
+    if s.names.vllm == "ngram":
+        config |= {"prompt_lookup_max": int(s.longest), "prompt_lookup_min": 1}
+    if s.names.vllm == "suffix":
+        needs.append("the package arctic-inference")
     if s.model is not None:
         config = {"method": s.names.vllm, "model": s.model}
         if s.sampled:  # its default draft is greedy, whose acceptance at a temperature is another

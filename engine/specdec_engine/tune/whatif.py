@@ -1,7 +1,7 @@
 """What a draft would do for every k at once, from text that the target has written. No generation, no torch.
 
-A target that says x with probability p takes it from a draft with min(p, q): of all the times it says x, in a share
-min(1, q/p), whatever became of the tokens before. So along a given text acceptances are independent events, whose chances
+A token that the target emits with probability p was an accepted draft token with probability min(1, q/p), whatever became
+of the tokens before. So along a given text acceptances are independent events, whose chances
 two teacher-forced passes tell (target and draft), and a walk over the places where cycles may begin gives the expected
 cycles of every k. Exact for the token rule. A deterministic draft's chances are 0 and 1; so are all at temperature 0.
 """
@@ -21,7 +21,7 @@ class Chances:
     """One drafter along one answer of n tokens."""
 
     drafted: tuple[int, ...]
-    """[n]: tokens of a draft that begins before each token of the answer, of as many as may be drafted."""
+    """[n]: length of the draft that begins before each token of the answer, at the largest k."""
     accept: tuple[tuple[float, ...], ...]
     """[n]: row i, column j: the chance that token j of that draft is accepted, given that all before it were; 0 beyond a
     row's end."""
@@ -30,7 +30,7 @@ class Chances:
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class CycleKind:
     """Cycles that cost the same."""
 
     member: int
@@ -38,15 +38,17 @@ class Kind:
     drafted: int
 
 
-def expected_cycles(members: Sequence[Chances], k: int) -> dict[Kind, float]:
+def expected_cycles(members: Sequence[Chances], k: int) -> dict[CycleKind, float]:
     """How many of each kind, averaged over what draft and target draw. members: a cascade, whose first that proposes wins the
     cycle; for one drafter a list of one."""
-    n, found = len(members[0].drafted), dict[Kind, float]()
+    n, found = len(members[0].drafted), dict[CycleKind, float]()
     begins = [1.0] + [0.0] * n  # expected cycles that begin before each token
     for i in range(n):
         room = k if members[0].ended else min(k, n - i - 1)  # the last token of a budget is the target's own
-        kind = next((Kind(m, min(room, c.drafted[i])) for m, c in enumerate(members) if c.drafted[i]), Kind(0, 0))
-        kind = kind if kind.drafted else Kind(0, 0)
+        kind = next(
+            (CycleKind(m, min(room, c.drafted[i])) for m, c in enumerate(members) if c.drafted[i]), CycleKind(0, 0)
+        )
+        kind = kind if kind.drafted else CycleKind(0, 0)
         found[kind] = found.get(kind, 0.0) + begins[i]
         reach, row = begins[i], members[kind.member].accept[i]
         for j, chance in enumerate([*row, *[0.0] * kind.drafted][: kind.drafted]):
@@ -96,14 +98,14 @@ class UnitCosts:
         return replace(self, draft=_medians(apart))
 
     @property
-    def silence(self) -> float:
-        """Of asking it in vain."""
+    def miss_cost(self) -> float:
+        """What it costs to ask a drafter that proposes nothing."""
         return self.draft.get(0, 0.0)
 
     def __call__(self, drafted: int) -> float:
         """A cycle that drafts so many."""
         if not drafted:
-            return 1.0 + self.silence
+            return 1.0 + self.miss_cost
         return _known(self.draft, drafted) + _known(self.passes, drafted + 1) + self.other
 
 
@@ -150,11 +152,11 @@ def predicted(cascade: Sequence[Member], k: int) -> Setting:
     return Setting(",".join(m.name for m in cascade), k, tokens / cycles, Interval.of(ratios), tuple(ratios))
 
 
-def _cost(cascade: Sequence[Member], kind: Kind) -> float:
+def _cost(cascade: Sequence[Member], kind: CycleKind) -> float:
     """Of a cycle in plain ones; whoever stands before the one that drafted was asked in vain."""
-    silent = cascade if not kind.drafted else cascade[: kind.member]
+    asked_in_vain = cascade if not kind.drafted else cascade[: kind.member]
     own = cascade[kind.member].costs(kind.drafted) if kind.drafted else 1.0
-    return own + sum(member.costs.silence for member in silent)
+    return own + sum(member.costs.miss_cost for member in asked_in_vain)
 
 
 def curves(cascades: Iterable[Sequence[Member]], most: int) -> Mapping[str, list[Setting]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from specdec_engine.core.cycle_types import Draft
-from specdec_engine.verify.evidence import RESIDUAL_TOP, Evidence, Numbers, RawInputs, RawRows, pack
+from specdec_engine.verify.evidence import RESIDUAL_TOP, Evidence, RawInputs, RawRows, Uniforms, pack
 from specdec_engine.verify.rules import AcceptanceRule, VerifyInputs, apply_rule
 from specdec_engine.verify.sampling import draw, draw_on_host, top
 
@@ -22,7 +22,7 @@ def decide(
 ) -> Tensor:
     """The evidence as one row on the device (`evidence.unpack` reads it).
 
-    p [k + 1, V], tokens [k], probs [k, V], u [2, k + 1] (`Numbers.tensor`). Pure tensor work on fixed shapes, so that it can
+    p [k + 1, V], tokens [k], probs [k, V], u [2, k + 1] (`Uniforms.tensor`). Pure tensor work on fixed shapes, so that it can
     be recorded.
     """
     k = tokens.shape[0]
@@ -43,7 +43,9 @@ def decide(
 
 
 @torch.inference_mode()
-def decide_on_host(rule: AcceptanceRule, p: Tensor, tokens: Tensor, probs: Tensor | None, numbers: Numbers) -> Evidence:
+def decide_on_host(
+    rule: AcceptanceRule, p: Tensor, tokens: Tensor, probs: Tensor | None, numbers: Uniforms
+) -> Evidence:
     """The same, of which only what the verdict needs is made. Raw distributions are added by `with_raw`."""
     k = tokens.shape[0]
     if k == 0:

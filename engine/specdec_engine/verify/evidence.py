@@ -25,17 +25,18 @@ RESIDUAL_TOP, RAW_TOP = 8, 4
 
 
 @dataclass(frozen=True, slots=True)
-class Numbers:
+class Uniforms:
     """The uniform numbers of one cycle's verdict."""
 
     position: int
+    """Tokens in the context when the cycle began, by which they are keyed."""
     accept: list[float]
     """[k]: what each drafted token is held against."""
     final: list[float]
     """[k + 1]: what the cycle's last token is drawn with, by how many were accepted."""
 
     @classmethod
-    def drawn(cls, random: Randomness, position: int, k: int) -> Numbers:
+    def drawn(cls, random: Randomness, position: int, k: int) -> Uniforms:
         return cls(position, random.uniforms(position, "accept", k), random.uniforms(position, "final", k + 1))
 
     def tensor(self, device: torch.device) -> Tensor:
@@ -61,7 +62,7 @@ class RawInputs:
 
     @property
     def entries(self) -> int:
-        """Of each row that are told."""
+        """How many of each row's entries are reported."""
         return min(RAW_TOP, self.logits.shape[1], RAW_TOP if self.q is None else self.q.shape[1])
 
 
@@ -72,11 +73,11 @@ class RawRows:
     drafted: Sequence[float]
     """[m]: the drafted token's probability."""
     before: Sequence[Sequence[float]]
-    """[m, n]: the largest entries,"""
+    """[m, n]: the largest raw probabilities."""
     ids: Sequence[Sequence[float]]
-    """where they are,"""
+    """[m, n]: their token ids."""
     after: Sequence[Sequence[float]]
-    """and what temperature and filters made of them."""
+    """[m, n]: the same entries after temperature and filters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ class Evidence:
     token: int
     """The target's own, that ends the cycle."""
     mass: float
-    """Of the row it was drawn from: 1, if that is made of numbers."""
+    """Sum of the row that the token was drawn from: 1, if that is made of numbers."""
     drafted: Sequence[int] = ()
     """[k], and so the next three."""
     p: Sequence[float] = ()
@@ -146,21 +147,21 @@ def unpack(row: Sequence[float], layout: Layout) -> Evidence:
     return Evidence(int(accepted), int(token), mass, drafted, p, q, overlap, residual, raw)
 
 
-def verdict_of(evidence: Evidence, drafter: str, numbers: Numbers) -> Verdict:
-    """What the loop is told. Raises GenerationFailed where a distribution that mattered is not made of numbers."""
+def verdict_of(evidence: Evidence, drafter: str, numbers: Uniforms) -> Verdict:
+    """What the loop receives. Raises GenerationFailed where a distribution that mattered is not made of numbers."""
     e, k = evidence, len(numbers.accept)
     n, rejected = e.accepted, e.accepted < k
-    _check_numbers(e, drafter, numbers.position + n)
+    _check_finite(e, drafter, numbers.position + n)
     raw = [_raw(rows, k, min(n + 1, k)) for rows in e.raw]
     return Verdict(
         drafted=tuple(e.drafted),
         accepted=n,
         token=e.token,
         origin="recovered" if rejected else "bonus",
-        p=tuple(_known(e.p)),
+        p=tuple(_none_where_not_finite(e.p)),
         q=tuple(e.q),
         u=tuple(value if i <= n else None for i, value in enumerate(numbers.accept)),
-        overlap=tuple(_known(e.overlap)),
+        overlap=tuple(_none_where_not_finite(e.overlap)),
         residual=tuple((id, mass) for id, mass in e.residual if mass > 0) if rejected else (),
         raw_p=raw[0] if len(raw) > 0 else None,
         raw_q=raw[1] if len(raw) > 1 else None,
@@ -175,16 +176,16 @@ def _raw(rows: RawRows, k: int, tested: int) -> Raw:
             if isfinite(before) and isfinite(after):
                 yield int(id), before, after
 
-    told, untested = [tuple(entries(i)) for i in range(tested)], k - tested
-    return Raw((*_known(rows.drafted[:tested]), *[None] * untested), (*told, *[()] * untested))
+    reported, untested = [tuple(entries(i)) for i in range(tested)], k - tested
+    return Raw((*_none_where_not_finite(rows.drafted[:tested]), *[None] * untested), (*reported, *[()] * untested))
 
 
-def _known(values: Sequence[float]) -> list[float | None]:
-    """Past a rejection the prefix is a dead one, and its numbers may be none."""
+def _none_where_not_finite(values: Sequence[float]) -> list[float | None]:
+    """Past a rejection the target may give the prefix probability 0, and numbers are none."""
     return [value if isfinite(value) else None for value in values]
 
 
-def _check_numbers(e: Evidence, drafter: str, position: int) -> None:
+def _check_finite(e: Evidence, drafter: str, position: int) -> None:
     if any(value != value for value in e.q):
         raise GenerationFailed(
             f"the draft {drafter} gave logits that are not numbers near position {position}",

@@ -13,7 +13,7 @@ from itertools import accumulate
 
 import torch
 
-from specdec_engine.verify.evidence import RESIDUAL_TOP, Evidence, Numbers
+from specdec_engine.verify.evidence import RESIDUAL_TOP, Evidence, Uniforms
 from specdec_engine.verify.rules import AcceptanceRule, VerifyInputs
 
 Pattern = tuple[tuple[int, ...], tuple[int, ...]]
@@ -37,7 +37,7 @@ class RememberedRule:
         self._rule = rule
         self._asked: dict[Pattern, _Asked] = {}
 
-    def decide(self, best: Sequence[int], drafted: Sequence[int], numbers: Numbers, vocab: int) -> Evidence:
+    def decide(self, best: Sequence[int], drafted: Sequence[int], numbers: Uniforms, vocab: int) -> Evidence:
         """best [k + 1]: where each row's mass is."""
         if not drafted:
             return Evidence(0, best[0], 1.0)

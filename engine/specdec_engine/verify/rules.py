@@ -2,9 +2,9 @@
 
 p is the target's distribution and q the one the draft was drawn from, as in Leviathan et al. 2023 (arXiv:2211.17192) and
 Chen et al. 2023 (arXiv:2302.01318). A rule is three pure functions (`thresholds`, `count`, `final`); `decide.decide`
-holds these against uniform numbers on a device, `apply_rule` on the host. Losslessness is a property of the three, and is
-proved by enumerating them (tests/exact), where the token rule's second form, for the host, is held against its first,
-too. Nothing here runs a model, keeps state, or knows about temperature.
+compares these with uniform numbers on a device, `apply_rule` on the host. Losslessness is a property of the three:
+tests/exact check it by enumeration, and that both forms of the token rule agree. Nothing here runs a model, keeps state,
+or knows about temperature.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from specdec_engine.verify.sampling import wide
 def accept_prob(p: Tensor, q: Tensor) -> Tensor:  # [k], [k] -> [k]
     """min(1, p/q) at the drafted tokens (Leviathan et al., algorithm 1); 0 where either has no mass.
 
-    In float64, where two tiny float32 probabilities give their ratio and not 0/0.
+    In float64 (float32 on MPS), where two tiny float32 probabilities give their ratio and not 0/0.
     """
     q = q.to(wide(q.device))
     return torch.where(q > 0, (p / q).clamp(max=1.0), 0.0)
@@ -117,7 +117,8 @@ class TokenRule:
 
 
 class BlockRule:
-    """Block verification (Sun et al. 2024, arXiv:2403.10444): the longest prefix that passes, rejections before it or not.
+    """Block verification (Sun et al. 2024, arXiv:2403.10444): accepts up to the last position that passes, even if
+    earlier ones did not.
 
     Accepts at least as many tokens on average as the token rule, and as many where the draft is deterministic. With
     r_i = min(1, r_{i-1} · p/q) along the draft, position i passes with S_i / (S_i + 1 - r_i), where S_i is what the residual
@@ -128,37 +129,37 @@ class BlockRule:
     lossless: ClassVar[bool] = True
 
     def thresholds(self, inputs: VerifyInputs) -> Tensor:
-        reach = _reach(inputs)
-        left, inner = self._left(inputs, reach[:-1]), reach[:-1]
+        weights = _prefix_weights(inputs)
+        left, inner = self._residual_mass(inputs, weights[:-1]), weights[:-1]
         mass = left + 1 - inner
-        # Where nothing is left a later one passes surely.
-        return torch.cat([torch.where(mass == 0, 0.0, left / mass), reach[-1:]])
+        # Mass 0: a later position passes with certainty, and this one does not matter.
+        return torch.cat([torch.where(mass == 0, 0.0, left / mass), weights[-1:]])
 
     def count(self, passed: Tensor) -> Tensor:
         places = torch.arange(passed.shape[0] + 1, device=passed.device)
         return (places * pad(passed, (1, 0))).amax()
 
     def final(self, inputs: VerifyInputs, accepted: Tensor) -> Tensor:
-        reach = _reach(inputs)
-        whole = torch.cat([reach.new_ones(1), reach])
+        weights = _prefix_weights(inputs)
+        whole = torch.cat([weights.new_ones(1), weights])
         scale = torch.where(accepted < inputs.tokens.shape[0], whole.index_select(0, accepted[None])[0], 1.0)
         row = residual(inputs.p.index_select(0, accepted[None])[0], inputs.q_row(accepted), scale.to(inputs.p))
-        # Each test looked at the row after it: a NaN there would pass for "never", and must be found.
-        return row + self._left(inputs, reach[:-1]).sum().to(row) * 0
+        # Each test looked at the row after it: a NaN there would silently mean "not accepted". It is carried into the row.
+        return row + self._residual_mass(inputs, weights[:-1]).sum().to(row) * 0
 
-    def _left(self, inputs: VerifyInputs, reach: Tensor) -> Tensor:
+    def _residual_mass(self, inputs: VerifyInputs, weights: Tensor) -> Tensor:
         """[k - 1]: Σ max(0, r_i · p - q) at the position after the i-th drafted token, i = 1 .. k - 1."""
         if inputs.probs is None:
-            left = reach * (1 - inputs.p_drafted[1:])
+            left = weights * (1 - inputs.p_drafted[1:])
         else:
-            wanted = inputs.p[1 : inputs.tokens.shape[0]] * reach[:, None]
+            wanted = inputs.p[1 : inputs.tokens.shape[0]] * weights[:, None]
             left = (wanted - inputs.probs[1:]).clamp_(min=0.0).sum(-1)
-        return torch.where(reach > 0, left, 0.0)  # a prefix that the target never takes is a dead one
+        return torch.where(weights > 0, left, 0.0)  # the target gives this prefix probability 0
 
 
 class SyntheticRule:
-    """Accepts each drafted token with a chance that was chosen, whatever the target says: what a machine would give with a
-    better draft. The text is no one's, and nothing about it is lossless."""
+    """Accepts each drafted token with a chance that was chosen, whatever the target says: to measure speed at a given
+    acceptance. The output is not the target's."""
 
     name: ClassVar[str] = "synthetic"
     lossless: ClassVar[bool] = False
@@ -177,14 +178,14 @@ class SyntheticRule:
         return inputs.p.index_select(0, accepted[None])[0]
 
 
-def _reach(inputs: VerifyInputs) -> Tensor:
-    """[k]: r_i, the probability that a draft as likely as this one up to i is wanted by the target."""
-    reach, reaches = torch.ones_like(inputs.q_drafted[:1]), []
+def _prefix_weights(inputs: VerifyInputs) -> Tensor:
+    """[k]: r_i of `BlockRule`, min(1, r_{i-1} · p/q) along the draft."""
+    weights, all_weights = torch.ones_like(inputs.q_drafted[:1]), []
     ratio = torch.where(inputs.q_drafted > 0, inputs.p_drafted / inputs.q_drafted, 0.0)
     for i in range(ratio.shape[0]):
-        reach = (reach * ratio[i : i + 1]).clamp(max=1.0)
-        reaches.append(reach)
-    return torch.cat(reaches) if reaches else inputs.q_drafted
+        weights = (weights * ratio[i : i + 1]).clamp(max=1.0)
+        all_weights.append(weights)
+    return torch.cat(all_weights) if all_weights else inputs.q_drafted
 
 
 RULES: dict[str, AcceptanceRule] = {rule.name: rule for rule in (TokenRule(), BlockRule())}
@@ -201,12 +202,12 @@ class RuleOutcome:
 
 
 def apply_rule(rule: AcceptanceRule, inputs: VerifyInputs, u: Sequence[float]) -> RuleOutcome:
-    """The rule, held against [k] uniform numbers."""
+    """The rule's outcome for [k] uniform numbers."""
     if type(rule) is TokenRule:  # not a rule derived from it
         return apply_token_rule(inputs, u)
     accepted = rule.count(torch.tensor(u, dtype=wide(inputs.p.device)) < rule.thresholds(inputs))
     n = int(accepted)
-    whole = n == len(u)  # of such a draft every rule makes the same
+    whole = n == len(u)  # where all are accepted, every rule draws from p's last row
     return RuleOutcome(n, inputs.p[n] if whole else rule.final(inputs, accepted))
 
 

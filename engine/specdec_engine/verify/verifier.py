@@ -1,9 +1,9 @@
 """From the target's logits to a verdict: started first, read later. Three forms, of which a pair is built with one.
 
-On a GPU the warping, the rule and the draw of a cycle are some hundred small kernels: recorded once they are one launch.
-Their result comes to the host in one asynchronous copy into pinned memory, so that until it is asked for the host is free
-for the cycle before. On a CPU the verdict is made at once, and of all that a recording works out only what it needs: of a
-cycle of 12 ms it takes 0.5 where a device's form takes 1.0, and 0.2 at temperature 0.
+On a GPU the warping, the rule and the draw of a cycle are some hundred small kernels: captured once as a CUDA graph, they
+are one launch. Their result comes to the host in one asynchronous copy into pinned memory; until it is asked for, the host
+is free for the cycle before. On a CPU the verdict is computed at once, and only what it needs: 0.5 ms of a cycle of 12,
+where `DeviceVerifier` would take 1.0; 0.2 at temperature 0.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from specdec_engine.core.transfer import download, upload
 from specdec_engine.runtime.graphs import Recorder, repeatable
 from specdec_engine.verify.coupling import coupled, gumbel_noise
 from specdec_engine.verify.decide import Filtered, decide, decide_on_host, with_raw
-from specdec_engine.verify.evidence import Evidence, Layout, Numbers, RawInputs, unpack, verdict_of
+from specdec_engine.verify.evidence import Evidence, Layout, RawInputs, Uniforms, unpack, verdict_of
 from specdec_engine.verify.greedy import RememberedRule
 from specdec_engine.verify.rules import AcceptanceRule
 from specdec_engine.verify.sampling import best_where_sure, warp, wide
@@ -62,7 +62,7 @@ class HostVerifier:
     def start(
         self, logits: Tensor, draft: Draft, sampling: Sampling, random: Randomness, position: int
     ) -> PendingVerdict:
-        numbers, raw = Numbers.drawn(random, position, len(draft)), _raw_inputs(logits, draft, sampling)
+        numbers, raw = Uniforms.drawn(random, position, len(draft)), _raw_inputs(logits, draft, sampling)
         best = best_where_sure(logits) if sampling.greedy and draft.probs is None else None
         if best is not None:
             evidence, filtered = self._greedily(best, draft, numbers, logits.shape[1])
@@ -75,7 +75,7 @@ class HostVerifier:
         verdict = verdict_of(evidence, draft.drafter, numbers)
         return lambda: verdict
 
-    def _greedily(self, best: list[int], draft: Draft, numbers: Numbers, vocab: int) -> tuple[Evidence, Filtered]:
+    def _greedily(self, best: list[int], draft: Draft, numbers: Uniforms, vocab: int) -> tuple[Evidence, Filtered]:
         """At temperature 0. best [k + 1]: where each row's mass is."""
         evidence, places = self._remembered.decide(best, draft.tokens.tolist(), numbers, vocab), best
         return evidence, lambda at: (at == torch.tensor(places)[: len(at), None]).float()
@@ -92,10 +92,10 @@ class DeviceVerifier:
     def start(
         self, logits: Tensor, draft: Draft, sampling: Sampling, random: Randomness, position: int
     ) -> PendingVerdict:
-        numbers, raw = Numbers.drawn(random, position, len(draft)), _raw_inputs(logits, draft, sampling)
+        numbers, raw = Uniforms.drawn(random, position, len(draft)), _raw_inputs(logits, draft, sampling)
         row = self._row(logits, draft, sampling, random, numbers, raw)
         layout = Layout.of(len(draft), logits.shape[1], raw)
-        return partial(_arrived, *download(row), layout, draft.drafter, numbers)
+        return partial(_read_verdict, *download(row), layout, draft.drafter, numbers)
 
     def _row(
         self,
@@ -103,7 +103,7 @@ class DeviceVerifier:
         draft: Draft,
         sampling: Sampling,
         random: Randomness,
-        numbers: Numbers,
+        numbers: Uniforms,
         raw: RawInputs | None,
     ) -> Tensor:
         u = upload(numbers.tensor(self._device), self._device)
@@ -125,18 +125,19 @@ class RecordingVerifier(DeviceVerifier):
         draft: Draft,
         sampling: Sampling,
         random: Randomness,
-        numbers: Numbers,
+        numbers: Uniforms,
         raw: RawInputs | None,
     ) -> Tensor:
-        """Not recorded: Gumbel coupling, whose noise would be one more input as large as the logits; and what the run's end
-        has cut, each draft to another length, since a recording costs what ten verdicts do.
+        """Not captured: Gumbel coupling, whose noise is as large as the logits; and drafts that the token budget has cut,
+        whose odd lengths would each need a capture that costs ten verdicts.
 
-        A new temperature records nothing anew; a new k, a filter, or a drafter of the other kind does, once.
+        A new temperature uses the same graph. A new k, a new filter, or a change between drawn and chosen drafts captures
+        once.
         """
-        none = logits.new_empty(0)
+        absent = logits.new_empty(0)
         u = numbers.tensor(self._device)
         optional = (draft.probs, *((draft.raw, draft.raw_ids) if sampling.raw else (None, None)))
-        given = [logits, draft.tokens, u, *(none if t is None else t for t in optional)]
+        given = [logits, draft.tokens, u, *(absent if t is None else t for t in optional)]
         key = (sampling.greedy, sampling.filters, sampling.raw, *((t.shape, t.dtype) for t in given))
         if sampling.coupled or (draft.cut and key not in self._recordings):
             return super()._row(logits, draft, sampling, random, numbers, raw)
@@ -197,6 +198,6 @@ def _gathered(p: Tensor, at: Tensor) -> Tensor:
     return p[: len(at)].gather(1, at)
 
 
-def _arrived(row: Tensor, wait: Callable[[], None], layout: Layout, drafter: str, numbers: Numbers) -> Verdict:
+def _read_verdict(row: Tensor, wait: Callable[[], None], layout: Layout, drafter: str, numbers: Uniforms) -> Verdict:
     wait()
     return verdict_of(unpack(row.tolist(), layout), drafter, numbers)

@@ -40,7 +40,8 @@ def k_over_time(view: View, context: PanelContext) -> PanelContent | None:
     if not changes or not past.cycles:
         return None
     ks = [cycle.k for cycle in past.cycles[-context.width :]]
-    lines: list[Line] = [[(row, "ratio")] for row in columns([float(k) for k in ks], float(max(*ks, 1)), context.width)]
+    most = max([1, *(k for k in ks if k is not None)])
+    lines: list[Line] = [[(row, "ratio")] for row in columns(ks, most, context.width)]
     last = changes[-1]
     lines += flowed(f"from cycle {last.cycle + 1}: {one_line(last.reason) or 'changed'}", context.width, "muted")[:3]
     return PanelContent(f"k · now {plain(last.new)}", lines)

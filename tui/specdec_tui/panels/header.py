@@ -15,7 +15,7 @@ def header(view: View, context: PanelContext, state: str) -> Line:
         return [(" specdec ", "brand")]
     most = plain(frame.setting("k"))
     k = f"k ≤ {most} auto" if frame.setting("adaptive") else f"k {most}"
-    facts = f"{k}  T {plain(frame.setting('temperature'))}  seed {frame.seed}{_observed(frame)}"
+    facts = f"{k}  T {plain(frame.setting('temperature'))}  seed {plain(frame.seed)}{_observed(view.frame)}"
     models = f"{plain(frame.settings.get('draft'))} → {plain(frame.settings.get('target'))}"
     models = fitted(models, max(8, context.width - len(facts) - len(state) - 14))
     return [(" specdec ", "brand"), (f" {models}  ", "strong"), (f"{facts}  ", ""), (state, "key")]

@@ -38,10 +38,10 @@ def inspector(view: View, context: PanelContext) -> PanelContent | None:
     if seen is not None and seen.tested <= at and not seen.final:
         return PanelContent("inspector", [*lines, [("not tested yet", "muted")]])
     lines += [[], *_verdict(cycle, at, view.frame.rule)]
-    if at == cycle.accepted and (seen is None or seen.final):
+    if at == cycle.rejected and (seen is None or seen.final):
         lines += _residual(cycle, context, view.frame.rule)
     overlap = cycle.overlap[at] if at < len(cycle.overlap) else None
-    if overlap is not None and at <= cycle.accepted:
+    if overlap is not None and cycle.fate(at) != "untested":
         lines += [[("overlap Σ min(p, q) ", "muted"), (number(overlap), "")]]
     return PanelContent("inspector", lines)
 
@@ -54,7 +54,9 @@ def _scales(cycle: Cycle, at: int, width: int, rule: str, thrown: bool) -> list[
     """thrown: whether the test was shown; the draw is, where it decided something."""
     p, q, u = cycle.p[at], cycle.q[at], cycle.u[at]
     lines = [_scale("q draft", q, "draft", width), _scale("p target", p, "target", width)]
-    if rule != "token" or at > cycle.accepted:  # another test, or none: p then follows a token that was given up
+    if (
+        rule != "token" or cycle.fate(at) == "untested"
+    ):  # another test, or none: p then follows a token that was given up
         return lines
     lines.append(_scale("min(1, p/q)", None if p is None or not q else min(1.0, p / q), "ratio", width))
     if u is not None and thrown and p is not None and q and p < q and not (p == 0.0 and q == 1.0):
@@ -75,17 +77,17 @@ def _right(value: float | None) -> str:
 
 
 def _verdict(cycle: Cycle, at: int, rule: str) -> list[Line]:
-    kept = at < cycle.accepted
+    kept = cycle.fate(at) == "accepted"
     verdict = ("✓ kept", "accepted") if kept else ("× rejected", "refused")
     if rule != "token":
         return [[verdict], [(f"{rule} verification weighs the whole draft", "muted")]]
-    if at > cycle.accepted:
+    if cycle.fate(at) == "untested":
         return [[("never tested: ", "strong"), ("a token before it was rejected", "muted")]]
     return [[(f"{held(cycle, at)}  →  ", ""), verdict]]
 
 
 def _residual(cycle: Cycle, context: PanelContext, rule: str) -> list[Line]:
-    if cycle.accepted == len(cycle.drafted) or not cycle.residual:
+    if cycle.rejected is None or not cycle.residual:
         return []
     drawn = cycle.emitted[-1] if len(cycle.emitted) > cycle.accepted else None
     lines: list[Line] = [

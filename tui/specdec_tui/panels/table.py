@@ -6,6 +6,8 @@ from specdec_tui.frame import View
 from specdec_tui.panels import Line, PanelContent, PanelContext, number, padded
 from specdec_tui.pieces import alone
 
+_MARKS = {"accepted": ("✓", "accepted"), "rejected": ("×", "refused"), "untested": ("·", "muted")}
+
 
 def table(view: View, context: PanelContext) -> PanelContent | None:
     """None for a cycle without a draft. p past the first rejection is in parentheses: its prefix was given up."""
@@ -16,17 +18,15 @@ def table(view: View, context: PanelContext) -> PanelContent | None:
     lines: list[Line] = [[(f"  {'token'.ljust(wide)}{'q':>7}{'p':>9}{'min(1,p/q)':>12}{'u':>7}", "muted")]]
     for i, token in enumerate(cycle.drafted):
         p, q, u = cycle.p[i], cycle.q[i], cycle.u[i]
-        told = p is not None and q and i <= cycle.accepted and view.frame.rule == "token"
+        told = p is not None and q and cycle.fate(i) != "untested" and view.frame.rule == "token"
         ratio = min(1.0, p / q) if told and p is not None and q else None
-        target = f"({number(p, 3)})" if i > cycle.accepted and p is not None else f"{number(p, 3)} "
-        mark, style = (
-            ("✓", "accepted") if i < cycle.accepted else ("×", "refused") if i == cycle.accepted else ("·", "muted")
-        )
+        target = f"({number(p, 3)})" if cycle.fate(i) == "untested" and p is not None else f"{number(p, 3)} "
+        mark, style = _MARKS[cycle.fate(i)]
         name = padded(alone(token, context.name), wide)
         row = f"{number(q, 3):>7}{target:>9}{number(ratio, 3):>11} {number(u, 3):>7}"
         lines.append([(f"{mark} ", style), (name, style if i != view.inspected else "cursor"), (row, "")])
     if len(cycle.emitted) > cycle.accepted:
-        mark, style = ("↳", "recovered") if cycle.accepted < len(cycle.drafted) else ("+", "bonus")
+        mark, style = ("+", "bonus") if cycle.rejected is None else ("↳", "recovered")
         how = "from what is left of p" if mark == "↳" else "free, from the same pass"
         lines.append(
             [
