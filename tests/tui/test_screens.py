@@ -198,6 +198,13 @@ def test_at_temperature_0_there_is_nothing_to_throw():
     assert "u 0.900" not in shown
 
 
+def test_a_seed_is_shown_whole():
+    """It is typed again to repeat the run."""
+    started, *rest = events(20)
+    shown, _ = pressed(Told([replace(started, seed=2_945_630_017), *rest]))
+    assert "seed 2945630017" in (shown if isinstance(shown, str) else "\n".join(shown))
+
+
 def test_the_header_follows_the_settings():
     changed = SettingChanged(3, "adaptive", True, False, "set by hand")
     found = [e for e in events(9) if getattr(e, "name", "") != "k"]

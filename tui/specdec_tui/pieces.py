@@ -70,7 +70,7 @@ _FLAG = re.compile("[\U0001f1e6-\U0001f1ff]")
 
 
 def plain(value: object) -> str:
-    """A setting's value: numbers short, anything else as text, nothing as a dash."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    """A setting's value: fractions short, anything else as text, nothing as a dash."""
+    if isinstance(value, float):
         return f"{value:g}"
     return "–" if value is None else one_line(str(value))
