@@ -102,7 +102,7 @@ class _DrafterHistory:
     cycles_off: int = 0
     """Cycles since it was switched off."""
     backlog: int = 0
-    """Those of the newest run: the text that a probe has to read first."""
+    """Cycles of the newest run in which it was not asked: the text that a probe has to read first."""
     least_s: float = inf
     """Of a draft."""
     catch_up: float = inf

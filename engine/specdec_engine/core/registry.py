@@ -19,7 +19,7 @@ GROUP = "specdec.drafters"
 
 @dataclass(frozen=True, slots=True)
 class ServerNames:
-    """What servers call a way of drafting."""
+    """Names that servers have for a way of drafting."""
 
     vllm: str
     sglang: str
@@ -35,14 +35,14 @@ class DrafterEntry:
     forms: tuple[str, ...]
     """How it is written there; words in capitals stand for the user's own."""
     about: str
-    """What it drafts, in a few words."""
+    """A few words on where its tokens come from."""
     build: str
     """`module:function`, a function of an argument and a `DraftSetup` that gives a `Drafter`."""
     lookup: bool = False
     """Whether it reads no weights and costs next to nothing: it fits every target, and `tune` tries it for everybody, alone
     and before each model."""
     servers: ServerNames | None = None
-    """None for what no server can do."""
+    """Their names for it; None where no server can do it."""
     package: str = ""
     """The package that provides it; empty for ours."""
 
@@ -84,8 +84,8 @@ OURS = (
 
 @cache
 def foreign() -> tuple[DrafterEntry, ...]:
-    """Those of other packages. Words of ours stay ours; of two packages with one name the first has it, which its sentence
-    says; a name that could not be typed after --draft is left out."""
+    """List the drafters of other packages. Words of ours stay ours; of two packages with one name the first has it, which
+    its sentence says; a name that could not be typed after --draft is left out."""
     from importlib.metadata import entry_points  # 60 ms, which a command without a draft does without
 
     found = dict[str, DrafterEntry]()
@@ -122,12 +122,12 @@ def entry_of(spec: str) -> DrafterEntry | None:
 
 
 def is_lookup(spec: str) -> bool:
-    """Whether it costs next to nothing, fits every target, and may go before a model."""
+    """Say whether a draft costs next to nothing, fits every target, and may go before a model."""
     return (entry := entry_of(spec)) is not None and entry.lookup
 
 
 def words() -> list[str]:
-    """What a mistyped draft may have meant."""
+    """List what a mistyped draft may have meant."""
     return ["builtin", *(name for name in drafters() if name not in _MODELS)]
 
 

@@ -65,6 +65,13 @@ class Phases:
     verify_s: Seconds
     other_s: Seconds
 
+    @classmethod
+    def of(cls, draft_s: float | None, verify_s: float | None, other_s: float | None) -> Phases | None:
+        """None where one of them is not known."""
+        if draft_s is None or verify_s is None or other_s is None:
+            return None
+        return cls(draft_s, verify_s, other_s)
+
     @property
     def total_s(self) -> float:
         return self.draft_s + self.verify_s + self.other_s
@@ -131,9 +138,7 @@ class Cycle:
     @property
     def phases(self) -> Phases | None:
         """None where they are not known."""
-        if self.draft_s is None or self.verify_s is None or self.other_s is None:
-            return None
-        return Phases(self.draft_s, self.verify_s, self.other_s)
+        return Phases.of(self.draft_s, self.verify_s, self.other_s)
 
     @property
     def seconds(self) -> float | None:

@@ -150,9 +150,7 @@ class Summary:
     @property
     def phases(self) -> Phases | None:
         """Seconds by what cycles do; None where one of them does not tell."""
-        if self.draft_s is None or self.verify_s is None or self.other_s is None:
-            return None
-        return Phases(self.draft_s, self.verify_s, self.other_s)
+        return Phases.of(self.draft_s, self.verify_s, self.other_s)
 
     @property
     def tokens_per_second(self) -> float | None:
