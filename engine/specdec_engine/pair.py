@@ -182,6 +182,11 @@ class Loader:
         self.find_draft = cache(lambda name: find_model(name, self.options.for_draft()))
         self.draft = cache(lambda name: self.find_draft(name).load())
 
+    def check_drafts(self) -> None:
+        """Look whether the target can test drafts at all. Raises PairIncompatible."""
+        if self.found.plain_only:
+            raise PairIncompatible(self.found.plain_only, "specdec generate --draft none decodes it plainly")
+
     def pair(self, draft: str | None = None) -> Pair:
         """As `load_pair` makes it."""
         return _paired(self, draft)
@@ -190,9 +195,16 @@ class Loader:
 def _paired(models: Loader, draft: str | None) -> Pair:
     found, target = models.found, models.found.name
     drafts, notes = dict[str, Loaded](), [*_machine_notes(models)]
+    if draft is None and found.plain_only:
+        notes.append(f"decoded without a draft: {found.plain_only}")
+    draft = _default_draft(found) if draft is None else draft
+    if draft != "none":
+        models.check_drafts()
 
     def load_draft(name: str) -> LoadedDraft:
         small = models.find_draft(name)
+        if small.plain_only:
+            raise PairIncompatible(small.plain_only, "choose another draft")
         made = read_draft(small.path)
         if made is not None:
             made.check(found.tokenizer, target, found.vocab)
@@ -213,7 +225,7 @@ def _paired(models: Loader, draft: str | None) -> Pair:
         draft_quantize=models.options.draft_quantize,
     )
     # The drafter first: what is wrong with it comes out before the larger model's weights are read.
-    drafter = build_drafter(_default_draft(found) if draft is None else draft, setup)
+    drafter = build_drafter(draft, setup)
     loaded = models.target()
     if loaded.runtime.vocab != found.vocab:
         raise PairIncompatible(
@@ -276,8 +288,10 @@ def _verifier(rule: AcceptanceRule, target: Runtime) -> Verifier:
 
 
 def _default_draft(target: Candidate) -> str:
-    """A lookup, which fits every target; behind it, for the built-in one, the head that was made for it
+    """A lookup, which fits every target that can go back; behind it, for the built-in one, the head that was made for it
     (`benchmarks/README.md` compares them), where the target runs on our own forward."""
+    if target.plain_only:
+        return "none"
     return "ngram,builtin" if target.name == "builtin" and isinstance(target.shape, Shape) else "ngram"
 
 

@@ -231,6 +231,8 @@ def _session(plan: Plan, begun: dict[str, Any] | None, where: opt.Placement, syn
         options = where.loading(longest, narrated)
         for form in dict.fromkeys(arm.quantize for arm in plan.arms):
             loader = Loader(plan.target, replace(options, quantize=cast("Quantize", form)) if form else options)
+            if any(arm.draft != "none" for arm in plan.arms):
+                loader.check_drafts()
             plain[form] = loader.pair("none")
             for draft in dict.fromkeys(arm.draft for arm in plan.arms if arm.quantize == form):
                 try:

@@ -168,6 +168,7 @@ def _loaded(target: str, drafts: Sequence[str] | None, options: LoadOptions) -> 
     if drafts is not None and set(",".join(drafts).split(",")) <= {"none", ""}:
         raise UsageError(f"--draft {','.join(drafts)} is nothing to tune", "leave it out, or name a draft")
     loader = Loader(target, options)
+    loader.check_drafts()
     found: dict[str, Pair] = {}
     for name in with_cascades(candidates(_fitting(target) if drafts is None else drafts)):
         try:

@@ -11,6 +11,7 @@ import pytest
 from specdec_engine.models import builtin
 from specdec_engine.record.trace import read_trace
 from tests.fakes import byte_tokenizer, save_checkpoint
+from tests.models import checkpoints
 
 
 @pytest.fixture
@@ -296,7 +297,7 @@ def test_a_draft_with_another_tokenizer(refused, checkpoint, tmp_path):
     assert "ngram" in said
 
 
-def test_a_target_that_cannot_be_rolled_back(refused, tmp_path):
+def test_a_target_that_can_test_no_draft(refused, tmp_path):
     from transformers import MambaConfig, MambaForCausalLM
 
     config = MambaConfig(
@@ -310,8 +311,9 @@ def test_a_target_that_cannot_be_rolled_back(refused, tmp_path):
     )
     MambaForCausalLM(config).save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
-    said = refused(4, "hello", "-t", tmp_path)
-    assert "layers 0-1" in said
+    said = refused(4, "hello", "-t", tmp_path, "-d", "ngram")
+    assert "one at a time only" in said
+    assert "--draft none" in said
 
 
 # -- memory: 5 ---------------------------------------------------------------------------------------------------------
@@ -352,3 +354,11 @@ def test_a_failure_while_generating_is_in_the_trace(specdec, checkpoint, tmp_pat
     assert result.code == 1
     assert "not finite numbers" in result.err
     assert [event.kind for event in read_trace(tmp_path / "t")] == ["started", "failed"]
+
+
+@pytest.mark.parametrize("command", ["bench", "tune"])
+def test_there_is_nothing_to_measure_where_no_draft_can_be_tested(command, tmp_path, specdec):
+    checkpoints.save("jamba", tmp_path)
+    found = specdec(command, "--target", str(tmp_path), "--max-tokens", "8")
+    assert found.code == 4
+    assert "one at a time only" in found.err

@@ -16,11 +16,12 @@ import transformers
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from specdec_engine.errors import SpecdecError
+from specdec_engine.errors import PairIncompatible, SpecdecError
 from specdec_engine.models.compatibility import check
 from specdec_engine.models.options import LoadOptions
 from specdec_engine.pair import load_pair
 from specdec_engine.record.events import Cycle
+from specdec_engine.runtime.transformers_cache import rollback_of
 from tests.fakes import byte_tokenizer
 
 OPTIONS = LoadOptions(device="cpu", dtype="float32", threads=1)
@@ -83,6 +84,7 @@ class Outcome:
     runtime: str
     """Empty for one that was refused."""
     why: str
+    """Why it, or its use with a draft, was refused."""
     tokens: tuple[int, ...] | None = None
 
 
@@ -93,18 +95,25 @@ def checked(folder: Path) -> Outcome:
     except SpecdecError as error:
         return Outcome("", _words(error, folder))
     (said,) = [finding.said for finding in fit.findings if finding.about == "runtime"]
-    return Outcome(said.removeprefix(f"{folder}: ").split(",")[0], "")
+    refused = [finding.said.split("; choose")[0] for finding in fit.findings if finding.level == "bad"]
+    why = f"PairIncompatible: {refused[0]}".replace(str(folder), "it") if refused else ""
+    return Outcome(said.removeprefix(f"{folder}: ").split(",")[0], why)
 
 
 def generated(folder: Path) -> Outcome:
-    """By the engine, greedily, with drafts."""
+    """By the engine, greedily, with drafts; without one where drafts are refused."""
+    why = ""
     try:
-        pair = load_pair(str(folder), "ngram", OPTIONS)
+        try:
+            pair = load_pair(str(folder), "ngram", OPTIONS)
+        except PairIncompatible as error:
+            why = _words(error, folder)
+            pair = load_pair(str(folder), "none", OPTIONS)
         events = list(pair.decode(PROMPT, k=2, max_tokens=TOKENS))
     except SpecdecError as error:
         return Outcome("", _words(error, folder))
     tokens = [token for event in events if isinstance(event, Cycle) for token in event.emitted]
-    return Outcome(pair.target.runtime.name, "", tuple(tokens))
+    return Outcome(pair.target.runtime.name, why, tuple(tokens))
 
 
 def _words(error: SpecdecError, folder: Path) -> str:
@@ -130,9 +139,15 @@ def table() -> Iterator[str]:
 def row(name: str, model: Any, found: Outcome) -> str:
     """One line of the table."""
     kind = model.config.model_type if name in MISTAKES else name
-    return f"| {kind} | {type(model).__name__} | {found.runtime or found.why.split(': ', 1)[1].replace('|', ' ')} |"
+    why = found.why.split(": ", 1)[-1].replace("|", " ").split(" cannot test drafts: ")[-1]
+    if not found.runtime:
+        return f"| {kind} | {type(model).__name__} | refused: {why} | | |"
+    back = "cut" if found.runtime == "lean" else _WORDS[rollback_of(model.config, model, name).how]
+    drafts = f"none: {why}" if why else "all" if found.runtime == "lean" else "all but heads and `self:N`"
+    return f"| {kind} | {type(model).__name__} | {found.runtime} | {back} | {drafts} |"
 
 
+_WORDS = {"crop": "cut", "checkpoint": "checkpoint", "reread": "read anew"}
 _HEAD = """\
 # Which models run
 
@@ -141,8 +156,21 @@ random weights, each given to `specdec check` and to `specdec generate`, which e
 transformers' own forward, for all that run. The table is written by `python -m tests.models.checkpoints`, and held true by
 `tests/models/test_checkpoints.py`.
 
-| model type | class | runtime, or why it is refused |
-|---|---|---|"""
+**Runtime**: `lean` is our own forward; `generic` is transformers', slower. **After a rejection**, the model has to forget the
+rejected tokens:
+
+- *cut*: keys and values of the tokens are cut off, which costs nothing.
+- *checkpoint*: a recurrent state is one sum over all tokens, and cannot be cut. Its checkpoint from before the pass is
+  restored, and the accepted tokens are fed again together with the next pass. A rejection costs rows of a pass, and never a
+  pass more than one in a few cycles; `specdec bench` shows what a pass costs with a draft and without.
+- *read anew*: the model keeps its state in a way of its own, and the whole text is read at each pass. That is slow for long
+  texts, and exact.
+
+Of Nemotron-H and Zamba 2, transformers puts a floor under the time steps of several tokens, and none under those of one:
+logits of spread 1.6 differ by 0.005 between a pass over several tokens and passes over one, in its own `generate` too.
+
+| model type | class | runtime | after a rejection | drafts |
+|---|---|---|---|---|"""
 
 
 if __name__ == "__main__":

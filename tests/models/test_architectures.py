@@ -11,12 +11,14 @@ from specdec_engine.drafters.on_runtime import RuntimeDrafter
 from specdec_engine.errors import ModelUnavailable, PairIncompatible
 from specdec_engine.models.loading import find_model
 from specdec_engine.models.options import LoadOptions
+from specdec_engine.pair import load_pair
 from specdec_engine.runtime.generic import GenericRuntime
 from specdec_engine.runtime.graphs import GraphRuntime
 from specdec_engine.runtime.shape import Unsupported
 from specdec_engine.runtime.static import StaticForward
 from specdec_engine.runtime.target import ModelTarget
 from tests.fakes import CPU, ScriptedDrafter, byte_tokenizer, cycles, emitted, host, run
+from tests.models import checkpoints
 from tests.tape import TapeRecorder
 
 COMMON = {
@@ -95,32 +97,57 @@ def test_greedy_output_equals_transformers_generate(name):
     assert emitted(found) == plain
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "layers"),
-    [
-        ("MambaConfig", {"state_size": 4}, "layers 0-3 are LinearAttentionLayer"),
-        (
-            "Qwen3NextConfig",
-            {
-                "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"],
-                "num_experts": 2,
-                "num_experts_per_tok": 1,
-                "moe_intermediate_size": 16,
-                "shared_expert_intermediate_size": 16,
-                "linear_num_key_heads": 2,
-                "linear_num_value_heads": 2,
-                "linear_key_head_dim": 8,
-                "linear_value_head_dim": 8,
-            },
-            "layers 0-2 are",
-        ),
-        ("Lfm2Config", {"layer_types": ["conv", "full_attention", "conv", "full_attention"]}, "layers 0, 2"),
-    ],
+HYBRIDS = (
+    "qwen3_next",
+    "qwen3_5_text",
+    "granitemoehybrid",
+    "lfm2",
+    "falcon_h1",
+    "mamba2",
+    "nemotron_h",
+    "recurrent_gemma",
 )
-def test_a_model_that_cannot_be_rolled_back_is_refused_with_its_layers(name, options, layers):
-    with pytest.raises(PairIncompatible, match=layers) as caught:
-        GenericRuntime(build(name, options), "that model")
-    assert "that model" in caught.value.message
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_a_hybrid_says_what_transformers_generate_does(name):
+    """With drafts that are wrong at each place in turn."""
+    model = checkpoints.build(name)
+    prompt = [5, 6, 7, 8]
+    made = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=30, eos_token_id=None)
+    plain = made[0, 4:].tolist()
+    drafter = ScriptedDrafter(
+        lambda c, k: [t if (len(c) + i) % 3 else 1 for i, t in enumerate(plain[len(c) - 4 :][:k])]
+    )
+    found = run(ModelTarget(GenericRuntime(model, name), name), drafter, prompt, k=4, max_tokens=30)
+    assert emitted(found) == plain
+    assert any(c.rejected for c in cycles(found))
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "lfm2"])
+def test_a_hybrid_drafts(name):
+    """As itself: after each cycle its states are where the accepted text ends, or its draft would be another."""
+    model = checkpoints.build(name)
+    runtimes = [GenericRuntime(model, name) for _ in range(2)]
+    drafter = RuntimeDrafter(runtimes[1], host(runtimes[0].vocab), "itself")
+    found = run(ModelTarget(runtimes[0], name), drafter, [5, 6, 7, 8], k=3, max_tokens=20)
+    assert all(c.accepted == len(c.drafted) for c in cycles(found))
+
+
+def test_what_computes_tokens_one_at_a_time_is_decoded_plainly(tmp_path):
+    checkpoints.save("jamba", tmp_path)
+    plain = load_pair(str(tmp_path), None, checkpoints.OPTIONS)
+    assert any("decoded without a draft" in note for note in plain.notes)
+    for draft in ("ngram", "none,ngram", str(tmp_path)):
+        with pytest.raises(PairIncompatible, match="one at a time only"):
+            load_pair(str(tmp_path), draft, checkpoints.OPTIONS)
+
+
+def test_a_function_of_the_split_into_passes_is_refused(monkeypatch):
+    """A class that reads no state before several tokens would change what a target says, without a word."""
+    monkeypatch.setattr("specdec_engine.runtime.transformers_cache._ONE_BY_ONE", frozenset())
+    with pytest.raises(PairIncompatible, match="computes other logits"):
+        GenericRuntime(checkpoints.build("jamba"), "that model")
 
 
 def test_longrope_ends_where_it_would_become_another_function():

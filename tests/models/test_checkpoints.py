@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from tests.models import checkpoints
 
@@ -22,7 +22,8 @@ def test_check_and_generate_end_alike(name, tmp_path):
     assert (checked.runtime, checked.why) == (generated.runtime, generated.why)
     assert checkpoints.row(name, model, checked) in DOCS.read_text("utf-8").splitlines()
     if generated.tokens is not None:
-        model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+        auto = AutoModelForImageTextToText if name.endswith("ConditionalGeneration") else AutoModelForCausalLM
+        model = auto.from_pretrained(tmp_path, dtype=torch.float32).eval()
         assert list(generated.tokens) == greedy(model, len(generated.tokens))
 
 

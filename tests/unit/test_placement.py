@@ -43,7 +43,7 @@ def test_a_gguf_on_a_gpu_is_reckoned_dense(quantize):
     found = {f"model.layers.{i}.mlp.up_proj.weight": entry for i in range(10)}
     options = LoadOptions(quantize=quantize)
     arithmetic = choose(Matrices(1, 1, packed=True, lean=True), "bfloat16", quantize, CUDA)
-    need = placement.need_of(Path("x.gguf"), found, config, shape_of(config), arithmetic, CUDA, options)
+    need = placement.need_of(Path("x.gguf"), found, config, shape_of(config), arithmetic, CUDA, options, str)
     assert need.weights == 10 * prod(size) * 2
 
 

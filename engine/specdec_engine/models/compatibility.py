@@ -58,12 +58,18 @@ def check(target: str, draft: str, options: LoadOptions) -> Fit:
     """draft: as after `--draft`; of several, joined by commas, each is looked at. Raises what loading them would:
     ModelUnavailable for a model that cannot be had, OutOfMemory for one that cannot fit, alone or beside the other."""
     ours = find_model(target, options).rehearsed()
-    findings, figures = list[Finding](), dict[str, Any]()
+    findings, figures = [*_going_back(ours, draft)], dict[str, Any]()
     for name in draft.split(","):
         found, of_model = _member(ours, name, options)
         findings += found
         figures |= of_model
     return Fit(target, draft, (*_running(ours), *findings), figures)
+
+
+def _going_back(ours: Candidate, draft: str) -> Iterator[Finding]:
+    """Whether what it has read of a draft can be taken back."""
+    if draft != "none" and ours.plain_only:
+        yield Finding("cache", "bad", f"{ours.plain_only}; choose --draft none")
 
 
 def _member(ours: Candidate, draft: str, options: LoadOptions) -> tuple[list[Finding], dict[str, Any]]:
@@ -80,10 +86,9 @@ def _member(ours: Candidate, draft: str, options: LoadOptions) -> tuple[list[Fin
     made = read_draft(head) if head.is_dir() else None
     if made is not None and made.kind == "head":
         return [_head(ours, draft, made)], {}
-    try:
-        theirs = find_model(draft, options.for_draft()).rehearsed()
-    except PairIncompatible as error:
-        return [Finding("cache", "bad", f"{error.message}; {error.hint}")], {}
+    theirs = find_model(draft, options.for_draft()).rehearsed()
+    if theirs.plain_only:
+        return [Finding("cache", "bad", theirs.plain_only)], {}
     figures = _figures(ours, theirs)
     findings = [
         *_tokens(ours, theirs),
@@ -175,12 +180,14 @@ def _contexts(ours: Candidate, theirs: Candidate) -> Iterator[Finding]:
 
 
 def _running(model: Candidate) -> Iterator[Finding]:
-    computed = model.arithmetic.name
+    computed = f"{model.arithmetic.name} on {model.device}"
+    computed += f", of a {model.text_of} the text part alone" if model.text_of else ""
     if isinstance(model.shape, Unsupported):
-        yield Finding("runtime", "note", f"{model.name}: generic, {computed} on {model.device}, as {model.shape}")
+        more = "" if model.rollback is None or not model.rollback.remark else f"; {model.rollback.remark}"
+        yield Finding("runtime", "note", f"{model.name}: generic, {computed}, as {model.shape}{more}")
     else:
         runtime = "graph" if model.device.type == "cuda" else "lean"
-        yield Finding("runtime", "ok", f"{model.name}: {runtime}, {computed} on {model.device}")
+        yield Finding("runtime", "ok", f"{model.name}: {runtime}, {computed}")
 
 
 def _memory(ours: Candidate, theirs: Candidate) -> Iterator[Finding]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from specdec_engine.errors import ModelUnavailable
 from specdec_engine.models.sources import raw_config, weight_files
 from specdec_engine.runtime.shape import FAMILY
 from specdec_engine.runtime.weights import SafetensorsWeights
+
+if TYPE_CHECKING:
+    from specdec_engine.runtime.transformers_cache import Rollback
 
 _MANY = 10_000
 """Layers, heads or experts of which no model has as many: transformers would make a list of each before it is looked at."""
@@ -66,10 +69,10 @@ def check_kind(config: Any, name: str, own_code: bool = False) -> None:
             f"{name} is {kind} ({config.model_type}), and transformers has no text model of that type", hint
         )
     text = config.get_text_config()
-    both_ways = getattr(text, "is_causal", True) is False or getattr(text, "use_bidirectional_attention", None) in (
-        True,
-        "all",
-    )
+    both_ways = (
+        False in (getattr(text, "is_causal", True), getattr(text, "causal", True))
+        or getattr(text, "use_bidirectional_attention", None) in (True, "all")
+    )  # fmt: skip
     if both_ways or (config.model_type in _BIDIRECTIONAL and not getattr(config, "is_decoder", False)):
         raise ModelUnavailable(
             f"{name} is a bidirectional model ({config.model_type}): each token sees those after it",
@@ -99,7 +102,7 @@ _KINDS = (
     (
         ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM"),
         "a vision-language model",
-        "its text part can be used: load it with transformers and save model.language_model with its head as a causal model",
+        "the text part runs of LLaVA, Qwen-VL, Mistral 3, SmolVLM, InternVL and others with a causal model inside",
     ),
     (("SPEECH_SEQ_2_SEQ", "CTC"), "a speech model", "choose a causal language model, such as Llama or Qwen"),
     (("SEQ_TO_SEQ_CAUSAL_LM",), "an encoder-decoder", "choose a decoder alone, such as Llama or Qwen"),
@@ -107,17 +110,14 @@ _KINDS = (
 )
 
 
-def check_rollback(config: Any, name: str) -> None:
-    """Look whether its cache can go back. Raises PairIncompatible, before the weights are read."""
-    from specdec_engine.runtime.transformers_cache import (  # 0.5 s of imports that the lean forward does without
-        check_stateless,
-        new_cache,
-    )
+def rollback_by_kind(config: Any, name: str) -> Rollback | None:
+    """How a model of this config goes back on the generic forward; None where the class comes with the checkpoint."""
+    from specdec_engine.runtime.transformers_cache import (
+        rollback_of,
+    )  # 0.5 s of imports that the lean forward does without
 
-    new_cache(config, name)
     made = causal_class(config)
-    if made is not None:
-        check_stateless(made, config, name)
+    return None if made is None else rollback_of(config, made, name)
 
 
 _BIDIRECTIONAL = frozenset(
@@ -126,6 +126,7 @@ _BIDIRECTIONAL = frozenset(
         "bert-generation",
         "big_bird",
         "camembert",
+        "cpmant",
         "data2vec-text",
         "electra",
         "ernie",
@@ -137,6 +138,7 @@ _BIDIRECTIONAL = frozenset(
         "roformer",
         "xlm-roberta",
         "xlm-roberta-xl",
+        "xlnet",
         "xmod",
     ]
 )

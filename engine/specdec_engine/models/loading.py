@@ -17,13 +17,14 @@ from specdec_engine.errors import ModelUnavailable, UsageError
 from specdec_engine.models import gguf_files
 from specdec_engine.models.damage import explained
 from specdec_engine.models.draft_files import read_draft
-from specdec_engine.models.kinds import check_kind, check_plain, check_rollback
+from specdec_engine.models.kinds import check_kind, check_plain, rollback_by_kind
 from specdec_engine.models.memory_needs import Need
 from specdec_engine.models.options import LoadOptions
 from specdec_engine.models.placement import matrices_of, need_of, packing_of, place
 from specdec_engine.models.pretrained import (
     DeviceMap,
     Read,
+    State,
     generation_config,
     load_config,
     load_tokenizer,
@@ -32,19 +33,21 @@ from specdec_engine.models.pretrained import (
 )
 from specdec_engine.models.progress import Progress
 from specdec_engine.models.sources import resolve, weight_files
+from specdec_engine.models.text_part import TextWeights, causal_name, text_part
 from specdec_engine.runtime import Runtime, native
 from specdec_engine.runtime.arithmetic import Arithmetic, choose
 from specdec_engine.runtime.context_limit import context_limit
 from specdec_engine.runtime.decoder import Decoder, check_tensors
 from specdec_engine.runtime.graphs import CudaRecorder, GraphRuntime, room_for
 from specdec_engine.runtime.lean import Forward, LeanRuntime
-from specdec_engine.runtime.shape import Shape, Unsupported, shape_of
+from specdec_engine.runtime.shape import FAMILY, Shape, Unsupported, shape_of
 from specdec_engine.runtime.weights import PACKED, GgufWeights, SafetensorsWeights, Weights
 from specdec_engine.system.devices import pick_device, pick_dtype
 from specdec_engine.verify.processors import Asked, asked_by, left_out_of
 
 if TYPE_CHECKING:
     from specdec_engine.runtime.generic import GenericRuntime
+    from specdec_engine.runtime.transformers_cache import Rollback
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,15 @@ class Candidate:
     asked: Asked
     left_out: tuple[str, ...]
     """As `Loaded` has them."""
+    text_of: str = ""
+    """The type of the vision-language model whose text part it is; empty for a model of its own."""
+    rollback: Rollback | None = None
+    """How the generic forward goes back; None for the lean one, and for a class that comes with the checkpoint."""
+
+    @property
+    def plain_only(self) -> str:
+        """Why no draft can be tested by it, nor by it be made; empty where both can."""
+        return "" if self.rollback is None else self.rollback.plain_only
 
     @property
     def dtype(self) -> torch.dtype:
@@ -207,13 +219,16 @@ class Candidate:
         spread = getattr(model, "hf_device_map", None) is not None  # not so where there is but one device
         if self.device.type == "cuda" and not spread and self.options.runtime != "generic":
             runtime, remark = self._recorded(model, runtime, remark)
-        return replace(self._loaded(runtime, form, model.num_parameters(), spread, remark), unused=read.unused)
+        if self.rollback is not None and self.rollback.remark and runtime.name == "generic":
+            remark = f"{remark}; {self.rollback.remark}"
+        loaded = self._loaded(runtime, form, model.num_parameters(), spread, remark)
+        return replace(loaded, unused=(*loaded.unused, *read.unused))
 
     def _read(self, placement: torch.device | DeviceMap) -> tuple[GenericRuntime, Read]:
         from specdec_engine.runtime.generic import GenericRuntime  # its imports take 2 s
 
         dtype, own_code = self.arithmetic.weights, self.options.trust_remote_code
-        read = load_weights(self.path, self.folder, self._gguf_state, dtype, placement, own_code)
+        read = load_weights(self.path, self.folder, self._state(placement), dtype, placement, own_code)
         return GenericRuntime(read.model, self.name), read
 
     def _recorded(self, model: Any, otherwise: Runtime, remark: str) -> tuple[Runtime, str]:
@@ -243,6 +258,7 @@ class Candidate:
             stop_ids=self.stop_ids,
             asked=self.asked,
             left_out=self.left_out,
+            unused=TextWeights(weight_files(self.path)).unused if self.text_of else (),
             spread=spread,
             remark=remark,
             weight_bytes=self.need.weights,
@@ -262,30 +278,38 @@ class Candidate:
 
     def _weights(self) -> Weights:
         if self.path.is_dir():
-            return SafetensorsWeights(weight_files(self.path))
+            return (TextWeights if self.text_of else SafetensorsWeights)(weight_files(self.path))
         found = gguf_files.entries(self.folder)
         if not found:
             raise Unsupported("the names in this GGUF are known to transformers only")
         return GgufWeights(self.path, found)
 
-    def _gguf_state(self) -> dict[str, torch.Tensor] | None:
-        """A GGUF's tensors, dequantised; None if that is left to transformers, which takes half a minute for 100 MB."""
-        found = gguf_files.entries(self.folder)
-        if "rope_freqs.weight" in found:  # transformers would leave them out, and compute another function
-            raise ModelUnavailable(
-                f"{self.name} stretches its rotary embedding by a tensor, which only the lean runtime reads",
-                "leave out --runtime and --device-map",
-            )
-        weights = GgufWeights(self.path, found)
+    def _state(self, placement: torch.device | DeviceMap) -> State | None:
+        """Tensors by their names, dequantised, with their config, where we read them: of a text part, and of a GGUF, which
+        takes transformers half a minute for 100 MB. None if that is left to transformers."""
+        if self.text_of:
+            weights, config = self._weights(), self.config
+            if placement == torch.device("meta"):
+                return State(config, {name: torch.empty(weights.size(name), device="meta") for name in weights.names})
+        else:
+            found = gguf_files.entries(self.folder) if self.path.is_file() else {}
+            if "rope_freqs.weight" in found:  # transformers would leave them out, and compute another function
+                raise ModelUnavailable(
+                    f"{self.name} stretches its rotary embedding by a tensor, which only the lean runtime reads",
+                    "leave out --runtime and --device-map",
+                )
+            if not found:
+                return None
+            weights, config = GgufWeights(self.path, found), load_config(self.folder, self.options.trust_remote_code)
         # Copied: an unpacked tensor is the mapped file itself, and whoever wrote to it would be killed.
-        return {name: weights.dense(name).clone() for name in found} or None
+        return State(config, {name: weights.dense(name).clone() for name in weights.names})
 
 
 def find_model(name: str, options: LoadOptions) -> Candidate:
     """The model that `name` means, fetched if need be and checked as far as that goes without its weights.
 
     Raises UsageError for a device or dtype that does not exist, ModelUnavailable for a model that cannot be had,
-    PairIncompatible for one that cannot be rolled back, OutOfMemory for one that does not fit.
+    OutOfMemory for one that does not fit.
     """
     device = pick_device(options.device)
     if device.type == "cuda" and device.index is not None:
@@ -297,6 +321,8 @@ def find_model(name: str, options: LoadOptions) -> Candidate:
         folder = gguf_files.beside(path, name, options.report) if path.is_file() else path
         found = gguf_files.entries(folder) if path.is_file() else {}
         config: Any = gguf_files.plain_config(folder) if found else load_config(folder, options.trust_remote_code)
+        part = None if found or config.model_type in FAMILY else text_part(config)
+        text_of, config = ("", config) if part is None else (config.model_type, part)
         check_kind(config, name, _own_code(config, options))
         if not path.is_file() and not getattr(config, "quantization_config", None):
             check_plain(path, name)
@@ -308,11 +334,12 @@ def find_model(name: str, options: LoadOptions) -> Candidate:
             options.report(Progress("compile", "kernels for this CPU, once"))
         matrices = matrices_of(config, packed, isinstance(shape, Shape))
         arithmetic = choose(matrices, options.dtype, options.quantize, device)
-        need = need_of(path, found, config, shape, arithmetic, device, options)
+        need = need_of(path, found, config, shape, arithmetic, device, options, causal_name if text_of else str)
         if isinstance(place(name, need, device, options), str):
             shape = Unsupported(_SPREAD)
+        rollback = None
         if isinstance(shape, Unsupported):
-            check_rollback(load_config(folder, options.trust_remote_code), name)
+            rollback = rollback_by_kind(config if text_of else load_config(folder, options.trust_remote_code), name)
         tokenizer = load_tokenizer(folder, options.trust_remote_code)
         generation = generation_config(folder, config)
         vocab = int(config.get_text_config().vocab_size)
@@ -330,6 +357,8 @@ def find_model(name: str, options: LoadOptions) -> Candidate:
             stop_ids=stop_ids(folder, config, generation, tokenizer),
             asked=asked_by(generation, f"generation_config.json of {name}", vocab),
             left_out=tuple(left_out_of(generation)),
+            text_of=text_of,
+            rollback=rollback,
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,20 @@ class Need:
         return int((self.weights + self.cache) * _HEADROOM)
 
 
-def estimate(files: Sequence[Path], config: Any, dtype: torch.dtype, cache: int, quantize: Packing = "none") -> Need:
-    """From file headers and the config alone; a GGUF with unknown names is reckoned unpacked.
+def estimate(
+    files: Sequence[Path],
+    config: Any,
+    dtype: torch.dtype,
+    cache: int,
+    quantize: Packing = "none",
+    ours: Callable[[str], str] = str,
+) -> Need:
+    """From file headers and the config alone; a GGUF with unknown names is reckoned unpacked. ours: see `need_of`.
 
     Raises SafetensorError for a file whose size is not what its header says: a truncated download.
     """
     packed = files[0].suffix != ".safetensors"
-    numbers = _parameters(config) if packed else sum(_stored_numbers(file) for file in files)
+    numbers = _parameters(config) if packed else sum(_stored_numbers(file, ours) for file in files)
     return Need(int(numbers * PACKED_BYTES.get(quantize, dtype.itemsize)), cache)
 
 
@@ -62,9 +69,10 @@ def kv_bytes(config: Any, dtype: torch.dtype, tokens: int) -> int:
     return sum(2 * math.prod(kv_size(layer)) for layer in layer_configs(config)) * dtype.itemsize * tokens
 
 
-def _stored_numbers(file: Path) -> int:
+def _stored_numbers(file: Path, ours: Callable[[str], str]) -> int:
     with safe_open(file, "pt") as tensors:
-        return int(sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys()))  # noqa: SIM118
+        names = filter(ours, tensors.keys())
+        return int(sum(math.prod(tensors.get_slice(name).get_shape()) for name in names))
 
 
 def _parameters(config: Any) -> int:

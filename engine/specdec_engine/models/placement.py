@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,10 @@ def need_of(
     arithmetic: Arithmetic,
     device: torch.device,
     options: LoadOptions,
+    ours: Callable[[str], str],
 ) -> Need:
-    """Reckon weights in the form they will be kept in, and the cache in its own dtype and size."""
+    """Reckon weights in the form they will be kept in, and the cache in its own dtype and size. ours: what the model calls a
+    tensor of the checkpoint; empty for one that it has no part of."""
     quantize: Packing
     dtype = arithmetic.weights
     if isinstance(shape, Unsupported):
@@ -54,7 +56,7 @@ def need_of(
         quantize = packing_of(options, arithmetic)
         cache = tokens * shape.kv_values * cache_dtype(arithmetic.dtype, device, arithmetic.kernels).itemsize
     if not found:
-        return estimate(weight_files(path), config, dtype, cache, quantize)
+        return estimate(weight_files(path), config, dtype, cache, quantize, ours)
     return Need(sum(kept_bytes(name, entry, dtype, quantize) for name, entry in found.items()), cache)
 
 

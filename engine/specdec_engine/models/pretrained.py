@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +39,14 @@ def load_config(path: Path, trust_remote_code: bool) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
+class State:
+    """A model's tensors by their names, and the config of their class."""
+
+    config: Any
+    tensors: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
 class Read:
     """A transformers model as it was read."""
 
@@ -51,16 +58,16 @@ class Read:
 def load_weights(
     path: Path,
     folder: Path,
-    gguf_state: Callable[[], dict[str, torch.Tensor] | None],
+    state: State | None,
     dtype: torch.dtype,
     placement: torch.device | DeviceMap,
     trust_remote_code: bool,
 ) -> Read:
-    """The model in evaluation mode, from safetensors or a GGUF's tensors; on the meta device, the names and sizes of its
-    tensors alone. Raises ModelUnavailable for a tensor that is missing or has another size than its config asks for."""
+    """The model in evaluation mode, from its tensors where they were read, else from safetensors or a GGUF; on the meta
+    device, the names and sizes of its tensors alone. Raises ModelUnavailable for a tensor that is missing or has another size
+    than its config asks for."""
     from transformers import AutoModelForCausalLM
 
-    state = gguf_state() if path.is_file() else None
     common: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
     if isinstance(placement, str):
         common["device_map"] = placement
@@ -68,9 +75,10 @@ def load_weights(
         common |= {"device_map": placement, "ignore_mismatched_sizes": True}
     model: Any
     if state is not None:
-        config = load_config(folder, trust_remote_code)
-        _check_gguf_sizes(path, folder, config, state)
-        model, info = causal_class(config).from_pretrained(None, config=config, state_dict=state, **common)
+        if path.is_file():
+            _check_gguf_sizes(path, folder, state)
+        made = causal_class(state.config)
+        model, info = made.from_pretrained(None, config=state.config, state_dict=state.tensors, **common)
     elif path.is_file():
         from specdec_engine.models.gguf_header import Header, given_to_transformers
 
@@ -89,12 +97,13 @@ def load_weights(
     return Read(model.eval(), tuple(sorted(info["unexpected_keys"])))
 
 
-def _check_gguf_sizes(path: Path, folder: Path, config: Any, state: dict[str, torch.Tensor]) -> None:
+def _check_gguf_sizes(path: Path, folder: Path, state: State) -> None:
     """Look whether a GGUF's tensors are what its config asks for, on sizes alone: a damaged header falls back on
     its class's own sizes, and a file of 60 kB asked for 26 GB. Raises ModelUnavailable."""
-    sizes = {name: tensor.to("meta") for name, tensor in state.items()}
+    sizes = {name: tensor.to("meta") for name, tensor in state.tensors.items()}
     how = {"device_map": torch.device("meta"), "ignore_mismatched_sizes": True, "output_loading_info": True}
-    _check_tensors(path, folder, causal_class(config).from_pretrained(None, config=config, state_dict=sizes, **how)[1])
+    made = causal_class(state.config)
+    _check_tensors(path, folder, made.from_pretrained(None, config=state.config, state_dict=sizes, **how)[1])
 
 
 def _check_tensors(path: Path, folder: Path, info: dict[str, Any]) -> None:
