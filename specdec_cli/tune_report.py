@@ -57,14 +57,16 @@ def record(
         "profile": None if profile is None else profile.block(),
         "launches": [
             {"server": launch.server, "line": launch.line, "needs": list(launch.needs)}
-            for launch in _launches(target, draft, found, sampling)
+            for launch in _launches(target, draft, found, sampling, drafts)
         ],
     }
 
 
-def _launches(target: str, draft: str, found: Tuned, sampling: Sampling) -> list[Launch]:
+def _launches(
+    target: str, draft: str, found: Tuned, sampling: Sampling, drafts: Mapping[str, Mapping[str, Any]]
+) -> list[Launch]:
     """Servers run one draft: of a cascade one member, with the k that is best for it alone."""
-    member, left_out = served(draft)
+    member, left_out = served(draft, {name for name, part in drafts.items() if part["by_text"]})
     if member is None:
         return []
     k = best_of(found.curves[member]).k

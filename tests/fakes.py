@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -320,6 +321,35 @@ def save_head_draft(folder: Path, target: Any, tokenizer: Any, taps: Sequence[in
     for weight in (head.out.weight, head.down.weight):
         torch.nn.init.normal_(weight, std=0.3)
     save_head(folder, head, torch.arange(1, 2 * ids, 2), tuple(taps), tokenizer, {"target": "tiny"})
+    return folder
+
+
+def save_eagle_head(folder: Path, target: Any, vocab: int, ids: int = 60) -> Path:
+    """An EAGLE-3 head with random weights for a small target, as its authors publish one; it drafts every other id."""
+    from safetensors.torch import save_file
+
+    torch.manual_seed(9)
+    config, layers = target.config, target.config.num_hidden_layers
+    d, size, inner = config.hidden_size, config.hidden_size // config.num_attention_heads, 48
+    kv = config.num_key_value_heads * size
+    sizes = {
+        "fc": (d, 2 * d), "midlayer.self_attn.q_proj": (d, 2 * d), "midlayer.self_attn.k_proj": (kv, 2 * d),
+        "midlayer.self_attn.v_proj": (kv, 2 * d), "midlayer.self_attn.o_proj": (d, d), "midlayer.mlp.gate_proj": (inner, d),
+        "midlayer.mlp.up_proj": (inner, d), "midlayer.mlp.down_proj": (d, inner), "lm_head": (ids, d),
+    }  # fmt: skip
+    tensors = {f"{name}.weight": torch.randn(rows, columns) * 0.3 for name, (rows, columns) in sizes.items()}
+    for norm in ("input_layernorm", "hidden_norm", "post_attention_layernorm"):
+        tensors[f"midlayer.{norm}.weight"] = torch.rand(d) + 0.5
+    tensors |= {"norm.weight": torch.rand(d) + 0.5, "d2t": torch.arange(1, 2 * ids, 2) - torch.arange(ids)}
+    about = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocab, "draft_vocab_size": ids,
+        "hidden_size": d, "intermediate_size": inner, "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads, "num_hidden_layers": 1, "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0, "eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, layers - 1]},
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(about))
     return folder
 
 

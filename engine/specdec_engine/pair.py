@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -28,7 +29,9 @@ from specdec_engine.models.draft_files import read_draft
 from specdec_engine.models.loading import Candidate, Loaded, find_model
 from specdec_engine.models.memory_needs import kv_bytes
 from specdec_engine.models.options import LoadOptions
-from specdec_engine.models.tokenizers import check_pair
+from specdec_engine.models.sources import resolve
+from specdec_engine.models.tokenizers import compare_tokenizers
+from specdec_engine.models.translation import Translation
 from specdec_engine.record.events import Event
 from specdec_engine.record.text import counted
 from specdec_engine.runtime import Runtime
@@ -182,6 +185,13 @@ class Loader:
         self.find_draft = cache(lambda name: find_model(name, self.options.for_draft()))
         self.draft = cache(lambda name: self.find_draft(name).load())
 
+    def find(self, name: str) -> Path:
+        """A draft's files, fetched if need be."""
+        options = self.options
+        return resolve(
+            name, offline=options.offline, trust_remote_code=options.trust_remote_code, report=options.report
+        )
+
     def check_drafts(self) -> None:
         """Look whether the target can test drafts at all. Raises PairIncompatible."""
         if self.found.plain_only:
@@ -208,11 +218,11 @@ def _paired(models: Loader, draft: str | None) -> Pair:
         made = read_draft(small.path)
         if made is not None:
             made.check(found.tokenizer, target, found.vocab)
-        elif special := check_pair(target, found.tokenizer, name, small.tokenizer).special:
-            notes.append(f"{len(special)} special tokens of {target} and {name} differ, from id {special[0].id} on")
+        translation = None if made is not None else _translation(found, small, notes)
         drafts[name] = models.draft(name)
-        setup.models[name] = _model_info(drafts[name])
-        return LoadedDraft(drafts[name].runtime, None if made is None else made.ids)
+        setup.models[name] = replace(_model_info(drafts[name]), by_text=translation is not None)
+        mask = getattr(small.config.get_text_config(), "pard_token", None)
+        return LoadedDraft(drafts[name].runtime, None if made is None else made.ids, translation, mask)
 
     setup = DraftSetup(
         name=target,
@@ -223,6 +233,8 @@ def _paired(models: Loader, draft: str | None) -> Pair:
         target=lambda: models.target().runtime,
         output_rows=found.output_rows,
         draft_quantize=models.options.draft_quantize,
+        find=models.find,
+        notes=notes,
     )
     # The drafter first: what is wrong with it comes out before the larger model's weights are read.
     drafter = build_drafter(draft, setup)
@@ -258,6 +270,22 @@ def _paired(models: Loader, draft: str | None) -> Pair:
             ),
         ),
     )
+
+
+def _translation(target: Candidate, draft: Candidate, notes: list[str]) -> Translation | None:
+    """For a draft whose ids mean other tokens; None where they mean the same. Raises PairIncompatible for one whose text
+    cannot be carried over."""
+    differing = compare_tokenizers(target.tokenizer, draft.tokenizer)
+    if differing.ordinary:
+        notes.append(
+            f"{draft.name} has another tokenizer than {target.name}: its text is drafted, in the target's tokens"
+        )
+        return Translation(target.tokenizer, draft.tokenizer, draft.name)
+    if special := differing.special:
+        notes.append(
+            f"{len(special)} special tokens of {target.name} and {draft.name} differ, from id {special[0].id} on"
+        )
+    return None
 
 
 def _machine_notes(models: Loader) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as jsonlib
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,35 +12,106 @@ from specdec_cli import options as opt
 from specdec_cli import output
 from specdec_cli.exits import ExitCode
 from specdec_cli.startup import quieten
+from specdec_engine.errors import UsageError
+
+if TYPE_CHECKING:
+    from specdec_engine.models.compatibility import Offer
+    from specdec_engine.models.options import LoadOptions
+    from specdec_engine.tune.deep import Worth
 
 _MARKS = {"ok": "✓", "note": "·", "open": "?", "bad": "×"}
+_KINDS = {
+    "lookup": "a lookup, which fits every target",
+    "layers": "the target's own first layers",
+    "head": "a head that was made for it",
+    "ids": "a smaller model with its tokens",
+    "text": "a smaller model with other tokens, which fits by its text",
+}
 
 
 @opt.records
 def check(
     *,
     target: Annotated[str, typer.Argument(help="As after --target.", show_default=False)],
-    draft: Annotated[str, typer.Argument(help="As after --draft.", show_default=False)],
+    draft: Annotated[
+        str | None, typer.Argument(help="As after --draft; without it, what could draft is listed.", show_default=False)
+    ] = None,
+    deep: Annotated[bool, typer.Option("--deep", help="Load both, and measure the draft on three prompts.")] = False,
     tokens: Annotated[int, typer.Option(help="Context to reckon memory with.", min=1)] = 2048,
     json: opt.Json = False,
     where: opt.Placement,
 ) -> None:
-    """Say whether two models fit together, from their configs and tokenizers alone. Exits with 0 or 4.
+    """Say whether two models fit together, or what could draft for one. Exits with 0 or 4.
 
     specdec check org/target org/draft
     """
     quieten(where.offline, where.debug)
+    if draft is None:
+        if deep:
+            raise UsageError("--deep measures a draft, and none is named", "specdec check TARGET DRAFT --deep")
+        _list(target, tokens, json, where)
+        return
     with output.narrated() as report:
         from specdec_engine.models.compatibility import check as checked
 
-        fit = checked(target, draft, where.loading(tokens, report))
+        options = where.loading(tokens, report)
+        fit = checked(target, draft, options)
+        measured = _measured(target, draft, options) if deep and fit.fits else None
     if json:
         found = {"schema": "specdec.check/1", "fits": fit.fits, **asdict(fit)}
+        if deep:
+            found["measured"] = None if measured is None else asdict(measured)
         typer.echo(jsonlib.dumps(found, indent=1))
     else:
         for finding in fit.findings:
             output.say(f"{_MARKS[finding.level]} {finding.about}: {finding.said}")
+        if deep and fit.fits:
+            output.say(_said(measured))
         mark, verb = ("×", "cannot") if not fit.fits else ("✓", "can") if fit.certain else ("?", "may be able to")
         output.say(f"{mark} {draft} {verb} draft for {target}")
     if not fit.fits:
         raise typer.Exit(ExitCode.INCOMPATIBLE)
+
+
+def _measured(target: str, draft: str, options: LoadOptions) -> Worth | None:
+    from specdec_engine.pair import load_pair
+    from specdec_engine.tune.deep import worth
+
+    return worth(load_pair(target, draft, options))
+
+
+def _said(measured: Worth | None) -> str:
+    if measured is None:
+        return "· measured: it proposed nothing"
+    mark = "✓" if measured.speedup > 1 else "·"
+    return (
+        f"{mark} measured on {measured.tokens} tokens: {measured.alpha:.0%} of its first tokens are accepted; a draft of one "
+        f"costs {measured.c:.2f} of a plain cycle; at best k {measured.k}, {measured.tokens_per_cycle:.2f} tokens a cycle, "
+        f"{measured.speedup:.2f}×"
+    )
+
+
+def _list(target: str, tokens: int, json: bool, where: opt.Placement) -> None:
+    """What could draft for it, of what is on this machine."""
+    with output.narrated() as report:
+        from specdec_engine.models.compatibility import offers
+
+        found = offers(target, where.loading(tokens, report))
+    if json:
+        offered = [asdict(offer) for offer in found]
+        typer.echo(jsonlib.dumps({"schema": "specdec.check/1", "target": target, "offers": offered}, indent=1))
+        return
+    width = max(len(offer.draft) for offer in found)
+    output.say(f"could draft for {target}:")
+    for offer in found:
+        output.say(f"{offer.draft:<{width}}  {_KINDS[offer.kind]}{_cost(offer)}")
+    output.say(f"specdec check {target} DRAFT --deep measures one, specdec tune -t {target} all of them")
+
+
+def _cost(offer: Offer) -> str:
+    if offer.c is None or offer.speedup is None:
+        return ""
+    low, high = offer.c
+    c = f"{low:.2f}" if high - low < 0.005 else f"{low:.2f} to {high:.2f}"
+    least, most = offer.speedup
+    return f"; c {c}, {least:.2f}× with half of the tokens accepted, {most:.2f}× with four in five"

@@ -103,6 +103,8 @@ def generate(
                 _state(pair, summary, drafted, controls, named=setting.draft is not None),
             )
         )
+    if (misfit := _misfit(pair, summary)) is not None:
+        output.note(misfit)
     recorder.check()
     if summary.finish_reason == "cancelled":
         raise typer.Exit(ExitCode.INTERRUPTED)
@@ -162,6 +164,24 @@ def _consume(events: Iterable[Event], sink: output.Output, recorder: Recorder) -
         raise
     sink.end(summary)
     return summary
+
+
+_FEW, _ENOUGH = 0.15, 50
+"""Of a head's first tokens, tested in so many cycles: of heads that fit 0.4 to 0.8 are accepted, with wrong layers 0.01."""
+
+
+def _misfit(pair: Pair, summary: Summary) -> str | None:
+    """What a user of somebody else's head should know if next to nothing of it is accepted: no error ever says it."""
+    kinds = {draft["model_type"] for draft in pair.environment["drafts"].values()}
+    first = next(iter(summary.positions), None)
+    if kinds != {"eagle3"} or "," in pair.drafter.name or first is None or first.tested < _ENOUGH:
+        return None
+    if first.rate is None or first.rate >= _FEW:
+        return None
+    return (
+        f"{first.rate:.0%} of the first tokens of {first.tested} drafts were accepted: the head does not fit this target, or "
+        "is read wrongly (which layers? which target was it trained on? with which chat template?)"
+    )
 
 
 def _ending(summary: Summary, max_tokens: int, stops: tuple[str, ...]) -> str:

@@ -170,7 +170,7 @@ def _loaded(target: str, drafts: Sequence[str] | None, options: LoadOptions) -> 
     loader = Loader(target, options)
     loader.check_drafts()
     found: dict[str, Pair] = {}
-    for name in with_cascades(candidates(_fitting(target) if drafts is None else drafts)):
+    for name in with_cascades(candidates(_fitting(target, options) if drafts is None else drafts)):
         try:
             found[name] = loader.pair(name)
         except SpecdecError as error:
@@ -192,19 +192,17 @@ _MOST_FITTING = 2
 """Cached models that are tried unnamed, the smallest first."""
 
 
-def _fitting(target: str) -> list[str]:
-    """Drafts that need not be named: those that other packages add, the one made for the built-in target, and cached models
-    with the target's tokens."""
+def _fitting(target: str, options: LoadOptions) -> list[str]:
+    """Drafts that need not be named: those that other packages add, heads made for the target, and cached models, with its
+    own tokens where there are such."""
     from specdec_engine.core.registry import foreign
+    from specdec_engine.models.compatibility import offers
 
-    added = [entry.name for entry in foreign()]
-    if target == "builtin":
-        return ["builtin", *added]
-    from specdec_engine.models.hub_cache import cached_models, drafts_for
-
-    models = cached_models()
-    fitting = [draft.name for model in models if model.name == target for draft in drafts_for(model, models)]
-    return [*fitting[:_MOST_FITTING], *added]
+    by_kind = dict[str, list[str]]()
+    for offer in offers(target, options):
+        by_kind.setdefault(offer.kind, []).append(offer.draft)
+    models = by_kind.get("ids") or by_kind.get("text", [])[:1]
+    return [*by_kind.get("head", []), *models[:_MOST_FITTING], *(entry.name for entry in foreign())]
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,13 +14,27 @@ from specdec_engine.core.randomness import KeyedRandomness
 from specdec_engine.core.registry import drafters
 from specdec_engine.drafters import build_drafter
 from specdec_engine.drafters.base import AcceptanceAlong, LoadedDraft
+from specdec_engine.errors import UsageError
+from specdec_engine.models.translation import Translation
 from specdec_engine.runtime.generic import GenericRuntime
 from specdec_engine.runtime.target import ModelTarget
 from specdec_engine.tune.answers import Answer
 from specdec_engine.tune.passes import chances_along
 from specdec_engine.tune.whatif import expected_cycles
 from specdec_engine.verify.sampling import draw_on_host
-from tests.fakes import VOCAB, byte_tokenizer, cycles, emitted, graph, host, lean, run, save_head_draft, tiny_llama
+from tests.fakes import (
+    VOCAB,
+    byte_tokenizer,
+    cycles,
+    emitted,
+    graph,
+    host,
+    lean,
+    run,
+    save_eagle_head,
+    save_head_draft,
+    tiny_llama,
+)
 
 SPECS = {
     "none": "none",
@@ -30,13 +44,19 @@ SPECS = {
     "head": "head:HEAD",
     "self": "self:1",
 }
-CASES = [*SPECS.values(), "ngram:1", "ngram,model:small", "none,ngram,model:small", "suffix,head:HEAD"]
+CASES = [*SPECS.values(), "head:EAGLE", "ngram:1", "ngram,model:small", "none,ngram,model:small", "suffix,head:HEAD"]
 CASES += [
     "lean@model:small",
     "light@model:small",
     "graph@model:small",
     "graph@ngram,model:small",
+    "ngram,head:EAGLE",
     "reduced@model:small",
+    "text@model:small",
+    "pard@model:small",
+    "ngram+model:small",
+    "reduced@ngram+model:small",
+    "graph@ngram+model:small",
 ]
 SAMPLINGS = [Sampling(), Sampling(1.0), Sampling(0.7, top_k=20, top_p=0.9, min_p=0.01)]
 TARGET = tiny_llama(seed=0)
@@ -52,13 +72,19 @@ RUNTIMES = {
     "reduced": lambda: LoadedDraft(lean(tiny_llama(seed=1, layers=1, vocab=80)), torch.arange(1, 160, 2)),
 }
 TOKENIZER = byte_tokenizer()
+OTHER = byte_tokenizer(merges=["o n", "t h", "Ġ a"])
+# By its text: its ids mean other tokens.
+RUNTIMES["pard"] = lambda: LoadedDraft(lean(SMALL), mask=3)
+RUNTIMES["text"] = lambda: LoadedDraft(lean(SMALL), translation=Translation(TOKENIZER, OTHER, "small"))
 HEAD: Path
-"""A folder with a draft head."""
+EAGLE: Path
+"""Folders with a draft head, ours and one of others."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def head_folder(tmp_path_factory):
-    global HEAD
+    global HEAD, EAGLE
+    EAGLE = save_eagle_head(tmp_path_factory.mktemp("draft") / "eagle", TARGET, VOCAB)
     HEAD = save_head_draft(tmp_path_factory.mktemp("draft") / "head", TARGET, TOKENIZER)
 
 
@@ -100,7 +126,7 @@ def parts(spec, target=None):
         output_rows=lambda ids: TARGET.lm_head.weight.detach()[ids],
     )
     about = replace(about, load_draft=lambda name: RUNTIMES[runtime or "generic"]())
-    return build_drafter(plain.replace("HEAD", str(HEAD)), about), target
+    return build_drafter(plain.replace("HEAD", str(HEAD)).replace("EAGLE", str(EAGLE)), about), target
 
 
 def build(spec):
@@ -130,7 +156,12 @@ def test_proposals_keep_the_contract(spec, sampling):
         assert len(draft) <= k
         assert draft.tokens.dtype == torch.int64
         assert all(0 <= t < VOCAB for t in draft.tokens.tolist())
-        assert draft.drafter in SPECS or draft.drafter in ("small", "self:1", str(HEAD))
+        assert draft.drafter in SPECS or draft.drafter.removeprefix("ngram+") in (
+            "small",
+            "self:1",
+            str(HEAD),
+            str(EAGLE),
+        )
         if draft.probs is not None:
             assert draft.probs.shape == (len(draft), VOCAB)
             assert torch.allclose(draft.probs.sum(-1), torch.ones(len(draft)), atol=1e-5)
@@ -279,7 +310,7 @@ def test_a_drafts_context_limit_ends_drafting_and_not_the_run():
     assert [c.drafted for c in long] == [()] * 5
 
 
-@pytest.mark.parametrize("spec", ["head:HEAD", "self:1", "suffix,head:HEAD"])
+@pytest.mark.parametrize("spec", ["head:HEAD", "head:EAGLE", "self:1", "suffix,head:HEAD"])
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0)], ids=["greedy", "raw"])
 def test_drafters_on_the_targets_own_runtime_do_the_same_where_it_is_recorded(spec, sampling):
     """Features are kept by recorded passes too, padded ones, and through a cache made anew on the way."""
@@ -303,7 +334,15 @@ def test_a_heads_features_survive_the_growth_of_the_cache():
     assert sum(len(c.drafted) for c in found[0]) > 100
 
 
-FORESEEING = ["model:small", "self:1", "head:HEAD", "lean@model:small", "graph@model:small", "reduced@model:small"]
+FORESEEING = [
+    "model:small",
+    "self:1",
+    "head:HEAD",
+    "head:EAGLE",
+    "lean@model:small",
+    "graph@model:small",
+    "reduced@model:small",
+]
 
 
 @pytest.mark.parametrize("spec", FORESEEING)
@@ -343,3 +382,58 @@ def test_cycles_foreseen_at_temperature_0_are_those_of_real_runs(spec):
         assert sum(expected_cycles([found], k).values()) == pytest.approx(len(real)), k
         drafted = sum(kind.drafted * times for kind, times in expected_cycles([found], k).items())
         assert drafted == pytest.approx(sum(len(cycle.drafted) for cycle in real)), k
+
+
+@pytest.mark.parametrize("spec", ["model:small", "graph@model:small", "reduced@model:small", "self:1"])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(0.5), Sampling(0.7, top_k=20)], ids=["greedy", "drawn", "cut"]
+)
+def test_a_lookup_below_a_draft_changes_no_token_of_it(spec, sampling):
+    """The same tokens from the same distributions, with the same numbers, and in fewer passes where text repeats itself."""
+    below = spec.replace("model:", "ngram+model:").replace("self:", "ngram+self:")
+    alone, helped = build(spec), build(below)
+    prompt = [5, 6, 7, 8, 9, 11, 12] * 3
+    for seed in range(6):
+        for drafter in (alone, helped):
+            drafter.begin(prompt)
+        ours, theirs = (d.propose(prompt, 6, sampling, KeyedRandomness(seed)) for d in (alone, helped))
+        assert ours.tokens.tolist() == theirs.tokens.tolist()
+        if ours.probs is not None:
+            assert torch.allclose(ours.probs, theirs.probs, atol=1e-4)
+        assert helped.drafter.name.startswith("ngram+")
+
+
+def test_a_draft_that_repeats_itself_takes_fewer_passes():
+    counts = []
+    for spec in ("lean@model:small", "lean@ngram+model:small"):
+        drafter = build(spec)
+        prompt = [5, 6, 7] * 4
+        drafter.begin(prompt)
+        said = drafter.propose(prompt, 12, Sampling(), KeyedRandomness(1)).tokens.tolist()
+        again = prompt + said + said  # what it says is in its own context
+        runtime, passes = drafter.drafter.runtime, []
+        drafter.begin(again)
+        forward = runtime.forward
+        runtime.forward = lambda tokens, rows, f=forward, p=passes: (p.append(rows), f(tokens, rows))[1]
+        found = drafter.propose(again, 8, Sampling(), KeyedRandomness(1)).tokens.tolist()
+        counts.append((found, len(passes)))
+    assert counts[0][0] == counts[1][0]
+    assert counts[1][1] <= counts[0][1]
+
+
+def test_a_parallel_draft_is_the_models_rows_at_masked_places():
+    """Each place of its own: rows of one pass over the context and masks."""
+    drafter = build("pard@model:small")
+    prompt = [5, 6, 7, 8]
+    drafter.begin(prompt)
+    draft = drafter.propose(prompt, 3, Sampling(1.0), KeyedRandomness(2))
+    with torch.inference_mode():
+        rows = SMALL(torch.tensor([[*prompt, 3, 3]])).logits[0, 3:].softmax(-1)
+    assert torch.allclose(draft.probs[:, : SMALL.config.vocab_size], rows, atol=1e-4)
+
+
+def test_only_a_lookup_stands_below_a_model():
+    with pytest.raises(UsageError, match="no model that ngram could draft for"):
+        parts("ngram+none")
+    with pytest.raises(UsageError, match="cannot draft for another draft"):
+        parts("suffix+model:small")

@@ -13,7 +13,7 @@ from specdec_engine.models.loading import load_model
 from specdec_engine.models.options import LoadOptions
 from specdec_engine.runtime import native
 from specdec_engine.runtime.cpu import whole
-from specdec_engine.runtime.decoder import Decoder, _paired
+from specdec_engine.runtime.decoder import Decoder, paired
 from specdec_engine.runtime.linear import Joined, project, torch_packs
 from specdec_engine.runtime.ops import TORCH
 from specdec_engine.runtime.shape import Unsupported, shape_of
@@ -115,8 +115,8 @@ def test_matrices_that_lie_beside_each_other_are_multiplied_in_one_call(own):
     decoder, shape = joined.decoder, joined.decoder.shape
     attention = model.model.layers[0].self_attn
     stored = {
-        "q": attention.q_proj.weight[_paired(shape.heads, shape.head_size)],
-        "k": attention.k_proj.weight[_paired(shape.kv_heads, shape.head_size)],
+        "q": attention.q_proj.weight[paired(shape.heads, shape.head_size)],
+        "k": attention.k_proj.weight[paired(shape.kv_heads, shape.head_size)],
         "v": attention.v_proj.weight,
     }
     parts = [project([matrix.detach()], None, torch.float32, CPU, "int8", own) for matrix in stored.values()]

@@ -50,15 +50,15 @@ class DrafterEntry:
 OURS = (
     DrafterEntry(
         "model",
-        ("ORG/DRAFT", "FOLDER", "FILE.gguf"),
-        "a smaller model",
+        ("ORG/DRAFT", "FOLDER", "FILE.gguf", "ngram+ORG/DRAFT"),
+        "a smaller model, of whatever tokenizer; with ngram+ a lookup drafts for it",
         "specdec_engine.drafters.model:build",
         servers=ServerNames("draft_model", "STANDALONE", "draft-simple"),
     ),
     DrafterEntry(
         "head",
-        ("builtin", "FOLDER"),
-        "a head that distill made; builtin, for the built-in target",
+        ("builtin", "FOLDER", "ORG/HEAD"),
+        "a head that distill made, or EAGLE-3's; builtin, for the built-in target",
         "specdec_engine.drafters.head:build",
     ),
     DrafterEntry(
@@ -119,6 +119,12 @@ def entry_of(spec: str) -> DrafterEntry | None:
     """The entry named by the part before `:`, as in `ngram:5`; None for the name of a model."""
     name, colon, _ = spec.partition(":")
     return None if name.strip() in _MODELS and not colon else drafters().get(name.strip())
+
+
+def levels_of(spec: str) -> tuple[str, str] | None:
+    """Of `ngram+MODEL` the lookup, and the model that it drafts for; None for a draft of one level."""
+    lower, plus, upper = spec.partition("+")
+    return (lower.strip(), upper.strip()) if plus and is_lookup(lower) else None
 
 
 def is_lookup(spec: str) -> bool:

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from specdec_engine.distill.head import Head
-from specdec_engine.models.draft_files import SECTION, VOCABULARY, fingerprint
+from specdec_engine.models.draft_files import SECTION, VOCABULARY
+from specdec_engine.models.draft_folder import fingerprint
 
 
 def save_head(

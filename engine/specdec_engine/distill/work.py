@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from specdec_engine.errors import UsageError, reason
-from specdec_engine.models.draft_files import fingerprint
+from specdec_engine.models.draft_folder import fingerprint
 from specdec_engine.record.files import parse_record, replace_file, typed
 
 T = TypeVar("T")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
-from specdec_engine.core.registry import drafters, entry_of
+from specdec_engine.core.registry import drafters, entry_of, levels_of
 from specdec_engine.errors import ModelUnavailable, SpecdecError, UsageError, first_line
 
 if TYPE_CHECKING:
@@ -17,7 +16,7 @@ def build_drafter(spec: str, setup: DraftSetup) -> Drafter:
     """The drafter that `--draft` names.
 
     `spec` is `none`, `ngram`, `ngram:5`, a third party's name, a model (hub id, folder, .gguf file), or several of these
-    joined by commas: the first that proposes wins.
+    joined by commas: the first that proposes wins. `ngram+MODEL` is a model for which the lookup drafts.
     """
     from specdec_engine.drafters.cascade import CascadeDrafter
 
@@ -28,9 +27,11 @@ def build_drafter(spec: str, setup: DraftSetup) -> Drafter:
 
 
 def _build_one(spec: str, setup: DraftSetup) -> Drafter:
+    if (levels := levels_of(spec)) is not None:
+        return _on_two_levels(*levels, setup)
     entry, argument = entry_of(spec), spec.partition(":")[2]
     if entry is None:
-        entry, argument = drafters()[_kind(spec)], spec
+        entry, argument = drafters()[_kind(spec, setup)], spec
     try:
         built: Drafter = resolve_name(entry.build)(argument, setup)
     except Exception as error:
@@ -41,17 +42,38 @@ def _build_one(spec: str, setup: DraftSetup) -> Drafter:
     return built
 
 
+def _on_two_levels(lower: str, upper: str, setup: DraftSetup) -> Drafter:
+    """`ngram+MODEL`: the lookup drafts for the model, which drafts for the target."""
+    from specdec_engine.drafters.base import Guesser
+    from specdec_engine.drafters.on_runtime import RuntimeDrafter
+
+    guesser, model = _build_one(lower, setup), _build_one(upper, setup)
+    if not isinstance(guesser, Guesser):
+        raise UsageError(f"{lower} cannot draft for another draft", f"ngram can: ngram+{upper}")
+    if not isinstance(model, RuntimeDrafter):
+        raise UsageError(f"{upper} is no model that {lower} could draft for", f"one after the other is {lower},{upper}")
+    model.guesser, model.name = guesser, f"{lower}+{model.name}"
+    return model
+
+
 def is_checkpoint(spec: str) -> bool:
-    """Whether it names an ordinary causal LM, which other programs could load too: not a lookup, nothing that `distill` made,
-    nothing of a third party."""
+    """Whether it names an ordinary causal LM, which other programs could load too: not a lookup, no head,
+    nothing that `distill` made, nothing of a third party."""
     from specdec_engine.models.draft_files import read_draft
+    from specdec_engine.models.sources import resolve
 
-    return entry_of(spec) is None and spec != "builtin" and read_draft(Path(spec)) is None
+    if entry_of(spec) is not None or levels_of(spec) is not None or spec == "builtin":
+        return False
+    try:
+        path = resolve(spec, offline=True)
+    except ModelUnavailable:  # nothing of it is on this machine: a checkpoint, as far as anybody can say
+        return True
+    return read_draft(path) is None
 
 
-def _kind(name: str) -> str:
-    """Which drafter runs the model of this name."""
+def _kind(name: str, setup: DraftSetup) -> str:
+    """Which drafter runs the model of this name: its files tell."""
     from specdec_engine.models.draft_files import builtin_draft, read_draft
 
-    found = read_draft(builtin_draft() if name == "builtin" else Path(name))
+    found = read_draft(builtin_draft() if name == "builtin" else setup.find(name))
     return "model" if found is None else found.kind

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from specdec_engine.adaptive.limits import DraftLimits
 from specdec_engine.core.cycle_types import Draft, Sampling, Verdict
 from specdec_engine.core.randomness import Randomness
+from specdec_engine.models.translation import Translation
 from specdec_engine.runtime import Runtime
 from specdec_engine.runtime.linear import Quantize
 
@@ -61,6 +63,17 @@ class AcceptanceAlong(Protocol):
         ...
 
 
+@runtime_checkable
+class Guesser(Protocol):
+    """**Protocol:** a lookup that can draft for a draft model, too."""
+
+    def begin(self, prompt: Sequence[int]) -> None: ...
+
+    def guess(self, context: Sequence[int], said: Sequence[int], k: int) -> list[int]:
+        """At most k tokens that may follow the context and what a draft has said after it; the latter is not remembered."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class LoadedDraft:
     """A draft model."""
@@ -68,6 +81,10 @@ class LoadedDraft:
     runtime: Runtime
     ids: Tensor | None = None
     """[V']: the target's id of each draft id, for a reduced vocabulary."""
+    translation: Translation | None = None
+    """For a draft whose ids mean other tokens than the target's."""
+    mask: int | None = None
+    """Of a model that fills in masked places, the token that masks them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +106,12 @@ class DraftSetup:
     draft_quantize: Quantize = "auto"
     draft_limits: DraftLimits = field(default_factory=DraftLimits)
     """Asked by drafters that can stop early."""
+    find: Callable[[str], Path] = Path
+    """The files of a draft by its name (hub id, folder, .gguf), fetched if need be."""
     models: dict[str, ModelInfo] = field(default_factory=dict)
     """Filled while drafters are built: each model in use, by name."""
+    notes: list[str] = field(default_factory=list)
+    """Filled while drafters are built: what a user should know, in sentences."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +131,8 @@ class ModelInfo:
     token_bytes: int | None = None
     """Bytes of its cache for each token; None where that is not known."""
     revision: str | None = None
+    by_text: bool = False
+    """A draft with another tokenizer than the target's, whose text is proposed in the target's tokens."""
 
 
 def empty_draft(device: torch.device, drafter: str = "none") -> Draft:

@@ -6,8 +6,7 @@ When the target has verified a draft, slots that stood on own states are compute
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,8 +18,9 @@ from specdec_engine.drafters.base import DraftSetup, ModelInfo, empty_draft
 from specdec_engine.drafters.token_choice import DraftChoice, TextSampler, draft_numbers
 from specdec_engine.errors import ModelUnavailable, PairIncompatible, UsageError
 from specdec_engine.models.draft_files import builtin_draft, head_weights, inverse, read_draft
+from specdec_engine.models.draft_folder import DraftFolder
 from specdec_engine.runtime.arithmetic import refuse_packing
-from specdec_engine.runtime.decoder import Decoder
+from specdec_engine.runtime.decoder import Decoder, Embedding
 from specdec_engine.runtime.head import HeadForward, HeadRuntime, check_weights, head_shape
 from specdec_engine.runtime.lean import LeanRuntime
 from specdec_engine.runtime.shape import Unsupported
@@ -108,8 +108,9 @@ class HeadDrafter:
 
 
 def build(argument: str, setup: DraftSetup) -> HeadDrafter:
-    """`head:FOLDER`, as `specdec distill` writes it. Raises PairIncompatible for another target than it was made for."""
-    path = builtin_draft() if argument == "builtin" else Path(argument)
+    """`head:NAME`: a folder as `specdec distill` writes it, or an EAGLE-3 head, a folder or a hub id. Raises PairIncompatible
+    for another target than it was made for."""
+    path = builtin_draft() if argument == "builtin" else setup.find(argument)
     draft = read_draft(path)
     if draft is None or draft.kind != "head":
         raise UsageError(f"{path} holds no draft head", "specdec distill --kind head --out FOLDER makes one")
@@ -120,43 +121,65 @@ def build(argument: str, setup: DraftSetup) -> HeadDrafter:
             f"a draft head needs the lean or the graph runtime, and the target runs on {target.name}",
             "leave out --runtime and --device-map, or choose another draft",
         )
-    decoder, config = target.decoder, draft.config
-    if setup.draft_quantize in ("int8", "int4") and decoder.kernels is None:
-        refuse_packing(setup.draft_quantize, str(decoder.dtype).removeprefix("torch."), setup.device)
+    if setup.draft_quantize in ("int8", "int4") and target.decoder.kernels is None:
+        refuse_packing(setup.draft_quantize, str(target.decoder.dtype).removeprefix("torch."), setup.device)
     try:
-        shape = head_shape(config)
-        if shape.hidden != decoder.shape.hidden or draft.taps[-1] >= decoder.shape.layers:
-            raise PairIncompatible(
-                f"the draft {path} was made for a target of another size", "distill one for this target"
-            )
-        check_weights(weights, shape, config["intermediate_size"], len(draft.taps) + 1)
-        rows = setup.output_rows(draft.ids)
-        # Beside a packed target a dense head would be the dearer part: 1.9 ms a step against 1.2 in 4 bits.
-        packed = setup.draft_quantize == "auto" and "int4" in decoder.forms
-        quantize = "int4" if packed else setup.draft_quantize
-        forward = HeadForward(
-            shape, weights, decoder.embedding, rows, decoder.dtype, setup.device, quantize, kernels=decoder.kernels
-        )
+        taps = draft.taps_on(target.decoder.shape.hidden, target.decoder.shape.layers)
+        forward, numbers = _forward(draft, weights, taps, target.decoder, setup)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ModelUnavailable(f"the draft in {path} is damaged: {error}", "distill it again") from error
+        raise ModelUnavailable(f"the draft in {path} is damaged: {error}", "fetch or distill it again") from error
+    if draft.layers.counted == "guessed":
+        setup.notes.append(
+            f"{argument} does not say which layers of the target it reads: {', '.join(map(str, taps))} are taken, as EAGLE's "
+            "own code does; if few of its first tokens are accepted, it was made for others"
+        )
     try:
-        target.tap(draft.taps)
+        target.tap(taps)
     except Unsupported as reason:
         raise PairIncompatible(
             f"the target cannot serve the draft {path}: {reason}", "choose one draft head"
         ) from reason
     setup.models[argument] = ModelInfo(
         name=argument,
-        model_type=config["model_type"],
+        model_type=draft.config["model_type"],
         parameters=sum(tensor.numel() for tensor in weights.values()),
         vocab=len(draft.ids),
         context=target.limit,
         runtime=target.name,
-        dtype=str(decoder.dtype).removeprefix("torch."),
+        dtype=str(target.decoder.dtype).removeprefix("torch."),
         weights=forward.forms,
-        weight_bytes=int((sum(t.numel() for t in weights.values()) + rows.numel()) * _BYTES.get(forward.forms, 4)),
+        weight_bytes=int(numbers * _BYTES.get(forward.forms, 4)),
     )
     return HeadDrafter(HeadRuntime(forward, target.capacity), target, draft.ids, setup, argument)
+
+
+def _forward(
+    draft: DraftFolder, weights: Mapping[str, Tensor], taps: Sequence[int], decoder: Decoder, setup: DraftSetup
+) -> tuple[HeadForward, int]:
+    """The head on its target, and how many numbers a step reads. Raises PairIncompatible, and for damage what `build`
+    catches."""
+    shape, form = head_shape(draft.config), draft.form
+    own = Embedding(weights["embedding.weight"].to(decoder.device)) if "embedding.weight" in weights else None
+    width = decoder.shape.hidden
+    if own is None and shape.hidden != width:
+        raise ValueError(f"it is {shape.hidden} numbers wide, its target {width}, and it has no embeddings of its own")
+    check_weights(weights, shape, draft.config["intermediate_size"], len(taps) + form.final, form, width)
+    rows = weights["head.weight"] if "head.weight" in weights else setup.output_rows(draft.ids)
+    # Beside a packed target a dense head would be the dearer part: 1.9 ms a step against 1.2 in 4 bits.
+    packed = setup.draft_quantize == "auto" and "int4" in decoder.forms
+    forward = HeadForward(
+        shape,
+        weights,
+        decoder.embedding if own is None else own,
+        rows,
+        decoder.dtype,
+        setup.device,
+        "int4" if packed else setup.draft_quantize,
+        kernels=decoder.kernels,
+        form=form,
+    )
+    read = sum(t.numel() for name, t in weights.items() if name not in ("embedding.weight", "head.weight"))
+    return forward, read + rows.numel()
 
 
 _BYTES = {"int4": 0.625, "int8": 1.0, "bfloat16": 2, "float16": 2}

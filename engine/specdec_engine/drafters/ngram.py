@@ -53,6 +53,16 @@ class NgramDrafter:
                 return Draft(upload(torch.tensor(_copy(context, start, kept)), self._device), None, self.name)
         return empty_draft(self._device, self.name)
 
+    def guess(self, context: Sequence[int], said: Sequence[int], k: int) -> list[int]:
+        """See `Guesser`. A match of one token is no guess: a row for it costs more than it is right."""
+        self._index(context)
+        text = [*context, *said]
+        for n in self._lengths:
+            start = self._after.get(tuple(text[-n:])) if len(text) > n > 1 else None
+            if start is not None:
+                return _copy(text, start, k)
+        return []
+
     def observe(self, draft: Draft, verdict: Verdict) -> None:
         pass
 

@@ -7,7 +7,7 @@ draft's first pass; no extra pass closes the gap.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -16,19 +16,24 @@ from torch import Tensor
 from specdec_engine.core.cycle_types import Draft, Sampling, Verdict
 from specdec_engine.core.randomness import Randomness
 from specdec_engine.core.transfer import upload
-from specdec_engine.drafters.base import DraftSetup, empty_draft
+from specdec_engine.drafters.base import DraftSetup, Guesser, empty_draft
 from specdec_engine.drafters.token_choice import DraftChoice, acceptance_of_emitted, draft_numbers, probabilities_of
 from specdec_engine.models.draft_files import inverse
-from specdec_engine.runtime import Runtime, prefill, step_by_step
+from specdec_engine.runtime import DraftTokens, Runtime, guided, in_one_pass, prefill, step_by_step
 
 
 class RuntimeDrafter:
     """Any causal LM on a runtime. Greedy at temperature 0; otherwise drawn under the run's own sampling settings."""
 
-    def __init__(self, runtime: Runtime, setup: DraftSetup, name: str, ids: Tensor | None = None) -> None:
+    def __init__(
+        self, runtime: Runtime, setup: DraftSetup, name: str, ids: Tensor | None = None, mask: int | None = None
+    ) -> None:
         """ids [V']: the target's id of each of the draft's, for a draft with a reduced vocabulary. Whatever else the target
-        says is fed to it as its last id."""
+        says is fed to it as its last id. mask: of a model that fills in masked places (PARD), the token that masks them."""
         self.name = name
+        self.guesser: Guesser | None = None
+        """What drafts for this draft: `guided`."""
+        self._mask = mask
         self.runtime = runtime
         self._device = setup.device
         self._limits = setup.draft_limits
@@ -42,6 +47,8 @@ class RuntimeDrafter:
 
     def begin(self, prompt: Sequence[int]) -> None:
         self.runtime.rollback(0)
+        if self.guesser is not None:
+            self.guesser.begin(prompt)
         if self.runtime.limit is None or len(prompt) <= self.runtime.limit:
             self._catch_up(prompt, keep=1)
 
@@ -56,15 +63,31 @@ class RuntimeDrafter:
         u, temperature = draft_numbers(random, sampling, len(context), k, self._target_vocab, self.runtime.device)
         if sampling.coupled:
             u = u[:, : self._vocab] if self._ids_of is None else u[:, self._ids_of]
-        # What a runtime records has no input for Gumbel noise, [V] a token.
-        unroll = partial(step_by_step, self.runtime) if sampling.coupled else self.runtime.unroll
         stop = self._limits.early_stop_on(self.runtime.device, self.name)
         sampler = DraftChoice(sampling, self._vocab, confident=stop is not None)
-        drawn = unroll(self._ids(context[self.runtime.cached :]), u, temperature, sampler, stop)
+        drawn = self._unroll(context, sampling)(
+            self._ids(context[self.runtime.cached :]), u, temperature, sampler, stop
+        )
         tokens = self._translated(drawn.tokens).to(self._device)
         raw = None if drawn.raw is None else drawn.raw.to(self._device)
         ids = None if self._ids_of is None else self._ids_of.to(self._device)
         return Draft(tokens, self._widened(drawn.rows), self.name, raw, ids)
+
+    def _unroll(self, context: Sequence[int], sampling: Sampling) -> Callable[..., DraftTokens]:
+        """How its tokens are made: see `Runtime.unroll`."""
+        if self.guesser is not None:
+            return partial(guided, self.runtime, lambda said, k: self._guesses(context, said, k))
+        if self._mask is not None:
+            return partial(in_one_pass, self.runtime, self._mask)
+        # What a runtime records has no input for Gumbel noise, [V] a token.
+        return partial(step_by_step, self.runtime) if sampling.coupled else self.runtime.unroll
+
+    def _guesses(self, context: Sequence[int], said: Sequence[int], k: int) -> list[int]:
+        """At most k tokens that this draft may go on with, its own ids; said: its own, too."""
+        assert self.guesser is not None
+        targets = said if self._ids_of is None else self._ids_of[list(said)].tolist()
+        found = self._draft_ids(self.guesser.guess(context, targets, k))
+        return found[: next((i for i, token in enumerate(found) if not 0 <= token < self._vocab), len(found))]
 
     def observe(self, draft: Draft, verdict: Verdict) -> None:
         """Forget what was fed for the rejected tokens; all drafted ones but the last were fed."""
@@ -74,8 +97,10 @@ class RuntimeDrafter:
     def acceptance_along(
         self, context: Sequence[int], p: Sequence[float], k: int, sampling: Sampling
     ) -> list[list[float]]:
-        """One pass covers every beginning: a token's probability depends on the text before it alone. Rows beyond the
-        draft's own context are empty."""
+        """One pass covers every beginning: a token's probability depends on the text before it alone, but for a draft that
+        fills in masked places, which is asked at each. Rows beyond the draft's own context are empty."""
+        if self._mask is not None:
+            return self._acceptance_at_each(context, p, k, sampling)
         begin = len(context) - len(p)
         end = len(context) if self.runtime.limit is None else min(len(context), self.runtime.limit + 1)
         self.runtime.rollback(0)
@@ -88,6 +113,24 @@ class RuntimeDrafter:
             q = probabilities_of(logits[:, : self._vocab], self._draft_ids(targets), sampling)
             chances += [acceptance_of_emitted(*pair) for pair in zip(p[at - begin :], q, strict=False)]
         return [chances[i : i + k] for i in range(len(p))]
+
+    def _acceptance_at_each(
+        self, context: Sequence[int], p: Sequence[float], k: int, sampling: Sampling
+    ) -> list[list[float]]:
+        begin, rows = len(context) - len(p), list[list[float]]()
+        self.runtime.rollback(0)
+        for at in range(begin, len(context)):
+            targets = context[at : at + k]
+            if self.runtime.limit is not None and at + len(targets) - 1 > self.runtime.limit:
+                rows.append([])
+                continue
+            self._catch_up(context[:at], keep=1)
+            masked = [*self._ids(context[self.runtime.cached : at]).tolist(), *[self._mask] * (len(targets) - 1)]
+            logits = self.runtime.forward(upload(torch.tensor(masked), self.runtime.device), len(targets))
+            self.runtime.rollback(at)
+            q = probabilities_of(logits[:, : self._vocab], self._draft_ids(targets), sampling)
+            rows.append([acceptance_of_emitted(*pair) for pair in zip(p[at - begin :], q, strict=False)])
+        return rows
 
     def _draft_ids(self, tokens: Sequence[int]) -> list[int]:
         """-1 where it has none."""

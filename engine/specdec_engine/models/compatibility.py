@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from specdec_engine.core.registry import entry_of
-from specdec_engine.errors import OutOfMemory, PairIncompatible
-from specdec_engine.models.draft_files import DraftFolder, builtin_draft, read_draft
-from specdec_engine.models.hub_cache import cached_models, drafts_for
+from specdec_engine.core.registry import entry_of, levels_of
+from specdec_engine.errors import OutOfMemory, PairIncompatible, SpecdecError
+from specdec_engine.models.draft_files import builtin_draft, read_draft
+from specdec_engine.models.draft_folder import DraftFolder
+from specdec_engine.models.hub_cache import cached_heads, cached_models, drafts_for
 from specdec_engine.models.loading import Candidate, find_model
 from specdec_engine.models.options import LoadOptions
-from specdec_engine.models.tokenizers import compare_tokenizers
+from specdec_engine.models.sources import resolve
+from specdec_engine.models.tokenizers import Difference, compare_tokenizers, shared_share
+from specdec_engine.models.translation import Translation
 from specdec_engine.record.cycle_stats import expected_emitted
 from specdec_engine.runtime.context_limit import context_limit
 from specdec_engine.runtime.shape import Unsupported
@@ -22,6 +24,8 @@ from specdec_engine.system.memory import free_bytes, gib
 Level = Literal["ok", "note", "open", "bad"]
 """open: what cannot be known before it is tried."""
 _SHOWN = 3
+_MOST_LOOKED_AT = 8
+"""Cached models that are looked at as drafts, the smallest first: each takes up to a second."""
 _ALPHAS = (0.5, 0.8)
 """Acceptance of a weak and of an apt draft: what published pairs lie between on mixed text."""
 
@@ -54,6 +58,58 @@ class Fit:
         return all(finding.level != "bad" for finding in self.findings)
 
 
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """Something that could draft for a target."""
+
+    draft: str
+    """As after --draft."""
+    kind: Literal["lookup", "layers", "head", "ids", "text"]
+    """A lookup, the target's own first layers, a head that was made for it, a smaller model with its tokens, or one with
+    other tokens, which fits by its text."""
+    c: tuple[float, float] | None
+    """A draft step's cost in target passes, between what reading the weights costs and what layers cost; None for a lookup,
+    which costs next to nothing."""
+    speedup: tuple[float, float] | None
+    """At the best k, with half of the tokens accepted and with four in five; None where that depends on the text alone."""
+
+
+def offers(target: str, options: LoadOptions) -> list[Offer]:
+    """What could draft for a target, of what needs nothing and of what is on this machine. Raises what loading the target
+    would; a model that cannot be looked at is passed over."""
+    ours = find_model(target, options).rehearsed()
+    if ours.plain_only:
+        raise PairIncompatible(ours.plain_only, "specdec generate --draft none decodes it plainly")
+    found = [Offer(name, "lookup", None, None) for name in ("ngram", "suffix")]
+    if not isinstance(ours.shape, Unsupported):
+        layers = ours.shape.layers
+        found += [_offer(f"self:{n}", "layers", n / layers, n / layers) for n in [max(1, layers // 3)]]
+        heads = ["builtin"] if ours.name == "builtin" else [head.name for head in cached_heads(ours.name)]
+        found += filter(None, (_looked_at(ours, name, options) for name in heads))
+    smaller = [model for model in cached_models() if model.name != ours.name and 2 * model.size <= ours.need.weights]
+    found += filter(None, (_looked_at(ours, model.name, options) for model in smaller[:_MOST_LOOKED_AT]))
+    return found
+
+
+def _looked_at(ours: Candidate, draft: str, options: LoadOptions) -> Offer | None:
+    """None for one that does not fit, or cannot be had."""
+    try:
+        findings, figures = _member(ours, draft, replace(options, offline=True))
+    except SpecdecError:
+        return None
+    if any(finding.level == "bad" for finding in findings):
+        return None
+    if not figures:
+        return Offer(draft, "head", None, None)
+    by_text = any("fits by text" in finding.said for finding in findings)
+    low, high = figures["c"]
+    return _offer(draft, "text" if by_text else "ids", low, high)
+
+
+def _offer(draft: str, kind: Literal["layers", "ids", "text"], low: float, high: float) -> Offer:
+    return Offer(draft, kind, (low, high), _band(low, high))
+
+
 def check(target: str, draft: str, options: LoadOptions) -> Fit:
     """draft: as after `--draft`; of several, joined by commas, each is looked at. Raises what loading them would:
     ModelUnavailable for a model that cannot be had, OutOfMemory for one that cannot fit, alone or beside the other."""
@@ -73,6 +129,8 @@ def _going_back(ours: Candidate, draft: str) -> Iterator[Finding]:
 
 
 def _member(ours: Candidate, draft: str, options: LoadOptions) -> tuple[list[Finding], dict[str, Any]]:
+    if (levels := levels_of(draft)) is not None:
+        return _member(ours, levels[1], options)
     entry, argument = entry_of(draft), draft.partition(":")[2]
     if entry is not None and entry.package:
         said = f"{draft} is {entry.package}'s, which alone can say what it needs; it is loaded by generate"
@@ -82,19 +140,21 @@ def _member(ours: Candidate, draft: str, options: LoadOptions) -> tuple[list[Fin
     if entry is not None and entry.name not in ("model", "head"):
         return [Finding("draft", "ok", f"{draft} drafts without a model of its own, and fits every target")], {}
     draft = draft if entry is None else argument  # model:NAME and head:FOLDER
-    head = builtin_draft() if draft == "builtin" else Path(draft)
+    head = builtin_draft() if draft == "builtin" else resolve(draft, offline=options.offline, report=options.report)
     made = read_draft(head) if head.is_dir() else None
     if made is not None and made.kind == "head":
-        return [_head(ours, draft, made)], {}
+        return _head(ours, draft, made), {}
     theirs = find_model(draft, options.for_draft()).rehearsed()
     if theirs.plain_only:
         return [Finding("cache", "bad", theirs.plain_only)], {}
-    figures = _figures(ours, theirs)
+    tokens, drafted_for_one = _tokens(ours, theirs)
+    figures = _figures(ours, theirs, drafted_for_one or 1.0)
     findings = [
-        *_tokens(ours, theirs),
-        *_ends(ours, theirs),
+        *tokens,
+        *([] if drafted_for_one else _ends(ours, theirs)),
         *_templates(ours.tokenizer, theirs.tokenizer),
         *_contexts(ours, theirs),
+        *_parallel(theirs),
         *_running(theirs),
         *_memory(ours, theirs),
         *_promise(figures),
@@ -113,35 +173,60 @@ def _own_layers(ours: Candidate, argument: str) -> Finding:
     return Finding("draft", "ok", f"the first {argument} of the target's own {layers} layers")
 
 
-def _head(ours: Candidate, name: str, made: DraftFolder) -> Finding:
+def _head(ours: Candidate, name: str, made: DraftFolder) -> list[Finding]:
     try:
         made.check(ours.tokenizer, ours.name, ours.vocab)
+        text = ours.config.get_text_config()
+        taps = made.taps_on(int(text.hidden_size), int(text.num_hidden_layers))
     except PairIncompatible as error:
-        return Finding("draft", "bad", error.message)
+        return [Finding("draft", "bad", f"{error.message}; {error.hint}")]
     if isinstance(ours.shape, Unsupported):
-        return Finding("draft", "bad", f"a draft head needs the lean or the graph runtime, and {ours.shape}")
-    said = f"{name} is a head made for this target; it drafts {len(made.ids):,} of its {ours.vocab:,} tokens"
-    return Finding("draft", "ok", said)
+        return [Finding("draft", "bad", f"a draft head needs the lean or the graph runtime, and {ours.shape}")]
+    whose = f"made for {made.made_for}" if made.made_for else "made for this target" if made.tokenizer else "EAGLE-3's"
+    said = f"{name} is a head, {whose}; it drafts {len(made.ids):,} of its {ours.vocab:,} tokens"
+    reads = f"it reads what the layers {', '.join(map(str, taps))} of the target give, counted from 0"
+    if made.layers.counted == "guessed":
+        reads += ", as EAGLE's own code does, for it does not say"
+    found = [Finding("draft", "ok", said)]
+    return [*found, Finding("layers", "note" if made.layers.counted == "guessed" else "ok", reads)] if taps else found
 
 
-def _tokens(ours: Candidate, theirs: Candidate) -> Iterator[Finding]:
+def _tokens(ours: Candidate, theirs: Candidate) -> tuple[list[Finding], float | None]:
+    """What their ids mean to each other; and for a draft that fits by its text, how many of its tokens it drafts for one."""
     made = read_draft(theirs.path)
     if made is not None:
         try:
             made.check(ours.tokenizer, ours.name, ours.vocab)
         except PairIncompatible as error:
-            yield Finding("tokenizer", "bad", error.message)
-        else:
-            yield Finding("tokenizer", "ok", f"drafts {len(made.ids):,} of the target's {ours.vocab:,} tokens")
-        return
+            return [Finding("tokenizer", "bad", error.message)], None
+        return [Finding("tokenizer", "ok", f"drafts {len(made.ids):,} of the target's {ours.vocab:,} tokens")], None
     found = compare_tokenizers(ours.tokenizer, theirs.tokenizer)
-    for kind, level, differing in (("tokens", "bad", found.ordinary), ("special tokens", "note", found.special)):
-        if differing:
-            first = "; ".join(f"{d.id} is {d.target!r} and {d.draft!r}" for d in differing[:_SHOWN])
-            yield Finding("tokenizer", level, f"{len(differing)} {kind} differ: {first}")  # type: ignore[arg-type]
-    if not found.ordinary:
-        padded = "" if ours.vocab == theirs.vocab else f"; {ours.vocab:,} and {theirs.vocab:,} rows, which is padding"
-        yield Finding("tokenizer", "ok", f"every id means the same to both{padded}")
+    if found.ordinary:
+        return _by_text(ours, theirs, found.ordinary)
+    padded = "" if ours.vocab == theirs.vocab else f"; {ours.vocab:,} and {theirs.vocab:,} rows, which is padding"
+    same = Finding("tokenizer", "ok", f"every id means the same to both{padded}")
+    if not found.special:
+        return [same], None
+    said = f"{len(found.special)} special tokens differ: {_shown(found.special)}"
+    return [Finding("tokenizer", "note", said), same], None
+
+
+def _by_text(ours: Candidate, theirs: Candidate, differing: Sequence[Difference]) -> tuple[list[Finding], float | None]:
+    what = f"{len(differing)} tokens differ: {_shown(differing)}"
+    try:
+        carried = Translation(ours.tokenizer, theirs.tokenizer, theirs.name)
+    except PairIncompatible as error:
+        return [Finding("tokenizer", "bad", f"{what}; {error.message}")], None
+    said = (
+        f"{what}. It fits by text: what it drafts is proposed in the target's tokens, of which it has "
+        f"{shared_share(ours.tokenizer, theirs.tokenizer):.0%} itself; it drafts about {carried.for_one:.1f} of its own "
+        "for one of them"
+    )
+    return [Finding("tokenizer", "note", said)], carried.for_one
+
+
+def _shown(differing: Sequence[Difference]) -> str:
+    return "; ".join(f"{d.id} is {d.target!r} and {d.draft!r}" for d in differing[:_SHOWN])
 
 
 def _ends(ours: Candidate, theirs: Candidate) -> Iterator[Finding]:
@@ -179,6 +264,11 @@ def _contexts(ours: Candidate, theirs: Candidate) -> Iterator[Finding]:
         yield Finding("context", "ok", f"{a:,} tokens" if a is not None else "no limit is known")
 
 
+def _parallel(theirs: Candidate) -> Iterator[Finding]:
+    if getattr(theirs.config.get_text_config(), "pard_token", None) is not None:
+        yield Finding("draft", "ok", "it fills in masked places (PARD): a whole draft takes one of its passes")
+
+
 def _running(model: Candidate) -> Iterator[Finding]:
     computed = f"{model.arithmetic.name} on {model.device}"
     computed += f", of a {model.text_of} the text part alone" if model.text_of else ""
@@ -204,16 +294,23 @@ def _memory(ours: Candidate, theirs: Candidate) -> Iterator[Finding]:
         yield Finding("memory", "ok", f"they need {parts}; {gib(free)} are free on {ours.device}")
 
 
-def _figures(ours: Candidate, theirs: Candidate) -> dict[str, Any]:
-    """c between what reading the weights costs and what layers cost, and the speedup at the best k for each."""
+def _figures(ours: Candidate, theirs: Candidate, drafted_for_one: float) -> dict[str, Any]:
+    """c between what reading the weights costs and what layers cost, for a token of the target's, and the speedup at the best
+    k for each."""
     layers = [int(getattr(m.config.get_text_config(), "num_hidden_layers", 1)) for m in (ours, theirs)]
     sizes = [m.need.weights for m in (ours, theirs)]
-    low, high = sorted((sizes[1] / sizes[0], layers[1] / layers[0]))
+    low, high = sorted(drafted_for_one * ratio for ratio in (sizes[1] / sizes[0], layers[1] / layers[0]))
     return {
         "c": [low, high],
-        "speedup": [max(_speedup(a, c, k) for k in range(9)) for a, c in zip(_ALPHAS, (high, low), strict=True)],
+        "speedup": list(_band(low, high)),
         "weight_bytes": sizes,
     }
+
+
+def _band(low: float, high: float) -> tuple[float, float]:
+    """The speedup at the best k: of a weak draft at the higher cost, and of an apt one at the lower."""
+    least, most = (max(_speedup(a, c, k) for k in range(9)) for a, c in zip(_ALPHAS, (high, low), strict=True))
+    return least, most
 
 
 def _speedup(alpha: float, c: float, k: int) -> float:

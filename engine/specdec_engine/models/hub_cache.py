@@ -25,21 +25,45 @@ class CachedModel:
     """Digest of what each id means, where one file says so; alike for models that can draft for each other."""
 
 
+@dataclass(frozen=True, slots=True)
+class CachedHead:
+    """A draft head, and whom its config says that it was made for."""
+
+    name: str
+    folder: Path
+
+
 def cached_models() -> list[CachedModel]:
     """The newest revision of each, smallest first; nothing where there is no cache."""
+    found = [model for name, folder in _cached() for model in looked_at(name, folder)]
+    return sorted(found, key=lambda model: model.size)
+
+
+def cached_heads(target: str) -> list[CachedHead]:
+    """Heads that name this target as theirs (the speculators library's do); whether they fit is for others to say."""
+    found = list[CachedHead]()
+    for name, folder in _cached():
+        try:
+            about = read_json(folder / "config.json").get("speculators_config")
+            verifier = about.get("verifier") if isinstance(about, dict) else None
+        except (OSError, ValueError):
+            continue
+        if isinstance(verifier, dict) and str(verifier.get("name_or_path")).lower() == target.lower():
+            found.append(CachedHead(name, folder))
+    return found
+
+
+def _cached() -> list[tuple[str, Path]]:
+    """Each model's name and its newest revision."""
     from huggingface_hub import scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
     try:
-        repos = scan_cache_dir().repos
+        repos = [repo for repo in scan_cache_dir().repos if repo.repo_type == "model" and repo.revisions]
     except (CacheNotFound, OSError):
         return []
-    found = list[CachedModel]()
-    for repo in repos:
-        if repo.repo_type == "model" and repo.revisions:
-            newest = max(repo.revisions, key=lambda revision: revision.last_modified)
-            found += looked_at(repo.repo_id, newest.snapshot_path)
-    return sorted(found, key=lambda model: model.size)
+    newest = (max(repo.revisions, key=lambda revision: revision.last_modified) for repo in repos)
+    return [(repo.repo_id, revision.snapshot_path) for repo, revision in zip(repos, newest, strict=True)]
 
 
 def looked_at(name: str, folder: Path) -> list[CachedModel]:

@@ -113,10 +113,16 @@ def _no_weights(folder: Path, missing: Path) -> ModelUnavailable:
             "give a folder as save_pretrained writes it; a file that was not fetched is fetched by `hf download`",
         )
     if pickled:
+        head = "draft_vocab_size" in raw_config(folder)
+        mend = (
+            "load them once with torch.load(weights_only=True) and save them with safetensors.torch.save_file as "
+            "model.safetensors, or choose another head of that target: those of RedHatAI and of SpecForge are in safetensors"
+            if head
+            else "load them once with transformers and save them again with save_pretrained, which writes safetensors"
+        )
         return ModelUnavailable(
             f"{folder} has no safetensors weights, only pickled ones ({pickled[0]})",
-            "pickled weights can run code when read, and are not; where you trust them, load them once with transformers "
-            "and save them again with save_pretrained, which writes safetensors",
+            f"pickled weights can run code when read, and are not; where you trust them, {mend}",
         )
     return ModelUnavailable(
         f"{folder} has no safetensors weights", "give a folder with model.safetensors, as save_pretrained writes it"

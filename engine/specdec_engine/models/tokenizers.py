@@ -1,17 +1,13 @@
 """Do two models belong together? By what their token ids mean, not by how many there are.
 
-A draft is useful only where an id is the same token on both sides. Sizes may differ: families pad their embeddings
-differently, and ids that only the target has are simply never drafted.
+A draft's ids are the target's own where an id is the same token on both sides; elsewhere `translation` carries its text over.
+Sizes may differ: families pad their embeddings differently, and ids that only the target has are simply never drafted.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
-
-from specdec_engine.errors import PairIncompatible
-
-_SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +39,10 @@ def compare_tokenizers(target: Any, draft: Any) -> Comparison:
     )
 
 
-def check_pair(target_name: str, target: Any, draft_name: str, draft: Any) -> Comparison:
-    """The comparison, if the pair can work. Raises PairIncompatible, with the first differing ids, if it cannot."""
-    comparison = compare_tokenizers(target, draft)
-    if comparison.ordinary:
-        first = "; ".join(f"{d.id} is {d.target!r} and {d.draft!r}" for d in comparison.ordinary[:_SHOWN])
-        raise PairIncompatible(
-            f"the tokenizers of {target_name} and {draft_name} differ in {len(comparison.ordinary)} tokens: {first}",
-            "choose a draft of the target's own family, or `--draft ngram`, which fits every target",
-        )
-    return comparison
+def shared_share(target: Any, draft: Any) -> float:
+    """Of the target's ordinary tokens, the share that the draft has too, by content and under whatever id."""
+    ours, theirs = set(target.get_vocab()), set(draft.get_vocab())
+    return len(ours & theirs) / max(len(ours), 1)
 
 
 def _by_id(tokenizer: Any) -> dict[int, str]:

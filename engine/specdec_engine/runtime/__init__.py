@@ -132,3 +132,61 @@ def step_by_step(
         if stop is not None and stop(sampled[-1].sure):
             break
     return DraftTokens.of(sampled, [one.token for one in sampled])
+
+
+@torch.inference_mode()
+def in_one_pass(
+    runtime: Runtime,
+    mask: int,
+    pending: Tensor,
+    u: Tensor,
+    temperature: Tensor,
+    sampler: TokenSampler,
+    stop: StopDrafting | None = None,
+) -> DraftTokens:
+    """`Runtime.unroll` by a model that fills in masked places (PARD; An et al. 2025, arXiv:2504.18583): one forward over the
+    pending tokens and k - 1 masks. A row knows nothing of the tokens drafted before it. Caches the pending tokens alone."""
+    masks = torch.full((len(u) - 1,), mask, dtype=pending.dtype, device=pending.device)
+    rows = runtime.forward(torch.cat([pending, masks]), len(u))
+    runtime.rollback(runtime.cached - len(masks))
+    sampled = list[SampledToken]()
+    for i, number in enumerate(u):
+        sampled.append(sampler(rows[i : i + 1], number, temperature))
+        if stop is not None and stop(sampled[-1].sure):
+            break
+    return DraftTokens.of(sampled, [one.token for one in sampled])
+
+
+@torch.inference_mode()
+def guided(
+    runtime: Runtime,
+    guess: Callable[[Sequence[int], int], Sequence[int]],
+    pending: Tensor,
+    u: Tensor,
+    temperature: Tensor,
+    sampler: TokenSampler,
+    stop: StopDrafting | None = None,
+) -> DraftTokens:
+    """`Runtime.unroll` by fewer forwards: each takes the tokens that `guess` expects, given those chosen and how many, and
+    goes on from the first that was not chosen (Chen et al. 2023, arXiv:2312.11462, "vertical cascade").
+
+    The tokens are those of `step_by_step` to rounding, whatever is guessed: each is chosen from the row after those before
+    it, with its own uniform number.
+    """
+    sampled, chosen = list[SampledToken](), list[int]()
+    while len(chosen) < len(u):
+        expected = list(guess(chosen, len(u) - len(chosen) - 1))
+        tokens = torch.cat([pending, torch.tensor(expected, dtype=pending.dtype).to(pending.device)])
+        before = runtime.cached + len(pending)
+        rows = runtime.forward(tokens, len(expected) + 1)
+        for i in range(len(expected) + 1):
+            sampled.append(sampler(rows[i : i + 1], u[len(chosen)], temperature))
+            chosen.append(int(sampled[-1].token))
+            if stop is not None and stop(sampled[-1].sure):
+                runtime.rollback(before + i)
+                return DraftTokens.of(sampled, [one.token for one in sampled])
+            if i < len(expected) and chosen[-1] != expected[i]:
+                break
+        runtime.rollback(before + i)
+        pending = sampled[-1].token
+    return DraftTokens.of(sampled, [one.token for one in sampled])

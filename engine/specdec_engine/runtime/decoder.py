@@ -100,11 +100,11 @@ class Decoder(Blocks):
     def _layer(self, take: _Taker, i: int, to: _To) -> Layer:
         shape, at = self.shape, f"model.layers.{i}"
         attention, mlp = f"{at}.self_attn", f"{at}.mlp"
-        paired = {"q_proj": _paired(shape.heads, shape.head_size), "k_proj": _paired(shape.kv_heads, shape.head_size)}
-        one = _paired(1, shape.head_size)
+        orders = {"q_proj": paired(shape.heads, shape.head_size), "k_proj": paired(shape.kv_heads, shape.head_size)}
+        one = paired(1, shape.head_size)
         layer = Layer(
             attention_norm=self.norm_weight(take.dense(f"{at}.input_layernorm.weight")),
-            qkv=take.projection(attention, ("q_proj", "k_proj", "v_proj"), to, paired),
+            qkv=take.projection(attention, ("q_proj", "k_proj", "v_proj"), to, orders),
             q_norm=take.optional(f"{attention}.q_norm.weight", one, self.device),
             k_norm=take.optional(f"{attention}.k_norm.weight", one, self.device),
             out=take.projection(attention, ("o_proj",), to),
@@ -137,7 +137,7 @@ def _table(stored: Tensor | Grouped, dtype: torch.dtype, device: torch.device) -
     return (stored.dense() if isinstance(stored, Grouped) else stored).to(device, dtype)
 
 
-def _paired(heads: int, size: int) -> Tensor:
+def paired(heads: int, size: int) -> Tensor:
     """Row order that brings each head's halves together in pairs, which is what a complex multiplication rotates.
 
     Scores are sums over a head's entries, so the same order for queries and keys changes nothing.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdec_engine.core.transfer import upload
 from specdec_engine.errors import ModelUnavailable, PairIncompatible, first_line
 from specdec_engine.runtime import step_by_step
 from specdec_engine.runtime.context_limit import context_limit
@@ -60,7 +61,7 @@ class GenericRuntime:
 
     def _difference(self) -> float:
         """Between logits of the same tokens, by their standard deviation; 0 where there are no numbers."""
-        tokens = torch.tensor([1, 2, 3, 1, 2, 2], device=self.device) % self.vocab
+        tokens = upload(torch.tensor([1, 2, 3, 1, 2, 2]), self.device) % self.vocab
         whole = self.forward(tokens, 6)
         self.rollback(0)
         first = self.forward(tokens[:3], 3)

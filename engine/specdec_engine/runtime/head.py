@@ -2,13 +2,15 @@
 
 After EAGLE (Li et al. 2024, arXiv:2401.15077) and EAGLE-3 (2025, arXiv:2503.01840). Slot t takes the target's features after
 token t, or, past what the target has read, the head's own state of the slot before; and the embedding of token t + 1. It
-predicts token t + 2. Embeddings and output rows are the target's own, so that the head is small.
+predicts token t + 2. Embeddings and output rows of ours are the target's own, so that the head is small; those of others may
+be their own, and `HeadForm` says in what else they differ.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,18 +20,37 @@ from specdec_engine.runtime import DraftTokens, SampledToken, StopDrafting, Toke
 from specdec_engine.runtime.blocks import Blocks
 from specdec_engine.runtime.cpu import whole
 from specdec_engine.runtime.decoder import Embedding
-from specdec_engine.runtime.linear import Quantize, project
+from specdec_engine.runtime.linear import Projection, Quantize, project
 from specdec_engine.runtime.native import Kernels
 from specdec_engine.runtime.ops import Layer, Ops
 from specdec_engine.runtime.shape import Shape
 
 
+@dataclass(frozen=True, slots=True)
+class HeadForm:
+    """In what heads of different makers differ; by default ours. A head may besides have output rows and embeddings of its
+    own, norms of queries and keys, biases, and ordinary layers above the first: its weights tell."""
+
+    final: bool = True
+    """The target's final normed state is a feature, after those of the tapped layers."""
+    feature_norms: Literal["each", "whole", "none"] = "each"
+    """Of each feature by itself (ours, EAGLE-3.1), of all in a row, or of none (EAGLE-3)."""
+    residual_normed: bool = False
+    """The first layer adds to its normed state, not to the state."""
+    output_normed: bool = False
+    """The state that is fed back is normed as the output is (EAGLE-3.1)."""
+
+
 def head_shape(config: Mapping[str, Any]) -> Shape:
-    """From a head's config. Raises KeyError for one that lacks an entry."""
-    size = config["head_dim"]
-    steps = torch.arange(0, size, 2, dtype=torch.int64).float() / size
+    """From a head's config, with `frequencies` where its rotation is not a plain one of `rope_theta`. Raises KeyError for one
+    that lacks an entry."""
+    size, layers = config["head_dim"], int(config.get("num_hidden_layers") or 1)
+    frequencies = config.get("frequencies")
+    if frequencies is None:
+        steps = torch.arange(0, size, 2, dtype=torch.int64).float() / size
+        frequencies = 1.0 / config["rope_theta"] ** steps
     return Shape(
-        layers=1,
+        layers=layers,
         heads=config["num_attention_heads"],
         kv_heads=config["num_key_value_heads"],
         head_size=size,
@@ -38,24 +59,35 @@ def head_shape(config: Mapping[str, Any]) -> Shape:
         eps=config["rms_norm_eps"],
         tied=False,
         tensors={},
-        windows=(None,),
-        frequencies=1.0 / config["rope_theta"] ** steps,
-        rope_scale=1.0,
+        windows=(None,) * layers,
+        frequencies=frequencies,
+        rope_scale=config.get("rope_scale", 1.0),
     )
 
 
-def check_weights(weights: Mapping[str, Tensor], shape: Shape, intermediate: int, features: int) -> None:
-    """Raises ValueError for weights of other shapes than the config's, and for such as are no numbers."""
+def check_weights(
+    weights: Mapping[str, Tensor], shape: Shape, intermediate: int, features: int, form: HeadForm, target: int
+) -> None:
+    """Look whether a head's weights are what its config says; features: how many it reads, each `target` numbers wide. Raises
+    ValueError for other shapes, and for entries that are no numbers, KeyError for a tensor that is missing."""
     d, width = shape.hidden, shape.heads * shape.head_size
-    expected = {
-        "feature_norm": (features, d),
-        "fuse.weight": (d, features * d),
-        "qkv.weight": (width + 2 * shape.kv_heads * shape.head_size, 2 * d),
-        "out.weight": (d, width),
-        "gate_up.weight": (2 * intermediate, d),
-        "down.weight": (d, intermediate),
-        **dict.fromkeys(("embedding_norm", "state_norm", "mlp_norm", "final_norm"), (d,)),
-    }
+    expected: dict[str, tuple[int, ...]] = dict.fromkeys(("embedding_norm", "final_norm"), (d,))
+    if form.feature_norms != "none":
+        expected["feature_norm"] = (features, target) if form.feature_norms == "each" else (features * target,)
+    if features > 1 or "fuse.weight" in weights:
+        expected["fuse.weight"] = (d, features * target)
+    for i in range(shape.layers):
+        at, inputs = (f"{i}.", d) if i else ("", 2 * d)
+        expected |= {
+            f"{at}state_norm": (d,),
+            f"{at}qkv.weight": (width + 2 * shape.kv_heads * shape.head_size, inputs),
+            f"{at}out.weight": (d, width),
+            f"{at}mlp_norm": (d,),
+            f"{at}gate_up.weight": (2 * intermediate, d),
+            f"{at}down.weight": (d, intermediate),
+        }
+    if "head.weight" in weights:
+        expected["head.weight"] = (shape.vocab, d)
     for name, size in expected.items():
         if tuple(weights[name].shape) != size:
             raise ValueError(f"{name} is {tuple(weights[name].shape)} and should be {size}")
@@ -77,38 +109,52 @@ class HeadForward(Blocks):
         quantize: Quantize,
         ops: Ops | None = None,
         kernels: Kernels | None = None,
+        form: HeadForm | None = None,
     ) -> None:
-        """weights: as `distill.head.Head` names them; rows [V', hidden]: the target's output matrix for the draft's ids; ops:
-        see `Blocks`; kernels: see `project`."""
+        """weights: as `distill.head.Head` names them, those of layers above the first with its number before; embedding: of
+        the target's ids; rows [V', hidden]: the output matrix for the draft's ids; ops: see `Blocks`; kernels: see
+        `project`."""
         super().__init__(shape, dtype, device, ops, kernels)
-
-        def matrix(name: str) -> Tensor:
-            return weights[f"{name}.weight"].to(dtype)
-
+        self.form = HeadForm() if form is None else form
         self.embedding = embedding
         self.vocab = rows.shape[0]
-        layer = Layer(
-            attention_norm=self.norm_weight(weights["state_norm"]),
-            qkv=project([matrix("qkv")], None, dtype, device, quantize, kernels),
-            q_norm=None,
-            k_norm=None,
-            out=project([matrix("out")], None, dtype, device, quantize, kernels),
-            mlp_norm=self.norm_weight(weights["mlp_norm"]),
-            gate_up=project([matrix("gate_up")], None, dtype, device, quantize, kernels),
-            down=project([matrix("down")], None, dtype, device, quantize, kernels),
-            window=shape.windows[0],
-        )
-        self.layers = [whole(layer, shape)]
+
+        def matrix(name: str) -> Projection:
+            bias = weights.get(f"{name}.bias")
+            return project([weights[f"{name}.weight"].to(dtype)], bias, dtype, device, quantize, kernels)
+
+        self.layers = [self._layer(weights, matrix, f"{i}." if i else "") for i in range(shape.layers)]
         self._embedding_norm = self.norm_weight(weights["embedding_norm"])
-        self._feature_norm = self.norm_weight(weights["feature_norm"])
-        self._fuse = project([matrix("fuse")], None, dtype, device, quantize, kernels)
+        self._feature_norm = self.norm_weight(weights["feature_norm"]) if "feature_norm" in weights else None
+        self._fuse = matrix("fuse") if "fuse.weight" in weights else None
         self._norm = self.norm_weight(weights["final_norm"])
         self._head = project([rows.to(dtype)], None, dtype, device, quantize, kernels)
 
+    def _layer(self, weights: Mapping[str, Tensor], matrix: Callable[[str], Projection], at: str) -> Layer:
+        norms = [weights.get(f"{at}{name}") for name in ("q_norm", "k_norm")]
+        q_norm, k_norm = (None if norm is None else self.norm_weight(norm) for norm in norms)
+        layer = Layer(
+            attention_norm=self.norm_weight(weights[f"{at}state_norm"]),
+            qkv=matrix(f"{at}qkv"),
+            q_norm=q_norm,
+            k_norm=k_norm,
+            out=matrix(f"{at}out"),
+            mlp_norm=self.norm_weight(weights[f"{at}mlp_norm"]),
+            gate_up=matrix(f"{at}gate_up"),
+            down=matrix(f"{at}down"),
+            window=None,
+        )
+        return whole(layer, self.shape)
+
     def fused(self, features: Tensor) -> Tensor:
-        """[n, F, hidden] -> [n, hidden]: the states that the target leaves to these slots."""
-        scaled = rms_norm(features.float(), features.shape[-1:], None, self.shape.eps).mul_(self._feature_norm)
-        return self._fuse(scaled.to(self.dtype).flatten(1))
+        """[n, taps + 1, hidden of the target] -> [n, hidden]: the states that the target leaves to these slots."""
+        read = features if self.form.final else features[:, :-1]
+        if self.form.feature_norms == "whole":
+            read = read.flatten(1)[:, None]
+        if self._feature_norm is not None:
+            read = rms_norm(read.float(), read.shape[-1:], None, self.shape.eps).mul_(self._feature_norm)
+        flat = read.to(self.dtype).flatten(1)
+        return flat if self._fuse is None else self._fuse(flat)
 
     def __call__(self, states: Tensor, tokens: Tensor, start: int, cache: Tensor, span: int) -> tuple[Tensor, Tensor]:
         """[n, hidden] states and [n] tokens (target ids) at the n slots from `start` -> [1, V'] logits after the last, and
@@ -118,9 +164,15 @@ class HeadForward(Blocks):
         step.x.copy_(self.embedding(tokens))
         embedded = step.normed(self._embedding_norm)
         step.x.copy_(states)
-        layer = self.layers[0]
-        step.block(0, layer, torch.cat([embedded, step.normed(layer.attention_norm)], 1))
-        return self._head(step.normed(self._norm)[-1:]), step.x[-1:]
+        first, *others = self.layers
+        normed = step.normed(first.attention_norm)
+        if self.form.residual_normed:
+            step.x.copy_(normed)
+        step.block(0, first, torch.cat([embedded, normed], 1))
+        for i, layer in enumerate(others, 1):
+            step.block(i, layer)
+        last = step.normed(self._norm)[-1:]
+        return self._head(last), last if self.form.output_normed else step.x[-1:]
 
 
 class HeadRuntime:

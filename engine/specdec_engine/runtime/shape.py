@@ -54,7 +54,7 @@ def shape_of(config: Any) -> Shape:
         raise Unsupported(f"its activation is {config.hidden_act}")
     heads, layers = config.num_attention_heads, config.num_hidden_layers
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    frequencies, scale = _rope(config, head_size)
+    frequencies, scale = rope_of(config, head_size)
     return Shape(
         layers=layers,
         heads=heads,
@@ -71,7 +71,9 @@ def shape_of(config: Any) -> Shape:
     )
 
 
-def _rope(config: Any, head_size: int) -> tuple[Tensor, float]:
+def rope_of(config: Any, head_size: int) -> tuple[Tensor, float]:
+    """[head_size / 2] radians a position, and the factor on rotated queries and keys. Raises Unsupported for a rotation of
+    part of a head, and for one that changes with the length."""
     rope = config.rope_parameters
     kind = rope.get("rope_type", "default")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:

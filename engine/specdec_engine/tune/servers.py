@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from specdec_engine.core.registry import ServerNames, drafters, entry_of
@@ -72,10 +72,12 @@ class Wanted:
         return own + ([f"without {', '.join(self.left_out)}"] if self.left_out else [])
 
 
-def served(draft: str) -> tuple[str | None, tuple[str, ...]]:
-    """Of a draft as after --draft the member that servers can run, a checkpoint before a lookup, and the others."""
+def served(draft: str, by_text: Container[str] = ()) -> tuple[str | None, tuple[str, ...]]:
+    """Of a draft as after --draft the member that servers can run, a checkpoint before a lookup, and the others. by_text:
+    those with another tokenizer than the target's, which they would take for the target's."""
     members = tuple(member.strip() for member in draft.split(",") if member.strip() != "none")
-    known = next(iter([*filter(is_checkpoint, members), *filter(_is_named, members)]), None)
+    models = (member for member in members if member not in by_text and is_checkpoint(member))
+    known = next(iter([*models, *filter(_is_named, members)]), None)
     return known, tuple(member for member in members if member != known)
 
 

@@ -1,0 +1,202 @@
+"""EAGLE-3 heads as their trainers publish them, read as ours (Li et al. 2025, arXiv:2503.01840).
+
+Three dialects of one thing: SafeAILab's and SpecForge's (a flat Llama config), NVIDIA's (the same with `eagle_config`), and
+that of the speculators library (`transformer_layer_config`, and the target's name). EAGLE-3.1 (arXiv:2605.09992) norms each
+feature and the state that is fed back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdec_engine.errors import ModelUnavailable
+from specdec_engine.models.draft_folder import DraftFolder, TargetLayers
+from specdec_engine.models.sources import weight_files
+from specdec_engine.runtime.decoder import paired
+from specdec_engine.runtime.head import HeadForm
+from specdec_engine.runtime.shape import Unsupported, rope_of
+from specdec_engine.runtime.weights import SafetensorsWeights
+
+
+def eagle_folder(path: Path, config: Mapping[str, Any]) -> DraftFolder | None:
+    """The head in this folder; None if its config is of another kind. Raises ModelUnavailable for a draft of a kind that is
+    known and not run here, ValueError, KeyError or TypeError for a damaged one."""
+    if (other := _other_kind(config)) is not None:
+        kind, instead = other
+        raise ModelUnavailable(f"{path} is {kind}, which specdec does not draft with", instead)
+    if not _is_eagle(config):
+        return None
+    weights = SafetensorsWeights(weight_files(path))
+    names = frozenset(map(_plain, weights.names))
+    if "fc.weight" not in names and "layers.0.hidden_norm.weight" not in names:
+        return None
+    if "layers.0.hidden_norm.weight" not in names:
+        raise ModelUnavailable(
+            f"{path} is a head of EAGLE-1 or EAGLE-2, which specdec does not draft with",
+            "vLLM and SGLang serve it; an EAGLE-3 head of the same target drafts better",
+        )
+    if "mask_hidden" in names:
+        raise ModelUnavailable(f"{path} is a P-EAGLE head, which specdec does not draft with", _VLLM)
+    layer = dict(config.get("transformer_layer_config") or config)
+    nested = config.get("eagle_config") or {}
+    vocab = int(layer["vocab_size"])
+    ids = torch.arange(int(config.get("draft_vocab_size") or vocab))
+    if "d2t" in names:
+        ids = ids + _tensor(weights, "d2t").long()
+    if len(set(ids.tolist())) != len(ids) or int(ids.min()) < 0 or int(ids.max()) >= vocab:
+        raise ValueError("its d2t gives a token twice, or one that there is none of")
+    verifier = (config.get("speculators_config") or {}).get("verifier") or {}
+    own = {"vocab_size": len(ids), "model_type": "eagle3"}
+    return DraftFolder(
+        path=path,
+        kind="head",
+        config={**layer, **own, **_geometry(layer)},
+        layers=_layers(config, nested),
+        tokenizer="",
+        ids=ids,
+        form=HeadForm(
+            final=nested.get("use_aux_hidden_state") is False,
+            feature_norms=_feature_norms(config, nested),
+            residual_normed=bool(config.get("norm_before_residual")),
+            output_normed=bool(config.get("norm_output")),
+        ),
+        vocab=vocab,
+        made_for=str(verifier.get("name_or_path") or ""),
+    )
+
+
+def eagle_weights(draft: DraftFolder) -> dict[str, Tensor]:
+    """Its tensors by our names; query and key rows in our order. Raises ValueError for one that this forward does not know,
+    KeyError for one that is missing."""
+    weights = SafetensorsWeights(weight_files(draft.path))
+    stored = {_plain(name): name for name in weights.names}
+    left = {name for name in stored if name not in ("d2t", "t2d") and not name.startswith("verifier_")}
+
+    def take(name: str) -> Tensor:
+        left.discard(name)
+        return weights.dense(stored[name])
+
+    found = {ours: take(theirs) for theirs, ours in _NAMES.items() if theirs in stored}
+    norms = sorted(name for name in stored if name.startswith("fc_norm."))
+    if norms:
+        found["feature_norm"] = torch.stack([take(name) for name in norms])
+    heads, kv_heads = draft.config["num_attention_heads"], draft.config["num_key_value_heads"]
+    size, one = draft.config["head_dim"], paired(1, draft.config["head_dim"])
+    for i in range(int(draft.config.get("num_hidden_layers") or 1)):
+        at, to = f"layers.{i}", f"{i}." if i else ""
+        orders = {
+            "q_proj": paired(heads, size),
+            "k_proj": paired(kv_heads, size),
+            "v_proj": torch.arange(kv_heads * size),
+        }
+        parts = [take(f"{at}.self_attn.{part}.weight")[order] for part, order in orders.items()]
+        found[f"{to}qkv.weight"] = torch.cat(parts)
+        found[f"{to}out.weight"] = take(f"{at}.self_attn.o_proj.weight")
+        if f"{at}.self_attn.q_proj.bias" in stored:
+            parts = [take(f"{at}.self_attn.{part}.bias")[order] for part, order in orders.items()]
+            found[f"{to}qkv.bias"] = torch.cat(parts)
+        if f"{at}.self_attn.o_proj.bias" in stored:
+            found[f"{to}out.bias"] = take(f"{at}.self_attn.o_proj.bias")
+        found[f"{to}gate_up.weight"] = torch.cat([take(f"{at}.mlp.{part}_proj.weight") for part in ("gate", "up")])
+        found[f"{to}down.weight"] = take(f"{at}.mlp.down_proj.weight")
+        found[f"{to}mlp_norm"] = take(f"{at}.post_attention_layernorm.weight")
+        found[f"{to}state_norm"] = take(f"{at}.{'input_layernorm' if i else 'hidden_norm'}.weight")
+        for norm in ("q_norm", "k_norm"):
+            if f"{at}.self_attn.{norm}.weight" in stored:
+                found[f"{to}{norm}"] = take(f"{at}.self_attn.{norm}.weight")[one]
+    if left:
+        raise ValueError(f"it has {len(left)} tensors that this forward does not know, the first {min(left)}")
+    return found
+
+
+_NAMES = {
+    "fc.weight": "fuse.weight",
+    "input_norm.weight": "feature_norm",
+    "layers.0.input_layernorm.weight": "embedding_norm",
+    "norm.weight": "final_norm",
+    "lm_head.weight": "head.weight",
+    "embed_tokens.weight": "embedding.weight",
+}
+"""Their names of tensors and ours, but for those of each layer."""
+_VLLM = "vLLM serves it: vllm serve TARGET --speculative-config"
+
+
+def _plain(name: str) -> str:
+    """A tensor's name without what the dialects differ in."""
+    name = name.removeprefix("model.").replace("midlayer.", "layers.0.", 1)
+    for i, old in enumerate(("aux_norm_low", "aux_norm_mid", "aux_norm_high")):
+        name = name.replace(old, f"fc_norm.{i}")
+    return name
+
+
+def _tensor(weights: SafetensorsWeights, plain: str) -> Tensor:
+    return weights.dense(next(name for name in weights.names if _plain(name) == plain))
+
+
+def _is_eagle(config: Mapping[str, Any]) -> bool:
+    said = [config.get("speculators_model_type"), config.get("model_type"), *(config.get("architectures") or ())]
+    return "draft_vocab_size" in config or any("eagle" in str(word).lower() for word in said)
+
+
+def _layers(config: Mapping[str, Any], nested: Mapping[str, Any]) -> TargetLayers:
+    """At the top level ids count the layers read before; in NVIDIA's section they are layers' indices."""
+    if nested.get("use_aux_hidden_state") is False:
+        return TargetLayers(())
+    for section, counted in ((config, "before"), (nested, "output")):
+        if ids := section.get("eagle_aux_hidden_state_layer_ids"):
+            return TargetLayers(tuple(map(int, ids)), counted)  # type: ignore[arg-type]
+    return TargetLayers((), "guessed")
+
+
+def _feature_norms(config: Mapping[str, Any], nested: Mapping[str, Any]) -> Any:
+    if config.get("fc_norm") or config.get("use_aux_norm"):
+        return "each"
+    return "whole" if config.get("norm_before_fc") or nested.get("norm_before_fc") else "none"
+
+
+def _geometry(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """What the config's class says of heads and rotation, whatever its file leaves out."""
+    from transformers import LlamaConfig, Qwen3Config
+
+    kind = Qwen3Config if layer.get("model_type") == "qwen3" else LlamaConfig
+    known = {key: value for key, value in layer.items() if key not in ("model_type", "architectures", "dtype")}
+    made: Any = kind(**known)
+    size = int(getattr(made, "head_dim", None) or made.hidden_size // made.num_attention_heads)
+    try:
+        frequencies, scale = rope_of(made, size)
+    except Unsupported as reason:
+        raise ValueError(str(reason)) from reason
+    return {
+        "head_dim": size,
+        "num_key_value_heads": int(made.num_key_value_heads or made.num_attention_heads),
+        "rms_norm_eps": made.rms_norm_eps,
+        "frequencies": frequencies,
+        "rope_scale": scale,
+    }
+
+
+def _other_kind(config: Mapping[str, Any]) -> tuple[str, str] | None:
+    """A draft of a kind that is not built here, and what would run it."""
+    kind = str(config.get("speculators_model_type") or config.get("model_type") or "")
+    said = f"{kind} {' '.join(map(str, config.get('architectures') or ()))}".lower()
+    for word, name in _OTHERS.items():
+        if word in said or any(key.startswith(word) for key in config):
+            return name, _VLLM
+    return None
+
+
+_OTHERS = {
+    "medusa": "a set of Medusa heads",
+    "hydra": "a set of Hydra heads",
+    "mlp_speculator": "an MLP speculator",
+    "dspark": "a DSpark draft",
+    "dflash": "a DFlash draft",
+    "p_eagle": "a P-EAGLE head",
+    "peagle": "a P-EAGLE head",
+}
+"""By a word of the type, the class, or a key of the config."""
