@@ -64,7 +64,7 @@ Runtime = Annotated[
     Literal["auto", "lean", "graph", "generic"],
     typer.Option(
         rich_help_panel=_MODELS,
-        help="How forwards are run: lean (our own, for the Llama family), graph (the same as CUDA graphs), "
+        help="How forwards are run: lean (our own, for Llama and its kin), graph (the same as CUDA graphs), "
         "generic (the transformers forward).",
     ),
 ]

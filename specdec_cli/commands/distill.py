@@ -70,7 +70,7 @@ def distill(
         import torch
 
         from specdec_engine.distill.recipe import Recipe
-        from specdec_engine.distill.run import distill
+        from specdec_engine.distill.run import check_target, distill
         from specdec_engine.models.loading import find_model
         from specdec_engine.models.options import LoadOptions
         from specdec_engine.system.machine import usable_cores
@@ -87,6 +87,7 @@ def distill(
             report=report,
         )
         found = find_model(target, options)
+        check_target(found)
         set_threads(threads or "auto", found.device)
         if threads is None and torch.get_num_threads() < usable_cores():
             output.note(f"other programs keep this machine busy: {torch.get_num_threads()} of {usable_cores()} threads")

@@ -20,7 +20,7 @@ from specdec_engine.decoding.stopping import Stop
 from specdec_engine.distill.batch import Batch
 from specdec_engine.distill.head import Head, HeadShape
 from specdec_engine.distill.recipe import Recipe, taps
-from specdec_engine.distill.run import Training, Writing, distill
+from specdec_engine.distill.run import Training, Writing, check_target, distill
 from specdec_engine.distill.shards import read
 from specdec_engine.distill.synthesis import Limits, _Scribe, turns
 from specdec_engine.distill.trainer import Trainer
@@ -95,6 +95,16 @@ def test_slots_start_over_without_a_trace():
         batch.step(torch.tensor([7, 9]), torch.tensor([i, i]))
     logits, _ = batch.step(torch.tensor([5, 9]), torch.tensor([0, 20]))
     assert torch.allclose(logits[0], runtime.forward(torch.tensor([5]), 1)[0], atol=1e-4)
+
+
+def test_what_cannot_write_text_for_a_draft_is_refused_before_its_weights_are_read(tmp_path, monkeypatch):
+    from tests.models import checkpoints
+
+    monkeypatch.setattr("specdec_engine.models.loading.load_weights", lambda *_: pytest.fail("weights were read"))
+    for kind, said in (("granite", "of the type granite"), ("gpt2", "needs the lean or the graph runtime")):
+        checkpoints.save(kind, tmp_path / kind)
+        with pytest.raises(UsageError, match=said):
+            check_target(find_model(str(tmp_path / kind), OPTIONS))
 
 
 def test_the_template_is_split_around_a_users_words():

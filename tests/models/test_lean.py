@@ -31,6 +31,8 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "long_factor": [4.0] * 4, "short_factor": [1.5] * 4}
+PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 FAMILY = {
     "llama": ("LlamaConfig", {}),
     "llama, tied": ("LlamaConfig", {"tie_word_embeddings": True}),
@@ -49,7 +51,25 @@ FAMILY = {
     "qwen3": ("Qwen3Config", {}),
     "qwen3 with biases": ("Qwen3Config", {"attention_bias": True}),
     "qwen3, wide heads": ("Qwen3Config", {"head_dim": 16}),
-}
+    "ministral": ("MinistralConfig", {"sliding_window": 5, "layer_types": WINDOWED}),
+    "phi3": ("Phi3Config", {"sliding_window": None}),
+    "phi3 with a window": ("Phi3Config", {"sliding_window": 5}),
+    "phi3, half of each head rotated": ("Phi3Config", {"rope_parameters": PARTIAL}),
+    "granite": (
+        "GraniteConfig",
+        {
+            "embedding_multiplier": 3.0, "residual_multiplier": 0.3, "attention_multiplier": 0.2, "logits_scaling": 2.5,
+            "attention_bias": True, "mlp_bias": True,
+        },
+    ),
+    "smollm3": ("SmolLM3Config", {"no_rope_layer_interval": 2}),
+    "smollm3, tied, all layers rotated": ("SmolLM3Config", {"no_rope_layers": [1] * 4, "tie_word_embeddings": True}),
+    "olmo2": ("Olmo2Config", {}),
+    "exaone4": ("Exaone4Config", {"sliding_window": None, "layer_types": ["full_attention"] * 4}),
+    "exaone4 with windows": ("Exaone4Config", {"sliding_window": 5, "layer_types": WINDOWED}),
+}  # fmt: skip
+PLAIN = [name for name in FAMILY if not name.startswith(("granite", "olmo2", "exaone4"))]
+"""What kernels of our own do a layer of in one call."""
 
 
 def made(name):
@@ -89,7 +109,7 @@ def own():
     return native.kernels()
 
 
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("name", PLAIN)
 def test_a_layer_in_one_call_is_the_same_operation_by_operation(name, own):
     """To the bit, on matrices packed in 4 and 8 bits and dense ones, biases, windows and norms of heads; and a row alone is
     the row among others."""
@@ -322,3 +342,27 @@ def test_quantize_is_refused_where_it_cannot_be_done(checkpoint):
         load_model(str(checkpoint), LoadOptions(runtime="generic", quantize="int8"))
     with pytest.raises(UsageError, match="cannot run on the graph runtime: graphs are recorded on a CUDA device"):
         load_model(str(checkpoint), LoadOptions(runtime="graph"))
+
+
+def test_longrope_is_computed_up_to_where_it_would_change():
+    """Below the original length it rotates by one set of factors; a context ends there."""
+    options = {"rope_parameters": LONG, "original_max_position_embeddings": 32, "sliding_window": None}
+    model = build("Phi3Config", options)
+    tokens = torch.randint(0, 97, (32,), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        scratch = model(tokens[None], use_cache=False).logits[0]
+    assert torch.allclose(lean(model, capacity=16).forward(tokens, 32), scratch, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["granite", "olmo2", "phi3", "smollm3"])
+def test_a_model_of_the_kin_drafts_with_its_first_layers_and_packed(name, own):
+    """`self:N` cuts what is said of each layer, too; packed weights are those of a checkpoint that fuses matrices."""
+    model = build(FAMILY[name][0], FAMILY[name][1] | {"hidden_size": 64, "intermediate_size": 96})
+    tokens = torch.randint(0, 97, (20,), generator=torch.Generator().manual_seed(1))
+    whole = lean(model)
+    cut = whole.first(2)
+    assert cut.forward(tokens, 20).shape == (20, 97)
+    packed = lean(model, quantize="int8", kernels=own)
+    with torch.inference_mode():
+        exact, near = whole.forward(tokens, 20), packed.forward(tokens, 20)
+    assert (exact - near).square().mean().sqrt() < 0.1 * exact.std()

@@ -25,6 +25,7 @@ from specdec_engine.record.prompt_files import Question, read_questions
 from specdec_engine.record.text import counted
 from specdec_engine.runtime.decoder import Decoder
 from specdec_engine.runtime.lean import LeanRuntime
+from specdec_engine.runtime.shape import Unsupported
 
 TEXT_SHARE = 0.55
 """Of the time, for writing text: on 2 cores each token is then learnt from some 7 times."""
@@ -59,15 +60,32 @@ class Training:
     """The newest; None before the first."""
 
 
+def check_target(found: Candidate) -> None:
+    """Look whether a draft can be made for it, before its weights are read. Raises UsageError."""
+    if isinstance(found.shape, Unsupported):
+        raise UsageError(f"distilling {found.name} needs the lean or the graph runtime, and {found.shape}", _OTHERS)
+    if found.config.model_type not in _STUDENTS:
+        raise UsageError(
+            f"{found.name} is of the type {found.config.model_type}, which distill cannot write text with", _OTHERS
+        )
+
+
+_STUDENTS = ("llama", "mistral", "qwen2", "qwen3")
+"""Whose layers `batch.py` runs for many sequences at once, and `students.py` makes smaller ones of."""
+_OTHERS = (
+    "choose a target of the Llama, Mistral or Qwen family; EAGLE-3 heads, smaller models and lookups draft for others"
+)
+
+
 def distill(found: Candidate, target: Loaded, recipe: Recipe) -> Iterator[Writing | Training]:
     """Make a draft for this target; progress as it goes. The folder `recipe.out` then holds it.
 
     Raises UsageError for a target whose forward is not ours, and for one without a chat template where no data is given.
     """
+    check_target(found)
     if not isinstance(target.runtime, LeanRuntime) or not isinstance(target.runtime.decoder, Decoder):
         raise UsageError(
-            f"{target.name} runs on {target.runtime.name}, and distilling needs the lean or the graph runtime",
-            "choose a target of the Llama, Mistral or Qwen family",
+            f"{target.name} runs on {target.runtime.name}, and distilling needs the lean or the graph runtime", _OTHERS
         )
     decoder = target.runtime.decoder
     if read_draft(found.path) is not None:

@@ -85,7 +85,10 @@ class Blocks:
     def rotation(self, positions: Tensor) -> Tensor:
         """[n] -> [n, head_size / 2] complex: what pairs of a query's or a key's numbers are multiplied by."""
         angles = positions[:, None] * self._frequencies
-        return torch.polar(torch.full_like(angles, self.shape.rope_scale), angles)
+        lengths = torch.full_like(angles, self.shape.rope_scale)
+        if self.shape.rotary:  # what is not rotated is not scaled
+            lengths[:, self.shape.rotary // 2 :] = 1.0
+        return torch.polar(lengths, angles)
 
 
 def cache_dtype(dtype: torch.dtype, device: torch.device, kernels: Kernels | None) -> torch.dtype:

@@ -27,7 +27,7 @@ def ops_for(dtype: torch.dtype) -> Ops:
 def whole(layer: Layer, shape: Shape) -> Layer:
     """With `fields`, where our own kernels multiply all of it."""
     parts = [p.matrices for p in (layer.qkv, layer.out, layer.gate_up, layer.down)]
-    if not all(parts):
+    if not all(parts) or not shape.plain:
         return layer
     matrices = [matrix for part in parts for matrix in part]
     norms = (layer.attention_norm, layer.mlp_norm, layer.q_norm, layer.k_norm)

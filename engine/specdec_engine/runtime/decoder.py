@@ -1,4 +1,4 @@
-"""The dense decoder family (Llama, SmolLM, Mistral, Qwen2, Qwen3) on lean blocks."""
+"""The dense decoder families (`shape.FAMILY`) on lean blocks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from specdec_engine.runtime.linear import Packing, Projection, Rows, head_packin
 from specdec_engine.runtime.native import Kernels
 from specdec_engine.runtime.ops import Layer, Ops
 from specdec_engine.runtime.shape import Shape, Unsupported
-from specdec_engine.runtime.weights import Grouped, Weights
+from specdec_engine.runtime.weights import Grouped, Unfused, Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,8 @@ class Decoder(Blocks):
         Raises Unsupported if the checkpoint has tensors that this forward does not know, or lacks one.
         """
         check_tensors(weights, shape)
-        take = _Taker(weights)
+        queries, keys = (count * shape.head_size for count in (shape.heads, shape.kv_heads))
+        take = _Taker(Unfused(weights, queries, keys) if shape.fused else weights)
         if (factors := take.optional("rope_freqs.weight")) is not None:  # how GGUF keeps Llama 3's stretched rotation
             shape = replace(shape, frequencies=shape.frequencies / factors)
         super().__init__(shape, dtype, device, ops, kernels)
@@ -64,7 +65,8 @@ class Decoder(Blocks):
     def first(self, layers: int) -> Decoder:
         """The same model without its later blocks; shares all weights."""
         cut = copy.copy(self)
-        cut.shape = replace(self.shape, layers=layers, windows=self.shape.windows[:layers])
+        shape = self.shape
+        cut.shape = replace(shape, layers=layers, windows=shape.windows[:layers], rotated=shape.rotated[:layers])
         cut.layers = self.layers[:layers]
         return cut
 
@@ -85,7 +87,8 @@ class Decoder(Blocks):
         `positions`. start: see `Blocks.begin`.
         """
         step = self.begin(positions, cache, span, start)
-        step.x.copy_(self.embedding(tokens))
+        embedded, scales = self.embedding(tokens), self.shape.scales
+        step.x.copy_(embedded if scales.embedding == 1.0 else embedded * scales.embedding)
         kept = []
         for i, layer in enumerate(self.layers):
             step.block(i, layer)
@@ -95,23 +98,28 @@ class Decoder(Blocks):
         if taps is not None:
             taps.kept.index_copy_(0, positions, torch.stack([*kept, last], 1))
         logits: Tensor = self.head(last[-rows:])
-        return logits
+        return logits if scales.logits == 1.0 else logits * scales.logits
 
     def _layer(self, take: _Taker, i: int, to: _To) -> Layer:
         shape, at = self.shape, f"model.layers.{i}"
         attention, mlp = f"{at}.self_attn", f"{at}.mlp"
-        orders = {"q_proj": paired(shape.heads, shape.head_size), "k_proj": paired(shape.kv_heads, shape.head_size)}
-        one = paired(1, shape.head_size)
+        size, rotary = shape.head_size, shape.rotary
+        orders = {"q_proj": paired(shape.heads, size, rotary), "k_proj": paired(shape.kv_heads, size, rotary)}
+        normed = orders if shape.wide_norms else dict.fromkeys(orders, paired(1, size, rotary))
+        before = ("input_layernorm", "post_attention_layernorm")
+        norms = before if shape.norms == "before" else ("post_attention_layernorm", "post_feedforward_layernorm")
+        attention_norm, mlp_norm = (self.norm_weight(take.dense(f"{at}.{norm}.weight")) for norm in norms)
         layer = Layer(
-            attention_norm=self.norm_weight(take.dense(f"{at}.input_layernorm.weight")),
+            attention_norm=attention_norm,
             qkv=take.projection(attention, ("q_proj", "k_proj", "v_proj"), to, orders),
-            q_norm=take.optional(f"{attention}.q_norm.weight", one, self.device),
-            k_norm=take.optional(f"{attention}.k_norm.weight", one, self.device),
+            q_norm=take.optional(f"{attention}.q_norm.weight", normed["q_proj"], self.device),
+            k_norm=take.optional(f"{attention}.k_norm.weight", normed["k_proj"], self.device),
             out=take.projection(attention, ("o_proj",), to),
-            mlp_norm=self.norm_weight(take.dense(f"{at}.post_attention_layernorm.weight")),
+            mlp_norm=mlp_norm,
             gate_up=take.projection(mlp, ("gate_proj", "up_proj"), to),
             down=take.projection(mlp, ("down_proj",), to),
             window=shape.windows[i],
+            rotated=not shape.rotated or shape.rotated[i],
         )
         return whole(layer, shape)
 
@@ -137,12 +145,15 @@ def _table(stored: Tensor | Grouped, dtype: torch.dtype, device: torch.device) -
     return (stored.dense() if isinstance(stored, Grouped) else stored).to(device, dtype)
 
 
-def paired(heads: int, size: int) -> Tensor:
-    """Row order that brings each head's halves together in pairs, which is what a complex multiplication rotates.
+def paired(heads: int, size: int, rotary: int = 0) -> Tensor:
+    """Row order that brings the halves of what is rotated of each head together in pairs, which is what a complex
+    multiplication rotates; rotary: how many rows of a head are, 0 for all.
 
     Scores are sums over a head's entries, so the same order for queries and keys changes nothing.
     """
-    return torch.arange(heads * size).view(heads, 2, size // 2).transpose(1, 2).flatten()
+    rotary = rotary or size
+    one = torch.cat([torch.arange(rotary).view(2, rotary // 2).T.flatten(), torch.arange(rotary, size)])
+    return (torch.arange(heads)[:, None] * size + one).flatten()
 
 
 _To = tuple[torch.dtype, torch.device, Packing, Kernels | None]

@@ -28,14 +28,17 @@ class Layer:
     """One block; the norms' weights are float32."""
 
     attention_norm: Tensor
+    """Before attention, or after it: see `Shape.norms`."""
     qkv: Projection
     q_norm: Tensor | None
     k_norm: Tensor | None
     out: Projection
     mlp_norm: Tensor
+    """Likewise."""
     gate_up: Projection
     down: Projection
     window: int | None
+    rotated: bool = True
     fields: LayerFields | None = None
     """All this for our own kernels on a CPU, where they multiply all its matrices."""
 
@@ -102,7 +105,11 @@ class Pass:
         self._grouped = n <= FEW_ROWS and start is None
         together = shape.heads // shape.kv_heads if self._grouped else 1
         masked = ops.wide_dtype or cache.dtype
+        self._still = None if all(shape.rotated) else torch.ones_like(rotation)  # for layers that do not rotate
         self._whole = None if kernels is None else (kernels, pass_fields(shape.heads, rotation, positions, cache[0]))
+        if self._whole is not None and self._still is not None:
+            self._whole_still = pass_fields(shape.heads, self._still, positions, cache[0])
+        self._shape = shape
         self._masks = {w: self._mask(w, together, masked) for w in self._masked(shape.windows)}
 
     @property
@@ -123,14 +130,40 @@ class Pass:
         kept, norms = self._kept[i], None
         if self._whole is not None and layer.fields is not None:
             kernels, shared = self._whole
-            kernels.block(layer.fields, shared, self.x, inputs, kept)
+            kernels.block(layer.fields, shared if layer.rotated else self._whole_still, self.x, inputs, kept)
             return
-        inputs = self.normed(layer.attention_norm) if inputs is None else inputs
+        inputs = self._read(layer.attention_norm) if inputs is None else inputs
+        qkv = layer.qkv(inputs)
         if layer.q_norm is not None and layer.k_norm is not None:
-            norms = HeadNorms(layer.q_norm, layer.k_norm, self._eps)
-        queries = self._ops.rotate(layer.qkv(inputs), self._rotation, self._positions, kept, norms)
-        self._more = layer.out(self._attended(queries, kept, layer.window))
-        self._more = layer.down(self._ops.gate(layer.gate_up(self.normed(layer.mlp_norm))))
+            if self._shape.wide_norms:
+                qkv = self._widely_normed(qkv, layer.q_norm, layer.k_norm)
+            else:
+                norms = HeadNorms(layer.q_norm, layer.k_norm, self._eps)
+        rotation = self._rotation if layer.rotated or self._still is None else self._still
+        queries = self._ops.rotate(qkv, rotation, self._positions, kept, norms)
+        if self._shape.scales.scores != 1.0:
+            queries = queries * self._shape.scales.scores
+        self._add(layer.out(self._attended(queries, kept, layer.window)), layer.attention_norm)
+        self._add(layer.down(self._ops.gate(layer.gate_up(self._read(layer.mlp_norm)))), layer.mlp_norm)
+
+    def _read(self, norm: Tensor) -> Tensor:
+        """What attention or the feed-forward network reads of the stream."""
+        return self.normed(norm) if self._shape.norms == "before" else self.x.to(self._dtype)
+
+    def _add(self, more: Tensor, norm: Tensor) -> None:
+        """To the stream what one of them gives."""
+        if self._shape.norms == "after":
+            more = rms_norm(more.float(), more.shape[-1:], norm, self._eps).to(self._dtype)
+        if self._shape.scales.residual != 1.0:
+            more = more * self._shape.scales.residual
+        self._more = more
+
+    def _widely_normed(self, qkv: Tensor, q_norm: Tensor, k_norm: Tensor) -> Tensor:
+        """Queries and keys normed over all heads at once."""
+        wide, end = qkv.float(), len(q_norm) + len(k_norm)
+        queries = rms_norm(wide[:, : len(q_norm)], q_norm.shape, q_norm, self._eps)
+        keys = rms_norm(wide[:, len(q_norm) : end], k_norm.shape, k_norm, self._eps)
+        return torch.cat([queries, keys, wide[:, end:]], 1).to(qkv.dtype)
 
     def _attended(self, queries: Tensor, kept: Tensor, window: int | None) -> Tensor:
         """[n, heads, head_size] -> [n, heads · head_size]"""

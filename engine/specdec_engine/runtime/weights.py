@@ -76,6 +76,49 @@ class Weights(Protocol):
         ...
 
 
+class Unfused:
+    """Weights whose queries, keys and values are one matrix, and whose gate and up are another, as if they were several."""
+
+    def __init__(self, weights: Weights, queries: int, keys: int) -> None:
+        """queries, keys: rows of each; as many are values as keys."""
+        self._weights = weights
+        fused = [name for name in weights.names if ".qkv_proj." in name or ".gate_up_proj." in name]
+        self._where: dict[str, tuple[str, int, int]] = {}
+        for name in fused:
+            rows = weights.size(name)[0]
+            parts = (
+                {"q_proj": (0, queries), "k_proj": (queries, queries + keys), "v_proj": (queries + keys, rows)}
+                if "qkv_proj" in name
+                else {"gate_proj": (0, rows // 2), "up_proj": (rows // 2, rows)}
+            )
+            for part, (first, end) in parts.items():
+                self._where[name.replace("qkv_proj", part).replace("gate_up_proj", part)] = (name, first, end)
+        self._others = weights.names - set(fused)
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(self._where) | self._others
+
+    def size(self, name: str) -> tuple[int, ...]:
+        if name not in self._where:
+            return self._weights.size(name)
+        whole, first, end = self._where[name]
+        return (end - first, *self._weights.size(whole)[1:])
+
+    def dense(self, name: str) -> Tensor:
+        if name not in self._where:
+            return self._weights.dense(name)
+        whole, first, end = self._where[name]
+        return self._weights.dense(whole)[first:end]
+
+    def stored(self, name: str) -> Tensor | Grouped:
+        if name not in self._where:
+            return self._weights.stored(name)
+        whole, first, end = self._where[name]
+        found = self._weights.stored(whole)
+        return found.rows(torch.arange(first, end)) if isinstance(found, Grouped) else found[first:end]
+
+
 class SafetensorsWeights:
     """The shards of a folder."""
 
