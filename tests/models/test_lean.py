@@ -164,7 +164,7 @@ def test_greedy_output_equals_transformers_generate(name):
 @pytest.mark.parametrize(
     ("config", "options", "reason"),
     [
-        ("Phi3Config", {}, "phi3 is not one of"),
+        ("Gemma2Config", {}, "gemma2 is not one of"),
         ("LlamaConfig", {"hidden_act": "gelu"}, "activation is gelu"),
         (
             "LlamaConfig",

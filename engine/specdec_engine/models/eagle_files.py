@@ -19,7 +19,7 @@ from specdec_engine.models.draft_folder import DraftFolder, TargetLayers
 from specdec_engine.models.sources import weight_files
 from specdec_engine.runtime.decoder import paired
 from specdec_engine.runtime.head import HeadForm
-from specdec_engine.runtime.shape import Unsupported, rope_of
+from specdec_engine.runtime.shape import Unsupported, rope_of, rotary_of
 from specdec_engine.runtime.weights import SafetensorsWeights
 
 
@@ -168,7 +168,7 @@ def _geometry(layer: Mapping[str, Any]) -> dict[str, Any]:
     made: Any = kind(**known)
     size = int(getattr(made, "head_dim", None) or made.hidden_size // made.num_attention_heads)
     try:
-        frequencies, scale = rope_of(made, size)
+        frequencies, scale = rope_of(made, rotary_of(made, size))
     except Unsupported as reason:
         raise ValueError(str(reason)) from reason
     return {

@@ -82,7 +82,7 @@ def shape_of(config: Any) -> Shape:
         raise Unsupported(f"its activation is {config.hidden_act}")
     heads, layers = config.num_attention_heads, config.num_hidden_layers
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    rotary = int(head_size * (config.rope_parameters.get("partial_rotary_factor") or 1.0))
+    rotary = rotary_of(config, head_size)
     frequencies, scale = rope_of(config, rotary)
     return Shape(
         layers=layers,
@@ -126,6 +126,14 @@ def _scales(config: Any, head_size: int) -> Scales:
         scores=float(config.attention_multiplier) * head_size**0.5,
         logits=1.0 / float(config.logits_scaling),
     )
+
+
+def rotary_of(config: Any, head_size: int) -> int:
+    """Numbers of each head that are rotated. Raises Unsupported for a part of them in a kind whose own model may ignore it."""
+    part = config.rope_parameters.get("partial_rotary_factor") or 1.0
+    if part != 1.0 and config.model_type != "phi3":
+        raise Unsupported("it rotates only part of each head")
+    return int(head_size * part)
 
 
 def rope_of(config: Any, rotary: int) -> tuple[Tensor, float]:
