@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -25,11 +24,11 @@ from specdec_engine.drafters import build_drafter
 from specdec_engine.drafters.base import Drafter, DraftSetup, LoadedDraft, ModelInfo
 from specdec_engine.errors import PairIncompatible, UsageError
 from specdec_engine.models.chat import chat_ids, raw_ids, special_in, stop_id
-from specdec_engine.models.draft_files import read_draft
+from specdec_engine.models.draft_files import found_draft, read_draft
+from specdec_engine.models.kinds import mask_of
 from specdec_engine.models.loading import Candidate, Loaded, find_model
 from specdec_engine.models.memory_needs import kv_bytes
 from specdec_engine.models.options import LoadOptions
-from specdec_engine.models.sources import resolve
 from specdec_engine.models.tokenizers import compare_tokenizers
 from specdec_engine.models.translation import Translation
 from specdec_engine.record.events import Event
@@ -185,13 +184,6 @@ class Loader:
         self.find_draft = cache(lambda name: find_model(name, self.options.for_draft()))
         self.draft = cache(lambda name: self.find_draft(name).load())
 
-    def find(self, name: str) -> Path:
-        """A draft's files, fetched if need be."""
-        options = self.options
-        return resolve(
-            name, offline=options.offline, trust_remote_code=options.trust_remote_code, report=options.report
-        )
-
     def check_drafts(self) -> None:
         """Look whether the target can test drafts at all. Raises PairIncompatible."""
         if self.found.plain_only:
@@ -221,8 +213,9 @@ def _paired(models: Loader, draft: str | None) -> Pair:
         translation = None if made is not None else _translation(found, small, notes)
         drafts[name] = models.draft(name)
         setup.models[name] = replace(_model_info(drafts[name]), by_text=translation is not None)
-        mask = getattr(small.config.get_text_config(), "pard_token", None)
-        return LoadedDraft(drafts[name].runtime, None if made is None else made.ids, translation, mask)
+        return LoadedDraft(
+            drafts[name].runtime, None if made is None else made.ids, translation, mask_of(small.config, name)
+        )
 
     setup = DraftSetup(
         name=target,
@@ -233,7 +226,7 @@ def _paired(models: Loader, draft: str | None) -> Pair:
         target=lambda: models.target().runtime,
         output_rows=found.output_rows,
         draft_quantize=models.options.draft_quantize,
-        find=models.find,
+        find=lambda name: found_draft(name, models.options),
         notes=notes,
     )
     # The drafter first: what is wrong with it comes out before the larger model's weights are read.

@@ -25,6 +25,7 @@ _KINDS = {
     "layers": "the target's own first layers",
     "head": "a head that was made for it",
     "ids": "a smaller model with its tokens",
+    "package": "another package's",
     "text": "a smaller model with other tokens, which fits by its text",
 }
 
@@ -105,7 +106,7 @@ def _list(target: str, tokens: int, json: bool, where: opt.Placement) -> None:
     output.say(f"could draft for {target}:")
     for offer in found:
         output.say(f"{offer.draft:<{width}}  {_KINDS[offer.kind]}{_cost(offer)}")
-    output.say(f"specdec check {target} DRAFT --deep measures one, specdec tune -t {target} all of them")
+    output.say(f"specdec check {target} DRAFT --deep measures one, specdec tune -t {target} several on your prompts")
 
 
 def _cost(offer: Offer) -> str:

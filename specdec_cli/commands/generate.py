@@ -167,7 +167,8 @@ def _consume(events: Iterable[Event], sink: output.Output, recorder: Recorder) -
 
 
 _FEW, _ENOUGH = 0.15, 50
-"""Of a head's first tokens, tested in so many cycles: of heads that fit 0.4 to 0.8 are accepted, with wrong layers 0.01."""
+"""Of a head's first tokens, tested in so many cycles: of one published head 0.59 were accepted, and 0.01 where its layers
+were read wrongly (vLLM's pull request 50170)."""
 
 
 def _misfit(pair: Pair, summary: Summary) -> str | None:

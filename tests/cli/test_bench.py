@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 from dataclasses import replace
 from xml.etree import ElementTree
 
@@ -316,3 +317,41 @@ def test_check_measures_a_draft_on_three_prompts(specdec, checkpoint, draft_chec
     assert measured["c"] > 0
     assert measured["tokens"] > 100
     assert "of its first tokens are accepted" in specdec("check", checkpoint, draft_checkpoint, "--deep").out
+
+
+def test_what_check_says_of_two_levels_and_of_several_is_what_generate_does(
+    specdec, checkpoint, draft_checkpoint, tmp_path
+):
+    other = fakes.save_checkpoint(
+        tmp_path / "other", layers=1, hidden=16, tokenizer=fakes.byte_tokenizer(merges=["o n"])
+    )
+    parallel = shutil.copytree(draft_checkpoint, tmp_path / "pard")
+    about = json.loads((parallel / "config.json").read_text())
+    (parallel / "config.json").write_text(json.dumps(about | {"pard_token": 3}))
+    assert "a whole draft takes one of its passes" in specdec("check", checkpoint, parallel).out
+    assert specdec("generate", "-t", checkpoint, "-d", parallel, "--max-tokens", "8", "hello").code == 0
+    for draft in (f"ngram+{draft_checkpoint}", "ngram+self:1"):
+        assert specdec("check", checkpoint, draft).code == 0, draft
+        assert specdec("generate", "-t", checkpoint, "-d", draft, "--max-tokens", "8", "hello").code == 0, draft
+    for draft in (f"suffix+{draft_checkpoint}", "ngram+ngram", "ngram+none", f"ngram+{other}", f"ngram+{parallel}"):
+        assert specdec("check", checkpoint, draft).code == 4, draft
+        assert specdec("generate", "-t", checkpoint, "-d", draft, "--max-tokens", "8", "hello").code == 2, draft
+    several = specdec("check", checkpoint, f"ngram,{draft_checkpoint}", "--deep")
+    assert several.code == 2
+    assert "measures one draft" in several.err
+    (parallel / "config.json").write_text(json.dumps(about | {"pard_token": 10**6}))
+    assert "pard_token = 1000000" in specdec("check", checkpoint, parallel).err
+
+
+def test_a_head_of_which_next_to_nothing_is_accepted_is_said_not_to_fit():
+    from types import SimpleNamespace
+
+    from specdec_cli.commands.generate import _misfit
+    from specdec_engine.record.stats import Position
+
+    def said(tested, accepted, name="h", kind="eagle3"):
+        pair = SimpleNamespace(environment={"drafts": {"h": {"model_type": kind}}}, drafter=SimpleNamespace(name=name))
+        return _misfit(pair, SimpleNamespace(positions=(Position(tested, tested, accepted),)))
+
+    assert "8% of the first tokens of 60 drafts" in said(60, 5)
+    assert said(40, 0) is said(60, 30) is said(60, 5, "ngram,h") is said(60, 5, kind="llama") is None

@@ -14,8 +14,10 @@ from specdec_engine.core.randomness import KeyedRandomness
 from specdec_engine.core.registry import drafters
 from specdec_engine.drafters import build_drafter
 from specdec_engine.drafters.base import AcceptanceAlong, LoadedDraft
+from specdec_engine.drafters.token_choice import DraftChoice
 from specdec_engine.errors import UsageError
 from specdec_engine.models.translation import Translation
+from specdec_engine.runtime import guided, step_by_step
 from specdec_engine.runtime.generic import GenericRuntime
 from specdec_engine.runtime.target import ModelTarget
 from specdec_engine.tune.answers import Answer
@@ -403,22 +405,22 @@ def test_a_lookup_below_a_draft_changes_no_token_of_it(spec, sampling):
         assert helped.drafter.name.startswith("ngram+")
 
 
-def test_a_draft_that_repeats_itself_takes_fewer_passes():
-    counts = []
-    for spec in ("lean@model:small", "lean@ngram+model:small"):
-        drafter = build(spec)
-        prompt = [5, 6, 7] * 4
-        drafter.begin(prompt)
-        said = drafter.propose(prompt, 12, Sampling(), KeyedRandomness(1)).tokens.tolist()
-        again = prompt + said + said  # what it says is in its own context
-        runtime, passes = drafter.drafter.runtime, []
-        drafter.begin(again)
-        forward = runtime.forward
-        runtime.forward = lambda tokens, rows, f=forward, p=passes: (p.append(rows), f(tokens, rows))[1]
-        found = drafter.propose(again, 8, Sampling(), KeyedRandomness(1)).tokens.tolist()
-        counts.append((found, len(passes)))
-    assert counts[0][0] == counts[1][0]
-    assert counts[1][1] <= counts[0][1]
+@pytest.mark.parametrize("right", [8, 3, 0])
+def test_a_draft_that_was_guessed_takes_fewer_passes(right):
+    """One for all that was guessed right, and one for each token that was not; the tokens are the same."""
+    runtime, pending, u = lean(SMALL), torch.tensor([5, 6, 7]), torch.zeros(8)
+    choice = DraftChoice(Sampling(), SMALL.config.vocab_size)
+    plain = step_by_step(runtime, pending, u, u[0], choice).tokens.tolist()
+    runtime.rollback(0)
+    passes, forward = [], runtime.forward
+    runtime.forward = lambda tokens, rows: (passes.append(rows), forward(tokens, rows))[1]
+
+    def guess(said, k):
+        return (plain[len(said) : right] + [(token + 1) % 200 for token in plain[max(right, len(said)) :]])[:k]
+
+    assert guided(runtime, guess, pending, u, u[0], choice).tokens.tolist() == plain
+    assert runtime.cached == 3 + 7
+    assert len(passes) == (1 if right == 8 else 8 - right)
 
 
 def test_a_parallel_draft_is_the_models_rows_at_masked_places():
@@ -437,3 +439,6 @@ def test_only_a_lookup_stands_below_a_model():
         parts("ngram+none")
     with pytest.raises(UsageError, match="cannot draft for another draft"):
         parts("suffix+model:small")
+    for spec in ("pard@ngram+model:small", "text@ngram+model:small"):
+        with pytest.raises(UsageError, match="token by token"):
+            parts(spec)

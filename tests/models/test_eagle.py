@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from specdec_engine.models.options import LoadOptions
 from specdec_engine.pair import load_pair
 from specdec_engine.runtime.decoder import Embedding
 from specdec_engine.runtime.head import HeadForward, HeadRuntime, check_weights, head_shape
-from tests.fakes import CPU, cycles, emitted, save_checkpoint, save_eagle_head
+from tests.fakes import CPU, cycles, emitted, save_checkpoint, save_eagle_head, tiny_llama
 
 RECORDED = Path(__file__).with_name("eagle")
 HEADS = ("plain", "normed", "two_layers")
@@ -107,7 +108,7 @@ def test_the_dialects_are_one_head(tmp_path):
     [
         (TargetLayers((2, 16, 29), "before"), 32, (1, 15, 28)),
         (TargetLayers((1, 15, 28), "output"), 32, (1, 15, 28)),
-        (TargetLayers((24, 30, 36), "output"), 36, (23, 29, 35)),  # gpt-oss's: the last is what the last layer gives
+        (TargetLayers((24, 30, 36), "nvidia"), 36, (23, 29, 35)),  # gpt-oss's: the last is what the last layer gives
         (TargetLayers((), "guessed"), 32, (1, 15, 28)),
         (TargetLayers(()), 32, ()),
     ],
@@ -120,7 +121,7 @@ def test_each_dialect_says_which_layers_it_reads(tmp_path):
     assert read_draft(flat(tmp_path / "a")).layers.counted == "guessed"
     nested = {"eagle_aux_hidden_state_layer_ids": [1, 15, 28], "norm_before_fc": True}
     draft = read_draft(flat(tmp_path / "b", nested))
-    assert draft.layers == TargetLayers((1, 15, 28), "output")
+    assert draft.layers == TargetLayers((1, 15, 28), "nvidia")
     assert draft.form.feature_norms == "whole"
     assert read_draft(flat(tmp_path / "c", {"use_aux_hidden_state": False})).form.final
     with pytest.raises(PairIncompatible, match="reads the layers 1, 15, 28 of a target that has 16"):
@@ -213,3 +214,77 @@ def test_a_pickled_head_is_refused_with_the_way_out(target, theirs, tmp_path):
 def test_a_head_is_no_target(theirs):
     with pytest.raises(UsageError, match="is a draft head"):
         load_pair(str(theirs), "ngram", OPTIONS)
+
+
+DAMAGE = {
+    "no width": {"hidden_size": None},
+    "a wrong size of heads": {"head_dim": 6},
+    "a word for a number": {"head_dim": "8"},
+    "a wrong count of heads": {"num_attention_heads": 3},
+    "a wrong count of ids": {"draft_vocab_size": 47},
+    "a list for a section": {"eagle_config": [1]},
+    "another list for a section": {"speculators_config": [1]},
+}
+
+
+@pytest.mark.parametrize("more", DAMAGE.values(), ids=DAMAGE)
+def test_a_config_that_is_wrong_is_said_to_be_damaged(more, target, theirs, tmp_path):
+    folder = shutil.copytree(theirs, tmp_path / "odd")
+    about = json.loads((folder / "config.json").read_text("utf-8")) | more
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in about.items() if v is not None}))
+    with pytest.raises(ModelUnavailable, match="is damaged"):
+        load_pair(str(target), str(folder), OPTIONS)
+    with pytest.raises(ModelUnavailable, match="is damaged") if more != {"head_dim": 6} else nullcontext():
+        assert check(str(target), str(folder), OPTIONS)
+
+
+TENSORS = {
+    "embeddings with too few rows": lambda t, d: t | {"embed_tokens.weight": torch.zeros(7, d)},
+    "norms of features that the config does not name": lambda t, d: t | {"input_norm.weight": torch.ones(2 * d)},
+    "a bias of another size": lambda t, d: t | {f"midlayer.self_attn.{p}_proj.bias": torch.zeros(3) for p in "qkv"},
+    "a number that is none": lambda t, d: t | {"norm.weight": torch.full((d,), float("nan"))},
+}
+
+
+@pytest.mark.parametrize("change", TENSORS.values(), ids=TENSORS)
+def test_tensors_that_do_not_belong_together_are_found_before_a_run(change, target, theirs, tmp_path):
+    folder = shutil.copytree(theirs, tmp_path / "odd")
+    tensors = load_file(folder / "model.safetensors")
+    save_file(change(tensors, tensors["norm.weight"].shape[0]), folder / "model.safetensors")
+    with pytest.raises(ModelUnavailable, match="is damaged"):
+        load_pair(str(target), str(folder), OPTIONS)
+
+
+def test_a_head_narrower_than_its_target_drafts(target, tmp_path):
+    """With embeddings and rows of its own, in the speculators library's dialect."""
+    wide = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    narrow = tiny_llama(vocab=wide.config.vocab_size, hidden=16)
+    folder = save_eagle_head(tmp_path / "narrow", narrow, wide.config.vocab_size)
+    tensors = load_file(folder / "model.safetensors")
+    d, width = narrow.config.hidden_size, wide.config.hidden_size
+    tensors |= {
+        "fc.weight": torch.randn(d, 2 * width) * 0.3,
+        "embed_tokens.weight": torch.randn(wide.config.vocab_size, d),
+    }
+    tensors = {name.replace("midlayer.", "layers.0."): tensor for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors")
+    layer = json.loads((folder / "config.json").read_text("utf-8"))
+    ids = layer.pop("draft_vocab_size")
+    del layer["eagle_config"]
+    about = {
+        "speculators_model_type": "eagle3", "transformer_layer_config": layer, "draft_vocab_size": ids,
+        "eagle_aux_hidden_state_layer_ids": [1, 2], "target_hidden_size": width,
+        "speculators_config": {"verifier": {"name_or_path": "org/another"}},
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(about))
+    found = list(load_pair(str(target), str(folder), OPTIONS).decode([5, 6, 7], k=2, max_tokens=20))
+    assert sum(len(c.drafted) for c in cycles(found)) > 10
+    said = [finding.said for finding in check(str(target), str(folder), OPTIONS).findings]
+    assert any("it was made for org/another" in one for one in said)
+
+
+def test_a_folder_of_another_kind_is_named_whatever_it_lacks(target, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"medusa_num_heads": 5, "model_type": "llama"}))
+    (tmp_path / "medusa_lm_head.pt").touch()
+    with pytest.raises(ModelUnavailable, match="a set of Medusa heads"):
+        check(str(target), str(tmp_path), OPTIONS)

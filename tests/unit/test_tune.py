@@ -9,6 +9,7 @@ import shlex
 import pytest
 
 from specdec_engine.core.cycle_types import Sampling
+from specdec_engine.core.registry import is_lookup
 from specdec_engine.errors import UsageError
 from specdec_engine.record.events import Cycle, SettingChanged
 from specdec_engine.record.trace import TraceWriter
@@ -280,3 +281,10 @@ def test_a_wrong_chance_shows_in_the_sum():
         state = token
     table = Chances((4,) * n, tuple(tuple(chances[i : i + 4]) for i in range(n)), ended=True)
     assert n / sum(expected_cycles([table], 4).values()) != pytest.approx(simulated(4, n, random.Random(4)), rel=0.02)
+
+
+def test_of_two_levels_servers_get_the_model_and_no_draft_by_text():
+    assert served("ngram+org/small")[0] == "org/small"
+    assert served("ngram:5+org/small")[0] == "org/small"
+    assert served("ngram,org/small", by_text={"org/small"})[0] == "ngram"
+    assert not is_lookup("ngram:5+org/small")

@@ -51,7 +51,7 @@ OURS = (
     DrafterEntry(
         "model",
         ("ORG/DRAFT", "FOLDER", "FILE.gguf", "ngram+ORG/DRAFT"),
-        "a smaller model, of whatever tokenizer; with ngram+ a lookup drafts for it",
+        "a smaller model, of whatever tokenizer; with ngram+ a lookup drafts for it, if its tokens are the target's",
         "specdec_engine.drafters.model:build",
         servers=ServerNames("draft_model", "STANDALONE", "draft-simple"),
     ),
@@ -116,7 +116,9 @@ def drafters() -> Mapping[str, DrafterEntry]:
 
 
 def entry_of(spec: str) -> DrafterEntry | None:
-    """The entry named by the part before `:`, as in `ngram:5`; None for the name of a model."""
+    """The entry named by the part before `:`, as in `ngram:5`; None for the name of a model, and for two levels."""
+    if levels_of(spec) is not None:
+        return None
     name, colon, _ = spec.partition(":")
     return None if name.strip() in _MODELS and not colon else drafters().get(name.strip())
 

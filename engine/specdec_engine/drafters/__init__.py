@@ -47,12 +47,18 @@ def _on_two_levels(lower: str, upper: str, setup: DraftSetup) -> Drafter:
     from specdec_engine.drafters.base import Guesser
     from specdec_engine.drafters.on_runtime import RuntimeDrafter
 
-    guesser, model = _build_one(lower, setup), _build_one(upper, setup)
+    guesser = _build_one(lower, setup)
     if not isinstance(guesser, Guesser):
         raise UsageError(f"{lower} cannot draft for another draft", f"ngram can: ngram+{upper}")
-    if not isinstance(model, RuntimeDrafter):
+    if (entry := entry_of(upper)) is not None and entry.name not in ("model", "self"):
         raise UsageError(f"{upper} is no model that {lower} could draft for", f"one after the other is {lower},{upper}")
-    model.guesser, model.name = guesser, f"{lower}+{model.name}"
+    model = _build_one(upper, setup)
+    if not isinstance(model, RuntimeDrafter) or model.in_one_pass:
+        raise UsageError(
+            f"{lower} drafts for models with the target's tokens, token by token, and {upper} is none",
+            f"one after the other is {lower},{upper}",
+        )
+    model.take_guesses(guesser, lower)
     return model
 
 

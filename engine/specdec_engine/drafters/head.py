@@ -163,6 +163,8 @@ def _forward(
     width = decoder.shape.hidden
     if own is None and shape.hidden != width:
         raise ValueError(f"it is {shape.hidden} numbers wide, its target {width}, and it has no embeddings of its own")
+    if own is not None and tuple(weights["embedding.weight"].shape) != (setup.vocab, shape.hidden):
+        raise ValueError(f"its embeddings are {tuple(weights['embedding.weight'].shape)}")
     check_weights(weights, shape, draft.config["intermediate_size"], len(taps) + form.final, form, width)
     rows = weights["head.weight"] if "head.weight" in weights else setup.output_rows(draft.ids)
     # Beside a packed target a dense head would be the dearer part: 1.9 ms a step against 1.2 in 4 bits.

@@ -31,8 +31,7 @@ class RuntimeDrafter:
         """ids [V']: the target's id of each of the draft's, for a draft with a reduced vocabulary. Whatever else the target
         says is fed to it as its last id. mask: of a model that fills in masked places (PARD), the token that masks them."""
         self.name = name
-        self.guesser: Guesser | None = None
-        """What drafts for this draft: `guided`."""
+        self._guesser: Guesser | None = None
         self._mask = mask
         self.runtime = runtime
         self._device = setup.device
@@ -42,13 +41,23 @@ class RuntimeDrafter:
             runtime.vocab, setup.vocab
         )  # ids that both have; padding rows differ between sizes of a family
         self._ids_of = None if ids is None else ids.to(runtime.device)
+        self._targets: list[int] | None = None if ids is None else ids.tolist()
         self._draft_id_of = None if ids is None else inverse(ids, setup.vocab, lacking=len(ids) - 1).tolist()
         self._drafted_from = 0  # length of the context that the last draft followed
 
+    @property
+    def in_one_pass(self) -> bool:
+        """Whether it fills in masked places."""
+        return self._mask is not None
+
+    def take_guesses(self, guesser: Guesser, name: str) -> None:
+        """Let a lookup draft for this draft: see `guided`."""
+        self._guesser, self.name = guesser, f"{name}+{self.name}"
+
     def begin(self, prompt: Sequence[int]) -> None:
         self.runtime.rollback(0)
-        if self.guesser is not None:
-            self.guesser.begin(prompt)
+        if self._guesser is not None:
+            self._guesser.begin(prompt)
         if self.runtime.limit is None or len(prompt) <= self.runtime.limit:
             self._catch_up(prompt, keep=1)
 
@@ -75,7 +84,7 @@ class RuntimeDrafter:
 
     def _unroll(self, context: Sequence[int], sampling: Sampling) -> Callable[..., DraftTokens]:
         """How its tokens are made: see `Runtime.unroll`."""
-        if self.guesser is not None:
+        if self._guesser is not None:
             return partial(guided, self.runtime, lambda said, k: self._guesses(context, said, k))
         if self._mask is not None:
             return partial(in_one_pass, self.runtime, self._mask)
@@ -84,9 +93,9 @@ class RuntimeDrafter:
 
     def _guesses(self, context: Sequence[int], said: Sequence[int], k: int) -> list[int]:
         """At most k tokens that this draft may go on with, its own ids; said: its own, too."""
-        assert self.guesser is not None
-        targets = said if self._ids_of is None else self._ids_of[list(said)].tolist()
-        found = self._draft_ids(self.guesser.guess(context, targets, k))
+        assert self._guesser is not None
+        targets = said if self._targets is None else [self._targets[token] for token in said]
+        found = self._draft_ids(self._guesser.guess(context, targets, k))
         return found[: next((i for i, token in enumerate(found) if not 0 <= token < self._vocab), len(found))]
 
     def observe(self, draft: Draft, verdict: Verdict) -> None:
@@ -134,11 +143,10 @@ class RuntimeDrafter:
 
     def _draft_ids(self, tokens: Sequence[int]) -> list[int]:
         """-1 where it has none."""
-        if self._ids_of is None or self._draft_id_of is None:
+        if self._targets is None or self._draft_id_of is None:
             return list(tokens)
-        targets = self._ids_of.tolist()
         found = [self._draft_id_of[token] for token in tokens]
-        return [own if targets[own] == token else -1 for own, token in zip(found, tokens, strict=True)]
+        return [own if self._targets[own] == token else -1 for own, token in zip(found, tokens, strict=True)]
 
     def _translated(self, tokens: Tensor) -> Tensor:
         return tokens if self._ids_of is None else self._ids_of[tokens]

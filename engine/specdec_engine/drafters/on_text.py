@@ -94,7 +94,8 @@ class TranslatedDrafter:
             self._fed = list(ids)
 
     def _tensor(self, ids: Sequence[int]) -> torch.Tensor:
-        return upload(torch.tensor(ids), self._runtime.device)
+        most = self._runtime.vocab - 1  # a tokenizer may have ids that its model has no rows for
+        return upload(torch.tensor([min(token, most) for token in ids]), self._runtime.device)
 
 
 _IN_ONE_PASS = 64

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from specdec_engine.core.registry import entry_of, levels_of
 from specdec_engine.errors import OutOfMemory, PairIncompatible, SpecdecError
-from specdec_engine.models.draft_files import builtin_draft, read_draft
+from specdec_engine.models.draft_files import found_draft, read_draft
 from specdec_engine.models.draft_folder import DraftFolder
 from specdec_engine.models.hub_cache import cached_heads, cached_models, drafts_for
+from specdec_engine.models.kinds import mask_of
 from specdec_engine.models.loading import Candidate, find_model
 from specdec_engine.models.options import LoadOptions
-from specdec_engine.models.sources import resolve
 from specdec_engine.models.tokenizers import Difference, compare_tokenizers, shared_share
 from specdec_engine.models.translation import Translation
 from specdec_engine.record.cycle_stats import expected_emitted
@@ -58,15 +58,18 @@ class Fit:
         return all(finding.level != "bad" for finding in self.findings)
 
 
+Kind = Literal["lookup", "layers", "head", "ids", "text", "package"]
+"""A lookup, the target's own first layers, a head that was made for it, a smaller model with its tokens, one with other
+tokens, which fits by its text, or another package's."""
+
+
 @dataclass(frozen=True, slots=True)
 class Offer:
     """Something that could draft for a target."""
 
     draft: str
     """As after --draft."""
-    kind: Literal["lookup", "layers", "head", "ids", "text"]
-    """A lookup, the target's own first layers, a head that was made for it, a smaller model with its tokens, or one with
-    other tokens, which fits by its text."""
+    kind: Kind
     c: tuple[float, float] | None
     """A draft step's cost in target passes, between what reading the weights costs and what layers cost; None for a lookup,
     which costs next to nothing."""
@@ -81,33 +84,40 @@ def offers(target: str, options: LoadOptions) -> list[Offer]:
     if ours.plain_only:
         raise PairIncompatible(ours.plain_only, "specdec generate --draft none decodes it plainly")
     found = [Offer(name, "lookup", None, None) for name in ("ngram", "suffix")]
-    if not isinstance(ours.shape, Unsupported):
-        layers = ours.shape.layers
+    if not isinstance(ours.shape, Unsupported) and (layers := ours.shape.layers) > 1:
         found += [_offer(f"self:{n}", "layers", n / layers, n / layers) for n in [max(1, layers // 3)]]
-        heads = ["builtin"] if ours.name == "builtin" else [head.name for head in cached_heads(ours.name)]
-        found += filter(None, (_looked_at(ours, name, options) for name in heads))
+    heads = ["builtin"] if ours.name == "builtin" else [head.name for head in cached_heads(ours.name)]
+    found += filter(None, (_looked_at(ours, name, "head", options) for name in heads))
     smaller = [model for model in cached_models() if model.name != ours.name and 2 * model.size <= ours.need.weights]
-    found += filter(None, (_looked_at(ours, model.name, options) for model in smaller[:_MOST_LOOKED_AT]))
+    found += filter(None, (_looked_at(ours, model.name, "model", options) for model in smaller[:_MOST_LOOKED_AT]))
     return found
 
 
-def _looked_at(ours: Candidate, draft: str, options: LoadOptions) -> Offer | None:
-    """None for one that does not fit, or cannot be had."""
+def _looked_at(ours: Candidate, draft: str, wanted: Literal["head", "model"], options: LoadOptions) -> Offer | None:
+    """None for one that does not fit, cannot be had, or is of another kind."""
     try:
-        findings, figures = _member(ours, draft, replace(options, offline=True))
+        found = _member(ours, draft, replace(options, offline=True))
     except SpecdecError:
         return None
-    if any(finding.level == "bad" for finding in findings):
+    if any(finding.level == "bad" for finding in found.findings) or (found.kind == "head") != (wanted == "head"):
         return None
-    if not figures:
-        return Offer(draft, "head", None, None)
-    by_text = any("fits by text" in finding.said for finding in findings)
-    low, high = figures["c"]
-    return _offer(draft, "text" if by_text else "ids", low, high)
+    c = found.figures.get("c")
+    return Offer(draft, found.kind, None, None) if c is None else _offer(draft, found.kind, *c)
 
 
-def _offer(draft: str, kind: Literal["layers", "ids", "text"], low: float, high: float) -> Offer:
+def _offer(draft: str, kind: Kind, low: float, high: float) -> Offer:
     return Offer(draft, kind, (low, high), _band(low, high))
+
+
+@dataclass(frozen=True, slots=True)
+class _Looked:
+    """What was found of one draft."""
+
+    kind: Kind
+    findings: list[Finding]
+    figures: dict[str, Any] = field(default_factory=dict)
+    in_one_pass: bool = False
+    """It drafts all its tokens at once."""
 
 
 def check(target: str, draft: str, options: LoadOptions) -> Fit:
@@ -116,9 +126,9 @@ def check(target: str, draft: str, options: LoadOptions) -> Fit:
     ours = find_model(target, options).rehearsed()
     findings, figures = [*_going_back(ours, draft)], dict[str, Any]()
     for name in draft.split(","):
-        found, of_model = _member(ours, name, options)
-        findings += found
-        figures |= of_model
+        found = _member(ours, name, options)
+        findings += found.findings
+        figures |= found.figures
     return Fit(target, draft, (*_running(ours), *findings), figures)
 
 
@@ -128,40 +138,56 @@ def _going_back(ours: Candidate, draft: str) -> Iterator[Finding]:
         yield Finding("cache", "bad", f"{ours.plain_only}; choose --draft none")
 
 
-def _member(ours: Candidate, draft: str, options: LoadOptions) -> tuple[list[Finding], dict[str, Any]]:
+def _member(ours: Candidate, draft: str, options: LoadOptions) -> _Looked:
     if (levels := levels_of(draft)) is not None:
-        return _member(ours, levels[1], options)
+        return _two_levels(ours, *levels, options)
     entry, argument = entry_of(draft), draft.partition(":")[2]
     if entry is not None and entry.package:
         said = f"{draft} is {entry.package}'s, which alone can say what it needs; it is loaded by generate"
-        return [Finding("draft", "open", said)], {}
+        return _Looked("package", [Finding("draft", "open", said)])
     if entry is not None and entry.name == "self":
-        return [_own_layers(ours, argument)], {}
+        return _Looked("layers", [_own_layers(ours, argument)])
     if entry is not None and entry.name not in ("model", "head"):
-        return [Finding("draft", "ok", f"{draft} drafts without a model of its own, and fits every target")], {}
+        said = f"{draft} drafts without a model of its own, and fits every target"
+        return _Looked("lookup", [Finding("draft", "ok", said)])
     draft = draft if entry is None else argument  # model:NAME and head:FOLDER
-    head = builtin_draft() if draft == "builtin" else resolve(draft, offline=options.offline, report=options.report)
-    made = read_draft(head) if head.is_dir() else None
+    made = read_draft(found_draft(draft, options))
     if made is not None and made.kind == "head":
-        return _head(ours, draft, made), {}
+        return _Looked("head", _head(ours, draft, made))
     theirs = find_model(draft, options.for_draft()).rehearsed()
     if theirs.plain_only:
-        return [Finding("cache", "bad", theirs.plain_only)], {}
+        return _Looked("ids", [Finding("cache", "bad", theirs.plain_only)])
     tokens, drafted_for_one = _tokens(ours, theirs)
-    figures = _figures(ours, theirs, drafted_for_one or 1.0)
+    by_text = drafted_for_one is not None
+    in_one_pass = not by_text and mask_of(theirs.config, draft) is not None
+    figures = _figures(ours, theirs, drafted_for_one or 1.0, in_one_pass)
     findings = [
         *tokens,
-        *([] if drafted_for_one else _ends(ours, theirs)),
+        *([] if by_text else _ends(ours, theirs)),
         *_templates(ours.tokenizer, theirs.tokenizer),
         *_contexts(ours, theirs),
-        *_parallel(theirs),
+        *([Finding("draft", "ok", _IN_ONE_PASS)] if in_one_pass else []),
         *_running(theirs),
         *_memory(ours, theirs),
         *_promise(figures),
     ]
     if any(f.level == "bad" for f in findings):
         findings += _others(ours)
-    return findings, figures
+    return _Looked("text" if by_text else "ids", findings, figures, in_one_pass)
+
+
+_IN_ONE_PASS = "it fills in masked places (PARD): a whole draft takes one of its passes"
+
+
+def _two_levels(ours: Candidate, lower: str, upper: str, options: LoadOptions) -> _Looked:
+    """`ngram+MODEL`, as `drafters` builds it."""
+    if not lower.startswith("ngram"):
+        return _Looked("lookup", [Finding("draft", "bad", f"{lower} cannot draft for another draft, as ngram can")])
+    found = _member(ours, upper, options)
+    if found.kind in ("ids", "layers") and not found.in_one_pass:
+        return found
+    said = f"{lower} drafts for models with the target's tokens, token by token, and {upper} is none"
+    return replace(found, findings=[*found.findings, Finding("draft", "bad", said)])
 
 
 def _own_layers(ours: Candidate, argument: str) -> Finding:
@@ -174,8 +200,13 @@ def _own_layers(ours: Candidate, argument: str) -> Finding:
 
 
 def _head(ours: Candidate, name: str, made: DraftFolder) -> list[Finding]:
+    found = list[Finding]()
     try:
         made.check(ours.tokenizer, ours.name, ours.vocab)
+        if made.made_for and made.made_for.lower() != ours.name.lower():
+            found.append(
+                Finding("draft", "note", f"it was made for {made.made_for}: another target's head drafts badly")
+            )
         text = ours.config.get_text_config()
         taps = made.taps_on(int(text.hidden_size), int(text.num_hidden_layers))
     except PairIncompatible as error:
@@ -187,7 +218,7 @@ def _head(ours: Candidate, name: str, made: DraftFolder) -> list[Finding]:
     reads = f"it reads what the layers {', '.join(map(str, taps))} of the target give, counted from 0"
     if made.layers.counted == "guessed":
         reads += ", as EAGLE's own code does, for it does not say"
-    found = [Finding("draft", "ok", said)]
+    found.insert(0, Finding("draft", "ok", said))
     return [*found, Finding("layers", "note" if made.layers.counted == "guessed" else "ok", reads)] if taps else found
 
 
@@ -264,11 +295,6 @@ def _contexts(ours: Candidate, theirs: Candidate) -> Iterator[Finding]:
         yield Finding("context", "ok", f"{a:,} tokens" if a is not None else "no limit is known")
 
 
-def _parallel(theirs: Candidate) -> Iterator[Finding]:
-    if getattr(theirs.config.get_text_config(), "pard_token", None) is not None:
-        yield Finding("draft", "ok", "it fills in masked places (PARD): a whole draft takes one of its passes")
-
-
 def _running(model: Candidate) -> Iterator[Finding]:
     computed = f"{model.arithmetic.name} on {model.device}"
     computed += f", of a {model.text_of} the text part alone" if model.text_of else ""
@@ -294,22 +320,25 @@ def _memory(ours: Candidate, theirs: Candidate) -> Iterator[Finding]:
         yield Finding("memory", "ok", f"they need {parts}; {gib(free)} are free on {ours.device}")
 
 
-def _figures(ours: Candidate, theirs: Candidate, drafted_for_one: float) -> dict[str, Any]:
-    """c between what reading the weights costs and what layers cost, for a token of the target's, and the speedup at the best
-    k for each."""
+def _figures(ours: Candidate, theirs: Candidate, drafted_for_one: float, in_one_pass: bool) -> dict[str, Any]:
+    """c between what reading the weights costs and what layers cost, for a token of the target's or for a whole draft in one
+    pass, and the speedup at the best k for each."""
     layers = [int(getattr(m.config.get_text_config(), "num_hidden_layers", 1)) for m in (ours, theirs)]
     sizes = [m.need.weights for m in (ours, theirs)]
     low, high = sorted(drafted_for_one * ratio for ratio in (sizes[1] / sizes[0], layers[1] / layers[0]))
     return {
         "c": [low, high],
-        "speedup": list(_band(low, high)),
+        "speedup": list(_band(low, high, in_one_pass)),
         "weight_bytes": sizes,
     }
 
 
-def _band(low: float, high: float) -> tuple[float, float]:
+def _band(low: float, high: float, in_one_pass: bool = False) -> tuple[float, float]:
     """The speedup at the best k: of a weak draft at the higher cost, and of an apt one at the lower."""
-    least, most = (max(_speedup(a, c, k) for k in range(9)) for a, c in zip(_ALPHAS, (high, low), strict=True))
+    least, most = (
+        max(_speedup(a, c / max(k, 1) if in_one_pass else c, k) for k in range(9))
+        for a, c in zip(_ALPHAS, (high, low), strict=True)
+    )
     return least, most
 
 

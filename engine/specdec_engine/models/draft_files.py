@@ -16,7 +16,9 @@ from torch import Tensor
 
 from specdec_engine.errors import ModelUnavailable
 from specdec_engine.models.draft_folder import DraftFolder, TargetLayers
-from specdec_engine.models.eagle_files import eagle_folder, eagle_weights
+from specdec_engine.models.eagle_files import eagle_folder, eagle_weights, refuse_others
+from specdec_engine.models.options import LoadOptions
+from specdec_engine.models.sources import raw_config, resolve
 
 SECTION = "specdec_draft"
 VOCABULARY = "draft_vocab.safetensors"
@@ -76,3 +78,14 @@ def head_weights(draft: DraftFolder) -> dict[str, Tensor]:
 def builtin_draft() -> Path:
     """The folder of the draft that comes with the package, made for the built-in target."""
     return Path(__file__).parent / "builtin_draft"
+
+
+def found_draft(name: str, options: LoadOptions) -> Path:
+    """A draft's files, fetched if need be. Raises ModelUnavailable, and names a folder of a kind that is not run here,
+    whatever it lacks."""
+    if name == "builtin":
+        return builtin_draft()
+    if (Path(name) / "config.json").is_file():
+        refuse_others(Path(name), raw_config(Path(name)))
+    trusted = options.trust_remote_code
+    return resolve(name, offline=options.offline, trust_remote_code=trusted, report=options.report)

@@ -19,17 +19,17 @@ class TargetLayers:
     """The target's layers whose output a head reads, in the numbering of those who made it."""
 
     numbers: tuple[int, ...]
-    counted: Literal["output", "before", "guessed"] = "output"
-    """A number is the index of the layer whose output is read; or of the first layer that it was not yet read by; or was left
-    out, and what most heads of the kind read is taken."""
+    counted: Literal["output", "nvidia", "before", "guessed"] = "output"
+    """A number is the index of the layer whose output is read (ours, and in NVIDIA's section); or counts the layers that were
+    read before; or was left out, and what most heads of the kind read is taken."""
 
     def taps(self, layers: int) -> tuple[int, ...]:
         """As our `Taps` number them, for a target of so many layers. Raises PairIncompatible for layers that it lacks."""
         if self.counted == "guessed":  # EAGLE's own code: kept before layers 2, n // 2 and n - 3
             found: tuple[int, ...] = (1, layers // 2 - 1, layers - 4)
         else:
-            # Of gpt-oss's head the last number is n: what the last layer gives, which has the index n - 1.
-            shift = int(self.counted == "before" or layers in self.numbers)
+            # In NVIDIA's for gpt-oss the last number is n: what the last layer gives, which has the index n - 1.
+            shift = int(self.counted == "before" or (self.counted == "nvidia" and layers in self.numbers))
             found = tuple(number - shift for number in self.numbers)
         if list(found) != sorted(set(found)) or any(not 0 <= tap < layers for tap in found):
             raise PairIncompatible(

@@ -7,14 +7,15 @@ feature and the state that is fed back.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from specdec_engine.errors import ModelUnavailable
+from specdec_engine.errors import ModelUnavailable, SpecdecError, first_line
 from specdec_engine.models.draft_folder import DraftFolder, TargetLayers
 from specdec_engine.models.sources import weight_files
 from specdec_engine.runtime.decoder import paired
@@ -25,10 +26,26 @@ from specdec_engine.runtime.weights import SafetensorsWeights
 
 def eagle_folder(path: Path, config: Mapping[str, Any]) -> DraftFolder | None:
     """The head in this folder; None if its config is of another kind. Raises ModelUnavailable for a draft of a kind that is
-    known and not run here, ValueError, KeyError or TypeError for a damaged one."""
-    if (other := _other_kind(config)) is not None:
-        kind, instead = other
-        raise ModelUnavailable(f"{path} is {kind}, which specdec does not draft with", instead)
+    known and not run here, ValueError for a damaged one."""
+    with _damage():
+        return _eagle_folder(path, config)
+
+
+@contextmanager
+def _damage() -> Iterator[None]:
+    """A stranger's config and tensors can be wrong in as many ways as there are lines that read them. Raises ValueError."""
+    try:
+        yield
+    except (SpecdecError, MemoryError):
+        raise
+    except KeyError as error:
+        raise ValueError(f"it has no {error.args[0]}") from error
+    except Exception as error:
+        raise ValueError(first_line(error)) from error
+
+
+def _eagle_folder(path: Path, config: Mapping[str, Any]) -> DraftFolder | None:
+    refuse_others(path, config)
     if not _is_eagle(config):
         return None
     weights = SafetensorsWeights(weight_files(path))
@@ -45,13 +62,16 @@ def eagle_folder(path: Path, config: Mapping[str, Any]) -> DraftFolder | None:
     layer = dict(config.get("transformer_layer_config") or config)
     nested = config.get("eagle_config") or {}
     vocab = int(layer["vocab_size"])
-    ids = torch.arange(int(config.get("draft_vocab_size") or vocab))
-    if "d2t" in names:
-        ids = ids + _tensor(weights, "d2t").long()
+    shifts = _tensor(weights, "d2t").long() if "d2t" in names else torch.zeros(vocab, dtype=torch.long)
+    ids = torch.arange(len(shifts)) + shifts
+    if shifts.dim() != 1 or config.get("draft_vocab_size") not in (None, len(ids)):
+        raise ValueError(f"it has {len(ids)} ids where its config says {config.get('draft_vocab_size')}")
     if len(set(ids.tolist())) != len(ids) or int(ids.min()) < 0 or int(ids.max()) >= vocab:
         raise ValueError("its d2t gives a token twice, or one that there is none of")
+    if min(int(layer[name]) for name in ("hidden_size", "intermediate_size", "num_attention_heads")) < 1:
+        raise ValueError("its config has a size that is none")
     verifier = (config.get("speculators_config") or {}).get("verifier") or {}
-    own = {"vocab_size": len(ids), "model_type": "eagle3"}
+    own = {"vocab_size": len(ids), "model_type": "eagle3", "target_hidden_size": config.get("target_hidden_size")}
     return DraftFolder(
         path=path,
         kind="head",
@@ -72,10 +92,15 @@ def eagle_folder(path: Path, config: Mapping[str, Any]) -> DraftFolder | None:
 
 def eagle_weights(draft: DraftFolder) -> dict[str, Tensor]:
     """Its tensors by our names; query and key rows in our order. Raises ValueError for one that this forward does not know,
-    KeyError for one that is missing."""
+    for one that is missing, and for sizes that do not belong together."""
+    with _damage():
+        return _eagle_weights(draft)
+
+
+def _eagle_weights(draft: DraftFolder) -> dict[str, Tensor]:
     weights = SafetensorsWeights(weight_files(draft.path))
     stored = {_plain(name): name for name in weights.names}
-    left = {name for name in stored if name not in ("d2t", "t2d") and not name.startswith("verifier_")}
+    left = {name for name in stored if name not in ("d2t", "t2d") and not name.startswith(("verifier_", "rotary_emb."))}
 
     def take(name: str) -> Tensor:
         left.discard(name)
@@ -116,6 +141,7 @@ def eagle_weights(draft: DraftFolder) -> dict[str, Tensor]:
 
 _NAMES = {
     "fc.weight": "fuse.weight",
+    "fc.bias": "fuse.bias",
     "input_norm.weight": "feature_norm",
     "layers.0.input_layernorm.weight": "embedding_norm",
     "norm.weight": "final_norm",
@@ -147,13 +173,14 @@ def _layers(config: Mapping[str, Any], nested: Mapping[str, Any]) -> TargetLayer
     """At the top level ids count the layers read before; in NVIDIA's section they are layers' indices."""
     if nested.get("use_aux_hidden_state") is False:
         return TargetLayers(())
-    for section, counted in ((config, "before"), (nested, "output")):
-        if ids := section.get("eagle_aux_hidden_state_layer_ids"):
-            return TargetLayers(tuple(map(int, ids)), counted)  # type: ignore[arg-type]
+    if ids := config.get("eagle_aux_hidden_state_layer_ids"):
+        return TargetLayers(tuple(map(int, ids)), "before")
+    if ids := nested.get("eagle_aux_hidden_state_layer_ids"):
+        return TargetLayers(tuple(map(int, ids)), "nvidia")
     return TargetLayers((), "guessed")
 
 
-def _feature_norms(config: Mapping[str, Any], nested: Mapping[str, Any]) -> Any:
+def _feature_norms(config: Mapping[str, Any], nested: Mapping[str, Any]) -> Literal["each", "whole", "none"]:
     if config.get("fc_norm") or config.get("use_aux_norm"):
         return "each"
     return "whole" if config.get("norm_before_fc") or nested.get("norm_before_fc") else "none"
@@ -180,14 +207,13 @@ def _geometry(layer: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _other_kind(config: Mapping[str, Any]) -> tuple[str, str] | None:
-    """A draft of a kind that is not built here, and what would run it."""
+def refuse_others(path: Path, config: Mapping[str, Any]) -> None:
+    """Name a draft of a kind that is not built here, with what would run it. Raises ModelUnavailable."""
     kind = str(config.get("speculators_model_type") or config.get("model_type") or "")
     said = f"{kind} {' '.join(map(str, config.get('architectures') or ()))}".lower()
     for word, name in _OTHERS.items():
         if word in said or any(key.startswith(word) for key in config):
-            return name, _VLLM
-    return None
+            raise ModelUnavailable(f"{path} is {name}, which specdec does not draft with", _VLLM)
 
 
 _OTHERS = {

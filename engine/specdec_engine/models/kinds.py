@@ -120,6 +120,15 @@ def rollback_by_kind(config: Any, name: str) -> Rollback | None:
     return None if made is None else rollback_of(config, made, name)
 
 
+def mask_of(config: Any, name: str) -> int | None:
+    """Of a model that fills in masked places (PARD), the token that masks them. Raises ModelUnavailable for no token."""
+    text = config.get_text_config()
+    found: int | None = getattr(text, "pard_token", None)
+    if found is not None and (not isinstance(found, int) or not 0 <= found < text.vocab_size):
+        raise ModelUnavailable(f"config.json of {name} says pard_token = {found!r}", "it is a token's number")
+    return found
+
+
 _BIDIRECTIONAL = frozenset(
     [
         "bert",

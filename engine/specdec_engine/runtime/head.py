@@ -72,6 +72,12 @@ def check_weights(
     ValueError for other shapes, and for entries that are no numbers, KeyError for a tensor that is missing."""
     d, width = shape.hidden, shape.heads * shape.head_size
     expected: dict[str, tuple[int, ...]] = dict.fromkeys(("embedding_norm", "final_norm"), (d,))
+    if form.feature_norms == "none" and "feature_norm" in weights:
+        raise ValueError("it has norms of features, and its config does not say how they are taken")
+    if shape.hidden != target and "head.weight" not in weights:
+        raise ValueError(
+            f"it is {shape.hidden} numbers wide, its target {target}, and it has no output rows of its own"
+        )
     if form.feature_norms != "none":
         expected["feature_norm"] = (features, target) if form.feature_norms == "each" else (features * target,)
     if features > 1 or "fuse.weight" in weights:

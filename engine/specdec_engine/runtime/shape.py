@@ -129,7 +129,7 @@ def _scales(config: Any, head_size: int) -> Scales:
 
 
 def rotary_of(config: Any, head_size: int) -> int:
-    """Numbers of each head that are rotated. Raises Unsupported for a part of them in a kind whose own model may ignore it."""
+    """Numbers of each head that are rotated. Raises Unsupported for a part of them in a kind that may ignore it."""
     part = config.rope_parameters.get("partial_rotary_factor") or 1.0
     if part != 1.0 and config.model_type != "phi3":
         raise Unsupported("it rotates only part of each head")

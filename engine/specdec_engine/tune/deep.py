@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from specdec_engine.core.cycle_types import Sampling
+from specdec_engine.errors import UsageError
 from specdec_engine.pair import Pair
 from specdec_engine.tune.passes import looked_at, unit_costs, written
 from specdec_engine.tune.whatif import Member, best_of, curves
@@ -37,7 +38,12 @@ class Worth:
 
 
 def worth(pair: Pair, prompts: Sequence[str] = PROMPTS, max_tokens: int = MOST_TOKENS) -> Worth | None:
-    """Measured at temperature 0 along the target's own answers; None where it says nothing, or the draft proposes nothing."""
+    """Measured at temperature 0 along the target's own answers; None where it says nothing, or the draft proposes nothing.
+    Raises UsageError for several drafts, which `tune` knows how to measure."""
+    if "," in pair.drafter.name:
+        raise UsageError(
+            f"--deep measures one draft, and {pair.drafter.name} are several", "specdec tune -d measures them together"
+        )
     sampling = Sampling()
     answers = list(written(pair, map(pair.encode, prompts), sampling, max_tokens, 0))
     if not answers:

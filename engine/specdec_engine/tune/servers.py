@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
-from specdec_engine.core.registry import ServerNames, drafters, entry_of
+from specdec_engine.core.registry import ServerNames, drafters, entry_of, levels_of
 from specdec_engine.drafters import is_checkpoint
 
 BUILTIN_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -76,7 +76,8 @@ def served(draft: str, by_text: Container[str] = ()) -> tuple[str | None, tuple[
     """Of a draft as after --draft the member that servers can run, a checkpoint before a lookup, and the others. by_text:
     those with another tokenizer than the target's, which they would take for the target's."""
     members = tuple(member.strip() for member in draft.split(",") if member.strip() != "none")
-    models = (member for member in members if member not in by_text and is_checkpoint(member))
+    uppers = (levels[1] if (levels := levels_of(member)) is not None else member for member in members)
+    models = (member for member in uppers if member not in by_text and is_checkpoint(member))
     known = next(iter([*models, *filter(_is_named, members)]), None)
     return known, tuple(member for member in members if member != known)
 
