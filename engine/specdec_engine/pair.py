@@ -187,7 +187,9 @@ class Loader:
     def check_drafts(self) -> None:
         """Look whether the target can test drafts at all. Raises PairIncompatible."""
         if self.found.plain_only:
-            raise PairIncompatible(self.found.plain_only, "specdec generate --draft none decodes it plainly")
+            raise PairIncompatible(
+                self.found.plain_only, f"specdec generate -t {self.found.name} --draft none decodes it"
+            )
 
     def pair(self, draft: str | None = None) -> Pair:
         """As `load_pair` makes it."""

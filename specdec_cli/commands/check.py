@@ -11,7 +11,7 @@ import typer
 from specdec_cli import options as opt
 from specdec_cli import output
 from specdec_cli.exits import ExitCode
-from specdec_cli.startup import quieten
+from specdec_cli.startup import interruptible, quieten
 from specdec_engine.errors import UsageError
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def check(
             raise UsageError("--deep measures a draft, and none is named", "specdec check TARGET DRAFT --deep")
         _list(target, tokens, json, where)
         return
-    with output.narrated() as report:
+    with interruptible(), output.narrated() as report:
         from specdec_engine.models.compatibility import check as checked
 
         options = where.loading(tokens, report)
@@ -69,7 +69,8 @@ def check(
         if deep and fit.fits:
             output.say(_said(measured))
         mark, verb = ("×", "cannot") if not fit.fits else ("✓", "can") if fit.certain else ("?", "may be able to")
-        output.say(f"{mark} {draft} {verb} draft for {target}")
+        slow = ", and does not pay: see what was measured" if measured is not None and measured.speedup <= 1 else ""
+        output.say(f"{mark} {draft} {verb} draft for {target}{slow}")
     if not fit.fits:
         raise typer.Exit(ExitCode.INCOMPATIBLE)
 
@@ -94,7 +95,7 @@ def _said(measured: Worth | None) -> str:
 
 def _list(target: str, tokens: int, json: bool, where: opt.Placement) -> None:
     """What could draft for it, of what is on this machine."""
-    with output.narrated() as report:
+    with interruptible(), output.narrated() as report:
         from specdec_engine.models.compatibility import offers
 
         found = offers(target, where.loading(tokens, report))
@@ -110,9 +111,12 @@ def _list(target: str, tokens: int, json: bool, where: opt.Placement) -> None:
 
 
 def _cost(offer: Offer) -> str:
-    if offer.c is None or offer.speedup is None:
+    if offer.c is None:
         return ""
     low, high = offer.c
     c = f"{low:.2f}" if high - low < 0.005 else f"{low:.2f} to {high:.2f}"
+    cost = f"; a draft step costs {c} of a target pass"
+    if offer.speedup is None:
+        return cost
     least, most = offer.speedup
-    return f"; c {c}, {least:.2f}× with half of the tokens accepted, {most:.2f}× with four in five"
+    return f"{cost}, {least:.2f}× with half of the tokens accepted, {most:.2f}× with four in five"

@@ -47,6 +47,8 @@ def _on_two_levels(lower: str, upper: str, setup: DraftSetup) -> Drafter:
     from specdec_engine.drafters.base import Guesser
     from specdec_engine.drafters.on_runtime import RuntimeDrafter
 
+    if not upper:
+        raise UsageError(f"{lower}+ names no model to draft for", f"for example {lower}+ORG/DRAFT")
     guesser = _build_one(lower, setup)
     if not isinstance(guesser, Guesser):
         raise UsageError(f"{lower} cannot draft for another draft", f"ngram can: ngram+{upper}")

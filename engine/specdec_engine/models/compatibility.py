@@ -82,10 +82,11 @@ def offers(target: str, options: LoadOptions) -> list[Offer]:
     would; a model that cannot be looked at is passed over."""
     ours = find_model(target, options).rehearsed()
     if ours.plain_only:
-        raise PairIncompatible(ours.plain_only, "specdec generate --draft none decodes it plainly")
+        raise PairIncompatible(ours.plain_only, f"specdec generate -t {ours.name} --draft none decodes it")
     found = [Offer(name, "lookup", None, None) for name in ("ngram", "suffix")]
     if not isinstance(ours.shape, Unsupported) and (layers := ours.shape.layers) > 1:
-        found += [_offer(f"self:{n}", "layers", n / layers, n / layers) for n in [max(1, layers // 3)]]
+        n = max(1, layers // 3)
+        found.append(Offer(f"self:{n}", "layers", (n / layers, n / layers), None))
     heads = ["builtin"] if ours.name == "builtin" else [head.name for head in cached_heads(ours.name)]
     found += filter(None, (_looked_at(ours, name, "head", options) for name in heads))
     smaller = [model for model in cached_models() if model.name != ours.name and 2 * model.size <= ours.need.weights]
@@ -125,7 +126,7 @@ def check(target: str, draft: str, options: LoadOptions) -> Fit:
     ModelUnavailable for a model that cannot be had, OutOfMemory for one that cannot fit, alone or beside the other."""
     ours = find_model(target, options).rehearsed()
     findings, figures = [*_going_back(ours, draft)], dict[str, Any]()
-    for name in draft.split(","):
+    for name in draft.split(",") if not findings else ():
         found = _member(ours, name, options)
         findings += found.findings
         figures |= found.figures
@@ -181,6 +182,8 @@ _IN_ONE_PASS = "it fills in masked places (PARD): a whole draft takes one of its
 
 def _two_levels(ours: Candidate, lower: str, upper: str, options: LoadOptions) -> _Looked:
     """`ngram+MODEL`, as `drafters` builds it."""
+    if not upper:
+        return _Looked("lookup", [Finding("draft", "bad", f"{lower}+ names no model to draft for")])
     if not lower.startswith("ngram"):
         return _Looked("lookup", [Finding("draft", "bad", f"{lower} cannot draft for another draft, as ngram can")])
     found = _member(ours, upper, options)
@@ -243,7 +246,7 @@ def _tokens(ours: Candidate, theirs: Candidate) -> tuple[list[Finding], float | 
 
 
 def _by_text(ours: Candidate, theirs: Candidate, differing: Sequence[Difference]) -> tuple[list[Finding], float | None]:
-    what = f"{len(differing)} tokens differ: {_shown(differing)}"
+    what = f"{len(differing):,} tokens differ: {_shown(differing)}"
     try:
         carried = Translation(ours.tokenizer, theirs.tokenizer, theirs.name)
     except PairIncompatible as error:
@@ -350,10 +353,12 @@ def _speedup(alpha: float, c: float, k: int) -> float:
 def _promise(figures: Mapping[str, Any]) -> Iterator[Finding]:
     (low, high), (least, most) = figures["c"], figures["speedup"]
     level: Level = "ok" if least > 1.05 else "note"
-    said = (
-        f"a draft step costs {low:.2f} to {high:.2f} of a target pass; at best {least:.2f}× if half of the tokens are "
-        f"accepted, {most:.2f}× if four in five are; `specdec bench` measures it"
-    )
+    said = f"a draft step costs {low:.2f} to {high:.2f} of a target pass; "
+    if most < 1.005:
+        said += "too dear to be faster even if four in five tokens are accepted"
+    else:
+        said += f"at best {least:.2f}× if half of the tokens are accepted, {most:.2f}× if four in five are; "
+        said += "`specdec bench` measures it"
     yield Finding("speed", level, said)
 
 

@@ -59,26 +59,31 @@ class DraftFolder:
     made_for: str = ""
     """The target's name, where its maker says it."""
 
+    @property
+    def name(self) -> str:
+        """As a user calls it."""
+        return "builtin" if self.path.name == "builtin_draft" else str(self.path)
+
     def taps_on(self, hidden: int, layers: int) -> tuple[int, ...]:
         """The layers that a head reads of a target so wide and deep. Raises PairIncompatible for one of another size."""
         own = int(self.config["hidden_size"])
         width = int(self.config.get("target_hidden_size") or own)
         if width != hidden:
             raise PairIncompatible(
-                f"the draft {self.path} reads features of {width} numbers, and the target's have {hidden}",
+                f"the draft {self.name} reads features of {width} numbers, and the target's have {hidden}",
                 "choose the target that it was made for",
             )
         return self.layers.taps(layers)
 
     def check(self, tokenizer: Any, target: str, vocab: int) -> None:
         """Raises PairIncompatible for another target's tokenizer or logits: ids would mean other tokens, or none."""
-        other = bool(self.tokenizer) and fingerprint(tokenizer) != self.tokenizer
-        if other or int(self.ids.max()) >= vocab or self.vocab not in (0, vocab):
-            hint = f"it was made for {self.made_for}" if self.made_for else "choose the target that it was made for"
+        hint = f"it was made for {self.made_for}" if self.made_for else "choose the target that it was made for"
+        if self.vocab not in (0, vocab):
             raise PairIncompatible(
-                f"the draft {self.path} was made for another tokenizer than that of {target}",
-                f"{hint}; specdec distill makes a draft for this one",
+                f"the head {self.name} is for targets of {self.vocab:,} tokens, and {target} has {vocab:,}", hint
             )
+        if int(self.ids.max()) >= vocab or (self.tokenizer and fingerprint(tokenizer) != self.tokenizer):
+            raise PairIncompatible(f"the draft {self.name} was made for another tokenizer than that of {target}", hint)
 
 
 def fingerprint(tokenizer: Any) -> str:

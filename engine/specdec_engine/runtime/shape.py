@@ -75,7 +75,7 @@ class Shape:
 def shape_of(config: Any) -> Shape:
     """Raises Unsupported, with the reason, for a model that this forward would not compute exactly."""
     if config.model_type not in FAMILY:
-        raise Unsupported(f"{config.model_type} is not one of {', '.join(FAMILY)}")
+        raise Unsupported(f"{config.model_type} is not one of the kinds that our own forward computes")
     if getattr(config, "quantization_config", None) is not None:
         raise Unsupported("its weights are quantized")
     if config.hidden_act != "silu":
