@@ -268,8 +268,8 @@ def _paired(models: Loader, draft: str | None) -> Pair:
 
 
 def _translation(target: Candidate, draft: Candidate, notes: list[str]) -> Translation | None:
-    """For a draft whose ids mean other tokens; None where they mean the same. Raises PairIncompatible for one whose text
-    cannot be carried over."""
+    """Build one for a draft whose ids mean other tokens; None where they mean the same. Raises PairIncompatible for one whose
+    text cannot be carried over."""
     differing = compare_tokenizers(target.tokenizer, draft.tokenizer)
     if differing.ordinary:
         notes.append(

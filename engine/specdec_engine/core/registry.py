@@ -124,7 +124,7 @@ def entry_of(spec: str) -> DrafterEntry | None:
 
 
 def levels_of(spec: str) -> tuple[str, str] | None:
-    """Of `ngram+MODEL` the lookup, and the model that it drafts for; None for a draft of one level."""
+    """Split `ngram+MODEL` into the lookup and the model that it drafts for; None for a draft of one level."""
     lower, plus, upper = spec.partition("+")
     return (lower.strip(), upper.strip()) if plus and is_lookup(lower) else None
 

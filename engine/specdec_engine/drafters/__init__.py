@@ -65,7 +65,7 @@ def _on_two_levels(lower: str, upper: str, setup: DraftSetup) -> Drafter:
 
 
 def is_checkpoint(spec: str) -> bool:
-    """Whether it names an ordinary causal LM, which other programs could load too: not a lookup, no head,
+    """Say whether it names an ordinary causal LM, which other programs could load too: not a lookup, no head,
     nothing that `distill` made, nothing of a third party."""
     from specdec_engine.models.draft_files import read_draft
     from specdec_engine.models.sources import resolve
@@ -80,7 +80,7 @@ def is_checkpoint(spec: str) -> bool:
 
 
 def _kind(name: str, setup: DraftSetup) -> str:
-    """Which drafter runs the model of this name: its files tell."""
+    """Tell by its files which drafter runs the model of this name."""
     from specdec_engine.models.draft_files import builtin_draft, read_draft
 
     found = read_draft(builtin_draft() if name == "builtin" else setup.find(name))

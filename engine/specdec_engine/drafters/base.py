@@ -70,7 +70,7 @@ class Guesser(Protocol):
     def begin(self, prompt: Sequence[int]) -> None: ...
 
     def guess(self, context: Sequence[int], said: Sequence[int], k: int) -> list[int]:
-        """At most k tokens that may follow the context and what a draft has said after it; the latter is not remembered."""
+        """Expect at most k tokens after the context and what a draft has said after it; the latter is not remembered."""
         ...
 
 
@@ -82,9 +82,9 @@ class LoadedDraft:
     ids: Tensor | None = None
     """[V']: the target's id of each draft id, for a reduced vocabulary."""
     translation: Translation | None = None
-    """For a draft whose ids mean other tokens than the target's."""
+    """Between the tokenizers, where the draft's ids mean other tokens than the target's."""
     mask: int | None = None
-    """Of a model that fills in masked places, the token that masks them."""
+    """The token that masks places, of a model that fills them in (PARD)."""
 
 
 @dataclass(frozen=True, slots=True)

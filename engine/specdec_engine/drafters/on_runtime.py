@@ -47,7 +47,7 @@ class RuntimeDrafter:
 
     @property
     def in_one_pass(self) -> bool:
-        """Whether it fills in masked places."""
+        """True for a model that fills in masked places."""
         return self._mask is not None
 
     def take_guesses(self, guesser: Guesser, name: str) -> None:
@@ -92,7 +92,7 @@ class RuntimeDrafter:
         return partial(step_by_step, self.runtime) if sampling.coupled else self.runtime.unroll
 
     def _guesses(self, context: Sequence[int], said: Sequence[int], k: int) -> list[int]:
-        """At most k tokens that this draft may go on with, its own ids; said: its own, too."""
+        """Expect at most k tokens that this draft may go on with, its own ids; said: its own, too."""
         assert self._guesser is not None
         targets = said if self._targets is None else [self._targets[token] for token in said]
         found = self._draft_ids(self._guesser.guess(context, targets, k))

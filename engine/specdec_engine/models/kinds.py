@@ -121,7 +121,7 @@ def rollback_by_kind(config: Any, name: str) -> Rollback | None:
 
 
 def mask_of(config: Any, name: str) -> int | None:
-    """Of a model that fills in masked places (PARD), the token that masks them. Raises ModelUnavailable for no token."""
+    """Find the token that masks places, of a model that fills them in (PARD). Raises ModelUnavailable for no token."""
     text = config.get_text_config()
     found: int | None = getattr(text, "pard_token", None)
     if found is not None and (not isinstance(found, int) or not 0 <= found < text.vocab_size):
