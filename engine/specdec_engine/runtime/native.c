@@ -18,11 +18,12 @@ columns of all LANES output columns. */
 
 #if defined(__AVX512BW__)
 #define LANES 16
+#define MOST 8 /* rows that share what is read of a packed matrix, or of a cache: as many as the registers hold */
 #else
 #define LANES 8
+#define MOST 6
 #endif
-#define TILE 4    /* rows that share what is read of a dense matrix */
-#define MOST 6    /* of a packed one, and of a cache; with eight the registers do not suffice */
+#define TILE 4    /* of a dense matrix */
 #define CHUNK 64  /* rows whose activations stay in the second-level cache */
 #define UNROLLED _Pragma("GCC unroll 8")
 #if defined(__AVX2__)
@@ -158,25 +159,54 @@ void pack(int bits, int group, const int8_t *q, const half *scale, const half *o
     }
 }
 
-/* A row that is not made of numbers gives a scale that is none, and so answers that are none. */
-static void round_row(int group, const float *x, long K, int16_t *q, float *scale, float *sum) {
-  for (long g = 0; g < K / group; g++, x += group, q += group) {
-    float most = 0, broken = 0;
-    int32_t total = 0;
-    for (int i = 0; i < group; i++) {
-      const float size = fabsf(x[i]);
-      most = size > most ? size : most;
-      broken += x[i] * 0;
-    }
-    const float inverse = most > 1e-30f && broken == 0 ? 32767.f / most : 0; /* of less it would be infinite */
-    for (int i = 0; i < group; i++) {
-      const int value = inverse > 0 ? (int)rintf(x[i] * inverse) : 0;
-      q[i] = (int16_t)value;
-      total += value;
-    }
-    scale[g] = most / 32767.f + broken;
-    sum[g] = scale[g] * (float)total;
+INLINE floats chosen(ints mask, floats yes, floats no) { return (floats)((mask & (ints)yes) | (~mask & (ints)no)); }
+
+INLINE floats larger(floats a, floats b) { return chosen(a > b, a, b); }
+
+INLINE int32_t plain_max(int32_t a, int32_t b) { return a > b ? a : b; }
+INLINE int32_t plain_add(int32_t a, int32_t b) { return a + b; }
+
+/* All lanes as one number. */
+#if defined(__AVX512BW__)
+#define OVER_LANES(op) INLINE int32_t op##_lanes(ints x) { return _mm512_reduce_##op##_epi32((__m512i)x); }
+#elif defined(__AVX2__)
+#define OVER_LANES(op) \
+  INLINE int32_t op##_lanes(ints x) { \
+    __m128i y = _mm_##op##_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1)); \
+    y = _mm_##op##_epi32(y, _mm_shuffle_epi32(y, 0x4e)); \
+    return _mm_cvtsi128_si32(_mm_##op##_epi32(y, _mm_shuffle_epi32(y, 0xb1))); \
   }
+#else
+#define OVER_LANES(op) \
+  INLINE int32_t op##_lanes(ints x) { \
+    for (int i = 1; i < LANES; i++) x[0] = plain_##op(x[0], x[i]); \
+    return x[0]; \
+  }
+#endif
+OVER_LANES(max)
+OVER_LANES(add)
+
+/* A group that is not made of numbers gives a scale that is none, and so answers that are none. */
+INLINE void round_group(const int group, const float *x, int16_t *q, float *scale, float *sum) {
+  const floats zero = {}, magic = zero + 12582912.f; /* 1.5 * 2^23: adding it rounds to whole numbers */
+  ints sizes = {}, total = {};
+  for (int i = 0; i < group; i += LANES) { /* as integers, of which those that are no number are the largest */
+    const ints size = (ints)load(x, i, 0, LANES) & 0x7fffffff, more = size > sizes;
+    sizes = (more & size) | (~more & sizes);
+  }
+  const int32_t bits = max_lanes(sizes);
+  float most;
+  memcpy(&most, &bits, sizeof most);
+  const float inverse = most > 1e-30f && bits < 0x7f800000 ? 32767.f / most : 0; /* of less it would be infinite */
+  for (int i = 0; i < group; i += LANES) {
+    const floats v = inverse > 0 ? load(x, i, 0, LANES) * inverse : zero;
+    const ints rounded = (ints)(v + magic) - (ints)magic;
+    const shorts word = __builtin_convertvector(rounded, shorts);
+    memcpy(q + i, &word, sizeof word);
+    total += rounded;
+  }
+  *scale = most / 32767.f + (most - most);
+  *sum = *scale * (float)add_lanes(total);
 }
 
 INLINE void packed_tile(const int R, const int bits, const int group, const int offsets, const int16_t *x,
@@ -220,7 +250,13 @@ INLINE void packed_tile(const int R, const int bits, const int group, const int 
   switch (R) { case 1: { enum { T = 1 }; call; } break; case 2: { enum { T = 2 }; call; } break; \
                case 3: { enum { T = 3 }; call; } break; default: { enum { T = 4 }; call; } }
 #define BY_MORE_ROWS(R, call) \
-  switch (R) { case 5: { enum { T = 5 }; call; } break; case 6: { enum { T = 6 }; call; } break; default: BY_ROWS(R, call) }
+  switch (R) { case 5: { enum { T = 5 }; call; } break; case 6: { enum { T = 6 }; call; } break; BY_MOST_ROWS(call) \
+               default: BY_ROWS(R, call) }
+#if MOST == 8
+#define BY_MOST_ROWS(call) case 7: { enum { T = 7 }; call; } break; case 8: { enum { T = 8 }; call; } break;
+#else
+#define BY_MOST_ROWS(call)
+#endif
 #define BY_FORM(bits, group, offsets, call) \
   if (bits == 4) { enum { S = 4, P = 32, O = 1 }; call; } \
   else if (group == 16) { enum { S = 8, P = 16, O = 0 }; call; } \
@@ -244,7 +280,10 @@ static void packed_products(matrix m, const float *x, long rows, char *room, flo
   float *scale = (float *)room, *sum = scale + rows * G;
   int16_t *q = (int16_t *)(sum + rows * G);
 #pragma omp for schedule(static)
-  for (long r = 0; r < rows; r++) round_row(m.group, x + r * m.K, m.K, q + r * m.K, scale + r * G, sum + r * G);
+  for (long r = 0; r < rows; r++)
+    for (long g = r * G; g < (r + 1) * G; g++)
+      if (m.group == 32) round_group(32, x + g * 32, q + g * 32, scale + g, sum + g);
+      else round_group(16, x + g * 16, q + g * 16, scale + g, sum + g);
   for (long first = 0; first < rows; first += CHUNK) {
     const long end = first + CHUNK < rows ? first + CHUNK : rows, tiles = (end - first + MOST - 1) / MOST;
     const long tile = (end - first + tiles - 1) / tiles;
@@ -346,8 +385,6 @@ int multiply(const matrix *m, const float *x, long rows, float *out, int threads
 }
 
 /* What lies between the matrices. A row is worked out by itself, in one order, whatever rows are beside it. */
-
-INLINE floats chosen(ints mask, floats yes, floats no) { return (floats)((mask & (ints)yes) | (~mask & (ints)no)); }
 
 INLINE float total(floats x) {
   float sum = 0;
@@ -533,9 +570,10 @@ INLINE void attend_part(const int R, const int narrow, const float *queries, con
     }
   }
   for (int r = 0; r < R; r++) {
-    float best = -INFINITY;
-    for (long j = 0; j < count; j++) best = weights[r][j] > best ? weights[r][j] : best;
-    floats sum = {};
+    floats sum = {}, highest = sum - INFINITY;
+    for (long j = 0; j < count; j += LANES) highest = larger(load(weights[r], j, 0, LANES), highest);
+    float best = highest[0];
+    for (int i = 1; i < LANES; i++) best = highest[i] > best ? highest[i] : best;
     for (long j = 0; j < count; j += LANES) {
       const floats weight = exponential(load(weights[r], j, 0, LANES) - best);
       store(weights[r], j, 0, LANES, weight);
