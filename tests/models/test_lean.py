@@ -83,6 +83,17 @@ def made(name):
     return model
 
 
+def test_float32_stays_float32_where_wide_passes_are_faster_in_bfloat16():
+    """As with AMX: a narrower cache may be read so, and no other."""
+    model = made("llama")
+    tokens = torch.randint(0, 97, (300,), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        scratch = model(tokens[None], use_cache=False).logits[0]
+    runtime = lean(model, capacity=16, ops=replace(TORCH, few=0, wide_dtype=torch.bfloat16))
+    for start, end in ((0, 100), (100, 300)):
+        assert torch.allclose(runtime.forward(tokens[start:end], end - start), scratch[start:end], atol=1e-3)
+
+
 @pytest.mark.parametrize("ops", [None, TORCH], ids=["", "as on a GPU"])
 @pytest.mark.parametrize("name", FAMILY)
 def test_logits_equal_transformers_through_rollbacks_and_cache_growth(name, ops):

@@ -70,7 +70,7 @@ class Ops:
     how far to look, so that a recording fits every length. None: torch's attention, over a span."""
     few: int = FEW_ROWS
     wide_dtype: torch.dtype | None = None
-    """In which torch's attention of more rows works; by default the cache's."""
+    """In which torch's attention of more rows reads a cache that is not float32; by default in the cache's own."""
     remark: str = ""
     """Why better ones were not taken."""
 
@@ -104,13 +104,13 @@ class Pass:
         self._attend_few = ops.attend if n <= ops.few else None
         self._grouped = n <= FEW_ROWS and start is None
         together = shape.heads // shape.kv_heads if self._grouped else 1
-        masked = ops.wide_dtype or cache.dtype
+        self._wide_dtype = cache.dtype if cache.dtype == torch.float32 else ops.wide_dtype or cache.dtype
         self._still = None if all(shape.rotated) else torch.ones_like(rotation)  # for layers that do not rotate
         self._whole = None if kernels is None else (kernels, pass_fields(shape.heads, rotation, positions, cache[0]))
         if self._whole is not None and self._still is not None:
             self._whole_still = pass_fields(shape.heads, self._still, positions, cache[0])
         self._shape = shape
-        self._masks = {w: self._mask(w, together, masked) for w in self._masked(shape.windows)}
+        self._masks = {w: self._mask(w, together, self._wide_dtype) for w in self._masked(shape.windows)}
 
     @property
     def x(self) -> Tensor:
@@ -169,8 +169,7 @@ class Pass:
         """[n, heads, head_size] -> [n, heads · head_size]"""
         if self._attend_few is not None:
             return self._attend_few(queries, kept, self._positions, window).to(self._dtype)
-        dtype = self._ops.wide_dtype or kept.dtype
-        queries, kept = queries.to(dtype), kept[:, : self._end].to(dtype)
+        queries, kept = queries.to(self._wide_dtype), kept[:, : self._end].to(self._wide_dtype)
         if self._grouped:
             return attend_grouped(queries, kept, self._masks[window]).to(self._dtype)
         return attend_in_groups(queries, kept, self._masks.get(window, self._causal)).to(self._dtype)
