@@ -38,6 +38,8 @@ LEAN: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("GraniteConfig", {"residual_multiplier": 0.22, "attention_multiplier": 0.015625}),
     "olmo2": ("Olmo2Config", {}),
     "exaone4": ("Exaone4Config", {"sliding_window": None, "layer_types": ["full_attention"] * 12}),
+    "gemma3": ("Gemma3TextConfig", {"sliding_window": 512, "query_pre_attn_scalar": 64}),
+    "olmo3": ("Olmo3Config", {}),
 }
 MIXED = ["linear_attention", "linear_attention", "linear_attention", "full_attention"] * 3
 HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {

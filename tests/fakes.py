@@ -353,24 +353,44 @@ def save_eagle_head(folder: Path, target: Any, vocab: int, ids: int = 60) -> Pat
     return folder
 
 
-def save_gguf(file: Path, kind: str = "Q4_0", seed: int = 0, scaling: str | None = None) -> Path:
-    """A small Llama as llama.cpp would store it: packed matrices, query and key rows in its own order, vocabulary inside."""
+def save_gguf(
+    file: Path,
+    kind: str = "Q4_0",
+    seed: int = 0,
+    scaling: tuple[str, float, int] | None = None,
+    arch: str = "llama",
+    model: Any = None,
+) -> Path:
+    """A small model, by default a Llama, as llama.cpp would store it: packed matrices, a Llama's query and key rows in its
+    own order, Gemma's norms whole, vocabulary inside. scaling: of the rotation: type, factor, original length."""
     import gguf
 
     tokenizer = byte_tokenizer()
-    model = tiny_llama(seed, hidden=64, vocab=len(tokenizer), tie_word_embeddings=True)
+    if model is None:
+        model = tiny_llama(seed, hidden=64, vocab=len(tokenizer), tie_word_embeddings=True)
     config, state = model.config, model.state_dict()
-    writer = gguf.GGUFWriter(file, "llama")
+    rope = config.rope_parameters
+    writer = gguf.GGUFWriter(file, arch)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if arch.startswith(("gemma", "qwen3")):
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+    if arch.startswith("gemma"):
+        writer.add_sliding_window(config.sliding_window)
+    if arch == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
     if scaling:
-        writer.add_rope_scaling_type(gguf.RopeScalingType(scaling))
+        writer.add_rope_scaling_type(gguf.RopeScalingType(scaling[0]))
+        writer.add_rope_scaling_factor(scaling[1])
+        writer.add_rope_scaling_orig_ctx_len(scaling[2])
     writer.add_vocab_size(config.vocab_size)
     pieces = tokenizer.get_vocab()
     writer.add_tokenizer_model("gpt2")
@@ -380,14 +400,17 @@ def save_gguf(file: Path, kind: str = "Q4_0", seed: int = 0, scaling: str | None
     writer.add_token_merges(_MERGES)
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
+    writer.add_pad_token_id(0)
     writer.add_chat_template(CHAT_TEMPLATE)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], config.num_hidden_layers)
     for name, tensor in state.items():
-        if name == "lm_head.weight":
+        if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
-            if part in name:
+            if part in name and arch == "llama":
                 tensor = tensor.view(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
+        if name.endswith("norm.weight") and arch.startswith("gemma"):
+            tensor = tensor + 1
         packed = gguf.GGMLQuantizationType[kind if tensor.dim() == 2 else "F32"]
         stored = names.get_name(name, try_suffixes=(".weight",))
         writer.add_tensor(stored, gguf.quantize(tensor.float().numpy(), packed), raw_dtype=packed)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
 from specdec_engine.errors import ModelUnavailable
@@ -12,7 +15,8 @@ from specdec_engine.models.loading import find_model, load_model
 from specdec_engine.models.options import LoadOptions
 from specdec_engine.models.progress import silent
 from specdec_engine.runtime.target import ModelTarget
-from tests.fakes import ScriptedDrafter, emitted, run, save_gguf
+from tests.fakes import ScriptedDrafter, byte_tokenizer, emitted, run, save_gguf, tiny_llama
+from tests.models import llama_cpp
 
 TOKENS = torch.arange(4, 40)
 
@@ -81,11 +85,82 @@ def test_an_architecture_whose_names_we_do_not_know_is_left_to_transformers(file
     assert torch.allclose(loaded.runtime.forward(TOKENS, len(TOKENS)), theirs, atol=1e-3)
 
 
-def test_a_scaled_rotation_is_refused_and_not_left_out(tmp_path):
-    """transformers drops it from the config, and every position would be rotated wrongly."""
-    file = save_gguf(tmp_path / "scaled.gguf", "F16", scaling="linear")
-    with pytest.raises(ModelUnavailable, match=r"says llama.rope.scaling.type = linear, which is not read"):
+@pytest.mark.parametrize("runtime", ["generic", "lean"])
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_a_stretched_rotation_is_read(kind, runtime, tmp_path):
+    """transformers drops it from the config, and would rotate every position wrongly."""
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+    model = tiny_llama(hidden=64, vocab=len(byte_tokenizer()), tie_word_embeddings=True, rope_parameters=rope)
+    file = save_gguf(tmp_path / "stretched.gguf", "F16", scaling=(kind, 4.0, 16), model=model)
+    loaded = load_model(str(file), LoadOptions(dtype="float32", runtime=runtime))
+    with torch.inference_mode():
+        expected = model(TOKENS[None]).logits[0]
+    found = loaded.runtime.forward(TOKENS, len(TOKENS))
+    assert (found - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+def test_a_rotation_that_is_stretched_otherwise_is_refused_and_not_left_out(tmp_path):
+    file = save_gguf(tmp_path / "scaled.gguf", "F16", scaling=("longrope", 4.0, 16))
+    with pytest.raises(ModelUnavailable, match=r"says llama.rope.scaling.type = longrope, which is not read"):
         load_model(str(file), LoadOptions())
+
+
+_SMALL = {
+    "vocab_size": len(byte_tokenizer()), "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.2,
+    "pad_token_id": 0,
+}  # fmt: skip
+_OTHERS = {
+    "gemma2": ("Gemma2Config", {"head_dim": 32, "sliding_window": 5, "query_pre_attn_scalar": 32}),
+    "gemma3": ("Gemma3TextConfig", {"head_dim": 32, "sliding_window": 5, "query_pre_attn_scalar": 32}),
+    "phi3": ("Phi3Config", {"tie_word_embeddings": False}),
+}
+
+
+@pytest.fixture(scope="module", params=_OTHERS)
+def other(request, tmp_path_factory):
+    """A GGUF of another architecture, and the model that it is of. Norms are no ones, which would hide mistakes."""
+    name, more = _OTHERS[request.param]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(getattr(transformers, name)(**_SMALL, **more)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.3 * torch.randn(parameter.shape)
+    folder = tmp_path_factory.mktemp(request.param)
+    return [
+        save_gguf(folder / f"{kind}.gguf", kind, arch=request.param, model=model) for kind in ("F16", "Q4_0")
+    ], model
+
+
+@pytest.mark.parametrize("runtime", ["generic", "lean"])
+def test_other_architectures_compute_what_their_models_do(other, runtime):
+    (file, _), model = other
+    loaded = load_model(str(file), LoadOptions(dtype="float32", runtime=runtime))
+    assert loaded.runtime.name == runtime
+    with torch.inference_mode():
+        expected = model(TOKENS[None]).logits[0]
+    found = loaded.runtime.forward(TOKENS, len(TOKENS))
+    assert (found - expected).abs().max() < 0.02 * expected.abs().max()  # what rounding to float16 may do
+
+
+@pytest.mark.parametrize("case", llama_cpp.CASES)
+def test_llama_cpp_computes_the_same(case, tmp_path):
+    """To the 16 bits in which it keeps keys and values; what it said is recorded."""
+    runtime = load_model(str(llama_cpp.save(case, tmp_path)), LoadOptions(dtype="float32")).runtime
+    for length, told in json.loads(llama_cpp.RECORD.read_text("utf-8"))[case].items():
+        runtime.rollback(0)
+        found = runtime.forward(torch.tensor(llama_cpp.PROMPT[: int(length)]), 1)[-1].log_softmax(-1)
+        assert all(found[int(token)].item() == pytest.approx(expected, abs=0.05) for token, expected in told.items())
+
+
+def test_other_architectures_stay_packed(other):
+    (_, file), _ = other
+    packed = load_model(str(file), LoadOptions())
+    assert packed.weights == "int4"
+    dense = load_model(str(file), LoadOptions(dtype="float32", runtime="generic")).runtime.forward(TOKENS, len(TOKENS))
+    found = packed.runtime.forward(TOKENS, len(TOKENS)).float()
+    assert (found - dense).pow(2).mean().sqrt() < 0.05 * dense.std()
 
 
 def test_a_download_that_was_cut_short_says_so(file, tmp_path):

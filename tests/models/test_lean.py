@@ -66,9 +66,35 @@ FAMILY = {
     "smollm3, tied, all layers rotated": ("SmolLM3Config", {"no_rope_layers": [1] * 4, "tie_word_embeddings": True}),
     "olmo2": ("Olmo2Config", {}),
     "exaone4": ("Exaone4Config", {"sliding_window": None, "layer_types": ["full_attention"] * 4}),
+    "gemma": ("GemmaConfig", {}),
+    "gemma2": ("Gemma2Config", {"sliding_window": 5, "query_pre_attn_scalar": 12, "attn_logit_softcapping": 2.0}),
+    "gemma3": ("Gemma3TextConfig", {"sliding_window": 5, "layer_types": WINDOWED, "query_pre_attn_scalar": 12}),
+    "gemma3, stretched without a window": (
+        "Gemma3TextConfig",
+        {
+            "sliding_window": 5, "layer_types": WINDOWED, "final_logit_softcapping": 4.0, "attention_bias": True,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0},
+            },
+        },
+    ),
+    "olmo3": ("Olmo3Config", {"sliding_window": 5}),
+    "olmo3, stretched without a window": (
+        "Olmo3Config",
+        {
+            "sliding_window": 5,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+                "full_attention": {
+                    "rope_type": "yarn", "factor": 4.0, "rope_theta": 500.0, "original_max_position_embeddings": 64,
+                },
+            },
+        },
+    ),
     "exaone4 with windows": ("Exaone4Config", {"sliding_window": 5, "layer_types": WINDOWED}),
 }  # fmt: skip
-PLAIN = [name for name in FAMILY if not name.startswith(("granite", "olmo2", "exaone4"))]
+PLAIN = [name for name in FAMILY if not name.startswith(("granite", "olmo", "exaone4", "gemma"))]
 """What kernels of our own do a layer of in one call."""
 
 
@@ -175,7 +201,7 @@ def test_greedy_output_equals_transformers_generate(name):
 @pytest.mark.parametrize(
     ("config", "options", "reason"),
     [
-        ("Gemma2Config", {}, "gemma2 is not one of"),
+        ("Glm4Config", {}, "glm4 is not one of"),
         ("LlamaConfig", {"hidden_act": "gelu"}, "activation is gelu"),
         (
             "LlamaConfig",

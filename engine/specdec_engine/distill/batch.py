@@ -67,7 +67,8 @@ class Batch:
         heads[:, : s.heads] *= s.head_size**-0.5
         return heads.to(self._decoder.dtype)
 
-    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _normed(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        assert weight is not None
         return rms_norm(x, x.shape[-1:], weight, self._decoder.shape.eps).to(self._decoder.dtype)
 
     def _attend(self, queries: Tensor, cache: Tensor, hidden: Tensor) -> Tensor:

@@ -195,15 +195,14 @@ def _geometry(layer: Mapping[str, Any]) -> dict[str, Any]:
     made: Any = kind(**known)
     size = int(getattr(made, "head_dim", None) or made.hidden_size // made.num_attention_heads)
     try:
-        frequencies, scale = rope_of(made, rotary_of(made, size))
+        rotation = rope_of(made, rotary_of(made, size))
     except Unsupported as reason:
         raise ValueError(str(reason)) from reason
     return {
         "head_dim": size,
         "num_key_value_heads": int(made.num_key_value_heads or made.num_attention_heads),
         "rms_norm_eps": made.rms_norm_eps,
-        "frequencies": frequencies,
-        "rope_scale": scale,
+        "rotation": rotation,
     }
 
 

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,17 +29,36 @@ from specdec_engine.system.folders import cache_folder
 if TYPE_CHECKING:
     from specdec_engine.runtime.weights import Entry
 
-LAYOUT = 4
+LAYOUT = 5
 """Version of the folder; raise it when its contents change."""
 SCRATCH = ".scratch-"
 _INDEX = "index.json"
 _DIGEST = "sha256"
 _SLOW = 10_000_000
 """Bytes from which on a file has a vocabulary that takes long to read."""
-_INTERLEAVED = ("llama",)
-"""GGUF architectures whose query and key rows are stored as llama.cpp rotates them: in pairs."""
-_MEMBERS = ("llama", "qwen2", "qwen3")
-"""Those whose tensors have Hugging Face names one to one. Others are left to transformers."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """How an architecture's tensors differ from Hugging Face's of the same names."""
+
+    interleaved: bool = False
+    """Query and key rows are stored as llama.cpp rotates them: in pairs."""
+    fused: bool = False
+    """One matrix for queries, keys and values, and one for gate and up."""
+    plus: float = 0.0
+    """What is added to the norms' weights: llama.cpp keeps Gemma's whole, Hugging Face less one."""
+
+
+_MEMBERS = {
+    "gemma2": _Member(plus=-1.0),
+    "gemma3": _Member(plus=-1.0),
+    "llama": _Member(interleaved=True),
+    "phi3": _Member(fused=True),
+    "qwen2": _Member(),
+    "qwen3": _Member(),
+}
+"""GGUF architectures whose tensors have Hugging Face names one to one. Others are left to transformers."""
 
 
 def beside(gguf: Path, name: str, report: Report) -> Path:
@@ -116,6 +135,9 @@ class PlainConfig(SimpleNamespace):
     def get_text_config(self) -> PlainConfig:
         return self
 
+    def standardize_rope_params(self) -> None:
+        """Nothing is left to do: these are the values of a config that was made. transformers' rotations ask for it."""
+
 
 def plain_config(folder: Path) -> PlainConfig:
     return PlainConfig(**_read_index(folder)["config"])
@@ -141,6 +163,7 @@ def _make(gguf: Path, into: Path, name: str, report: Report) -> None:
         Header,
         check_computed,
         check_header,
+        complete,
         end_ids,
         given_to_transformers,
     )
@@ -164,10 +187,11 @@ def _make(gguf: Path, into: Path, name: str, report: Report) -> None:
     with given_to_transformers(header, gguf), _alone(gguf) as folder:
         source = {"pretrained_model_name_or_path": folder, "gguf_file": gguf.name, "local_files_only": True}
         config = AutoConfig.from_pretrained(**source)
+        complete(header, config)
         check_computed(header, gguf, config)
         tokenizer = AutoTokenizer.from_pretrained(**source)
-    if config.model_type == "gemma3_text":  # not in the header: llama.cpp has it by the model's size, transformers 256
-        config.query_pre_attn_scalar = _gemma3_scalar(config)
+    if config.model_type in _WIDEST_LAYERS:  # not in the header: llama.cpp has it by the model's size, transformers 256
+        config.query_pre_attn_scalar = _gemma_scalar(config)
     config.name_or_path = str(gguf)
     config.save_pretrained(into)
     generation = GenerationConfig.from_model_config(config)
@@ -188,9 +212,14 @@ def _alone(gguf: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _gemma3_scalar(config: Any) -> int:
-    """The number whose root divides a query: a head's size; in the 27B, of 62 layers, the share of hidden size a head has."""
-    return int(config.hidden_size // config.num_attention_heads if config.num_hidden_layers == 62 else config.head_dim)
+_WIDEST_LAYERS = {"gemma2": 46, "gemma3_text": 62}
+"""Layers of the 27B of each kind."""
+
+
+def _gemma_scalar(config: Any) -> int:
+    """The number whose root divides a query: a head's size; in the 27B the share of hidden size that a head has."""
+    widest = config.num_hidden_layers == _WIDEST_LAYERS[config.model_type]
+    return int(config.hidden_size // config.num_attention_heads if widest else config.head_dim)
 
 
 def _read_entries(reader: Any) -> dict[str, Entry]:
@@ -205,8 +234,9 @@ def _read_entries(reader: Any) -> dict[str, Entry]:
     layers = int(reader.fields[f"{arch}.block_count"].contents())
     heads = int(reader.fields[f"{arch}.attention.head_count"].contents())
     kv_heads = int(reader.fields[f"{arch}.attention.head_count_kv"].contents())
-    interleaved = {"q_proj": heads, "k_proj": kv_heads} if arch in _INTERLEAVED else {}
-    names = _hf_names(get_tensor_name_map(number[arch], layers), layers)
+    member = _MEMBERS[arch]
+    interleaved = {"q_proj": heads, "k_proj": kv_heads} if member.interleaved else {}
+    names = _hf_names(get_tensor_name_map(number[arch], layers), layers, member.fused)
     found = {}
     for tensor in reader.tensors:
         name = names.get(tensor.name, tensor.name)  # an unknown one keeps its name, and is seen to be left over
@@ -216,15 +246,19 @@ def _read_entries(reader: Any) -> dict[str, Entry]:
             offset=int(tensor.data_offset),
             size=int(tensor.n_bytes),
             heads=next((n for part, n in interleaved.items() if f".{part}." in name), 0),
+            plus=member.plus if name.endswith("norm.weight") else 0.0,
         )
     return found
 
 
-def _hf_names(table: Any, layers: int) -> dict[str, str]:
+def _hf_names(table: Any, layers: int, fused: bool) -> dict[str, str]:
     """GGUF's names -> Hugging Face's, from the gguf library's own table."""
-    parts = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "self_attn.q_norm"]
-    parts += ["self_attn.k_norm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
-    parts += ["input_layernorm", "post_attention_layernorm"]
+    from specdec_engine.runtime.shape import AROUND
+
+    apart = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"]
+    parts = ["self_attn.qkv_proj", "mlp.gate_up_proj"] if fused else apart
+    parts += ["self_attn.o_proj", "self_attn.q_norm", "self_attn.k_norm", "mlp.down_proj"]
+    parts += [*AROUND.names]
     stems = ["model.embed_tokens", "model.norm", "lm_head"]
     stems += [f"model.layers.{i}.{part}" for i in range(layers) for part in parts]
     wanted = (f"{stem}.{kind}" for stem in stems for kind in ("weight", "bias"))

@@ -140,6 +140,27 @@ def check_header(header: Header, file: Path) -> None:
         )
 
 
+def complete(header: Header, config: Any) -> None:
+    """Give a config what the header says and transformers leaves out: a head's size, and a stretched rotation, of Gemma 3's
+    layers without a window alone, as llama.cpp has it. What is left out after that is refused by `check_computed`."""
+    arch = _value(header, "general.architecture", "")
+    size = _value(header, f"{arch}.attention.key_length", None)
+    if (
+        size is not None
+        and size == _value(header, f"{arch}.attention.value_length", size)
+        and hasattr(config, "head_dim")
+    ):
+        config.head_dim = int(size)
+    kind, factor = (_value(header, f"{arch}.rope.scaling.{key}", None) for key in ("type", "factor"))
+    if kind not in ("linear", "yarn") or factor is None or config.rope_parameters is None:
+        return
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    rope |= {"rope_type": kind, "factor": float(factor)}
+    if kind == "yarn":
+        begin = _value(header, f"{arch}.rope.scaling.original_context_length", config.max_position_embeddings)
+        rope["original_max_position_embeddings"] = int(begin)
+
+
 def check_computed(header: Header, file: Path, config: Any) -> None:
     """Look whether what the header says of this architecture is in the config: transformers leaves out what it does not know,
     and would compute another function. Raises ModelUnavailable with the first key that is not."""
@@ -196,6 +217,11 @@ def _agrees(key: str, value: Any, config: Any) -> bool:
         limit = getattr(text, "max_position_embeddings", None)
         if limit is not None and value >= limit:
             return True
+    if key in ("rope.scaling.type", "rope.scaling.factor"):
+        rope = getattr(text, "rope_parameters", None) or {}
+        rope = rope.get("full_attention", rope)
+        stretched = rope.get("rope_type") if key.endswith("type") else rope.get("factor")
+        return bool(value == stretched or _close(value, stretched))
     if key in ("rope.freq_base", "rope.freq_base_swa"):
         thetas = _thetas(text, local=key.endswith("swa"))  # none for a model that does not rotate
         return not thetas or any(_close(value, theta) for theta in thetas)

@@ -38,7 +38,7 @@ class Blocks:
         self._whole = kernels if ops is None else None
         self.cache_dtype = cache_dtype(dtype, device, kernels)
         self.layers: Sequence[Layer] = ()
-        self._frequencies = shape.frequencies.to(device)
+        self._frequencies = [rotation.frequencies.to(device) for rotation in shape.rotations]
 
     @property
     def forms(self) -> str:
@@ -71,7 +71,8 @@ class Blocks:
 
     def norm_weight(self, weight: Tensor) -> Tensor:
         """[n] float32 on the device."""
-        return weight.to(self.device).float()
+        weight = weight.to(self.device).float()
+        return weight + 1.0 if self.shape.unit_norms else weight
 
     def begin(self, positions: Tensor, cache: Tensor, span: int, start: int | None = None) -> Pass:
         """A pass at [n] positions; the residual stream, `x`, is the caller's to fill.
@@ -80,12 +81,14 @@ class Blocks:
         it.
         """
         kernels = self._whole if len(positions) <= self.ops.few else None
-        return Pass(self.ops, self.shape, self.rotation(positions), self.dtype, positions, cache, span, start, kernels)
+        rotations = [self.rotation(positions, i) for i in range(len(self._frequencies))]
+        return Pass(self.ops, self.shape, rotations, self.dtype, positions, cache, span, start, kernels)
 
-    def rotation(self, positions: Tensor) -> Tensor:
-        """[n] -> [n, head_size / 2] complex: what pairs of a query's or a key's numbers are multiplied by."""
-        angles = positions[:, None] * self._frequencies
-        lengths = torch.full_like(angles, self.shape.rope_scale)
+    def rotation(self, positions: Tensor, which: int = 0) -> Tensor:
+        """[n] -> [n, head_size / 2] complex: what pairs of a query's or a key's numbers are multiplied by, in one of the
+        shape's rotations."""
+        angles = positions[:, None] * self._frequencies[which]
+        lengths = torch.full_like(angles, self.shape.rotations[which].scale)
         if self.shape.rotary:  # what is not rotated is not scaled
             lengths[:, self.shape.rotary // 2 :] = 1.0
         return torch.polar(lengths, angles)

@@ -50,7 +50,8 @@ class Decoder(Blocks):
         queries, keys = (count * shape.head_size for count in (shape.heads, shape.kv_heads))
         take = _Taker(Unfused(weights, queries, keys) if shape.fused else weights)
         if (factors := take.optional("rope_freqs.weight")) is not None:  # how GGUF keeps Llama 3's stretched rotation
-            shape = replace(shape, frequencies=shape.frequencies / factors)
+            stretched = [replace(r, frequencies=r.frequencies / factors) for r in shape.rotations]
+            shape = replace(shape, rotations=tuple(stretched))
         super().__init__(shape, dtype, device, ops, kernels)
         table = _table(take.stored("model.embed_tokens.weight"), dtype, device)
         self.layers = [self._layer(take, i, (dtype, device, quantize, kernels)) for i in range(shape.layers)]
@@ -66,7 +67,7 @@ class Decoder(Blocks):
         """The same model without its later blocks; shares all weights."""
         cut = copy.copy(self)
         shape = self.shape
-        cut.shape = replace(shape, layers=layers, windows=shape.windows[:layers], rotated=shape.rotated[:layers])
+        cut.shape = replace(shape, layers=layers, windows=shape.windows[:layers], turns=shape.turns[:layers])
         cut.layers = self.layers[:layers]
         return cut
 
@@ -98,7 +99,8 @@ class Decoder(Blocks):
         if taps is not None:
             taps.kept.index_copy_(0, positions, torch.stack([*kept, last], 1))
         logits: Tensor = self.head(last[-rows:])
-        return logits if scales.logits == 1.0 else logits * scales.logits
+        logits = logits if scales.logits == 1.0 else logits * scales.logits
+        return logits if scales.cap_logits == 0.0 else (logits / scales.cap_logits).tanh_().mul_(scales.cap_logits)
 
     def _layer(self, take: _Taker, i: int, to: _To) -> Layer:
         shape, at = self.shape, f"model.layers.{i}"
@@ -106,22 +108,30 @@ class Decoder(Blocks):
         size, rotary = shape.head_size, shape.rotary
         orders = {"q_proj": paired(shape.heads, size, rotary), "k_proj": paired(shape.kv_heads, size, rotary)}
         normed = orders if shape.wide_norms else dict.fromkeys(orders, paired(1, size, rotary))
-        before = ("input_layernorm", "post_attention_layernorm")
-        norms = before if shape.norms == "before" else ("post_attention_layernorm", "post_feedforward_layernorm")
-        attention_norm, mlp_norm = (self.norm_weight(take.dense(f"{at}.{norm}.weight")) for norm in norms)
+
+        def norm(name: str | None) -> Tensor | None:
+            return None if name is None else self.norm_weight(take.dense(f"{at}.{name}.weight"))
+
         layer = Layer(
-            attention_norm=attention_norm,
+            attention_norm=norm(shape.norms.attention),
             qkv=take.projection(attention, ("q_proj", "k_proj", "v_proj"), to, orders),
-            q_norm=take.optional(f"{attention}.q_norm.weight", normed["q_proj"], self.device),
-            k_norm=take.optional(f"{attention}.k_norm.weight", normed["k_proj"], self.device),
+            q_norm=self._head_norm(take, f"{attention}.q_norm.weight", normed["q_proj"]),
+            k_norm=self._head_norm(take, f"{attention}.k_norm.weight", normed["k_proj"]),
             out=take.projection(attention, ("o_proj",), to),
-            mlp_norm=mlp_norm,
+            mlp_norm=norm(shape.norms.mlp),
             gate_up=take.projection(mlp, ("gate_proj", "up_proj"), to),
             down=take.projection(mlp, ("down_proj",), to),
             window=shape.windows[i],
-            rotated=not shape.rotated or shape.rotated[i],
+            turn=shape.turns[i] if shape.turns else 0,
+            attention_after=norm(shape.norms.attention_after),
+            mlp_after=norm(shape.norms.mlp_after),
         )
         return whole(layer, shape)
+
+    def _head_norm(self, take: _Taker, name: str, order: Tensor) -> Tensor | None:
+        """Of queries or of keys, if they have one."""
+        found = take.optional(name, order)
+        return None if found is None else self.norm_weight(found)
 
 
 class Embedding:

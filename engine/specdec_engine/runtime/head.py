@@ -23,7 +23,7 @@ from specdec_engine.runtime.decoder import Embedding
 from specdec_engine.runtime.linear import Projection, Quantize, project
 from specdec_engine.runtime.native import Kernels
 from specdec_engine.runtime.ops import Layer, Ops
-from specdec_engine.runtime.shape import Shape
+from specdec_engine.runtime.shape import Rotation, Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +42,13 @@ class HeadForm:
 
 
 def head_shape(config: Mapping[str, Any]) -> Shape:
-    """From a head's config, with `frequencies` where its rotation is not a plain one of `rope_theta`. Raises KeyError for one
+    """From a head's config, with its `rotation` where that is not a plain one of `rope_theta`. Raises KeyError for one
     that lacks an entry."""
     size, layers = config["head_dim"], int(config.get("num_hidden_layers") or 1)
-    frequencies = config.get("frequencies")
-    if frequencies is None:
+    rotation = config.get("rotation")
+    if rotation is None:
         steps = torch.arange(0, size, 2, dtype=torch.int64).float() / size
-        frequencies = 1.0 / config["rope_theta"] ** steps
+        rotation = Rotation(1.0 / config["rope_theta"] ** steps)
     return Shape(
         layers=layers,
         heads=config["num_attention_heads"],
@@ -60,8 +60,7 @@ def head_shape(config: Mapping[str, Any]) -> Shape:
         tied=False,
         tensors={},
         windows=(None,) * layers,
-        frequencies=frequencies,
-        rope_scale=config.get("rope_scale", 1.0),
+        rotations=(rotation,),
     )
 
 
@@ -171,6 +170,7 @@ class HeadForward(Blocks):
         embedded = step.normed(self._embedding_norm)
         step.x.copy_(states)
         first, *others = self.layers
+        assert first.attention_norm is not None
         normed = step.normed(first.attention_norm)
         if self.form.residual_normed:
             step.x.copy_(normed)

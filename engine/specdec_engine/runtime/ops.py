@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import gelu, rms_norm, scaled_dot_product_attention, silu
 
 from specdec_engine.runtime.linear import Projection
 from specdec_engine.runtime.native import Kernels, LayerFields, pass_fields
@@ -27,18 +27,22 @@ FEW_ROWS = 16
 class Layer:
     """One block; the norms' weights are float32."""
 
-    attention_norm: Tensor
-    """Before attention, or after it: see `Shape.norms`."""
+    attention_norm: Tensor | None
+    """Of what attention reads; None where that is the stream as it is."""
     qkv: Projection
     q_norm: Tensor | None
     k_norm: Tensor | None
     out: Projection
-    mlp_norm: Tensor
+    mlp_norm: Tensor | None
     """Likewise."""
     gate_up: Projection
     down: Projection
     window: int | None
-    rotated: bool = True
+    turn: int = 0
+    """Which of the shape's rotations it has."""
+    attention_after: Tensor | None = None
+    """The norm of what attention gives; None where that is added as it is."""
+    mlp_after: Tensor | None = None
     fields: LayerFields | None = None
     """All this for our own kernels on a CPU, where they multiply all its matrices."""
 
@@ -82,7 +86,7 @@ class Pass:
         self,
         ops: Ops,
         shape: Shape,
-        rotation: Tensor,
+        rotations: Sequence[Tensor],
         dtype: torch.dtype,
         positions: Tensor,
         cache: Tensor,
@@ -90,25 +94,25 @@ class Pass:
         start: int | None,
         kernels: Kernels | None = None,
     ) -> None:
-        """rotation: see `Blocks.rotation`. span: places of the cache that take in all positions. start: the first position,
+        """rotations: see `Blocks.rotation`. span: places of the cache that take in all positions. start: the first position,
         where the host knows it. kernels: our own for a CPU, which do a layer in one call: nine operations take 9 µs of Python
         each, and 1 µs of work for few rows."""
         self._ops, self._eps, self._dtype, self._positions = ops, shape.eps, dtype, positions
         n = len(positions)
         self._x = torch.empty(n, shape.hidden, device=positions.device)
         self._more: Tensor | None = None
-        self._rotation = rotation
+        self._rotations = rotations
         self._kept = cache.unbind(0)
         self._end = span if start is None else start + n
-        self._causal = None if start is None else _causal(n, self._end, positions.device)
-        self._attend_few = ops.attend if n <= ops.few else None
-        self._grouped = n <= FEW_ROWS and start is None
+        capped = shape.scales.cap_scores != 0.0
+        self._causal = None if start is None or capped else _causal(n, self._end, positions.device)
+        self._attend_few = ops.attend if n <= ops.few and not capped else None
+        self._grouped = n <= FEW_ROWS and start is None and not capped
         together = shape.heads // shape.kv_heads if self._grouped else 1
         self._wide_dtype = cache.dtype if cache.dtype == torch.float32 else ops.wide_dtype or cache.dtype
-        self._still = None if all(shape.rotated) else torch.ones_like(rotation)  # for layers that do not rotate
-        self._whole = None if kernels is None else (kernels, pass_fields(shape.heads, rotation, positions, cache[0]))
-        if self._whole is not None and self._still is not None:
-            self._whole_still = pass_fields(shape.heads, self._still, positions, cache[0])
+        self._kernels = kernels
+        if kernels is not None:
+            self._fields = [pass_fields(shape.heads, rotation, positions, cache[0]) for rotation in rotations]
         self._shape = shape
         self._masks = {w: self._mask(w, together, self._wide_dtype) for w in self._masked(shape.windows)}
 
@@ -128,9 +132,8 @@ class Pass:
     def block(self, i: int, layer: Layer, inputs: Tensor | None = None) -> None:
         """Layer i, whose attention reads `inputs` [n, ...], already normed, or else the residual stream: adds to that."""
         kept, norms = self._kept[i], None
-        if self._whole is not None and layer.fields is not None:
-            kernels, shared = self._whole
-            kernels.block(layer.fields, shared if layer.rotated else self._whole_still, self.x, inputs, kept)
+        if self._kernels is not None and layer.fields is not None:
+            self._kernels.block(layer.fields, self._fields[layer.turn], self.x, inputs, kept)
             return
         inputs = self._read(layer.attention_norm) if inputs is None else inputs
         qkv = layer.qkv(inputs)
@@ -139,20 +142,21 @@ class Pass:
                 qkv = self._widely_normed(qkv, layer.q_norm, layer.k_norm)
             else:
                 norms = HeadNorms(layer.q_norm, layer.k_norm, self._eps)
-        rotation = self._rotation if layer.rotated or self._still is None else self._still
-        queries = self._ops.rotate(qkv, rotation, self._positions, kept, norms)
+        queries = self._ops.rotate(qkv, self._rotations[layer.turn], self._positions, kept, norms)
         if self._shape.scales.scores != 1.0:
             queries = queries * self._shape.scales.scores
-        self._add(layer.out(self._attended(queries, kept, layer.window)), layer.attention_norm)
-        self._add(layer.down(self._ops.gate(layer.gate_up(self._read(layer.mlp_norm)))), layer.mlp_norm)
+        self._add(layer.out(self._attended(queries, kept, layer.window)), layer.attention_after)
+        gated = layer.gate_up(self._read(layer.mlp_norm))
+        gated = gelu_gate(gated) if self._shape.gelu else self._ops.gate(gated)
+        self._add(layer.down(gated), layer.mlp_after)
 
-    def _read(self, norm: Tensor) -> Tensor:
+    def _read(self, norm: Tensor | None) -> Tensor:
         """What attention or the feed-forward network reads of the stream."""
-        return self.normed(norm) if self._shape.norms == "before" else self.x.to(self._dtype)
+        return self.x.to(self._dtype) if norm is None else self.normed(norm)
 
-    def _add(self, more: Tensor, norm: Tensor) -> None:
+    def _add(self, more: Tensor, norm: Tensor | None) -> None:
         """To the stream what one of them gives."""
-        if self._shape.norms == "after":
+        if norm is not None:
             more = rms_norm(more.float(), more.shape[-1:], norm, self._eps).to(self._dtype)
         if self._shape.scales.residual != 1.0:
             more = more * self._shape.scales.residual
@@ -170,6 +174,9 @@ class Pass:
         if self._attend_few is not None:
             return self._attend_few(queries, kept, self._positions, window).to(self._dtype)
         queries, kept = queries.to(self._wide_dtype), kept[:, : self._end].to(self._wide_dtype)
+        if self._shape.scales.cap_scores != 0.0:
+            mask = self._masks[window]
+            return attend_capped(queries, kept, mask, self._shape.scales.cap_scores).to(self._dtype)
         if self._grouped:
             return attend_grouped(queries, kept, self._masks[window]).to(self._dtype)
         return attend_in_groups(queries, kept, self._masks.get(window, self._causal)).to(self._dtype)
@@ -232,6 +239,24 @@ def attend_in_groups(queries: Tensor, kept: Tensor, mask: Tensor | Literal["caus
     return attended.permute(2, 0, 1, 3).reshape(n, -1)
 
 
+def attend_capped(queries: Tensor, kept: Tensor, mask: Tensor, cap: float) -> Tensor:
+    """The same, with scores of cap · tanh(score / cap) (Gemma 2), which none of torch's kernels knows; mask: [n, span].
+
+    Some rows at a time: a score of each row and head for each position takes 1 GB at 4,096 rows of 16 heads.
+    """
+    keys, values = kept.chunk(2)
+    attended = []
+    for rows, seen in zip(torch.split(queries, _CAPPED_ROWS), torch.split(mask, _CAPPED_ROWS), strict=True):
+        n, _, size = rows.shape
+        grouped = rows.view(n, len(keys), -1, size).permute(1, 2, 0, 3)
+        scores = (grouped @ keys[:, None].transpose(2, 3)).float().mul_(size**-0.5 / cap).tanh_().mul_(cap).add_(seen)
+        attended.append((scores.softmax(-1).to(values.dtype) @ values[:, None]).permute(2, 0, 1, 3).reshape(n, -1))
+    return torch.cat(attended)
+
+
+_CAPPED_ROWS = 128
+
+
 def _causal(n: int, end: int, device: torch.device) -> Tensor | Literal["causal"] | None:
     """What makes each of the last n rows look at all before it, without a mask; None where that needs one."""
     if n == end:
@@ -268,6 +293,12 @@ def gate(gate_up: Tensor) -> Tensor:
     """See `Ops`."""
     gates, ups = gate_up.chunk(2, -1)
     return silu(gates).mul_(ups)
+
+
+def gelu_gate(gate_up: Tensor) -> Tensor:
+    """The same with a gelu, by tanh."""
+    gates, ups = gate_up.chunk(2, -1)
+    return gelu(gates, approximate="tanh").mul_(ups)
 
 
 TORCH = Ops(add_norm, rotate, gate)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-FAMILY = ("exaone4", "granite", "llama", "ministral", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
+FAMILY = (
+    "exaone4", "gemma", "gemma2", "gemma3_text", "granite", "llama", "ministral", "mistral", "olmo2", "olmo3", "phi3",
+    "qwen2", "qwen3", "smollm3",
+)  # fmt: skip
 """transformers' model types that `shape_of` knows."""
 
 
@@ -19,7 +22,7 @@ class Unsupported(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Scales:
-    """Granite's multipliers."""
+    """Granite's and Gemma's multipliers, and Gemma 2's caps: x becomes cap · tanh(x / cap), where that is not 0."""
 
     embedding: float = 1.0
     residual: float = 1.0
@@ -27,6 +30,41 @@ class Scales:
     scores: float = 1.0
     """On scores, beside 1 / sqrt(head_size)."""
     logits: float = 1.0
+    cap_scores: float = 0.0
+    cap_logits: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """How queries and keys are turned by their positions."""
+
+    frequencies: Tensor
+    """[head_size / 2] float32, radians a position."""
+    scale: float = 1.0
+    """Factor on rotated queries and keys (YaRN's attention factor)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Norms:
+    """The names of a layer's norms, by where they stand; None where there is none."""
+
+    attention: str | None = "input_layernorm"
+    """Of what attention reads."""
+    attention_after: str | None = None
+    """Of what it gives, before that is added."""
+    mlp: str | None = "post_attention_layernorm"
+    mlp_after: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those that there are."""
+        return tuple(n for n in (self.attention, self.attention_after, self.mlp, self.mlp_after) if n is not None)
+
+
+AFTER = Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
+"""OLMo 2 and 3, EXAONE 4."""
+AROUND = Norms("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+"""Gemma 2 and 3."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +83,17 @@ class Shape:
     """What a checkpoint must have, and of which sizes: all of it and nothing else, but for an untied head."""
     windows: tuple[int | None, ...]
     """Per layer: how many positions back it sees; None for all."""
-    frequencies: Tensor
-    """[head_size / 2] float32, radians a position."""
-    rope_scale: float
-    """Factor on rotated queries and keys (YaRN's attention factor)."""
+    rotations: tuple[Rotation, ...]
+    turns: tuple[int, ...] = ()
+    """Per layer: which of the rotations it has; empty where there is one. Gemma 3 and OLMo 3 have one for layers with a
+    window and one for those without; SmolLM3 and EXAONE 4 leave some layers as they are, by frequencies of 0."""
     rotary: int = 0
     """Numbers of each head that are rotated, the first; 0 for all. The frequencies of the rest are 0."""
-    rotated: tuple[bool, ...] = ()
-    """Per layer: whether it rotates at all; empty where all do (SmolLM3 and EXAONE 4 leave it out in some)."""
-    norms: Literal["before", "after"] = "before"
-    """Whether attention and feed-forward network read a normed stream, or what they give is normed (OLMo 2, EXAONE 4)."""
+    norms: Norms = field(default_factory=lambda: Norms())
+    unit_norms: bool = False
+    """The checkpoint keeps norms' weights less one (Gemma)."""
+    gelu: bool = False
+    """The feed-forward network's gate is a gelu, by tanh (Gemma), not a silu."""
     wide_norms: bool = False
     """Norms of queries and keys are over all heads at once (OLMo 2), not over each (Qwen 3)."""
     fused: bool = False
@@ -64,7 +103,7 @@ class Shape:
     @property
     def plain(self) -> bool:
         """Whether a layer is as Llama's or Qwen's, which kernels of our own do in one call."""
-        return self.norms == "before" and not self.wide_norms and self.scales == Scales()
+        return self.norms == Norms() and not (self.wide_norms or self.gelu) and self.scales == Scales()
 
     @property
     def kv_values(self) -> int:
@@ -78,12 +117,14 @@ def shape_of(config: Any) -> Shape:
         raise Unsupported(f"{config.model_type} is not one of the kinds that our own forward computes")
     if getattr(config, "quantization_config", None) is not None:
         raise Unsupported("its weights are quantized")
-    if config.hidden_act != "silu":
-        raise Unsupported(f"its activation is {config.hidden_act}")
+    gemma = config.model_type.startswith("gemma")
+    activation = config.hidden_activation if config.model_type in ("gemma2", "gemma3_text") else config.hidden_act
+    if activation != ("gelu_pytorch_tanh" if gemma else "silu"):
+        raise Unsupported(f"its activation is {activation}")
     heads, layers = config.num_attention_heads, config.num_hidden_layers
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     rotary = rotary_of(config, head_size)
-    frequencies, scale = rope_of(config, rotary)
+    rotations, turns = _rotations(config, rotary, (head_size - rotary) // 2)
     return Shape(
         layers=layers,
         heads=heads,
@@ -95,29 +136,51 @@ def shape_of(config: Any) -> Shape:
         tied=config.tie_word_embeddings,
         tensors=_tensors(config, head_size),
         windows=_windows(config, layers),
-        frequencies=torch.cat([frequencies, torch.zeros((head_size - rotary) // 2)]),
-        rope_scale=scale,
+        rotations=rotations,
+        turns=turns,
         rotary=0 if rotary == head_size else rotary,
-        rotated=_rotated(config),
-        norms="after" if config.model_type in ("exaone4", "olmo2") else "before",
-        wide_norms=config.model_type == "olmo2",
+        norms=_norms(config),
+        unit_norms=gemma,
+        gelu=gemma,
+        wide_norms=config.model_type in ("olmo2", "olmo3"),
         fused=config.model_type == "phi3",
         scales=_scales(config, head_size),
     )
 
 
-def _rotated(config: Any) -> tuple[bool, ...]:
-    """Empty where all layers rotate."""
+def _norms(config: Any) -> Norms:
+    if config.model_type in ("exaone4", "olmo2", "olmo3"):
+        return AFTER
+    return AROUND if config.model_type in ("gemma2", "gemma3_text") else Norms()
+
+
+def _rotations(config: Any, rotary: int, still: int) -> tuple[tuple[Rotation, ...], tuple[int, ...]]:
+    """All that there are, and which each layer has; still: pairs of a head that stay as they are."""
+    if config.model_type in ("gemma3_text", "olmo3"):
+        kinds = sorted(set(config.layer_types))
+        found = tuple(rope_of(config, rotary, kind) for kind in kinds)
+        return found, tuple(kinds.index(kind) for kind in config.layer_types)
+    rotation = rope_of(config, rotary)
+    rotation = replace(rotation, frequencies=torch.cat([rotation.frequencies, torch.zeros(still)]))
     if config.model_type == "smollm3":
-        found = tuple(map(bool, config.no_rope_layers))
+        turned = tuple(map(bool, config.no_rope_layers))
     elif config.model_type == "exaone4" and config.sliding_window is not None:
-        found = tuple(kind == "sliding_attention" for kind in config.layer_types)
+        turned = tuple(kind == "sliding_attention" for kind in config.layer_types)
     else:
-        return ()
-    return () if all(found) else found
+        return (rotation,), ()
+    return (rotation, Rotation(torch.zeros_like(rotation.frequencies))), tuple(int(not turn) for turn in turned)
 
 
 def _scales(config: Any, head_size: int) -> Scales:
+    if config.model_type == "gemma":
+        return Scales(embedding=config.hidden_size**0.5)
+    if config.model_type in ("gemma2", "gemma3_text"):
+        return Scales(
+            embedding=config.hidden_size**0.5,
+            scores=(head_size / config.query_pre_attn_scalar) ** 0.5,
+            cap_scores=config.attn_logit_softcapping or 0.0,
+            cap_logits=config.final_logit_softcapping or 0.0,
+        )
     if config.model_type != "granite":
         return Scales()
     return Scales(
@@ -130,34 +193,38 @@ def _scales(config: Any, head_size: int) -> Scales:
 
 def rotary_of(config: Any, head_size: int) -> int:
     """Numbers of each head that are rotated. Raises Unsupported for a part of them in a kind that may ignore it."""
-    part = config.rope_parameters.get("partial_rotary_factor") or 1.0
+    kinds = [rope for rope in config.rope_parameters.values() if isinstance(rope, dict)] or [config.rope_parameters]
+    part = max((rope.get("partial_rotary_factor") or 1.0 for rope in kinds), key=lambda part: abs(1.0 - part))
     if part != 1.0 and config.model_type != "phi3":
         raise Unsupported("it rotates only part of each head")
     return int(head_size * part)
 
 
-def rope_of(config: Any, rotary: int) -> tuple[Tensor, float]:
-    """[rotary / 2] radians a position, and the factor on rotated queries and keys. Raises Unsupported for a rotation that
-    changes with the length, but for LongRoPE's below its original length, where a context ends (`context_limit`)."""
-    rope = config.rope_parameters
+def rope_of(config: Any, rotary: int, layers: str | None = None) -> Rotation:
+    """The rotation of `rotary` numbers. layers: their kind, in a config that has a rotation for each.
+
+    Raises Unsupported for a rotation that changes with the length, but for LongRoPE's below its original length, where a
+    context ends (`context_limit`).
+    """
+    rope = config.rope_parameters if layers is None else config.rope_parameters[layers]
     kind = rope.get("rope_type", "default")
-    if kind == "default":
+    if kind in ("default", "linear"):
         steps = torch.arange(0, rotary, 2, dtype=torch.int64).float() / rotary
-        return 1.0 / (rope["rope_theta"] ** steps), 1.0
-    if kind not in ("linear", "llama3", "yarn", "longrope"):  # the others depend on the length, or on the model
+        return Rotation(1.0 / (rope["rope_theta"] ** steps) / (rope["factor"] if kind == "linear" else 1.0))
+    if kind not in ("llama3", "yarn", "longrope"):  # the others depend on the length, or on the model
         raise Unsupported(f"its rotary embedding is of type {kind}")
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), layer_type=layers)
     if len(frequencies) != rotary // 2:
         raise Unsupported(f"its rotary embedding has {len(frequencies)} frequencies for {rotary} numbers")
-    return frequencies, float(scale)
+    return Rotation(frequencies, float(scale))
 
 
 def _windows(config: Any, layers: int) -> tuple[int | None, ...]:
     """As transformers' own model of each type reads its config: Llama ignores a window, Mistral has it in all layers."""
     window = getattr(config, "sliding_window", None)
-    if config.model_type in ("granite", "llama", "olmo2"):
+    if config.model_type in ("gemma", "granite", "llama", "olmo2"):
         return (None,) * layers
     if config.model_type in ("mistral", "phi3"):
         return (window,) * layers
@@ -172,9 +239,13 @@ def _tensors(config: Any, head_size: int) -> dict[str, tuple[int, ...]]:
     """Names and sizes of all tensors that transformers' model of this config has, but for an untied head's."""
     biased = getattr(config, "attention_bias", False)
     of_queries, of_out, of_mlp = {
+        "gemma": (biased, biased, False),
+        "gemma2": (biased, biased, False),
+        "gemma3_text": (biased, biased, False),
         "granite": (biased, biased, getattr(config, "mlp_bias", False)),
         "llama": (biased, biased, getattr(config, "mlp_bias", False)),
         "olmo2": (biased, biased, False),
+        "olmo3": (biased, biased, False),
         "qwen2": (True, False, False),
         "qwen3": (biased, biased, False),
         "smollm3": (biased, biased, getattr(config, "mlp_bias", False)),
@@ -197,15 +268,13 @@ def _tensors(config: Any, head_size: int) -> dict[str, tuple[int, ...]]:
             "mlp.gate_up_proj": (2 * inner, hidden, False),
             "mlp.down_proj": (hidden, inner, False),
         }
-    after = config.model_type in ("exaone4", "olmo2")
-    norms = ("post_attention_layernorm", "post_feedforward_layernorm" if after else "input_layernorm")
-    layer: dict[str, tuple[int, ...]] = {f"{norm}.weight": (hidden,) for norm in norms}
+    layer: dict[str, tuple[int, ...]] = {f"{norm}.weight": (hidden,) for norm in _norms(config).names}
     for name, (rows, columns, has_bias) in matrices.items():
         layer[f"{name}.weight"] = (rows, columns)
         if has_bias:
             layer[f"{name}.bias"] = (rows,)
-    if config.model_type in ("exaone4", "olmo2", "qwen3"):
-        wide = config.model_type == "olmo2"
+    if config.model_type in ("exaone4", "gemma3_text", "olmo2", "olmo3", "qwen3"):
+        wide = config.model_type in ("olmo2", "olmo3")
         layer["self_attn.q_norm.weight"] = (queries if wide else head_size,)
         layer["self_attn.k_norm.weight"] = (keys if wide else head_size,)
     sizes = {f"model.layers.{i}.{name}": size for i in range(config.num_hidden_layers) for name, size in layer.items()}

@@ -170,6 +170,8 @@ class Entry:
     size: int
     heads: int = 0
     """Not 0: rows are stored with each head's two halves interleaved, as llama.cpp rotates them."""
+    plus: float = 0.0
+    """What is added to its numbers."""
 
 
 class GgufWeights:
@@ -194,6 +196,8 @@ class GgufWeights:
         entry = self._entries[name]
         raw = self._bytes[entry.offset : entry.offset + entry.size]
         found = _UNPACK[entry.kind](raw, entry.shape) if entry.kind in _UNPACK else _dequantised(raw, entry)
+        if entry.plus and not isinstance(found, Grouped):
+            found = found + entry.plus
         if not entry.heads:
             return found
         order = torch.arange(entry.shape[0]).view(entry.heads, -1, 2).transpose(1, 2).flatten()
