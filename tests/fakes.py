@@ -377,13 +377,18 @@ def save_gguf(
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
     writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     if arch.startswith(("gemma", "qwen3")):
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
-    if arch.startswith("gemma"):
+    if arch.startswith("gemma") and "sliding_attention" in config.layer_types:
         writer.add_sliding_window(config.sliding_window)
+    if arch == "phi3":
+        writer.add_sliding_window(config.sliding_window or 0)
     if arch == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
@@ -391,6 +396,9 @@ def save_gguf(
         writer.add_rope_scaling_type(gguf.RopeScalingType(scaling[0]))
         writer.add_rope_scaling_factor(scaling[1])
         writer.add_rope_scaling_orig_ctx_len(scaling[2])
+        if scaling[0] == "yarn":  # as the converter does where a config has them
+            writer.add_rope_scaling_yarn_beta_fast(rope.get("full_attention", rope).get("beta_fast", 32.0))
+            writer.add_rope_scaling_yarn_beta_slow(rope.get("full_attention", rope).get("beta_slow", 1.0))
     writer.add_vocab_size(config.vocab_size)
     pieces = tokenizer.get_vocab()
     writer.add_tokenizer_model("gpt2")

@@ -1,5 +1,6 @@
-"""What llama.cpp computes with GGUF files of other architectures, recorded: `python -m tests.models.llama_cpp`, where
-`pip install xllamacpp` has been run. `test_gguf.py` compares our reading of the same files with it."""
+"""What llama.cpp computes with GGUF files of each architecture that is read here, recorded by `python -m
+tests.models.llama_cpp`, where `pip install xllamacpp` has been run. `test_gguf.py` compares our reading of the same files with
+it."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from benchmarks.runtimes import _SERVE
+from benchmarks.runtimes import SERVE
 from tests.fakes import byte_tokenizer, save_gguf
 
 RECORD = Path(__file__).with_name("llama_cpp.json")
@@ -48,6 +49,12 @@ CASES = {
         "Gemma3TextConfig",
         GEMMA | {"rope_parameters": {"sliding_attention": LOCAL, "full_attention": stretched("linear", 1e6)}},
     ),
+    "gemma3, yarn": (
+        "gemma3",
+        "Gemma3TextConfig",
+        GEMMA | {"rope_parameters": {"sliding_attention": LOCAL, "full_attention": stretched("yarn", 1e6)}},
+    ),
+    "gemma3, no window": ("gemma3", "Gemma3TextConfig", GEMMA | {"layer_types": ["full_attention"] * 7}),
     "phi3": ("phi3", "Phi3Config", {"tie_word_embeddings": False, "sliding_window": None}),
 }
 
@@ -70,7 +77,7 @@ def save(case: str, folder: Path) -> Path:
 
 def answers(file: Path) -> dict[str, dict[str, float]]:
     """Log-probabilities by token, for each length of the prompt."""
-    command = [sys.executable, "-c", _SERVE, str(file), "1"]
+    command = [sys.executable, "-c", SERVE, str(file), "1"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         assert server.stdout is not None

@@ -99,6 +99,16 @@ def test_a_stretched_rotation_is_read(kind, runtime, tmp_path):
     assert (found - expected).abs().max() < 0.02 * expected.abs().max()
 
 
+def test_a_rotation_of_a_part_of_each_head_is_refused(tmp_path, monkeypatch):
+    def part(writer, size):
+        writer.add_key_length(size)
+        writer.add_uint32("llama.rope.dimension_count", size // 2)
+
+    monkeypatch.setattr("gguf.GGUFWriter.add_rope_dimension_count", part)
+    with pytest.raises(ModelUnavailable, match=r"says llama.rope.dimension_count = 8, which is not read"):
+        load_model(str(save_gguf(tmp_path / "part.gguf", "F16")), LoadOptions())
+
+
 def test_a_rotation_that_is_stretched_otherwise_is_refused_and_not_left_out(tmp_path):
     file = save_gguf(tmp_path / "scaled.gguf", "F16", scaling=("longrope", 4.0, 16))
     with pytest.raises(ModelUnavailable, match=r"says llama.rope.scaling.type = longrope, which is not read"):
@@ -113,7 +123,7 @@ _SMALL = {
 _OTHERS = {
     "gemma2": ("Gemma2Config", {"head_dim": 32, "sliding_window": 5, "query_pre_attn_scalar": 32}),
     "gemma3": ("Gemma3TextConfig", {"head_dim": 32, "sliding_window": 5, "query_pre_attn_scalar": 32}),
-    "phi3": ("Phi3Config", {"tie_word_embeddings": False}),
+    "phi3": ("Phi3Config", {"tie_word_embeddings": False, "sliding_window": 8}),
 }
 
 
@@ -148,7 +158,9 @@ def test_other_architectures_compute_what_their_models_do(other, runtime):
 def test_llama_cpp_computes_the_same(case, tmp_path):
     """To the 16 bits in which it keeps keys and values; what it said is recorded."""
     runtime = load_model(str(llama_cpp.save(case, tmp_path)), LoadOptions(dtype="float32")).runtime
-    for length, told in json.loads(llama_cpp.RECORD.read_text("utf-8"))[case].items():
+    record = json.loads(llama_cpp.RECORD.read_text("utf-8"))[case]
+    assert min(map(int, record)) < llama_cpp.GEMMA["sliding_window"] < max(map(int, record))
+    for length, told in record.items():
         runtime.rollback(0)
         found = runtime.forward(torch.tensor(llama_cpp.PROMPT[: int(length)]), 1)[-1].log_softmax(-1)
         assert all(found[int(token)].item() == pytest.approx(expected, abs=0.05) for token, expected in told.items())

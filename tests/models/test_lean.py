@@ -391,7 +391,7 @@ def test_longrope_is_computed_up_to_where_it_would_change():
     assert torch.allclose(lean(model, capacity=16).forward(tokens, 32), scratch, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["granite", "olmo2", "phi3", "smollm3"])
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "granite", "olmo2", "olmo3", "phi3", "smollm3"])
 def test_a_model_of_the_kin_drafts_with_its_first_layers_and_packed(name, own):
     """`self:N` cuts what is said of each layer, too; packed weights are those of a checkpoint that fuses matrices."""
     model = build(FAMILY[name][0], FAMILY[name][1] | {"hidden_size": 64, "intermediate_size": 96})

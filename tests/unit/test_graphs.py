@@ -29,6 +29,8 @@ from specdec_engine.verify.processors import Asked
 from specdec_engine.verify.rules import RULES, SyntheticRule, TokenRule
 from specdec_engine.verify.verifier import verifier_for
 from tests.fakes import CPU, VOCAB, FakeClock, cycles, emitted, events, graph, host, lean, run, tiny_llama
+from tests.models.test_architectures import build
+from tests.models.test_lean import FAMILY
 from tests.tape import TapeRecorder
 
 TARGET = tiny_llama(seed=0, max_position_embeddings=1024)
@@ -219,6 +221,22 @@ def test_surplus_rows_of_a_padded_pass_leave_no_trace():
         found = runtime.forward(torch.tensor(tokens), len(tokens))
         assert torch.allclose(found, plain.forward(torch.tensor(tokens), len(tokens)), atol=1e-4)
         assert runtime.cached == plain.cached
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "olmo3"])
+def test_capped_scores_and_several_rotations_are_recorded(name):
+    """With an attention that reads the length on the device, which Gemma 2's scores do not take."""
+    model = build(*FAMILY[name])
+    runtime, plain = graph(model, ops=replace(TORCH, attend=attend_all)), lean(model)
+    for tokens in ([1, 2, 3], [4], [5, 6, 7, 8, 9], [10, 11]):
+        found = runtime.forward(torch.tensor(tokens), len(tokens))
+        assert torch.allclose(found, plain.forward(torch.tensor(tokens), len(tokens)), atol=1e-3)
+
+
+def attend_all(queries, kept, positions, window):
+    """Over the whole cache, as a kernel that is told nothing but the positions."""
+    mask = causal_mask(positions, kept.shape[1], window, queries.dtype)
+    return attend_in_groups(queries, kept, mask)
 
 
 def test_padding_stays_inside_the_models_own_context():

@@ -161,9 +161,9 @@ def _make(gguf: Path, into: Path, name: str, report: Report) -> None:
     from specdec_engine.models.gguf_header import (
         DAMAGED,
         Header,
+        add_left_out,
         check_computed,
         check_header,
-        complete,
         end_ids,
         given_to_transformers,
     )
@@ -187,10 +187,11 @@ def _make(gguf: Path, into: Path, name: str, report: Report) -> None:
     with given_to_transformers(header, gguf), _alone(gguf) as folder:
         source = {"pretrained_model_name_or_path": folder, "gguf_file": gguf.name, "local_files_only": True}
         config = AutoConfig.from_pretrained(**source)
-        complete(header, config)
+        if tensors:
+            add_left_out(header, config)
         check_computed(header, gguf, config)
         tokenizer = AutoTokenizer.from_pretrained(**source)
-    if config.model_type in _WIDEST_LAYERS:  # not in the header: llama.cpp has it by the model's size, transformers 256
+    if config.model_type in _LAYERS_OF_27B:  # not in the header: llama.cpp has it by the model's size, transformers 256
         config.query_pre_attn_scalar = _gemma_scalar(config)
     config.name_or_path = str(gguf)
     config.save_pretrained(into)
@@ -212,14 +213,13 @@ def _alone(gguf: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-_WIDEST_LAYERS = {"gemma2": 46, "gemma3_text": 62}
-"""Layers of the 27B of each kind."""
+_LAYERS_OF_27B = {"gemma2": 46, "gemma3_text": 62}
 
 
 def _gemma_scalar(config: Any) -> int:
     """The number whose root divides a query: a head's size; in the 27B the share of hidden size that a head has."""
-    widest = config.num_hidden_layers == _WIDEST_LAYERS[config.model_type]
-    return int(config.hidden_size // config.num_attention_heads if widest else config.head_dim)
+    is_27b = config.num_hidden_layers == _LAYERS_OF_27B[config.model_type]
+    return int(config.hidden_size // config.num_attention_heads if is_27b else config.head_dim)
 
 
 def _read_entries(reader: Any) -> dict[str, Entry]:
@@ -253,12 +253,12 @@ def _read_entries(reader: Any) -> dict[str, Entry]:
 
 def _hf_names(table: Any, layers: int, fused: bool) -> dict[str, str]:
     """GGUF's names -> Hugging Face's, from the gguf library's own table."""
-    from specdec_engine.runtime.shape import AROUND
+    from specdec_engine.runtime.shape import NORMS_AROUND
 
     apart = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"]
     parts = ["self_attn.qkv_proj", "mlp.gate_up_proj"] if fused else apart
     parts += ["self_attn.o_proj", "self_attn.q_norm", "self_attn.k_norm", "mlp.down_proj"]
-    parts += [*AROUND.names]
+    parts += NORMS_AROUND.names  # those of every other kind are among them
     stems = ["model.embed_tokens", "model.norm", "lm_head"]
     stems += [f"model.layers.{i}.{part}" for i in range(layers) for part in parts]
     wanted = (f"{stem}.{kind}" for stem in stems for kind in ("weight", "bias"))

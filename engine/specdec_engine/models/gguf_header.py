@@ -140,25 +140,44 @@ def check_header(header: Header, file: Path) -> None:
         )
 
 
-def complete(header: Header, config: Any) -> None:
-    """Give a config what the header says and transformers leaves out: a head's size, and a stretched rotation, of Gemma 3's
-    layers without a window alone, as llama.cpp has it. What is left out after that is refused by `check_computed`."""
+def add_left_out(header: Header, config: Any) -> None:
+    """Give the config of an architecture that is read here what its header says and transformers leaves out: a head's size,
+    windows, and a stretched rotation. Gemma 3's layers with a window have one of their own, which is never stretched.
+
+    What is left out after that is refused by `check_computed`.
+    """
     arch = _value(header, "general.architecture", "")
-    size = _value(header, f"{arch}.attention.key_length", None)
-    if (
-        size is not None
-        and size == _value(header, f"{arch}.attention.value_length", size)
-        and hasattr(config, "head_dim")
-    ):
+    if (size := _value(header, f"{arch}.attention.key_length", None)) is not None:
         config.head_dim = int(size)
-    kind, factor = (_value(header, f"{arch}.rope.scaling.{key}", None) for key in ("type", "factor"))
-    if kind not in ("linear", "yarn") or factor is None or config.rope_parameters is None:
+    window = _value(header, f"{arch}.attention.sliding_window", 0)
+    if arch == "phi3":
+        config.sliding_window = window or None
+    if arch == "gemma3" and not window:
+        config.layer_types = ["full_attention"] * config.num_hidden_layers
+    scaling = {key: _value(header, f"{arch}.rope.scaling.{key}", None) for key in _SCALING}
+    if scaling["type"] not in ("linear", "yarn") or scaling["factor"] is None or config.rope_parameters is None:
         return
-    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
-    rope |= {"rope_type": kind, "factor": float(factor)}
-    if kind == "yarn":
-        begin = _value(header, f"{arch}.rope.scaling.original_context_length", config.max_position_embeddings)
-        rope["original_max_position_embeddings"] = int(begin)
+    wanted = _SCALING if scaling["type"] == "yarn" else ("type", "factor")
+    given = {_SCALING[key]: scaling[key] for key in wanted if scaling[key] is not None}
+    if scaling["type"] == "yarn":
+        given.setdefault("original_max_position_embeddings", config.max_position_embeddings)
+    _stretched(config).update(given)
+
+
+_SCALING = {
+    "type": "rope_type",
+    "factor": "factor",
+    "original_context_length": "original_max_position_embeddings",
+    "yarn_beta_fast": "beta_fast",
+    "yarn_beta_slow": "beta_slow",
+}
+"""Keys of a header, after rope.scaling., and the names that transformers has for them."""
+
+
+def _stretched(config: Any) -> dict[str, Any]:
+    """The rotation that a header's scaling means: of layers without a window, where kinds of layers have their own."""
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    return rope.get("full_attention") or rope
 
 
 def check_computed(header: Header, file: Path, config: Any) -> None:
@@ -172,7 +191,7 @@ def check_computed(header: Header, file: Path, config: Any) -> None:
     taken = {key for name in names for key, to in mapped.get(name, {}).items() if to is not None and to != -1}
     for field in header.fields.values():
         prefix, _, key = field.name.partition(".")
-        if prefix != arch or key in taken or key in _SAYS_NOTHING:
+        if prefix != arch or (key in taken and key != "rope.dimension_count") or key in _SAYS_NOTHING:
             continue
         value = _value(header, field.name, None)
         if not _agrees(key, value, config) and not (_is_neutral(key, value) and not _named(key, config)):
@@ -217,11 +236,9 @@ def _agrees(key: str, value: Any, config: Any) -> bool:
         limit = getattr(text, "max_position_embeddings", None)
         if limit is not None and value >= limit:
             return True
-    if key in ("rope.scaling.type", "rope.scaling.factor"):
-        rope = getattr(text, "rope_parameters", None) or {}
-        rope = rope.get("full_attention", rope)
-        stretched = rope.get("rope_type") if key.endswith("type") else rope.get("factor")
-        return bool(value == stretched or _close(value, stretched))
+    if (part := key.removeprefix("rope.scaling.")) in _SCALING:
+        found = _stretched(text).get(_SCALING[part])
+        return bool(value == found or _close(value, found))
     if key in ("rope.freq_base", "rope.freq_base_swa"):
         thetas = _thetas(text, local=key.endswith("swa"))  # none for a model that does not rotate
         return not thetas or any(_close(value, theta) for theta in thetas)
@@ -266,7 +283,7 @@ def _is_neutral(key: str, value: Any) -> bool:
         return bool(value)
     if key.endswith(("scale", "factor")) and value == 1.0:
         return True
-    return not value or value == "none"
+    return (not value and not key.endswith("yarn_ext_factor")) or value == "none"
 
 
 def _value(header: Header, key: str, otherwise: Any) -> Any:

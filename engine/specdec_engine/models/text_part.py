@@ -21,7 +21,9 @@ def text_part(config: Any) -> Any | None:
     no causal model of."""
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return None
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and config.model_type not in _CALLED_CAUSAL:
         return None
     text = config.get_text_config()
     if config.model_type in _READ_BOTH_WAYS or text is config:
@@ -42,6 +44,8 @@ _CAUSAL_KINDS = {
     "qwen3_vl_moe_text": "qwen3_moe",
 }
 """Text parts that differ from a causal model by their rotation for images alone."""
+_CALLED_CAUSAL = frozenset({"gemma3"})
+"""transformers gives the whole of them as a causal model, whose text part our own forward computes."""
 _READ_BOTH_WAYS = frozenset({"colpali", "paligemma"})
 """Their prompt's tokens see each other both ways."""
 

@@ -51,7 +51,7 @@ class Blocks:
     def reads_length_on_device(self) -> bool:
         """Whether passes of few rows look as far as their positions say, whatever the span: one recording of each width then
         does for every length."""
-        return self.ops.attend is not None
+        return self.ops.attend is not None and self.shape.scales.cap_scores == 0.0
 
     @property
     def kv_values(self) -> int:

@@ -67,7 +67,9 @@ class Decoder(Blocks):
         """The same model without its later blocks; shares all weights."""
         cut = copy.copy(self)
         shape = self.shape
-        cut.shape = replace(shape, layers=layers, windows=shape.windows[:layers], turns=shape.turns[:layers])
+        cut.shape = replace(
+            shape, layers=layers, windows=shape.windows[:layers], rotation_of_layer=shape.rotation_of_layer[:layers]
+        )
         cut.layers = self.layers[:layers]
         return cut
 
@@ -122,7 +124,7 @@ class Decoder(Blocks):
             gate_up=take.projection(mlp, ("gate_proj", "up_proj"), to),
             down=take.projection(mlp, ("down_proj",), to),
             window=shape.windows[i],
-            turn=shape.turns[i] if shape.turns else 0,
+            rotation=shape.rotation_of_layer[i] if shape.rotation_of_layer else 0,
             attention_after=norm(shape.norms.attention_after),
             mlp_after=norm(shape.norms.mlp_after),
         )

@@ -23,7 +23,7 @@ columns of all LANES output columns. */
 #define LANES 8
 #define MOST 6
 #endif
-#define TILE 4    /* of a dense matrix */
+#define TILE 4    /* rows that share what is read of a dense matrix */
 #define CHUNK 64  /* rows whose activations stay in the second-level cache */
 #define UNROLLED _Pragma("GCC unroll 8")
 #if defined(__AVX2__)

@@ -34,12 +34,12 @@ class Layer:
     k_norm: Tensor | None
     out: Projection
     mlp_norm: Tensor | None
-    """Likewise."""
+    """Of what the feed-forward network reads, likewise."""
     gate_up: Projection
     down: Projection
     window: int | None
-    turn: int = 0
-    """Which of the shape's rotations it has."""
+    rotation: int = 0
+    """Which of the shape's it has."""
     attention_after: Tensor | None = None
     """The norm of what attention gives; None where that is added as it is."""
     mlp_after: Tensor | None = None
@@ -133,7 +133,7 @@ class Pass:
         """Layer i, whose attention reads `inputs` [n, ...], already normed, or else the residual stream: adds to that."""
         kept, norms = self._kept[i], None
         if self._kernels is not None and layer.fields is not None:
-            self._kernels.block(layer.fields, self._fields[layer.turn], self.x, inputs, kept)
+            self._kernels.block(layer.fields, self._fields[layer.rotation], self.x, inputs, kept)
             return
         inputs = self._read(layer.attention_norm) if inputs is None else inputs
         qkv = layer.qkv(inputs)
@@ -142,7 +142,7 @@ class Pass:
                 qkv = self._widely_normed(qkv, layer.q_norm, layer.k_norm)
             else:
                 norms = HeadNorms(layer.q_norm, layer.k_norm, self._eps)
-        queries = self._ops.rotate(qkv, self._rotations[layer.turn], self._positions, kept, norms)
+        queries = self._ops.rotate(qkv, self._rotations[layer.rotation], self._positions, kept, norms)
         if self._shape.scales.scores != 1.0:
             queries = queries * self._shape.scales.scores
         self._add(layer.out(self._attended(queries, kept, layer.window)), layer.attention_after)
@@ -248,9 +248,11 @@ def attend_capped(queries: Tensor, kept: Tensor, mask: Tensor, cap: float) -> Te
     attended = []
     for rows, seen in zip(torch.split(queries, _CAPPED_ROWS), torch.split(mask, _CAPPED_ROWS), strict=True):
         n, _, size = rows.shape
-        grouped = rows.view(n, len(keys), -1, size).permute(1, 2, 0, 3)
-        scores = (grouped @ keys[:, None].transpose(2, 3)).float().mul_(size**-0.5 / cap).tanh_().mul_(cap).add_(seen)
-        attended.append((scores.softmax(-1).to(values.dtype) @ values[:, None]).permute(2, 0, 1, 3).reshape(n, -1))
+        grouped = rows.view(n, len(keys), -1, size).transpose(0, 1).reshape(len(keys), -1, size)
+        scores = (grouped @ keys.mT).float().mul_(size**-0.5 / cap).tanh_().mul_(cap)
+        scores = scores.view(len(keys), n, -1, keys.shape[1]).add_(seen[:, None])
+        found = scores.softmax(-1).to(values.dtype).flatten(1, 2) @ values
+        attended.append(found.view(len(keys), n, -1, size).transpose(0, 1).reshape(n, -1))
     return torch.cat(attended)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -61,9 +62,11 @@ class Norms:
         return tuple(n for n in (self.attention, self.attention_after, self.mlp, self.mlp_after) if n is not None)
 
 
-AFTER = Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
+NORMS_AFTER = Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
 """OLMo 2 and 3, EXAONE 4."""
-AROUND = Norms("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+NORMS_AROUND = Norms(
+    "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
+)
 """Gemma 2 and 3."""
 
 
@@ -84,8 +87,8 @@ class Shape:
     windows: tuple[int | None, ...]
     """Per layer: how many positions back it sees; None for all."""
     rotations: tuple[Rotation, ...]
-    turns: tuple[int, ...] = ()
-    """Per layer: which of the rotations it has; empty where there is one. Gemma 3 and OLMo 3 have one for layers with a
+    rotation_of_layer: tuple[int, ...] = ()
+    """Which of the rotations each layer has; empty where there is one. Gemma 3 and OLMo 3 have one for layers with a
     window and one for those without; SmolLM3 and EXAONE 4 leave some layers as they are, by frequencies of 0."""
     rotary: int = 0
     """Numbers of each head that are rotated, the first; 0 for all. The frequencies of the rest are 0."""
@@ -95,7 +98,7 @@ class Shape:
     gelu: bool = False
     """The feed-forward network's gate is a gelu, by tanh (Gemma), not a silu."""
     wide_norms: bool = False
-    """Norms of queries and keys are over all heads at once (OLMo 2), not over each (Qwen 3)."""
+    """Norms of queries and keys are over all heads at once (OLMo 2 and 3), not over each (Qwen 3)."""
     fused: bool = False
     """The checkpoint has one matrix for queries, keys and values, and one for gate and up (Phi-3)."""
     scales: Scales = field(default_factory=lambda: Scales())
@@ -124,7 +127,7 @@ def shape_of(config: Any) -> Shape:
     heads, layers = config.num_attention_heads, config.num_hidden_layers
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     rotary = rotary_of(config, head_size)
-    rotations, turns = _rotations(config, rotary, (head_size - rotary) // 2)
+    rotations, rotation_of_layer = _rotations(config, rotary, (head_size - rotary) // 2)
     return Shape(
         layers=layers,
         heads=heads,
@@ -137,7 +140,7 @@ def shape_of(config: Any) -> Shape:
         tensors=_tensors(config, head_size),
         windows=_windows(config, layers),
         rotations=rotations,
-        turns=turns,
+        rotation_of_layer=rotation_of_layer,
         rotary=0 if rotary == head_size else rotary,
         norms=_norms(config),
         unit_norms=gemma,
@@ -150,8 +153,8 @@ def shape_of(config: Any) -> Shape:
 
 def _norms(config: Any) -> Norms:
     if config.model_type in ("exaone4", "olmo2", "olmo3"):
-        return AFTER
-    return AROUND if config.model_type in ("gemma2", "gemma3_text") else Norms()
+        return NORMS_AFTER
+    return NORMS_AROUND if config.model_type in ("gemma2", "gemma3_text") else Norms()
 
 
 def _rotations(config: Any, rotary: int, still: int) -> tuple[tuple[Rotation, ...], tuple[int, ...]]:
@@ -176,9 +179,11 @@ def _scales(config: Any, head_size: int) -> Scales:
         return Scales(embedding=config.hidden_size**0.5)
     if config.model_type in ("gemma2", "gemma3_text"):
         return Scales(
-            embedding=config.hidden_size**0.5,
+            embedding=config.hidden_size
+            ** 0.5,  # exact, as llama.cpp has it; transformers rounds it to the model's dtype
             scores=(head_size / config.query_pre_attn_scalar) ** 0.5,
-            cap_scores=config.attn_logit_softcapping or 0.0,
+            cap_scores=(config.model_type == "gemma2" and config.attn_logit_softcapping)
+            or 0.0,  # Gemma 3 reads no such cap
             cap_logits=config.final_logit_softcapping or 0.0,
         )
     if config.model_type != "granite":
@@ -207,6 +212,8 @@ def rope_of(config: Any, rotary: int, layers: str | None = None) -> Rotation:
     context ends (`context_limit`).
     """
     rope = config.rope_parameters if layers is None else config.rope_parameters[layers]
+    if rope is None:
+        raise Unsupported(f"its config has no rotation for {layers}")
     kind = rope.get("rope_type", "default")
     if kind in ("default", "linear"):
         steps = torch.arange(0, rotary, 2, dtype=torch.int64).float() / rotary
@@ -215,7 +222,12 @@ def rope_of(config: Any, rotary: int, layers: str | None = None) -> Rotation:
         raise Unsupported(f"its rotary embedding is of type {kind}")
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), layer_type=layers)
+    if layers is not None:
+        config = copy.copy(config)
+        config.rope_parameters = (
+            rope  # by itself: a GGUF's config has no others by kind of layer, which transformers asks for
+        )
+    frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
     if len(frequencies) != rotary // 2:
         raise Unsupported(f"its rotary embedding has {len(frequencies)} frequencies for {rotary} numbers")
     return Rotation(frequencies, float(scale))
