@@ -1,6 +1,6 @@
 """What llama.cpp computes with GGUF files of each architecture that is read here, recorded by `python -m
-tests.models.llama_cpp`, where `pip install xllamacpp` has been run. `test_gguf.py` compares our reading of the same files with
-it."""
+tests.models.llama_cpp`, where `pip install xllamacpp` has been run. `test_gguf.py` compares our reading of the same files.
+"""
 
 from __future__ import annotations
 
