@@ -360,9 +360,11 @@ def save_gguf(
     scaling: tuple[str, float, int] | None = None,
     arch: str = "llama",
     model: Any = None,
+    tensors_a_part: int = 0,
 ) -> Path:
     """A small model, by default a Llama, as llama.cpp would store it: packed matrices, a Llama's query and key rows in its
-    own order, Gemma's norms whole, vocabulary inside. scaling: of the rotation: type, factor, original length."""
+    own order, Gemma's norms whole, vocabulary inside. scaling: of the rotation: type, factor, original length.
+    tensors_a_part: not 0 for a file in parts, of which the path of none is given back."""
     import gguf
 
     tokenizer = byte_tokenizer()
@@ -370,7 +372,7 @@ def save_gguf(
         model = tiny_llama(seed, hidden=64, vocab=len(tokenizer), tie_word_embeddings=True)
     config, state = model.config, model.state_dict()
     rope = config.rope_parameters
-    writer = gguf.GGUFWriter(file, arch)
+    writer = gguf.GGUFWriter(file, arch, split_max_tensors=tensors_a_part)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)

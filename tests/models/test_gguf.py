@@ -175,6 +175,32 @@ def test_other_architectures_stay_packed(other):
     assert (found - dense).pow(2).mean().sqrt() < 0.05 * dense.std()
 
 
+@pytest.mark.parametrize("given", ["first", "last", "folder"])
+@pytest.mark.parametrize("runtime", ["generic", "lean"])
+def test_a_file_in_parts_is_read_by_any_of_them(given, runtime, tmp_path):
+    whole = save_gguf(tmp_path / "whole.gguf", "Q4_0")
+    (tmp_path / "cut").mkdir()
+    save_gguf(tmp_path / "cut" / "cut.gguf", "Q4_0", tensors_a_part=8)
+    parts = sorted((tmp_path / "cut").iterdir())
+    assert len(parts) == 3
+    name = {"first": parts[0], "last": parts[-1], "folder": tmp_path / "cut"}[given]
+    options = LoadOptions(dtype="float32", runtime=runtime)
+    found, expected = (load_model(str(path), options).runtime.forward(TOKENS, 4) for path in (name, whole))
+    assert torch.equal(found, expected)
+
+
+def test_a_part_without_the_others_names_the_missing_one(tmp_path):
+    save_gguf(tmp_path / "cut.gguf", "F16", tensors_a_part=8)
+    (tmp_path / "cut-00002-of-00003.gguf").unlink()
+    with pytest.raises(
+        ModelUnavailable, match=r"one of 3 files of a GGUF, of which cut-00002-of-00003.gguf is not beside"
+    ):
+        load_model(str(tmp_path / "cut-00001-of-00003.gguf"), LoadOptions())
+    alone = (tmp_path / "cut-00001-of-00003.gguf").rename(tmp_path / "alone.gguf")
+    with pytest.raises(ModelUnavailable, match="one of 3 files of a GGUF, and its name does not say so"):
+        load_model(str(alone), LoadOptions())
+
+
 def test_a_download_that_was_cut_short_says_so(file, tmp_path):
     short = tmp_path / "short.gguf"
     short.write_bytes(file.read_bytes()[:-20_000])

@@ -22,6 +22,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from specdec_engine.errors import ModelUnavailable, first_line, reason
+from specdec_engine.models.gguf_parts import parts_of
 from specdec_engine.models.progress import Progress, Report, silent
 from specdec_engine.record.files import read_json
 from specdec_engine.system.folders import cache_folder
@@ -29,7 +30,7 @@ from specdec_engine.system.folders import cache_folder
 if TYPE_CHECKING:
     from specdec_engine.runtime.weights import Entry
 
-LAYOUT = 5
+LAYOUT = 6
 """Version of the folder; raise it when its contents change."""
 SCRATCH = ".scratch-"
 _INDEX = "index.json"
@@ -68,8 +69,9 @@ def beside(gguf: Path, name: str, report: Report) -> Path:
     ModelUnavailable where the cache cannot be written, and whatever transformers and gguf raise for a file they cannot
     read.
     """
-    stat = gguf.stat()
-    known = f"{gguf.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{version('transformers')}:{version('gguf')}"
+    stats = [part.stat() for part in parts_of(gguf) if part.is_file()]
+    dates = ":".join(f"{stat.st_size}:{stat.st_mtime_ns}" for stat in stats)
+    known = f"{gguf.resolve()}:{dates}:{version('transformers')}:{version('gguf')}"
     key = hashlib.sha256(known.encode()).hexdigest()[:12]
     folder = cache_folder() / "gguf" / f"{key}-{LAYOUT}"
     if _is_whole(folder):
@@ -79,7 +81,7 @@ def beside(gguf: Path, name: str, report: Report) -> Path:
         sweep(folder.parent)
         scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=SCRATCH))
     try:
-        _make(gguf, scratch, name, report if stat.st_size > _SLOW else silent)
+        _make(gguf, scratch, name, report if stats[0].st_size > _SLOW else silent)
         with _writing(name, folder.parent):
             if folder.exists() and not _is_whole(folder):  # not ours, or damaged
                 shutil.rmtree(folder)
@@ -182,7 +184,7 @@ def _make(gguf: Path, into: Path, name: str, report: Report) -> None:
         struct.error,
     ) as error:
         raise ModelUnavailable(f"{gguf} is damaged or cut short: {first_line(error)}", DAMAGED) from error
-    check_header(header, gguf)
+    check_header(header, gguf, _MEMBERS)
     tensors = {tensor: asdict(entry) for tensor, entry in _read_entries(header).items()}
     with given_to_transformers(header, gguf), _alone(gguf) as folder:
         source = {"pretrained_model_name_or_path": folder, "gguf_file": gguf.name, "local_files_only": True}
@@ -238,7 +240,7 @@ def _read_entries(reader: Any) -> dict[str, Entry]:
     interleaved = {"q_proj": heads, "k_proj": kv_heads} if member.interleaved else {}
     names = _hf_names(get_tensor_name_map(number[arch], layers), layers, member.fused)
     found = {}
-    for tensor in reader.tensors:
+    for tensor, part in zip(reader.tensors, reader.part_of, strict=True):
         name = names.get(tensor.name, tensor.name)  # an unknown one keeps its name, and is seen to be left over
         found[name] = Entry(
             kind=tensor.tensor_type.name,
@@ -247,6 +249,7 @@ def _read_entries(reader: Any) -> dict[str, Entry]:
             size=int(tensor.n_bytes),
             heads=next((n for part, n in interleaved.items() if f".{part}." in name), 0),
             plus=member.plus if name.endswith("norm.weight") else 0.0,
+            part=part,
         )
     return found
 

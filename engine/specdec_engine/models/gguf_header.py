@@ -8,7 +8,7 @@ transformers' versions, read a header.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import gguf
 import numpy as np
 
 from specdec_engine.errors import ModelUnavailable
+from specdec_engine.models.gguf_parts import check_parts
 from specdec_engine.models.kinds import WIDEST
 
 Count = Callable[[int, int], None]
@@ -45,10 +46,17 @@ class Header(gguf.GGUFReader):
     """
 
     def __init__(self, file: Path, count: Count) -> None:
-        """Raises ModelUnavailable for a file that is not little-endian; for one that is damaged ValueError, and whatever else
-        gguf and struct raise."""
+        """Raises ModelUnavailable for a file that is not little-endian, or whose other parts are not there; for one that is
+        damaged ValueError, and whatever else gguf and struct raise."""
         self._count, self._file = count, file
         super().__init__(file)
+        self.part_of: list[int] = [0] * len(self.tensors)
+        """By tensor: which of the files that the GGUF is cut into has it."""
+        count_of_parts = _value(self, "split.count", 1)
+        for part, other in enumerate(check_parts(file, count_of_parts)[1:] if count_of_parts > 1 else (), 1):
+            more = gguf.GGUFReader(other).tensors
+            self.tensors += more
+            self.part_of += [part] * len(more)
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
         """Size in bytes, parts, which parts are the values, and types: an array's values are views of a string's bytes or
@@ -110,16 +118,15 @@ def given_to_transformers(header: Header, file: Path) -> Iterator[None]:
         gguf.GGUFReader = usual  # type: ignore[misc]
 
 
-def check_header(header: Header, file: Path) -> None:
-    """Refuse what no reader here would survive, or read rightly, before anything large is made of it. Raises
-    ModelUnavailable."""
-    parts = _value(header, "split.count", 1)
-    if parts > 1:
+def check_header(header: Header, file: Path, read_here: Collection[str]) -> None:
+    """Refuse what no reader here would survive, or read rightly, before anything large is made of it. read_here:
+    architectures whose tensors are not left to transformers. Raises ModelUnavailable."""
+    arch = _value(header, "general.architecture", "")
+    if header.part_of and header.part_of[-1] and arch not in read_here:
         raise ModelUnavailable(
-            f"{file} is part {_value(header, 'split.no', 0) + 1} of a GGUF of {parts} files, which is not read in parts",
+            f"{file} is one of several files of a GGUF of the architecture {arch}, which is not read in parts",
             f"join them first: llama-gguf-split --merge {file.name} whole.gguf",
         )
-    arch = _value(header, "general.architecture", "")
     if not isinstance(arch, str) or not arch:
         raise ModelUnavailable(f"{file} does not say its architecture", "it holds no language model")
     if arch not in _STRETCHED and (found := [t.name for t in header.tensors if str(t.name).startswith("rope_f")]):

@@ -282,7 +282,7 @@ class Candidate:
         found = gguf_files.entries(self.folder)
         if not found:
             raise Unsupported("the names in this GGUF are known to transformers only")
-        return GgufWeights(self.path, found)
+        return GgufWeights(weight_files(self.path), found)
 
     def _state(self, placement: torch.device | DeviceMap) -> State | None:
         """Tensors by their names, dequantised, with their config, where we read them: of a text part, and of a GGUF, which
@@ -300,7 +300,10 @@ class Candidate:
                 )
             if not found:
                 return None
-            weights, config = GgufWeights(self.path, found), load_config(self.folder, self.options.trust_remote_code)
+            weights, config = (
+                GgufWeights(weight_files(self.path), found),
+                load_config(self.folder, self.options.trust_remote_code),
+            )
         # Copied: an unpacked tensor is the mapped file itself, and whoever wrote to it would be killed.
         return State(config, {name: weights.dense(name).clone() for name in weights.names})
 

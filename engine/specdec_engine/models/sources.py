@@ -14,6 +14,7 @@ from typing import Any
 from specdec_engine.core.registry import words
 from specdec_engine.errors import ModelUnavailable, first_line, reason
 from specdec_engine.models.builtin import builtin_gguf
+from specdec_engine.models.gguf_parts import parts_of
 from specdec_engine.models.progress import Progress, Report, silent
 from specdec_engine.record.files import read_json
 
@@ -75,14 +76,15 @@ def _checked_gguf(path: Path) -> Path:
             f"{path} is not a GGUF file: it begins with {_begins(path)!r}",
             "a file of text there is an error page or a Git LFS pointer: fetch the file itself",
         )
-    return path
+    first = parts_of(path)[0]
+    return first if first.is_file() else path
 
 
 def _checked_folder(folder: Path) -> Path:
-    """A checkpoint in safetensors, whole, or the one GGUF in it."""
+    """A checkpoint in safetensors, whole, or the one GGUF in it, which may be in parts."""
     if not (folder / "config.json").is_file():
         ggufs = sorted(file for file in folder.iterdir() if file.suffix.lower() == ".gguf")
-        if len(ggufs) == 1:
+        if len({parts_of(file)[0] for file in ggufs}) == 1:
             return _checked_gguf(ggufs[0])
         if ggufs:
             raise ModelUnavailable(
@@ -134,7 +136,7 @@ def weight_files(path: Path) -> list[Path]:
     `transformers_weights`, model.safetensors, the shards of an index. Raises ModelUnavailable for one that cannot be
     read."""
     if path.is_file():
-        return [path]
+        return [part for part in parts_of(path) if part.is_file()]
     named = raw_config(path).get("transformers_weights")
     if named is not None and not (_is_beside(named, ".safetensors") or _is_beside(named, ".index.json")):
         raise ModelUnavailable(

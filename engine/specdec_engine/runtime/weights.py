@@ -172,13 +172,16 @@ class Entry:
     """Not 0: rows are stored with each head's two halves interleaved, as llama.cpp rotates them."""
     plus: float = 0.0
     """What is added to its numbers."""
+    part: int = 0
+    """Which of the files has it, of a GGUF that is cut into several."""
 
 
 class GgufWeights:
-    """A GGUF file, read in place: four to eight bits stay packed, the rest is dequantised by the gguf library."""
+    """A GGUF, read in place: four to eight bits stay packed, the rest is dequantised by the gguf library."""
 
-    def __init__(self, file: Path, entries: dict[str, Entry]) -> None:
-        self._bytes = np.memmap(file, np.uint8, "r")
+    def __init__(self, files: Sequence[Path], entries: dict[str, Entry]) -> None:
+        """files: all that it is cut into."""
+        self._bytes = {part: np.memmap(files[part], np.uint8, "r") for part in {e.part for e in entries.values()}}
         self._entries = entries
 
     @property
@@ -194,7 +197,7 @@ class GgufWeights:
 
     def stored(self, name: str) -> Tensor | Grouped:
         entry = self._entries[name]
-        raw = self._bytes[entry.offset : entry.offset + entry.size]
+        raw = self._bytes[entry.part][entry.offset : entry.offset + entry.size]
         found = _UNPACK[entry.kind](raw, entry.shape) if entry.kind in _UNPACK else _dequantised(raw, entry)
         if entry.plus and not isinstance(found, Grouped):
             found = found + entry.plus
