@@ -38,7 +38,7 @@ def stored(tmp_path, kind, heads=0):
     file = tmp_path / "raw"
     file.write_bytes(b"head" + raw.tobytes())
     entry = Entry(kind, (ROWS, COLUMNS), 4, raw.nbytes, heads)
-    return GgufWeights(file, {"w": entry}), torch.from_numpy(gguf.dequantize(raw, member).reshape(ROWS, COLUMNS))
+    return GgufWeights([file], {"w": entry}), torch.from_numpy(gguf.dequantize(raw, member).reshape(ROWS, COLUMNS))
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16", "F32"])
@@ -57,7 +57,7 @@ def k_quants(tmp_path, kind, columns=512):
     file = tmp_path / "raw"
     file.write_bytes(raw.tobytes())
     expected = gguf.dequantize(raw, gguf.GGMLQuantizationType[kind]).reshape(ROWS, columns)
-    return GgufWeights(file, {"w": Entry(kind, (ROWS, columns), 0, raw.nbytes)}), torch.from_numpy(expected)
+    return GgufWeights([file], {"w": Entry(kind, (ROWS, columns), 0, raw.nbytes)}), torch.from_numpy(expected)
 
 
 @pytest.mark.parametrize(
@@ -262,5 +262,5 @@ def test_nothing_is_read_before_it_is_asked_for(tmp_path):
     file = tmp_path / "sparse"
     with file.open("wb") as handle:
         handle.truncate(40 << 30)
-    weights = GgufWeights(file, {"w": Entry("F32", (2, 4), 39 << 30, 32)})
+    weights = GgufWeights([file], {"w": Entry("F32", (2, 4), 39 << 30, 32)})
     assert np.array_equal(weights.dense("w").numpy(), np.zeros((2, 4), np.float32))

@@ -148,7 +148,7 @@ class NativePacked:
 
     def __init__(self, weight: Grouped, bias: Tensor | None, kernels: Kernels) -> None:
         self.form = f"int{weight.bits}"
-        self._kernels, self._bias, self._layout = kernels, bias, weight.layout
+        self._kernels, self._bias = kernels, bias
         self._words, self._constants = kernels.pack(weight)
         data = (self._words.data_ptr(), self._constants.data_ptr(), None if bias is None else bias.data_ptr())
         self.matrices: tuple[Matrix, ...] = (Matrix(*weight.layout, *weight.q.shape, *data),)
@@ -168,15 +168,7 @@ class NativePacked:
 
     def dense_rows(self, order: Tensor) -> Tensor:
         """[n] -> [n, K] float32: rows of the matrix, as an embedding that shares it wants them."""
-        bits, group, offsets = self._layout
-        lanes, per, columns = self._kernels.lanes, 16 // bits, self.matrices[0].K
-        blocks = self._words.view(-1, columns // group, group // (2 * per), lanes, 2)
-        words = blocks[order // lanes, :, :, order % lanes].int()  # [n, groups, words a group, parities]
-        nibbles = torch.stack([words >> bits * t & (1 << bits) - 1 for t in range(per)], -2)
-        q = nibbles.to(torch.uint8) if bits == 4 else nibbles.to(torch.uint8).view(torch.int8)
-        constants = self._constants.view(len(blocks), -1, 1 + offsets, lanes)
-        scale, *offset = constants[order // lanes, :, :, order % lanes].float().unbind(2)
-        return Grouped(q.flatten(1), scale, offset[0] if offset else None, bits).dense()
+        return self._kernels.rows(order, self.matrices[0])
 
 
 class NativeDense:

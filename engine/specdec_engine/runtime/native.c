@@ -325,6 +325,24 @@ void unpack(int bits, int group, int offsets, const uint16_t *w, const half *con
     }
 }
 
+/* Rows of a packed matrix in float32, [n, K], by their numbers. */
+void rows(const matrix *m, const int64_t *order, long n, float *out) {
+  const long G = m->K / m->group, step = words(m->bits, m->group), sets = 1 + m->offsets;
+  const int per = 16 / m->bits;
+  for (long r = 0; r < n; r++)
+    for (long g = 0; g < G; g++) {
+      const long lane = order[r] % LANES, at = order[r] / LANES * G + g;
+      const uint16_t *w = m->words + at * step + 2 * lane;
+      const float d = single(m->constants[at * sets * LANES + lane]);
+      const float offset = m->offsets ? single(m->constants[(at * sets + 1) * LANES + lane]) : 0;
+      for (int k = 0; k < m->group; k++) { /* column 2 (per j + t) + e: part t of the j-th word of parity e */
+        const int word = w[2 * LANES * (k / (2 * per)) + k % 2], part = word >> m->bits * (k / 2 % per);
+        const float weight = (float)(m->bits == 4 ? part & 15 : (int8_t)part) * d;
+        out[r * m->K + g * m->group + k] = m->offsets ? weight + offset : weight;
+      }
+    }
+}
+
 INLINE void bfloat16_tile(const int R, const float *x, const uint16_t *w, long K, float bias, float *out, long apart) {
   floats acc[TILE];
   long k = 0;

@@ -75,6 +75,7 @@ class Kernels:
             "pack": (small, small, *[address] * 3, size, size, address, address, small),
             "multiply": (address, address, size, address, small),
             "unpack": (small, small, small, address, address, size, size, size, address, small),
+            "rows": (address, address, size, address),
             "add_norm": (*[address] * 3, single, size, size, small, address, small),
             "gate": (address, size, size, small, address, small),
             "rotate": (address, address, small, address, address, single, address, address, small),
@@ -141,6 +142,13 @@ class Kernels:
             torch.get_num_threads(),
         )
         return out[: len(rows)]
+
+    def rows(self, order: Tensor, matrix: Matrix) -> Tensor:
+        """[n] -> [n, K] float32: those rows of a packed matrix."""
+        order = order.contiguous()
+        out = torch.empty(len(order), matrix.K)
+        self._library.rows(ctypes.byref(matrix), order.data_ptr(), len(order), out.data_ptr())
+        return out
 
     def add_norm(self, x: Tensor, more: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         """See `ops.Ops`; dtype: float32 or bfloat16, as `more`."""
