@@ -34,7 +34,7 @@ import torch
 from specdec_engine import Cycle, LoadOptions, Pair, load_pair
 from specdec_engine.models.builtin import builtin_gguf
 from specdec_engine.record.events import known_ids
-from specdec_engine.system.machine import cpu_name, usable_cores
+from specdec_engine.system.machine import cpu_name, instructions, usable_cores
 
 Arm = Callable[[list[int], int], list[int]]
 """Prompt and number of tokens -> ids emitted."""
@@ -80,7 +80,7 @@ def conditions(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "environment": dict(pair.environment),
         "processor": cpu_name(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
+        "capability": instructions(),
         "tokens": options.tokens,
     }
 

@@ -38,7 +38,7 @@ from specdec_engine.runtime.graphs import GraphRuntime
 from specdec_engine.runtime.shape import Shape
 from specdec_engine.runtime.target import ModelTarget
 from specdec_engine.system.devices import idle_gpu, pick_device
-from specdec_engine.system.machine import usable_cores
+from specdec_engine.system.machine import instructions, usable_cores
 from specdec_engine.system.threads import set_threads, use_fewer_threads
 from specdec_engine.verify.processors import Asked
 from specdec_engine.verify.rules import RULES, AcceptanceRule, SyntheticRule
@@ -339,7 +339,7 @@ def _environment(target: Loaded, drafts: Mapping[str, ModelInfo]) -> dict[str, A
         "dtype": target.dtype,
         "weights": target.weights,
         "kernels": target.kernels,
-        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "instructions": instructions(),
         "runtime": target.runtime.name,
         "target": asdict(_model_info(target)),
         "drafts": {name: asdict(draft) for name, draft in drafts.items()},

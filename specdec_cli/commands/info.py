@@ -120,11 +120,11 @@ def _devices() -> dict[str, Any]:
     import torch
 
     from specdec_engine.system.devices import idle_gpu, pick_device, pick_dtype
-    from specdec_engine.system.machine import cpu_name, usable_cores
+    from specdec_engine.system.machine import cpu_name, instructions, usable_cores
     from specdec_engine.system.memory import free_bytes
 
     cpu = torch.device("cpu")
-    about = f"{cpu_name() or 'CPU'}, {usable_cores()} cores, {torch.backends.cpu.get_cpu_capability()}"
+    about = f"{cpu_name() or 'CPU'}, {usable_cores()} cores, {instructions()}"
     devices = [{"name": "cpu", "about": about, "free_bytes": free_bytes(cpu)}]
     for i in range(torch.cuda.device_count()):
         device = torch.device("cuda", i)

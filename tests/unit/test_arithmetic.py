@@ -116,6 +116,17 @@ def test_what_was_found_beside_other_programs_is_not_kept(folder, monkeypatch):
     assert arithmetic.remembered() == ()
 
 
+def test_what_was_found_with_other_threads_comes_before_what_is_found_beside_other_programs(folder, monkeypatch):
+    """`check` on a busy machine named another runtime than `generate`, which takes fewer threads there."""
+    quiet = arithmetic.measured(1024, 512)
+    arithmetic.remember([replace(quiet, threads=quiet.threads + 1, timings=timings(int4_own=1.0).timings)])
+    arithmetic._measured.cache_clear()
+    monkeypatch.setattr(arithmetic, "keep_step", lambda threads: False)
+    found = arithmetic.measured(1024, 512)
+    assert [timing.form for timing in found.timings] == [FORMS[0].name]
+    assert found.fastest_threads <= quiet.threads
+
+
 def test_a_draft_is_measured_on_as_many_threads_as_its_target(folder, monkeypatch):
     """And once: a target that takes fewer threads, as fastest, had it measured again at every start."""
     monkeypatch.setattr(threads, "_initial", deque([3]))

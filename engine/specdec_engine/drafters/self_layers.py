@@ -24,7 +24,7 @@ def build(argument: str, setup: DraftSetup) -> RuntimeDrafter:
     if not isinstance(runtime, LeanRuntime) or not isinstance(runtime.decoder, Decoder):
         raise PairIncompatible(
             f"self:{argument} needs the lean or the graph runtime, and the target runs on {runtime.name}",
-            "choose a target that runs on it (docs/models.md), or another draft",
+            "leave out --runtime, where you named it; or choose a target that runs on it (docs/models.md), or another draft",
         )
     if layers >= runtime.decoder.shape.layers:
         raise UsageError(

@@ -12,6 +12,7 @@ from specdec_engine.runtime.linear import WIDE
 from specdec_engine.runtime.native import LayerFields, Matrix
 from specdec_engine.runtime.ops import TORCH, Layer, Ops
 from specdec_engine.runtime.shape import Shape
+from specdec_engine.system.machine import has_amx
 
 
 def ops_for(dtype: torch.dtype) -> Ops:
@@ -47,5 +48,4 @@ def whole(layer: Layer, shape: Shape) -> Layer:
 def _tiled() -> bool:
     """Whether torch's attention of many rows is faster in bfloat16 than in float32: with AMX, where 512 rows after 512 cached
     take 2.0 ms a layer, and 5.1."""
-    known = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return known is not None and bool(known())
+    return has_amx()

@@ -36,6 +36,21 @@ def cpu_flags() -> str:
     return " ".join(sorted((_cpu_entry("flags") or _cpu_entry("Features") or "").split()))
 
 
+def has_amx() -> bool:
+    """Whether torch multiplies by AMX's tiles here."""
+    import torch  # takes a second, which who asks for cores need not wait for
+
+    known = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return known is not None and bool(known())
+
+
+def instructions() -> str:
+    """The widest instruction sets that torch takes here, such as `AVX512, AMX`."""
+    import torch
+
+    return torch.backends.cpu.get_cpu_capability() + (", AMX" if has_amx() else "")
+
+
 def _cpu_entry(name: str) -> str | None:
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
