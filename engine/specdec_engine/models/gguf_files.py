@@ -48,7 +48,7 @@ class _Member:
     fused: bool = False
     """One matrix for queries, keys and values, and one for gate and up."""
     plus: float = 0.0
-    """What is added to the norms' weights: llama.cpp keeps Gemma's whole, Hugging Face less one."""
+    """A number that is added to the norms' weights: llama.cpp keeps Gemma's whole, Hugging Face less one."""
 
 
 _MEMBERS = {

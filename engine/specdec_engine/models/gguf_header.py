@@ -51,7 +51,7 @@ class Header(gguf.GGUFReader):
         self._count, self._file = count, file
         super().__init__(file)
         self.part_of: list[int] = [0] * len(self.tensors)
-        """By tensor: which of the files that the GGUF is cut into has it."""
+        """The file of each tensor, by its number among those that the GGUF is cut into."""
         count_of_parts = _value(self, "split.count", 1)
         for part, other in enumerate(check_parts(file, count_of_parts)[1:] if count_of_parts > 1 else (), 1):
             more = gguf.GGUFReader(other).tensors

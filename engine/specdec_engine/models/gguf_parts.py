@@ -20,7 +20,7 @@ def parts_of(file: Path) -> tuple[Path, ...]:
 
 
 def check_parts(file: Path, count: int) -> tuple[Path, ...]:
-    """All files of a GGUF whose header says that there are so many. Raises ModelUnavailable for one that is not there."""
+    """The files of a GGUF whose header says that there are so many. Raises ModelUnavailable for one that is not there."""
     parts = parts_of(file)
     if len(parts) != count:
         raise ModelUnavailable(

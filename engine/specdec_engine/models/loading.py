@@ -300,10 +300,7 @@ class Candidate:
                 )
             if not found:
                 return None
-            weights, config = (
-                GgufWeights(weight_files(self.path), found),
-                load_config(self.folder, self.options.trust_remote_code),
-            )
+            weights, config = self._weights(), load_config(self.folder, self.options.trust_remote_code)
         # Copied: an unpacked tensor is the mapped file itself, and whoever wrote to it would be killed.
         return State(config, {name: weights.dense(name).clone() for name in weights.names})
 

@@ -131,7 +131,7 @@ class Decoder(Blocks):
         return whole(layer, shape)
 
     def _head_norm(self, take: _Taker, name: str, order: Tensor) -> Tensor | None:
-        """Of queries or of keys, if they have one."""
+        """The norm of each query's head, or of each key's, if there is one."""
         found = take.optional(name, order)
         return None if found is None else self.norm_weight(found)
 

@@ -28,18 +28,18 @@ class Layer:
     """One block; the norms' weights are float32."""
 
     attention_norm: Tensor | None
-    """Of what attention reads; None where that is the stream as it is."""
+    """The norm of what attention reads; None where that is the stream as it is."""
     qkv: Projection
     q_norm: Tensor | None
     k_norm: Tensor | None
     out: Projection
     mlp_norm: Tensor | None
-    """Of what the feed-forward network reads, likewise."""
+    """The norm of what the feed-forward network reads, likewise."""
     gate_up: Projection
     down: Projection
     window: int | None
     rotation: int = 0
-    """Which of the shape's it has."""
+    """The number of its rotation, of those that the shape has."""
     attention_after: Tensor | None = None
     """The norm of what attention gives; None where that is added as it is."""
     mlp_after: Tensor | None = None

@@ -50,9 +50,9 @@ class Norms:
     """The names of a layer's norms, by where they stand; None where there is none."""
 
     attention: str | None = "input_layernorm"
-    """Of what attention reads."""
+    """The norm of what attention reads."""
     attention_after: str | None = None
-    """Of what it gives, before that is added."""
+    """The norm of what it gives, before that is added."""
     mlp: str | None = "post_attention_layernorm"
     mlp_after: str | None = None
 

@@ -171,9 +171,9 @@ class Entry:
     heads: int = 0
     """Not 0: rows are stored with each head's two halves interleaved, as llama.cpp rotates them."""
     plus: float = 0.0
-    """What is added to its numbers."""
+    """A number that is added to each of its own."""
     part: int = 0
-    """Which of the files has it, of a GGUF that is cut into several."""
+    """The number of the file that has it, of a GGUF that is cut into several."""
 
 
 class GgufWeights:
