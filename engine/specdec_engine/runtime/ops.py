@@ -74,7 +74,7 @@ class Ops:
     how far to look, so that a recording fits every length. None: torch's attention, over a span."""
     few: int = FEW_ROWS
     wide_dtype: torch.dtype | None = None
-    """In which torch's attention of more rows reads a cache that is not float32; by default in the cache's own."""
+    """The dtype in which torch's attention of more rows reads a cache that is not float32; by default the cache's own."""
     remark: str = ""
     """Why better ones were not taken."""
 

@@ -58,7 +58,7 @@ class Norms:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Those that there are."""
+        """The names of those that there are."""
         return tuple(n for n in (self.attention, self.attention_after, self.mlp, self.mlp_after) if n is not None)
 
 
@@ -88,7 +88,7 @@ class Shape:
     """Per layer: how many positions back it sees; None for all."""
     rotations: tuple[Rotation, ...]
     rotation_of_layer: tuple[int, ...] = ()
-    """Which of the rotations each layer has; empty where there is one. Gemma 3 and OLMo 3 have one for layers with a
+    """The number of each layer's rotation; empty where there is one. Gemma 3 and OLMo 3 have one for layers with a
     window and one for those without; SmolLM3 and EXAONE 4 leave some layers as they are, by frequencies of 0."""
     rotary: int = 0
     """Numbers of each head that are rotated, the first; 0 for all. The frequencies of the rest are 0."""
@@ -158,7 +158,7 @@ def _norms(config: Any) -> Norms:
 
 
 def _rotations(config: Any, rotary: int, still: int) -> tuple[tuple[Rotation, ...], tuple[int, ...]]:
-    """All that there are, and which each layer has; still: pairs of a head that stay as they are."""
+    """The rotations of a config, and the number of each layer's; still: pairs of a head that stay as they are."""
     if config.model_type in ("gemma3_text", "olmo3"):
         kinds = sorted(set(config.layer_types))
         found = tuple(rope_of(config, rotary, kind) for kind in kinds)

@@ -37,7 +37,7 @@ def cpu_flags() -> str:
 
 
 def has_amx() -> bool:
-    """Whether torch multiplies by AMX's tiles here."""
+    """Say whether torch multiplies by AMX's tiles here."""
     import torch  # takes a second, which who asks for cores need not wait for
 
     known = getattr(torch.cpu, "_is_amx_tile_supported", None)
