@@ -32,6 +32,9 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "long_factor": [4.0] * 4, "short_factor": [1.5] * 4}
+GROWING = YARN | {
+    "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3, "original_max_position_embeddings": 60,
+}  # fmt: skip
 PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 FAMILY = {
     "llama": ("LlamaConfig", {}),
@@ -79,6 +82,12 @@ FAMILY = {
             },
         },
     ),
+    "glm": ("GlmConfig", {"attention_bias": True, "head_dim": 16}),
+    "glm4": ("Glm4Config", {"head_dim": 16}),
+    "cohere": ("CohereConfig", {"attention_bias": True, "logit_scale": 0.3}),
+    "cohere2": ("Cohere2Config", {"sliding_window": 5, "layer_types": WINDOWED, "tie_word_embeddings": False}),
+    "ministral3": ("Ministral3Config", {"head_dim": 16, "rope_parameters": GROWING}),
+    "ministral3 with a window": ("Ministral3Config", {"sliding_window": 5, "head_dim": 16, "rope_parameters": GROWING}),
     "olmo3": ("Olmo3Config", {"sliding_window": 5}),
     "olmo3, stretched without a window": (
         "Olmo3Config",
@@ -94,7 +103,7 @@ FAMILY = {
     ),
     "exaone4 with windows": ("Exaone4Config", {"sliding_window": 5, "layer_types": WINDOWED}),
 }  # fmt: skip
-PLAIN = [name for name in FAMILY if not name.startswith(("granite", "olmo", "exaone4", "gemma"))]
+PLAIN = [name for name in FAMILY if not name.startswith(("cohere", "granite", "olmo", "exaone4", "gemma", "glm4"))]
 """What kernels of our own do a layer of in one call."""
 
 
@@ -201,7 +210,8 @@ def test_greedy_output_equals_transformers_generate(name):
 @pytest.mark.parametrize(
     ("config", "options", "reason"),
     [
-        ("Glm4Config", {}, "glm4 is not one of"),
+        ("StableLmConfig", {}, "stablelm is not one of"),
+        ("CohereConfig", {"use_qk_norm": True}, "norms queries and keys by a matrix"),
         ("LlamaConfig", {"hidden_act": "gelu"}, "activation is gelu"),
         (
             "LlamaConfig",

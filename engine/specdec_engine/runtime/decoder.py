@@ -108,8 +108,11 @@ class Decoder(Blocks):
         shape, at = self.shape, f"model.layers.{i}"
         attention, mlp = f"{at}.self_attn", f"{at}.mlp"
         size, rotary = shape.head_size, shape.rotary
-        orders = {"q_proj": paired(shape.heads, size, rotary), "k_proj": paired(shape.kv_heads, size, rotary)}
-        normed = orders if shape.wide_norms else dict.fromkeys(orders, paired(1, size, rotary))
+        orders, one = {}, None
+        if not shape.paired:
+            orders = {"q_proj": paired(shape.heads, size, rotary), "k_proj": paired(shape.kv_heads, size, rotary)}
+            one = paired(1, size, rotary)
+        normed = orders if shape.wide_norms else {}
 
         def norm(name: str | None) -> Tensor | None:
             return None if name is None else self.norm_weight(take.dense(f"{at}.{name}.weight"))
@@ -117,8 +120,8 @@ class Decoder(Blocks):
         layer = Layer(
             attention_norm=norm(shape.norms.attention),
             qkv=take.projection(attention, ("q_proj", "k_proj", "v_proj"), to, orders),
-            q_norm=self._head_norm(take, f"{attention}.q_norm.weight", normed["q_proj"]),
-            k_norm=self._head_norm(take, f"{attention}.k_norm.weight", normed["k_proj"]),
+            q_norm=self._head_norm(take, f"{attention}.q_norm.weight", normed.get("q_proj", one)),
+            k_norm=self._head_norm(take, f"{attention}.k_norm.weight", normed.get("k_proj", one)),
             out=take.projection(attention, ("o_proj",), to),
             mlp_norm=norm(shape.norms.mlp),
             gate_up=take.projection(mlp, ("gate_proj", "up_proj"), to),
@@ -130,7 +133,7 @@ class Decoder(Blocks):
         )
         return whole(layer, shape)
 
-    def _head_norm(self, take: _Taker, name: str, order: Tensor) -> Tensor | None:
+    def _head_norm(self, take: _Taker, name: str, order: Tensor | None) -> Tensor | None:
         """The norm of each query's head, or of each key's, if there is one."""
         found = take.optional(name, order)
         return None if found is None else self.norm_weight(found)

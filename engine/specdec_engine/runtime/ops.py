@@ -13,11 +13,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import gelu, layer_norm, rms_norm, scaled_dot_product_attention, silu
 
 from specdec_engine.runtime.linear import Projection
 from specdec_engine.runtime.native import Kernels, LayerFields, pass_fields
-from specdec_engine.runtime.shape import Shape
+from specdec_engine.runtime.shape import Growth, Shape
 
 FEW_ROWS = 16
 """Rows up to which query heads that share keys are rows of one head, whose keys are read once."""
@@ -110,7 +110,9 @@ class Pass:
         self._grouped = n <= FEW_ROWS and start is None and not capped
         together = shape.heads // shape.kv_heads if self._grouped else 1
         self._wide_dtype = cache.dtype if cache.dtype == torch.float32 else ops.wide_dtype or cache.dtype
-        self._kernels = kernels
+        grown = shape.growth is not None and (start is None or start + n > shape.growth.length)
+        self._growth = factors(positions, shape.growth) if grown and shape.growth is not None else None
+        self._kernels = kernels = None if grown else kernels
         if kernels is not None:
             self._fields = [pass_fields(shape.heads, rotation, positions, cache[0]) for rotation in rotations]
         self._shape = shape
@@ -126,6 +128,8 @@ class Pass:
 
     def normed(self, weight: Tensor) -> Tensor:
         """[n, hidden] in the activations' dtype."""
+        if self._shape.centred:
+            return layer_norm(self.x, weight.shape, weight, None, self._eps).to(self._dtype)
         more, self._more = self._more, None
         return self._ops.add_norm(self._x, more, weight, self._eps, self._dtype)
 
@@ -145,8 +149,10 @@ class Pass:
         queries = self._ops.rotate(qkv, self._rotations[layer.rotation], self._positions, kept, norms)
         if self._shape.scales.scores != 1.0:
             queries = queries * self._shape.scales.scores
+        if self._growth is not None:
+            queries = (queries * self._growth).to(queries.dtype)
         self._add(layer.out(self._attended(queries, kept, layer.window)), layer.attention_after)
-        gated = layer.gate_up(self._read(layer.mlp_norm))
+        gated = layer.gate_up(inputs if self._shape.parallel else self._read(layer.mlp_norm))
         gated = gelu_gate(gated) if self._shape.gelu else self._ops.gate(gated)
         self._add(layer.down(gated), layer.mlp_after)
 
@@ -160,7 +166,7 @@ class Pass:
             more = rms_norm(more.float(), more.shape[-1:], norm, self._eps).to(self._dtype)
         if self._shape.scales.residual != 1.0:
             more = more * self._shape.scales.residual
-        self._more = more
+        self._more = more if self._more is None else self._more + more
 
     def _widely_normed(self, qkv: Tensor, q_norm: Tensor, k_norm: Tensor) -> Tensor:
         """Queries and keys normed over all heads at once."""
@@ -202,6 +208,11 @@ def causal_mask(positions: Tensor, span: int, window: int | None, dtype: torch.d
     if window is not None:
         seen &= columns > positions[:, None] - window
     return torch.zeros(seen.shape, dtype=dtype, device=positions.device).masked_fill_(~seen, float("-inf"))
+
+
+def factors(positions: Tensor, growth: Growth) -> Tensor:
+    """[n, 1, 1] float32: what queries at these positions are multiplied by."""
+    return (1.0 + growth.beta * torch.log1p((positions // growth.length).float()))[:, None, None]
 
 
 def attend_grouped(queries: Tensor, kept: Tensor, mask: Tensor) -> Tensor:

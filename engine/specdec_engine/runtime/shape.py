@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 FAMILY = (
-    "exaone4", "gemma", "gemma2", "gemma3_text", "granite", "llama", "ministral", "mistral", "olmo2", "olmo3", "phi3",
-    "qwen2", "qwen3", "smollm3",
+    "cohere", "cohere2", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "granite", "llama", "ministral",
+    "ministral3", "mistral", "olmo2", "olmo3", "phi3", "qwen2", "qwen3", "smollm3",
 )  # fmt: skip
 """transformers' model types that `shape_of` knows."""
 
@@ -46,6 +46,15 @@ class Rotation:
 
 
 @dataclass(frozen=True, slots=True)
+class Growth:
+    """How queries grow with their position: by 1 + beta · ln(1 + ⌊position / length⌋) (Ministral 3, Llama 4)."""
+
+    beta: float
+    length: int
+    """Positions up to which they do not."""
+
+
+@dataclass(frozen=True, slots=True)
 class Norms:
     """The names of a layer's norms, by where they stand; None where there is none."""
 
@@ -68,6 +77,19 @@ NORMS_AROUND = Norms(
     "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
 )
 """Gemma 2 and 3."""
+_NORMS = {
+    "cohere": Norms(mlp=None),
+    "cohere2": Norms(mlp=None),
+    "exaone4": NORMS_AFTER,
+    "gemma2": NORMS_AROUND,
+    "gemma3_text": NORMS_AROUND,
+    "glm4": Norms("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
+    "olmo2": NORMS_AFTER,
+    "olmo3": NORMS_AFTER,
+}
+"""By model type, where they are not as Llama's."""
+_PAIRED = ("cohere", "cohere2", "glm", "glm4")
+_PARTLY_ROTATED = ("glm", "glm4", "phi3")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +122,21 @@ class Shape:
     wide_norms: bool = False
     """Norms of queries and keys are over all heads at once (OLMo 2 and 3), not over each (Qwen 3)."""
     fused: bool = False
-    """The checkpoint has one matrix for queries, keys and values, and one for gate and up (Phi-3)."""
+    """The checkpoint has one matrix for gate and up (GLM), and maybe one for queries, keys and values (Phi-3)."""
+    paired: bool = False
+    """What is rotated of a head lies in pairs in the checkpoint already (GLM, Cohere), not in halves."""
+    parallel: bool = False
+    """The feed-forward network reads what attention reads (Cohere), not the stream after it."""
+    centred: bool = False
+    """A norm takes the mean away first (Cohere): it is torch's layer norm."""
+    growth: Growth | None = None
     scales: Scales = field(default_factory=lambda: Scales())
 
     @property
     def plain(self) -> bool:
         """Whether a layer is as Llama's or Qwen's, which kernels of our own do in one call."""
-        return self.norms == Norms() and not (self.wide_norms or self.gelu) and self.scales == Scales()
+        other = self.wide_norms or self.gelu or self.parallel or self.centred
+        return self.norms == Norms() and not other and self.scales == Scales()
 
     @property
     def kv_values(self) -> int:
@@ -120,7 +150,9 @@ def shape_of(config: Any) -> Shape:
         raise Unsupported(f"{config.model_type} is not one of the kinds that our own forward computes")
     if getattr(config, "quantization_config", None) is not None:
         raise Unsupported("its weights are quantized")
-    gemma = config.model_type.startswith("gemma")
+    gemma, cohere = (config.model_type.startswith(name) for name in ("gemma", "cohere"))
+    if getattr(config, "use_qk_norm", False):
+        raise Unsupported("it norms queries and keys by a matrix")  # Command R+
     activation = config.hidden_activation if config.model_type in ("gemma2", "gemma3_text") else config.hidden_act
     if activation != ("gelu_pytorch_tanh" if gemma else "silu"):
         raise Unsupported(f"its activation is {activation}")
@@ -135,26 +167,31 @@ def shape_of(config: Any) -> Shape:
         head_size=head_size,
         hidden=config.hidden_size,
         vocab=config.vocab_size,
-        eps=config.rms_norm_eps,
+        eps=config.layer_norm_eps if cohere else config.rms_norm_eps,
         tied=config.tie_word_embeddings,
         tensors=_tensors(config, head_size),
         windows=_windows(config, layers),
         rotations=rotations,
         rotation_of_layer=rotation_of_layer,
         rotary=0 if rotary == head_size else rotary,
-        norms=_norms(config),
+        norms=_NORMS.get(config.model_type, Norms()),
         unit_norms=gemma,
         gelu=gemma,
         wide_norms=config.model_type in ("olmo2", "olmo3"),
-        fused=config.model_type == "phi3",
+        fused=config.model_type in ("glm", "glm4", "phi3"),
+        paired=config.model_type in _PAIRED,
+        parallel=cohere,
+        centred=cohere,
+        growth=_growth(config),
         scales=_scales(config, head_size),
     )
 
 
-def _norms(config: Any) -> Norms:
-    if config.model_type in ("exaone4", "olmo2", "olmo3"):
-        return NORMS_AFTER
-    return NORMS_AROUND if config.model_type in ("gemma2", "gemma3_text") else Norms()
+def _growth(config: Any) -> Growth | None:
+    if config.model_type != "ministral3":
+        return None
+    rope = config.rope_parameters
+    return Growth(float(rope["llama_4_scaling_beta"]), int(rope["original_max_position_embeddings"]))
 
 
 def _rotations(config: Any, rotary: int, still: int) -> tuple[tuple[Rotation, ...], tuple[int, ...]]:
@@ -167,7 +204,7 @@ def _rotations(config: Any, rotary: int, still: int) -> tuple[tuple[Rotation, ..
     rotation = replace(rotation, frequencies=torch.cat([rotation.frequencies, torch.zeros(still)]))
     if config.model_type == "smollm3":
         turned = tuple(map(bool, config.no_rope_layers))
-    elif config.model_type == "exaone4" and config.sliding_window is not None:
+    elif config.model_type in ("cohere2", "exaone4") and config.sliding_window is not None:
         turned = tuple(kind == "sliding_attention" for kind in config.layer_types)
     else:
         return (rotation,), ()
@@ -186,6 +223,8 @@ def _scales(config: Any, head_size: int) -> Scales:
             or 0.0,  # Gemma 3 reads no such cap
             cap_logits=config.final_logit_softcapping or 0.0,
         )
+    if config.model_type.startswith("cohere"):
+        return Scales(logits=float(config.logit_scale))
     if config.model_type != "granite":
         return Scales()
     return Scales(
@@ -200,7 +239,7 @@ def rotary_of(config: Any, head_size: int) -> int:
     """Numbers of each head that are rotated. Raises Unsupported for a part of them in a kind that may ignore it."""
     kinds = [rope for rope in config.rope_parameters.values() if isinstance(rope, dict)] or [config.rope_parameters]
     part = max((rope.get("partial_rotary_factor") or 1.0 for rope in kinds), key=lambda part: abs(1.0 - part))
-    if part != 1.0 and config.model_type != "phi3":
+    if part != 1.0 and config.model_type not in _PARTLY_ROTATED:
         raise Unsupported("it rotates only part of each head")
     return int(head_size * part)
 
@@ -236,9 +275,9 @@ def rope_of(config: Any, rotary: int, layers: str | None = None) -> Rotation:
 def _windows(config: Any, layers: int) -> tuple[int | None, ...]:
     """As transformers' own model of each type reads its config: Llama ignores a window, Mistral has it in all layers."""
     window = getattr(config, "sliding_window", None)
-    if config.model_type in ("gemma", "granite", "llama", "olmo2"):
+    if config.model_type in ("cohere", "gemma", "glm", "glm4", "granite", "llama", "olmo2"):
         return (None,) * layers
-    if config.model_type in ("mistral", "phi3"):
+    if config.model_type in ("ministral3", "mistral", "phi3"):
         return (window,) * layers
     if config.model_type == "smollm3" and not config.use_sliding_window:
         return (None,) * layers
@@ -251,9 +290,13 @@ def _tensors(config: Any, head_size: int) -> dict[str, tuple[int, ...]]:
     """Names and sizes of all tensors that transformers' model of this config has, but for an untied head's."""
     biased = getattr(config, "attention_bias", False)
     of_queries, of_out, of_mlp = {
+        "cohere": (biased, biased, False),
+        "cohere2": (biased, biased, False),
         "gemma": (biased, biased, False),
         "gemma2": (biased, biased, False),
         "gemma3_text": (biased, biased, False),
+        "glm": (biased, False, False),
+        "glm4": (biased, False, False),
         "granite": (biased, biased, getattr(config, "mlp_bias", False)),
         "llama": (biased, biased, getattr(config, "mlp_bias", False)),
         "olmo2": (biased, biased, False),
@@ -280,7 +323,11 @@ def _tensors(config: Any, head_size: int) -> dict[str, tuple[int, ...]]:
             "mlp.gate_up_proj": (2 * inner, hidden, False),
             "mlp.down_proj": (hidden, inner, False),
         }
-    layer: dict[str, tuple[int, ...]] = {f"{norm}.weight": (hidden,) for norm in _norms(config).names}
+    elif config.model_type in ("glm", "glm4"):
+        del matrices["mlp.gate_proj"], matrices["mlp.up_proj"]
+        matrices["mlp.gate_up_proj"] = (2 * inner, hidden, False)
+    norms = _NORMS.get(config.model_type, Norms())
+    layer: dict[str, tuple[int, ...]] = {f"{norm}.weight": (hidden,) for norm in norms.names}
     for name, (rows, columns, has_bias) in matrices.items():
         layer[f"{name}.weight"] = (rows, columns)
         if has_bias:
