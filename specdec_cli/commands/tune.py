@@ -176,7 +176,7 @@ def _loaded(target: str, drafts: Sequence[str] | None, options: LoadOptions) -> 
         except SpecdecError as error:
             if drafts is not None:
                 raise
-            if "," not in name:
+            if "," not in name and "+" not in name:
                 _leave_out(name, error)
     for sentence in dict.fromkeys(note for pair in found.values() for note in pair.notes):
         output.note(sentence)
@@ -190,19 +190,24 @@ def _leave_out(name: str, error: SpecdecError) -> None:
 
 _MOST_FITTING = 2
 """Cached models that are tried unnamed, the smallest first."""
+_WORTH_GUESSING = 0.1
+"""A draft step's cost in target passes from which on a lookup is tried that guesses for the draft model: with less, a pass of
+the draft over several guesses saves nothing that a cycle would notice."""
 
 
 def _fitting(target: str, options: LoadOptions) -> list[str]:
     """Drafts that need not be named: those that other packages add, heads made for the target, and cached models, with its
-    own tokens where there are such."""
+    own tokens where there are such; without any of these, the target's own first layers."""
     from specdec_engine.core.registry import foreign
-    from specdec_engine.models.compatibility import offers
+    from specdec_engine.models.compatibility import Offer, offers
 
-    by_kind = dict[str, list[str]]()
+    by_kind = dict[str, list[Offer]]()
     for offer in offers(target, options):
-        by_kind.setdefault(offer.kind, []).append(offer.draft)
-    models = by_kind.get("ids") or by_kind.get("text", [])[:1]
-    return [*by_kind.get("head", []), *models[:_MOST_FITTING], *(entry.name for entry in foreign())]
+        by_kind.setdefault(offer.kind, []).append(offer)
+    models = (by_kind.get("ids") or by_kind.get("text", [])[:1])[:_MOST_FITTING]
+    made = [*by_kind.get("head", []), *models] or by_kind.get("layers", [])
+    guessed = [f"ngram+{m.draft}" for m in models if m.kind == "ids" and m.c is not None and m.c[1] >= _WORTH_GUESSING]
+    return [*(offer.draft for offer in made), *guessed, *(entry.name for entry in foreign())]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,10 @@ import tomllib
 import pytest
 
 from specdec_cli import profiles
+from specdec_cli.commands.tune import _fitting
 from specdec_engine.core.registry import OURS
+from specdec_engine.models import compatibility
+from specdec_engine.models.options import LoadOptions
 from specdec_engine.tune import passes
 
 
@@ -62,6 +65,24 @@ def test_tokens_a_cycle_are_foretold_exactly_at_temperature_0(tune, draft_checkp
     assert found["confirmed"][0]["mean_emitted_per_cycle"] == pytest.approx(
         found["predicted"]["mean_emitted_per_cycle"]
     )
+
+
+@pytest.mark.parametrize(
+    ("offered", "taken"),
+    [
+        ([("ngram", "lookup", None), ("self:2", "layers", (0.3, 0.3))], ["self:2"]),
+        (
+            [("self:2", "layers", (0.3, 0.3)), ("org/small", "ids", (0.05, 0.2)), ("org/tiny", "ids", (0.01, 0.02))],
+            ["org/small", "org/tiny", "ngram+org/small"],
+        ),
+        ([("org/head", "head", (0.02, 0.02)), ("org/other", "text", (0.1, 0.2))], ["org/head", "org/other"]),
+    ],
+    ids=["nothing but itself", "models with its tokens", "a head and another tokenizer"],
+)
+def test_unnamed_it_tries_what_fits_and_a_lookup_below_a_model_that_is_dear(offered, taken, monkeypatch):
+    found = [compatibility.Offer(draft, kind, c, None) for draft, kind, c in offered]
+    monkeypatch.setattr(compatibility, "offers", lambda target, options: found)
+    assert _fitting("org/target", LoadOptions()) == taken
 
 
 def test_for_people_it_ends_with_what_to_type(tune):

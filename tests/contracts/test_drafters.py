@@ -418,7 +418,9 @@ def test_a_draft_that_was_guessed_takes_fewer_passes(right):
     def guess(said, k):
         return (plain[len(said) : right] + [(token + 1) % 200 for token in plain[max(right, len(said)) :]])[:k]
 
-    assert guided(runtime, guess, pending, u, u[0], choice).tokens.tolist() == plain
+    drafted = guided(runtime, guess, pending, u, u[0], choice)
+    assert drafted.tokens.tolist() == plain
+    assert drafted.guessed == tuple(range(min(right, 7)))  # the last comes of the same pass, unasked
     assert runtime.cached == 3 + 7
     assert len(passes) == (1 if right == 8 else 8 - right)
 

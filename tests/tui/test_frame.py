@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from specdec_engine.record.events import Cycle, Finished, Raw, Started
 from specdec_engine.record.stats import Summary
 from specdec_tui.frame import Frame, View, step_of, steps
+from specdec_tui.ladder import row
 from specdec_tui.panels import PanelContext
 from specdec_tui.panels.inspector import inspector
 from specdec_tui.player import Player
@@ -291,3 +292,10 @@ def test_the_inspectors_other_side_says_what_it_cannot_tell():
     assert "q draft, before → after greedy" in inspected(replace(known, settings=sharp), warping=True)
     lines = inspected(replace(known, cycles=silent), warping=True)
     assert sum("was not recorded" in line for line in lines) == 2
+
+
+def test_tokens_that_a_lookup_had_expected_are_marked():
+    cycle = replace(next(c for c in frame(cycles=8).cycles if len(c.drafted) > 1), guessed=(1,))
+    line = "".join(text for text, _ in row(cycle, "tok{}".format, 100))
+    assert f"»tok{cycle.drafted[1]}" in line
+    assert line.count("»") == 1

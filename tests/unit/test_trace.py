@@ -98,6 +98,7 @@ def test_a_cycle_line_has_the_contracts_keys():
         "exactness",
         "parents",
         "path",
+        "guessed",
         "raw_p",
         "raw_q",
     }

@@ -10,6 +10,8 @@ from specdec_tui.panels import Line
 from specdec_tui.pieces import Name, alone
 
 MARKS = {"accepted": "✓", "rejected": "×", "untested": "·", "recovered": "↳", "bonus": "+", "plain": "", "drafted": "?"}
+GUESSED = "»"
+"""Before a token that a lookup had expected of the draft model."""
 
 _MARK_STYLES = {"rejected": "refused", "untested": "muted"}
 
@@ -23,8 +25,8 @@ def row(cycle: Cycle, name: Name, width: int, partial: Step | None = None) -> Li
     time = (took if whole else "").rjust(9)
     parts: Line = [(number, "muted"), (kept, "")]
     room = width - len(number) - len(kept) - len(time)
-    for token, kind in _tokens(cycle, partial):
-        text = alone(token, name).strip() or "␣"
+    for place, (token, kind) in enumerate(_tokens(cycle, partial)):
+        text = (GUESSED if place in cycle.guessed else "") + (alone(token, name).strip() or "␣")
         piece = f"{MARKS[kind]}{text} "
         if cell_len(piece) > room:
             parts.append(("…"[:room], "muted"))

@@ -74,7 +74,8 @@ def step_words(view: View, name: Name) -> str:
     number, k = cycle.index + 1, len(cycle.drafted)
     if not partial.verified:
         token = repr_of(cycle.drafted[partial.drafted - 1], name) if partial.drafted else "nothing"
-        return f"Cycle {number}: the draft guesses {token}, {partial.drafted} of {k}."
+        expected = ", as a lookup had expected" if partial.drafted - 1 in cycle.guessed else ""
+        return f"Cycle {number}: the draft guesses {token}{expected}, {partial.drafted} of {k}."
     if not partial.tested:
         guesses = (
             "the guess in one pass, and says what it would have said there"

@@ -74,6 +74,8 @@ class Draft:
     """[k, V'], the distributions before temperature and filters; None where they were not asked for, or there are none."""
     raw_ids: Tensor | None = None
     """[V']: the target's id of each column of `raw`; None where it is the column's number."""
+    guessed: tuple[int, ...] = ()
+    """The places of tokens that a lookup had expected before the draft model chose them."""
     cut: bool = False
     """Whether the run's end made it shorter: others of its length are not to be expected."""
 

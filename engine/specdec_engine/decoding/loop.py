@@ -210,6 +210,7 @@ def _cycle(
         u=verdict.u,
         overlap=verdict.overlap,
         residual=verdict.residual,
+        guessed=draft.guessed,
         raw_p=verdict.raw_p,
         raw_q=verdict.raw_q,
         draft_s=draft_s,

@@ -80,7 +80,7 @@ class RuntimeDrafter:
         tokens = self._translated(drawn.tokens).to(self._device)
         raw = None if drawn.raw is None else drawn.raw.to(self._device)
         ids = None if self._ids_of is None else self._ids_of.to(self._device)
-        return Draft(tokens, self._widened(drawn.rows), self.name, raw, ids)
+        return Draft(tokens, self._widened(drawn.rows), self.name, raw, ids, drawn.guessed)
 
     def _unroll(self, context: Sequence[int], sampling: Sampling) -> Callable[..., DraftTokens]:
         """How its tokens are made: see `Runtime.unroll`."""

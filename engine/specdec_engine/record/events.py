@@ -129,6 +129,9 @@ class Cycle:
     a chain."""
     path: tuple[Count, ...] | None = None
     """Of a token tree: the places in `drafted` of the accepted tokens, from the root on."""
+    guessed: tuple[Count, ...] = ()
+    """The places in `drafted` of tokens that a lookup had expected of the draft model, which then chose them itself
+    (`ngram+MODEL`): a pass of that model that was saved, each."""
     raw_p: Raw | None = None
     """The target's distributions before temperature and filters; None where the run was not asked for them."""
     raw_q: Raw | None = None

@@ -132,6 +132,8 @@ def _check_lengths(cycle: Cycle, k: int) -> None:
     for name, values in (*lists, *((n, r.drafted) for n, r in raw), *((n, r.likeliest) for n, r in raw)):
         if len(values) != k:
             raise ValueError(f"{name}: {len(values)} entries for {k} drafted tokens")
+    if beyond := [place for place in cycle.guessed if place >= k]:
+        raise ValueError(f"guessed: there is no place {beyond[0]} among {k} drafted tokens")
 
 
 def _check_tree(cycle: Cycle, k: int) -> None:

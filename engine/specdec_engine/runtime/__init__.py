@@ -40,6 +40,8 @@ class DraftTokens(NamedTuple):
     """[k, V], what they were drawn from; None if they were not drawn."""
     raw: Tensor | None
     """[k, V'], the distributions before temperature and filters over the draft's own ids, where they were asked for."""
+    guessed: tuple[int, ...] = ()
+    """The places of those that were expected before they were chosen (`guided`)."""
 
     @classmethod
     def of(cls, sampled: Sequence[SampledToken], tokens: Sequence[Tensor]) -> DraftTokens:
@@ -173,7 +175,11 @@ def guided(
     The tokens are those of `step_by_step` to rounding, whatever is guessed: each is chosen from the row after those before
     it, with its own uniform number.
     """
-    sampled, chosen = list[SampledToken](), list[int]()
+    sampled, chosen, guessed = list[SampledToken](), list[int](), list[int]()
+
+    def drafted() -> DraftTokens:
+        return DraftTokens.of(sampled, [one.token for one in sampled])._replace(guessed=tuple(guessed))
+
     while len(chosen) < len(u):
         expected = list(guess(chosen, len(u) - len(chosen) - 1))
         tokens = torch.cat([pending, torch.tensor(expected, dtype=pending.dtype).to(pending.device)])
@@ -182,11 +188,14 @@ def guided(
         for i in range(len(expected) + 1):
             sampled.append(sampler(rows[i : i + 1], u[len(chosen)], temperature))
             chosen.append(int(sampled[-1].token))
+            fits = i < len(expected) and chosen[-1] == expected[i]
+            if fits:
+                guessed.append(len(chosen) - 1)
             if stop is not None and stop(sampled[-1].sure):
                 runtime.rollback(before + i)
-                return DraftTokens.of(sampled, [one.token for one in sampled])
-            if i < len(expected) and chosen[-1] != expected[i]:
+                return drafted()
+            if not fits:
                 break
         runtime.rollback(before + i)
         pending = sampled[-1].token
-    return DraftTokens.of(sampled, [one.token for one in sampled])
+    return drafted()

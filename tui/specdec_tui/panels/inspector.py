@@ -27,6 +27,8 @@ def inspector(view: View, context: PanelContext) -> PanelContent | None:
         return PanelContent("inspector", lines)
     token = fitted(f"“{alone(cycle.drafted[at], context.name)}”", context.width - 22)
     lines = [[(f"cycle {cycle.index + 1} · token {at + 1} of {len(cycle.drafted)} · ", "muted"), (token, "strong")]]
+    if at in cycle.guessed:
+        lines.append([("» a lookup expected it; the draft model chose it too", "muted")])
     if view.warping:
         return PanelContent("before and after · ▒ gained ░ lost", [*lines, *in_full(view, cycle, at, context)])
     seen = view.partial

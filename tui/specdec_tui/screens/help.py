@@ -20,6 +20,11 @@ MARKS: tuple[tuple[str, str, str], ...] = (
     ("· never tested", "untested", "dropped after a rejection"),
     ("↳ recovered", "recovered", "the target's own token instead, drawn from max(0, p − q)"),
     ("+ bonus", "bonus", "the target's own token after a draft that was kept whole"),
+    (
+        "» before a guess",
+        "draft",
+        "a lookup had expected it of the draft model (ngram+MODEL), which saved a pass of that",
+    ),
     ("? and none", "drafted", "a guess not tested yet; the target's own token from a pass without a draft"),
 )
 FIGURES: tuple[tuple[str, str], ...] = (

@@ -27,7 +27,10 @@ class _Cycles:
 class Ladder(ViewLines):
     """One row a cycle; a click shows the run as it was after it."""
 
-    HELP = "One row a cycle: ✓ kept, × rejected, · never tested, ↳ recovered, + bonus; at the right its milliseconds."
+    HELP = (
+        "One row a cycle: ✓ kept, × rejected, · never tested, ↳ recovered, + bonus, » expected by a lookup; at the right its "
+        "milliseconds."
+    )
 
     def __init__(self, name: Name) -> None:
         super().__init__(_Cycles(name), id="ladder", title="cycles")
