@@ -379,12 +379,24 @@ def save_gguf(
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_dimension_count(
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_rope_dimension_count(int(head_size * (rope.get("partial_rotary_factor") or 1)))
     writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    if arch.startswith(("gemma", "qwen3")):
+    if arch in ("cohere2", "command-r"):
+        writer.add_layer_norm_eps(config.layer_norm_eps)
+        writer.add_logit_scale(config.logit_scale)
+    else:
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if arch == "granite":
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
+    if arch in ("cohere2", "exaone4", "olmo2") and getattr(config, "sliding_window", None):
+        writer.add_sliding_window(config.sliding_window)
+        if arch != "cohere2":
+            writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
+    if arch.startswith(("gemma", "glm4", "qwen3")):
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
     if arch.startswith("gemma") and "sliding_attention" in config.layer_types:
@@ -412,17 +424,23 @@ def save_gguf(
     writer.add_eos_token_id(1)
     writer.add_pad_token_id(0)
     writer.add_chat_template(CHAT_TEMPLATE)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], config.num_hidden_layers)
+    if rope.get("rope_type") == "longrope":
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        for length in ("long", "short"):
+            factors = torch.tensor(rope[f"{length}_factor"]).numpy()
+            writer.add_tensor(f"rope_factors_{length}.weight", factors)
+    known = gguf.MODEL_ARCH[arch.upper().replace("-", "_")]
+    names = gguf.get_tensor_name_map(known, config.num_hidden_layers)
     for name, tensor in state.items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
-            if part in name and arch == "llama":
+            if part in name and arch in ("granite", "llama", "smollm3"):
                 tensor = tensor.view(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
         if name.endswith("norm.weight") and arch.startswith("gemma"):
             tensor = tensor + 1
         packed = gguf.GGMLQuantizationType[kind if tensor.dim() == 2 else "F32"]
-        stored = names.get_name(name, try_suffixes=(".weight",))
+        stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
         writer.add_tensor(stored, gguf.quantize(tensor.float().numpy(), packed), raw_dtype=packed)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

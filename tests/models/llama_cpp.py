@@ -55,6 +55,23 @@ CASES = {
         GEMMA | {"rope_parameters": {"sliding_attention": LOCAL, "full_attention": stretched("yarn", 1e6)}},
     ),
     "gemma3, no window": ("gemma3", "Gemma3TextConfig", GEMMA | {"layer_types": ["full_attention"] * 7}),
+    "granite": (
+        "granite",
+        "GraniteConfig",
+        {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.3,
+            "attention_multiplier": 0.2,
+            "logits_scaling": 0.5,
+        },
+    ),
+    "smollm3": ("smollm3", "SmolLM3Config", {"tie_word_embeddings": True}),
+    "olmo2": ("olmo2", "Olmo2Config", {}),
+    "olmo3": ("olmo2", "Olmo3Config", {"sliding_window": 16}),
+    "exaone4": ("exaone4", "Exaone4Config", {"sliding_window": None, "layer_types": ["full_attention"] * 7}),
+    "glm4": ("glm4", "Glm4Config", {"head_dim": 32}),
+    "command-r": ("command-r", "CohereConfig", {"logit_scale": 0.3}),
+    "cohere2": ("cohere2", "Cohere2Config", {"sliding_window": 16, "logit_scale": 0.3}),
     "phi3": ("phi3", "Phi3Config", {"tie_word_embeddings": False, "sliding_window": None}),
 }
 

@@ -120,11 +120,30 @@ _SMALL = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.2,
     "pad_token_id": 0,
 }  # fmt: skip
+_LONG = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "long_factor": [4.0] * 8, "short_factor": [1.1 + i / 8 for i in range(8)],
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
 _OTHERS = {
     "gemma2": ("Gemma2Config", {"head_dim": 32, "sliding_window": 5, "query_pre_attn_scalar": 32}),
     "gemma3": ("Gemma3TextConfig", {"head_dim": 32, "sliding_window": 5, "query_pre_attn_scalar": 32}),
     "phi3": ("Phi3Config", {"tie_word_embeddings": False, "sliding_window": 8}),
-}
+    "phi3, 128k": ("Phi3Config", {"tie_word_embeddings": False, "sliding_window": None, "rope_parameters": _LONG}),
+    "granite": (
+        "GraniteConfig",
+        {
+            "embedding_multiplier": 3.0, "residual_multiplier": 0.3, "attention_multiplier": 0.2, "logits_scaling": 2.5,
+        },
+    ),
+    "smollm3": ("SmolLM3Config", {}),
+    "olmo2": ("Olmo2Config", {}),
+    "olmo2, version 3": ("Olmo3Config", {"sliding_window": 5}),
+    "exaone4": ("Exaone4Config", {"sliding_window": None, "layer_types": ["full_attention"] * 6}),
+    "exaone4, 32B": ("Exaone4Config", {"sliding_window": 5}),
+    "glm4": ("Glm4Config", {"head_dim": 16}),
+    "command-r": ("CohereConfig", {"logit_scale": 0.3}),
+    "cohere2": ("Cohere2Config", {"sliding_window": 5, "logit_scale": 0.3}),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=_OTHERS)
@@ -137,10 +156,9 @@ def other(request, tmp_path_factory):
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter += 0.3 * torch.randn(parameter.shape)
-    folder = tmp_path_factory.mktemp(request.param)
-    return [
-        save_gguf(folder / f"{kind}.gguf", kind, arch=request.param, model=model) for kind in ("F16", "Q4_0")
-    ], model
+    arch = request.param.partition(",")[0]
+    folder = tmp_path_factory.mktemp(arch)
+    return [save_gguf(folder / f"{kind}.gguf", kind, arch=arch, model=model) for kind in ("F16", "Q4_0")], model
 
 
 @pytest.mark.parametrize("runtime", ["generic", "lean"])
@@ -159,7 +177,8 @@ def test_llama_cpp_computes_the_same(case, tmp_path):
     """To the 16 bits in which it keeps keys and values; what it said is recorded."""
     runtime = load_model(str(llama_cpp.save(case, tmp_path)), LoadOptions(dtype="float32")).runtime
     record = json.loads(llama_cpp.RECORD.read_text("utf-8"))[case]
-    assert min(map(int, record)) < llama_cpp.GEMMA["sliding_window"] < max(map(int, record))
+    window = llama_cpp.CASES[case][2].get("sliding_window") or min(map(int, record)) + 1
+    assert min(map(int, record)) < window < max(map(int, record)), "both sides of it are looked at"
     for length, told in record.items():
         runtime.rollback(0)
         found = runtime.forward(torch.tensor(llama_cpp.PROMPT[: int(length)]), 1)[-1].log_softmax(-1)

@@ -225,4 +225,4 @@ def test_what_a_header_says_is_in_the_config_or_is_refused(kind, config, key, va
     header = SimpleNamespace(fields={field.name: field for field in said})
     refused = nullcontext() if computed else pytest.raises(ModelUnavailable, match=key)
     with refused:
-        gguf_header.check_computed(header, tmp_path / "f.gguf", made)
+        gguf_header.check_computed(header, tmp_path / "f.gguf", made, ())

@@ -13,7 +13,7 @@ import shutil
 import struct
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -30,7 +30,7 @@ from specdec_engine.system.folders import cache_folder
 if TYPE_CHECKING:
     from specdec_engine.runtime.weights import Entry
 
-LAYOUT = 6
+LAYOUT = 7
 """Version of the folder; raise it when its contents change."""
 SCRATCH = ".scratch-"
 _INDEX = "index.json"
@@ -45,19 +45,30 @@ class _Member:
 
     interleaved: bool = False
     """Query and key rows are stored as llama.cpp rotates them: in pairs."""
-    fused: bool = False
-    """One matrix for queries, keys and values, and one for gate and up."""
+    fused: tuple[str, ...] = ()
+    """Those of `_FUSED` that are one matrix."""
     plus: float = 0.0
     """A number that is added to the norms' weights: llama.cpp keeps Gemma's whole, Hugging Face less one."""
 
 
+_FUSED = {
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+}
 _MEMBERS = {
+    "cohere2": _Member(),
+    "command-r": _Member(),
+    "exaone4": _Member(),
     "gemma2": _Member(plus=-1.0),
     "gemma3": _Member(plus=-1.0),
+    "glm4": _Member(fused=("mlp.gate_up_proj",)),
+    "granite": _Member(interleaved=True),
     "llama": _Member(interleaved=True),
-    "phi3": _Member(fused=True),
+    "olmo2": _Member(),
+    "phi3": _Member(fused=tuple(_FUSED)),
     "qwen2": _Member(),
     "qwen3": _Member(),
+    "smollm3": _Member(interleaved=True),
 }
 """GGUF architectures whose tensors have Hugging Face names one to one. Others are left to transformers."""
 
@@ -158,7 +169,7 @@ def sweep(folder: Path) -> None:
 
 
 def _make(gguf: Path, into: Path, name: str, report: Report) -> None:
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+    from transformers import GenerationConfig
 
     from specdec_engine.models.gguf_header import (
         DAMAGED,
@@ -166,6 +177,7 @@ def _make(gguf: Path, into: Path, name: str, report: Report) -> None:
         add_left_out,
         check_computed,
         check_header,
+        config_and_tokenizer,
         end_ids,
         given_to_transformers,
     )
@@ -185,14 +197,13 @@ def _make(gguf: Path, into: Path, name: str, report: Report) -> None:
     ) as error:
         raise ModelUnavailable(f"{gguf} is damaged or cut short: {first_line(error)}", DAMAGED) from error
     check_header(header, gguf, _MEMBERS)
-    tensors = {tensor: asdict(entry) for tensor, entry in _read_entries(header).items()}
     with given_to_transformers(header, gguf), _alone(gguf) as folder:
-        source = {"pretrained_model_name_or_path": folder, "gguf_file": gguf.name, "local_files_only": True}
-        config = AutoConfig.from_pretrained(**source)
-        if tensors:
-            add_left_out(header, config)
-        check_computed(header, gguf, config)
-        tokenizer = AutoTokenizer.from_pretrained(**source)
+        made = config_and_tokenizer(header, folder / gguf.name)
+    config = made.config
+    tensors = {tensor: asdict(entry) for tensor, entry in _read_entries(header, config.model_type).items()}
+    if tensors:
+        add_left_out(header, config)
+    check_computed(header, gguf, config, made.taken)
     if config.model_type in _LAYERS_OF_27B:  # not in the header: llama.cpp has it by the model's size, transformers 256
         config.query_pre_attn_scalar = _gemma_scalar(config)
     config.name_or_path = str(gguf)
@@ -201,7 +212,7 @@ def _make(gguf: Path, into: Path, name: str, report: Report) -> None:
     if ends := list(dict.fromkeys(end_ids(header))):
         generation.eos_token_id = ends
     generation.save_pretrained(into)
-    tokenizer.save_pretrained(into)
+    made.tokenizer.save_pretrained(into)
     # All values, defaults too: `config.json` leaves them to the class.
     (into / _INDEX).write_text(json.dumps({"config": config.to_dict(), "tensors": tensors}), "utf-8")
     (into / _DIGEST).write_text(_digest(into), "ascii")
@@ -224,9 +235,11 @@ def _gemma_scalar(config: Any) -> int:
     return int(config.hidden_size // config.num_attention_heads if is_27b else config.head_dim)
 
 
-def _read_entries(reader: Any) -> dict[str, Entry]:
+def _read_entries(reader: Any, model_type: str) -> dict[str, Entry]:
     from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
 
+    from specdec_engine.models.gguf_header import FACTORS
+    from specdec_engine.runtime.shape import norms_of
     from specdec_engine.runtime.weights import Entry
 
     arch = reader.fields["general.architecture"].contents()
@@ -238,9 +251,11 @@ def _read_entries(reader: Any) -> dict[str, Entry]:
     kv_heads = int(reader.fields[f"{arch}.attention.head_count_kv"].contents())
     member = _MEMBERS[arch]
     interleaved = {"q_proj": heads, "k_proj": kv_heads} if member.interleaved else {}
-    names = _hf_names(get_tensor_name_map(number[arch], layers), layers, member.fused)
+    names = _hf_names(get_tensor_name_map(number[arch], layers), layers, member.fused, norms_of(model_type).names)
     found = {}
     for tensor, part in zip(reader.tensors, reader.part_of, strict=True):
+        if tensor.name in FACTORS:  # these are in the config
+            continue
         name = names.get(tensor.name, tensor.name)  # an unknown one keeps its name, and is seen to be left over
         found[name] = Entry(
             kind=tensor.tensor_type.name,
@@ -254,14 +269,11 @@ def _read_entries(reader: Any) -> dict[str, Entry]:
     return found
 
 
-def _hf_names(table: Any, layers: int, fused: bool) -> dict[str, str]:
+def _hf_names(table: Any, layers: int, fused: Collection[str], norms: Collection[str]) -> dict[str, str]:
     """GGUF's names -> Hugging Face's, from the gguf library's own table."""
-    from specdec_engine.runtime.shape import NORMS_AROUND
-
-    apart = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"]
-    parts = ["self_attn.qkv_proj", "mlp.gate_up_proj"] if fused else apart
-    parts += ["self_attn.o_proj", "self_attn.q_norm", "self_attn.k_norm", "mlp.down_proj"]
-    parts += NORMS_AROUND.names  # those of every other kind are among them
+    parts = ["self_attn.o_proj", "self_attn.q_norm", "self_attn.k_norm", "mlp.down_proj", *norms]
+    for whole, apart in _FUSED.items():
+        parts += [whole] if whole in fused else apart
     stems = ["model.embed_tokens", "model.norm", "lm_head"]
     stems += [f"model.layers.{i}.{part}" for i in range(layers) for part in parts]
     wanted = (f"{stem}.{kind}" for stem in stems for kind in ("weight", "bias"))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import gguf
 import numpy as np
 
 from specdec_engine.errors import ModelUnavailable
+from specdec_engine.models.gguf_configs import Keys, made_here
 from specdec_engine.models.gguf_parts import check_parts
 from specdec_engine.models.kinds import WIDEST
 
@@ -28,7 +30,7 @@ _EACH = 20_000
 
 _MOST_NUMBERS = 2_000_000
 """Of an array: each becomes an object of some 300 bytes, as transformers wants them."""
-_STRETCHED = ("llama", "qwen2", "qwen3")
+_STRETCHED = ("exaone4", "llama", "qwen2", "qwen3", "smollm3")
 """Architectures whose forward of ours takes a tensor that stretches the rotary embedding."""
 _MANY = 1000
 """Layers: what is made of so many costs nothing, and what has more has a tensor for each."""
@@ -129,7 +131,9 @@ def check_header(header: Header, file: Path, read_here: Collection[str]) -> None
         )
     if not isinstance(arch, str) or not arch:
         raise ModelUnavailable(f"{file} does not say its architecture", "it holds no language model")
-    if arch not in _STRETCHED and (found := [t.name for t in header.tensors if str(t.name).startswith("rope_f")]):
+    stretching = [t.name for t in header.tensors if str(t.name).startswith("rope_f")]
+    read = FACTORS if arch == "phi3" else ("rope_freqs.weight",) if arch in _STRETCHED else ()
+    if found := [name for name in stretching if name not in read]:
         raise ModelUnavailable(
             f"{file} stretches its rotary embedding by the tensor {found[0]}, which is not read for {arch}",
             "use the model's safetensors checkpoint, whose config says how",
@@ -147,6 +151,30 @@ def check_header(header: Header, file: Path, read_here: Collection[str]) -> None
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What transformers needs beside a GGUF's weights."""
+
+    config: Any
+    tokenizer: Any
+    taken: frozenset[str]
+    """The architecture's keys that were read for it here; empty where transformers made it."""
+
+
+def config_and_tokenizer(header: Header, file: Path) -> Made:
+    """file: that GGUF, alone in its folder. Raises ModelUnavailable for a header that lacks something, and whatever
+    transformers raises for what it cannot read."""
+    from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+
+    source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "local_files_only": True}
+    arch = _value(header, "general.architecture", "")
+    names = frozenset(str(tensor.name) for tensor in header.tensors)
+    keys = Keys(arch, lambda key, otherwise: _value(header, key, otherwise), names)
+    if (config := made_here(keys)) is None:
+        return Made(AutoConfig.from_pretrained(**source), AutoTokenizer.from_pretrained(**source), frozenset())
+    return Made(config, PreTrainedTokenizerFast.from_pretrained(**source), frozenset(keys.taken))
+
+
 def add_left_out(header: Header, config: Any) -> None:
     """Give the config of an architecture that is read here what its header says and transformers leaves out: a head's size,
     windows, and a stretched rotation. Gemma 3's layers with a window have one of their own, which is never stretched.
@@ -161,6 +189,12 @@ def add_left_out(header: Header, config: Any) -> None:
         config.sliding_window = window or None
     if arch == "gemma3" and not window:
         config.layer_types = ["full_attention"] * config.num_hidden_layers
+    factors = {str(t.name): [float(number) for number in t.data] for t in header.tensors if t.name in FACTORS}
+    if len(factors) == len(FACTORS):
+        given = dict(zip(("long_factor", "short_factor"), (factors[name] for name in FACTORS), strict=True))
+        original = _value(header, f"{arch}.rope.scaling.original_context_length", config.max_position_embeddings)
+        config.rope_parameters |= {"rope_type": "longrope", "original_max_position_embeddings": original, **given}
+        config.original_max_position_embeddings = original
     scaling = {key: _value(header, f"{arch}.rope.scaling.{key}", None) for key in _SCALING}
     if scaling["type"] not in ("linear", "yarn") or scaling["factor"] is None or config.rope_parameters is None:
         return
@@ -171,6 +205,8 @@ def add_left_out(header: Header, config: Any) -> None:
     _stretched(config).update(given)
 
 
+FACTORS = ("rope_factors_long.weight", "rope_factors_short.weight")
+"""Tensors of Phi-3's rotation (LongRoPE), which belong into the config."""
 _SCALING = {
     "type": "rope_type",
     "factor": "factor",
@@ -187,15 +223,17 @@ def _stretched(config: Any) -> dict[str, Any]:
     return rope.get("full_attention") or rope
 
 
-def check_computed(header: Header, file: Path, config: Any) -> None:
+def check_computed(header: Header, file: Path, config: Any, read: Collection[str]) -> None:
     """Look whether what the header says of this architecture is in the config: transformers leaves out what it does not know,
-    and would compute another function. Raises ModelUnavailable with the first key that is not."""
+    and would compute another function. read: keys that we have put there ourselves. Raises ModelUnavailable with the first
+    key that is not."""
     from transformers.modeling_gguf_pytorch_utils import GGUF_TO_TRANSFORMERS_MAPPING
 
     arch = _value(header, "general.architecture", "")
     mapped = GGUF_TO_TRANSFORMERS_MAPPING["config"]
     names = {arch, arch.replace("-", "_"), config.model_type, arch.replace("moe", "_moe")}
     taken = {key for name in names for key, to in mapped.get(name, {}).items() if to is not None and to != -1}
+    taken |= set(read)
     for field in header.fields.values():
         prefix, _, key = field.name.partition(".")
         if prefix != arch or (key in taken and key != "rope.dimension_count") or key in _SAYS_NOTHING:

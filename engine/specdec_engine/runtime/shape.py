@@ -88,6 +88,13 @@ _NORMS = {
     "olmo3": NORMS_AFTER,
 }
 """By model type, where they are not as Llama's."""
+
+
+def norms_of(model_type: str) -> Norms:
+    """Where the layers of models of this type have norms."""
+    return _NORMS.get(model_type, Norms())
+
+
 _PAIRED = ("cohere", "cohere2", "glm", "glm4")
 _PARTLY_ROTATED = ("glm", "glm4", "phi3")
 
@@ -174,7 +181,7 @@ def shape_of(config: Any) -> Shape:
         rotations=rotations,
         rotation_of_layer=rotation_of_layer,
         rotary=0 if rotary == head_size else rotary,
-        norms=_NORMS.get(config.model_type, Norms()),
+        norms=norms_of(config.model_type),
         unit_norms=gemma,
         gelu=gemma,
         wide_norms=config.model_type in ("olmo2", "olmo3"),
@@ -326,7 +333,7 @@ def _tensors(config: Any, head_size: int) -> dict[str, tuple[int, ...]]:
     elif config.model_type in ("glm", "glm4"):
         del matrices["mlp.gate_proj"], matrices["mlp.up_proj"]
         matrices["mlp.gate_up_proj"] = (2 * inner, hidden, False)
-    norms = _NORMS.get(config.model_type, Norms())
+    norms = norms_of(config.model_type)
     layer: dict[str, tuple[int, ...]] = {f"{norm}.weight": (hidden,) for norm in norms.names}
     for name, (rows, columns, has_bias) in matrices.items():
         layer[f"{name}.weight"] = (rows, columns)
