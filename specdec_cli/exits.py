@@ -14,7 +14,7 @@ class ExitCode(IntEnum):
     USAGE = 2
     """A value that cannot be used; nothing was run."""
     MODEL = 3
-    """A model that cannot be had."""
+    """A model, or a server, that cannot be had."""
     INCOMPATIBLE = 4
     """Two models, or a model and speculation, that do not fit together."""
     MEMORY = 5
@@ -26,6 +26,7 @@ class ExitCode(IntEnum):
 _BY_ERROR: dict[type[errors.SpecdecError], ExitCode] = {
     errors.UsageError: ExitCode.USAGE,
     errors.ModelUnavailable: ExitCode.MODEL,
+    errors.ServerUnavailable: ExitCode.MODEL,
     errors.PairIncompatible: ExitCode.INCOMPATIBLE,
     errors.OutOfMemory: ExitCode.MEMORY,
     errors.CheckFailed: ExitCode.CHECK,

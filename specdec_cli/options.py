@@ -99,6 +99,15 @@ TrustRemoteCode = Annotated[
     typer.Option("--trust-remote-code", rich_help_panel=_MODELS, help="Run code that comes with a checkpoint."),
 ]
 
+Attach = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=_MODELS,
+        metavar="URL",
+        help="A running server of vLLM, SGLang or llama.cpp instead, with its own pair; its key from SPECDEC_API_KEY.",
+    ),
+]
+
 Temperature = Annotated[float, typer.Option(rich_help_panel=_SAMPLING, help="0 is greedy.")]
 TopK = Annotated[int, typer.Option(rich_help_panel=_SAMPLING, help="Keep the k likeliest tokens; 0 is off.")]
 TopP = Annotated[float, typer.Option(rich_help_panel=_SAMPLING, help="Keep the likeliest mass p; 1 is off.")]

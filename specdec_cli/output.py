@@ -18,7 +18,7 @@ from rich.text import Text
 from specdec_engine.models.progress import Progress, Report
 from specdec_engine.record.events import Cycle, Event, Started, TokenId
 from specdec_engine.record.stats import Summary
-from specdec_engine.record.text import TextStream, counted, printable
+from specdec_engine.record.text import counted, printable
 from specdec_engine.record.trace import Records
 
 Color = Literal["auto", "always", "never"]
@@ -173,10 +173,18 @@ class Output(Protocol):
         ...
 
 
+class TextSource(Protocol):
+    """**Protocol:** the text of emitted tokens, as it becomes certain: a `TextStream`, or what a server says."""
+
+    def feed(self, token: TokenId) -> str: ...
+
+    def flush(self) -> str: ...
+
+
 class TextOutput:
     """The text as it arrives: as it is for a pipe; safe and coloured by provenance for a terminal."""
 
-    def __init__(self, stream: TextStream, color: Color, marks: bool) -> None:
+    def __init__(self, stream: TextSource, color: Color, marks: bool) -> None:
         self._stream = stream
         self._terminal = sys.stdout.isatty()
         self.styled = color == "always" or (color == "auto" and self._terminal)
@@ -231,7 +239,7 @@ class JsonLinesOutput:
 class JsonOutput:
     """One object at the end."""
 
-    def __init__(self, stream: TextStream) -> None:
+    def __init__(self, stream: TextSource) -> None:
         self._stream = stream
         self._text: list[str] = []
         self._token_ids: list[TokenId] = []
@@ -252,7 +260,7 @@ class JsonOutput:
 
 
 def choose(
-    json: bool, jsonl: bool, stream: TextStream, text_of: Callable[[int], str], color: Color, marks: bool
+    json: bool, jsonl: bool, stream: TextSource, text_of: Callable[[int], str], color: Color, marks: bool
 ) -> Output:
     """What the user asked stdout to be."""
     if jsonl:

@@ -3,6 +3,7 @@
     SpecdecError
     ├── UsageError          a value that cannot be used; nothing was run
     ├── ModelUnavailable    a model that cannot be had: unknown, not cached, gated, damaged, unsafe format
+    ├── ServerUnavailable   a server that cannot be had: not there, another one, without the key, not ready
     ├── PairIncompatible    two models, or a model and speculation, that do not fit together
     ├── OutOfMemory         weights, caches or buffers larger than what is free
     ├── GenerationFailed    the run broke: logits that are not numbers, a drafter that breaks its contract
@@ -54,6 +55,10 @@ class UsageError(SpecdecError):
 
 class ModelUnavailable(SpecdecError):
     """A model that cannot be had: unknown, offline and not cached, gated, damaged, or pickled."""
+
+
+class ServerUnavailable(SpecdecError):
+    """A server that cannot be had: nothing answers, it is none that is known, or it wants a key."""
 
 
 class PairIncompatible(SpecdecError):

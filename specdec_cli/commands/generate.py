@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
@@ -11,6 +11,7 @@ import typer
 
 from specdec_cli import options as opt
 from specdec_cli import output, profiles
+from specdec_cli.attached import begun, refuse_unsteerable, state_at
 from specdec_cli.exits import ExitCode
 from specdec_cli.prompts import read_prompt
 from specdec_cli.startup import interruptible, quieten, uncollected
@@ -34,6 +35,7 @@ def generate(
     file: opt.PromptFile = None,
     target: opt.Target = "builtin",
     draft: opt.Draft = None,
+    attach: opt.Attach = None,
     how: opt.Decoding,
     where: opt.Placement,
     json: opt.Json = False,
@@ -49,10 +51,22 @@ def generate(
     specdec generate "Explain how a lighthouse works."
 
     specdec generate -t org/target -d org/draft -k 6 --temperature 0.7 -f question.txt
+
+    specdec generate --attach http://localhost:8000 "Explain how a lighthouse works."
     """
     # All that can be wrong without a model is found out before one is loaded.
     if json and jsonl:
         raise UsageError("--json and --jsonl exclude each other", "--json is one object, --jsonl one event a line")
+    if attach is not None:
+        refuse_unsteerable(target, draft, how, where)
+        recorder = Recorder(trace)
+        run = begun(attach, read_prompt(prompt, file), how)
+        sink = output.choose(json, jsonl, run.texts, run.name, color, marks)
+        recorder.describe(run.name)
+        summary = _run(run.events(), sink, recorder, len(run.prompt.ids))
+        _say(summary, sink, stats, _ending(summary, how.max_tokens, run.asked.stop), state_at(run))
+        _leave(summary, recorder)
+        return
     sampling = how.sampling
     setting = profiles.chosen(target, draft, how.k, not sampling.greedy, where)
     drafted = opt.k_of(setting.k)
@@ -84,27 +98,36 @@ def generate(
     told = replace(sampling, raw=trace is not None or jsonl)
     controls = pair.controls(drafted, told, how.draft_temperature)
     events = pair.decode(ids, controls=controls, rule=how.rule, max_tokens=how.max_tokens, stop=stops, seed=how.seed)
+    summary = _run(events, sink, recorder, len(ids))
+    state = _state(pair, summary, drafted, controls, named=setting.draft is not None)
+    _say(summary, sink, stats, _ending(summary, how.max_tokens, stops), state)
+    if (misfit := _misfit(pair, summary)) is not None:
+        output.note(misfit)
+    _leave(summary, recorder)
+
+
+def _run(events: Iterator[Event], sink: output.Output, recorder: Recorder, prompt_tokens: int) -> Summary:
     try:
-        summary = _consume(output.reading(events, len(ids)), sink, recorder)
+        return _consume(output.reading(events, prompt_tokens), sink, recorder)
     except BrokenPipeError:
         # Here and not in main: Typer would turn it into exit code 1. The reader has had enough, and that is no failure.
         output.silence_stdout()
         raise typer.Exit(ExitCode.OK) from None
     finally:
         recorder.close()
-    if stats:
-        if isinstance(sink, output.TextOutput):
-            sink.separate()
-            output.legend(sink)
-        output.note(
-            output.summary_line(
-                summary,
-                _ending(summary, how.max_tokens, stops),
-                _state(pair, summary, drafted, controls, named=setting.draft is not None),
-            )
-        )
-    if (misfit := _misfit(pair, summary)) is not None:
-        output.note(misfit)
+
+
+def _say(summary: Summary, sink: output.Output, stats: bool, ending: str, state: str) -> None:
+    if not stats:
+        return
+    if isinstance(sink, output.TextOutput):
+        sink.separate()
+        output.legend(sink)
+    output.note(output.summary_line(summary, ending, state))
+
+
+def _leave(summary: Summary, recorder: Recorder) -> None:
+    """Raises the trace's error, and exits with 130 where the run was cancelled."""
     recorder.check()
     if summary.finish_reason == "cancelled":
         raise typer.Exit(ExitCode.INTERRUPTED)
@@ -117,7 +140,7 @@ class Recorder:
         self._writer = TraceWriter(path) if path is not None else None
         self._error: TraceError | None = None
 
-    def describe(self, text_of: TokenText) -> None:
+    def describe(self, text_of: Callable[[int], str]) -> None:
         if self._writer is not None:
             self._writer.records.describe = text_of
 

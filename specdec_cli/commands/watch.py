@@ -13,8 +13,10 @@ from platformdirs import user_log_path
 
 from specdec_cli import options as opt
 from specdec_cli import output, profiles
+from specdec_cli.attached import asked_of, refuse_unsteerable
 from specdec_cli.commands.replay import replay
 from specdec_cli.exits import ExitCode
+from specdec_cli.metrics import Counters, show_counters
 from specdec_cli.prompts import read_prompt
 from specdec_cli.startup import quieten, uncollected
 from specdec_engine.decoding.stopping import Stop
@@ -24,6 +26,7 @@ from specdec_tui.live import LiveStream, Request
 if TYPE_CHECKING:
     from specdec_engine.models.progress import Report
     from specdec_engine.pair import Pair
+    from specdec_tui.served import ServerStream
     from specdec_tui.start import Choice
 
 
@@ -34,8 +37,10 @@ def watch(
     file: opt.PromptFile = None,
     target: opt.Target = "builtin",
     draft: opt.Draft = None,
+    attach: opt.Attach = None,
     how: opt.Decoding,
     where: opt.Placement,
+    counters: Counters,
     demo: Annotated[bool, typer.Option("--demo", help="A recorded run of the built-in pair; loads no model.")] = False,
     lesson: Annotated[
         bool,
@@ -49,7 +54,14 @@ def watch(
     specdec watch --demo
 
     specdec watch --lesson
+
+    specdec watch --attach http://localhost:8000 "Explain how a lighthouse works."
+
+    specdec watch --attach http://localhost:8000 --metrics
     """
+    if counters.wanted(attach):
+        show_counters(attach or "", counters)
+        return
     if lesson:
         _teach()
         return
@@ -58,6 +70,9 @@ def watch(
     if demo:
         _demonstrate()
         return
+    if attach is not None:
+        refuse_unsteerable(target, draft, how, where)
+        _watch_server(attach, read_prompt(prompt, file), how)
     sampling = how.sampling
     typed = opt.k_of(how.k or "auto")
     from specdec_engine.decoding.control import Controls
@@ -86,9 +101,6 @@ def watch(
             tokens = len(text + (how.system or "")) // 3 + how.max_tokens
             return load_pair(target, setting.draft, where.loading(tokens, report))
 
-    from specdec_tui.app import SpecdecApp  # Textual takes 0.3 s
-    from specdec_tui.leaving import show
-
     request = Request(
         text,
         drafted,
@@ -101,7 +113,30 @@ def watch(
         how.chat,
         how.system,
     )
-    stream = LiveStream(load, request, user_log_path("specdec") / "watch.log")
+    _shown(LiveStream(load, request, user_log_path("specdec") / "watch.log"))
+
+
+def _watch_server(url: str, text: str, how: opt.Decoding) -> NoReturn:
+    asked = asked_of(text, how)
+    _keys_from_the_terminal()
+    from specdec_tui.served import ServerStream
+
+    request = Request(
+        text,
+        sampling=asked.sampling,
+        max_tokens=asked.max_tokens,
+        stop=asked.stop,
+        seed=asked.seed,
+        chat=asked.chat,
+        system=asked.system,
+    )
+    _shown(ServerStream(url, request, user_log_path("specdec") / "watch.log"))
+
+
+def _shown(stream: LiveStream | ServerStream) -> NoReturn:
+    from specdec_tui.app import SpecdecApp  # Textual takes 0.3 s
+    from specdec_tui.leaving import show
+
     try:
         show(SpecdecApp(stream, speed=math.inf))
     except SystemExit as ended:
@@ -158,7 +193,7 @@ def _teach() -> None:
         output.say(line)
 
 
-def _left(stream: LiveStream, code: int = ExitCode.OK) -> NoReturn:
+def _left(stream: LiveStream | ServerStream, code: int = ExitCode.OK) -> NoReturn:
     """The terminal is whole again: say what went wrong, and do not wait for a pass or a download that goes on."""
     stage = stream.stage
     for sentence in stream.notes:  # on the screen they were seen for a moment

@@ -22,6 +22,7 @@ class Told:
 
     def __init__(self, events=(), *, live=False, stage=None):
         self.live, self.stage = live, stage
+        self.steers, self.unsteered = frozenset(), "this run is recorded"
         self.coming = deque(events)
         self.allowed = []
         self.started = self.closed = False

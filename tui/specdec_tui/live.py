@@ -48,6 +48,8 @@ class LiveStream(Threaded):
     """Events of the engine. `load` is called in its thread."""
 
     live = True
+    steers = frozenset({"k", "adapt", "temperature", "prompt", "again", "race"})
+    unsteered = ""
 
     def __init__(self, load: Callable[[Report], Pair], request: Request, log: Path) -> None:
         """log: where the traceback of a failure goes."""

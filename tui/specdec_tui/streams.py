@@ -47,6 +47,10 @@ class EventStream(Protocol):
 
     stage: Stage | None
     """None while events come."""
+    steers: frozenset[str]
+    """The screen's actions that it takes, of those that turn a run or begin another."""
+    unsteered: str
+    """What to say where one of the others is wanted."""
 
     def name(self, token: int) -> str:
         """A token's own text."""
@@ -81,10 +85,15 @@ class Threaded:
         self.error, self.stage = error, Stage(error.message, error.hint, failed=True)
 
 
+_RECORDED = "this run is recorded; the engine's keys are for live ones: specdec watch"
+
+
 class ReplayStream(Threaded):
     """A trace, read in a thread: a large one shows its beginning while the rest is read. Of several runs, the last."""
 
     live = False
+    steers = frozenset[str]()
+    unsteered = _RECORDED
 
     def __init__(self, path: Path) -> None:
         super().__init__(self._read, "trace")
@@ -127,6 +136,8 @@ class FrameStream:
     """A run that is known whole."""
 
     live = False
+    steers = frozenset[str]()
+    unsteered = _RECORDED
     stage: Stage | None = None
 
     def __init__(self, frame: Frame, name: Name) -> None:

@@ -223,6 +223,8 @@ class Counters:
     """Those of cycles without a draft, too."""
     accepted_at: tuple[Count, ...] = ()
     """Accepted tokens by their position in the draft; empty when it is not known."""
+    tested: Count | None = None
+    """Drafted tokens that were held against the target; None when it is not known."""
     kind: Literal["counters"] = "counters"
 
 

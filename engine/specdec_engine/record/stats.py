@@ -79,6 +79,8 @@ class Summary:
                 return self._plus_cycle(event)
             case Counters() if self.counted or not self.cycles:
                 return self._plus_counters(event)
+            case Counters() if self.inferred:
+                return self._corrected(event)
             case Finished():
                 return replace(self, finish_reason=event.reason, prefill_s=event.prefill_s)
             case _:
@@ -103,10 +105,22 @@ class Summary:
             verify_s=_sum(self.verify_s, cycle.verify_s),
             other_s=_sum(self.other_s, cycle.other_s),
             decode_s=_sum(self.decode_s, cycle.seconds),
-            plain_cycles=self.plain_cycles + (not cycle.drafted),
+            # One without seconds came of the pass that read the prompt, at a server.
+            plain_cycles=self.plain_cycles + (not cycle.drafted and cycle.seconds != 0),
             plain_s=self.plain_s if cycle.drafted else _sum(self.plain_s, plain_s),
             positions=_positions(self.positions, cycle),
             inferred=self.inferred + (cycle.exactness == "inferred"),
+        )
+
+    def _corrected(self, totals: Counters) -> Summary:
+        """The run's own totals, which its server tells at the end, in place of what was deduced of how much was drafted. Two
+        of its steps may have come as one cycle; what was emitted, and when, was seen."""
+        return replace(
+            self,
+            drafted=totals.drafted,
+            tested=totals.tested or 0,
+            accepted=totals.accepted,
+            positions=tuple(Position(drafted=totals.cycles, accepted=kept) for kept in totals.accepted_at),
         )
 
     def _plus_counters(self, totals: Counters) -> Summary:

@@ -152,13 +152,17 @@ class TokenText:
         piece = self._tokenizer.convert_ids_to_tokens(token)
         if piece is None:  # an id of the padded part of the vocabulary: it has no text
             return ""
-        if token in self._special:
-            return str(piece)
-        if self._byte_level and all(char in _BYTE_OF for char in piece):
-            return bytes(_BYTE_OF[char] for char in piece).decode("utf-8", "surrogateescape")
-        if _SENTENCEPIECE_BYTE.fullmatch(piece):
-            return bytes([int(piece[3:5], 16)]).decode("utf-8", "surrogateescape")
-        return str(piece).replace("\u2581", " ")  # SentencePiece's mark for a space
+        return str(piece) if token in self._special else spelled(str(piece), self._byte_level)
+
+
+def spelled(piece: str, byte_level: bool) -> str:
+    """The text of a token as its vocabulary spells it: a byte-level one by stand-ins for bytes, SentencePiece's with a mark
+    for a space."""
+    if byte_level and all(char in _BYTE_OF for char in piece):
+        return bytes(_BYTE_OF[char] for char in piece).decode("utf-8", "surrogateescape")
+    if _SENTENCEPIECE_BYTE.fullmatch(piece):
+        return bytes([int(piece[3:5], 16)]).decode("utf-8", "surrogateescape")
+    return piece.replace("\u2581", " ")
 
 
 _SENTENCEPIECE_BYTE = re.compile("<0x[0-9A-F]{2}>")

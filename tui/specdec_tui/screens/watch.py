@@ -27,6 +27,7 @@ from specdec_tui.player import Player
 from specdec_tui.saving import KINDS, animate, fresh_path, save
 from specdec_tui.screens.ask import AskKind, AskPrompt, AskWord
 from specdec_tui.screens.race import RaceScreen
+from specdec_tui.served import ServerStream
 from specdec_tui.streams import EventStream, Stage
 from specdec_tui.widgets.board import Board, Status
 from specdec_tui.widgets.scrubber import Scrubber
@@ -79,6 +80,7 @@ class WatchScreen(Screen[None]):
         super().__init__()
         self._stream, self._player = stream, player
         self._live = stream if isinstance(stream, LiveStream) else None
+        self._asked = stream if isinstance(stream, LiveStream | ServerStream) else None
         self._word = ""
         self._racing = False
         self._ticked, self._throttle = monotonic(), DrawThrottle()
@@ -229,13 +231,13 @@ class WatchScreen(Screen[None]):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Keys that turn the engine's settings are for live runs."""
-        return self._live is not None or action not in _ENGINE_ACTIONS
+        return action not in _ENGINE_ACTIONS or action in self._stream.steers
 
     def on_key(self, event: Key) -> None:
-        """Of a recorded run nothing would tell that they are."""
+        """Of a recorded run, or of a server's, nothing would tell that they are."""
         action = _ENGINE_KEYS.get(event.key)
-        if self._live is None and action is not None and not self.check_action(action, ()):
-            self._say("this run is recorded; the engine's keys are for live ones: specdec watch")
+        if action is not None and not self.check_action(action, ()):
+            self._say(self._stream.unsteered)
 
     def action_k(self, by: int) -> None:
         self._turn("k", lambda live: live.change_k(by))
@@ -263,12 +265,13 @@ class WatchScreen(Screen[None]):
 
     @work
     async def action_prompt(self) -> None:
-        if self._live is not None and (text := await self.app.push_screen_wait(AskPrompt(self._live.request.prompt))):
-            self._restart(replace(self._live.turned, prompt=text))
+        asked = self._asked
+        if asked is not None and (text := await self.app.push_screen_wait(AskPrompt(asked.request.prompt))):
+            self._restart(replace(asked.turned, prompt=text))
 
     def action_again(self) -> None:
-        if self._live is not None:
-            self._restart(replace(self._live.turned, seed=None))
+        if self._asked is not None:
+            self._restart(replace(self._asked.turned, seed=None))
 
     @work
     async def action_race(self) -> None:
@@ -286,8 +289,8 @@ class WatchScreen(Screen[None]):
             self._say("the race was left: your run begins anew")
 
     def _restart(self, request: Request) -> None:
-        if self._live is not None:
-            self._live.again(request)
+        if self._asked is not None:
+            self._asked.again(request)
             self._say("another run begins")
 
     def action_inspect(self) -> None:
