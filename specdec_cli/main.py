@@ -137,7 +137,7 @@ def main() -> None:
     """Run a command and exit with its code."""
     _open_streams()
     try:
-        code = app(standalone_mode=False)
+        code = app(_arguments(), standalone_mode=False)
     except SpecdecError as error:
         _trace_if_wanted()
         _tell(error.message, error.hint)
@@ -155,6 +155,15 @@ def main() -> None:
     except Exception as error:
         code = _unforeseen(error)
     sys.exit(code or ExitCode.OK)
+
+
+def _arguments() -> list[str]:
+    """What was typed; a server's own flags, after `--`, are kept for it."""
+    if not any(word.startswith("--engine") for word in sys.argv):
+        return sys.argv[1:]
+    from specdec_cli.attached import take_server_flags
+
+    return take_server_flags(sys.argv[1:])
 
 
 def _open_streams() -> None:

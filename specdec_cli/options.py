@@ -108,6 +108,20 @@ Attach = Annotated[
     ),
 ]
 
+Engine = Annotated[
+    Literal["vllm", "sglang", "llama.cpp"] | None,
+    typer.Option(
+        rich_help_panel=_MODELS,
+        help="Start this engine's server with the pair, attach to it, and stop it at the end; its own flags go after --.",
+    ),
+]
+EnginePython = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=_MODELS, metavar="PATH", help="The Python that has the engine, if it is not on the PATH."
+    ),
+]
+
 Temperature = Annotated[float, typer.Option(rich_help_panel=_SAMPLING, help="0 is greedy.")]
 TopK = Annotated[int, typer.Option(rich_help_panel=_SAMPLING, help="Keep the k likeliest tokens; 0 is off.")]
 TopP = Annotated[float, typer.Option(rich_help_panel=_SAMPLING, help="Keep the likeliest mass p; 1 is off.")]

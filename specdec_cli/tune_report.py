@@ -70,7 +70,7 @@ def _launches(
     if member is None:
         return []
     k = best_of(found.curves[member]).k
-    return launches(Wanted(target, member, k, not sampling.greedy, _gguf(target), left_out))
+    return launches(Wanted(target, member, k, not sampling.greedy, gguf_of(target), left_out))
 
 
 def _command(target: str, draft: str, k: object, sampling: Sampling) -> list[str]:
@@ -78,7 +78,7 @@ def _command(target: str, draft: str, k: object, sampling: Sampling) -> list[str
     return ["specdec", "generate", "-t", target, "-d", draft, "-k", str(k), *sampled, "PROMPT"]
 
 
-def _gguf(target: str) -> str | None:
+def gguf_of(target: str) -> str | None:
     """The target's file, for llama.cpp."""
     if target == "builtin":
         from specdec_engine.models.builtin import builtin_gguf

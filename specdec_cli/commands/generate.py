@@ -11,7 +11,7 @@ import typer
 
 from specdec_cli import options as opt
 from specdec_cli import output, profiles
-from specdec_cli.attached import begun, refuse_unsteerable, state_at
+from specdec_cli.attached import ServerOptions, asked_of, begun, server_at, state_at
 from specdec_cli.exits import ExitCode
 from specdec_cli.prompts import read_prompt
 from specdec_cli.startup import interruptible, quieten, uncollected
@@ -36,6 +36,8 @@ def generate(
     target: opt.Target = "builtin",
     draft: opt.Draft = None,
     attach: opt.Attach = None,
+    engine: opt.Engine = None,
+    engine_python: opt.EnginePython = None,
     how: opt.Decoding,
     where: opt.Placement,
     json: opt.Json = False,
@@ -57,13 +59,15 @@ def generate(
     # All that can be wrong without a model is found out before one is loaded.
     if json and jsonl:
         raise UsageError("--json and --jsonl exclude each other", "--json is one object, --jsonl one event a line")
-    if attach is not None:
-        refuse_unsteerable(target, draft, how, where)
-        recorder = Recorder(trace)
-        run = begun(attach, read_prompt(prompt, file), how)
-        sink = output.choose(json, jsonl, run.texts, run.name, color, marks)
-        recorder.describe(run.name)
-        summary = _run(run.events(), sink, recorder, len(run.prompt.ids))
+    at_server = ServerOptions(attach, engine, engine_python)
+    if at_server.wanted:
+        recorder, text = Recorder(trace), read_prompt(prompt, file)
+        asked_of(text, how)
+        with server_at(at_server, target, draft, how, where) as at:
+            run = begun(at, text, how)
+            sink = output.choose(json, jsonl, run.texts, run.name, color, marks)
+            recorder.describe(run.name)
+            summary = _run(run.events(), sink, recorder, len(run.prompt.ids))
         _say(summary, sink, stats, _ending(summary, how.max_tokens, run.asked.stop), state_at(run))
         _leave(summary, recorder)
         return

@@ -13,7 +13,7 @@ from platformdirs import user_log_path
 
 from specdec_cli import options as opt
 from specdec_cli import output, profiles
-from specdec_cli.attached import asked_of, refuse_unsteerable
+from specdec_cli.attached import At, ServerOptions, asked_of, server_at
 from specdec_cli.commands.replay import replay
 from specdec_cli.exits import ExitCode
 from specdec_cli.metrics import Counters, show_counters
@@ -38,6 +38,8 @@ def watch(
     target: opt.Target = "builtin",
     draft: opt.Draft = None,
     attach: opt.Attach = None,
+    engine: opt.Engine = None,
+    engine_python: opt.EnginePython = None,
     how: opt.Decoding,
     where: opt.Placement,
     counters: Counters,
@@ -70,9 +72,12 @@ def watch(
     if demo:
         _demonstrate()
         return
-    if attach is not None:
-        refuse_unsteerable(target, draft, how, where)
-        _watch_server(attach, read_prompt(prompt, file), how)
+    at_server = ServerOptions(attach, engine, engine_python)
+    if at_server.wanted:
+        text = read_prompt(prompt, file)
+        asked_of(text, how)
+        with server_at(at_server, target, draft, how, where) as at:
+            _watch_server(at, text, how)
     sampling = how.sampling
     typed = opt.k_of(how.k or "auto")
     from specdec_engine.decoding.control import Controls
@@ -116,7 +121,7 @@ def watch(
     _shown(LiveStream(load, request, user_log_path("specdec") / "watch.log"))
 
 
-def _watch_server(url: str, text: str, how: opt.Decoding) -> NoReturn:
+def _watch_server(at: At, text: str, how: opt.Decoding) -> NoReturn:
     asked = asked_of(text, how)
     _keys_from_the_terminal()
     from specdec_tui.served import ServerStream
@@ -130,7 +135,7 @@ def _watch_server(url: str, text: str, how: opt.Decoding) -> NoReturn:
         chat=asked.chat,
         system=asked.system,
     )
-    _shown(ServerStream(url, request, user_log_path("specdec") / "watch.log"))
+    _shown(ServerStream(at.url, request, user_log_path("specdec") / "watch.log", at.draft, at.k))
 
 
 def _shown(stream: LiveStream | ServerStream) -> NoReturn:
@@ -201,7 +206,9 @@ def _left(stream: LiveStream | ServerStream, code: int = ExitCode.OK) -> NoRetur
     if stream.error is None and stage is not None and stage.failed:
         output.error(stage.text, stage.hint)
         raise typer.Exit(ExitCode.FAILED)
-    if not stream.closed:
+    if not stream.closed and isinstance(
+        stream, LiveStream
+    ):  # a server's waits for nothing, and may have been started here
         sys.stdout.flush()
         os._exit(code)
     if stream.error is not None:

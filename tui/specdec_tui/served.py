@@ -27,12 +27,12 @@ class ServerStream(Threaded):
     unsteered = "the server keeps what it was started with; r and R ask it for another answer"
     notes: tuple[str, ...] = ()
 
-    def __init__(self, url: str, request: Request, log: Path) -> None:
-        """log: where the traceback of a failure goes."""
+    def __init__(self, url: str, request: Request, log: Path, draft: str | None = None, k: int | None = None) -> None:
+        """log: where the traceback of a failure goes. draft, k: what the server drafts with, where that is known."""
         super().__init__(self._main, "server")
         self.stage = Stage(f"looking which server is at {url}")
         self.request = request
-        self._url, self._log = url, log
+        self._url, self._log, self._draft, self._k = url, log, draft, k
         self._gate = threading.Condition()
         self._wanted: Request | None = request
         self._closing = False
@@ -74,7 +74,7 @@ class ServerStream(Threaded):
         try:
             from specdec_engine.attach.attached import attach
 
-            server = attach(self._url)
+            server = attach(self._url, self._draft, self._k)
             while (request := self._next()) is not None:
                 try:
                     self._run(server, request)

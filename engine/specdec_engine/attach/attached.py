@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from specdec_engine.attach.asked import Asked, Engine, Prompt, Texts
@@ -16,11 +16,14 @@ from specdec_engine.errors import ServerUnavailable, UsageError
 from specdec_engine.record.events import Event, Started
 
 
-def attach(url: str) -> Attached:
-    """Look which server is there. Raises UsageError for what is no address, and ServerUnavailable for one that is none of
+def attach(url: str, draft: str | None = None, k: int | None = None) -> Attached:
+    """Look which server is there. draft, k: what it drafts with, where that is known. Raises UsageError for what is no address, and ServerUnavailable for one that is none of
     vLLM, SGLang and llama.cpp, that does not answer, or that wants a key."""
     server = Server(url)
-    return Attached(server, _recognised(server))
+    engine = _recognised(server)
+    if draft is not None:
+        engine.about = replace(engine.about, draft=draft, k=engine.about.k or k)
+    return Attached(server, engine)
 
 
 def _recognised(server: Server) -> Engine:
@@ -101,13 +104,5 @@ class Attached:
                 "shorten it, or start the server with a longer context",
             )
         if asked.seed is None:
-            asked = Asked(
-                asked.text,
-                asked.sampling,
-                asked.max_tokens,
-                asked.stop,
-                secrets.randbits(31),
-                asked.chat,
-                asked.system,
-            )
+            asked = replace(asked, seed=secrets.randbits(31))
         return Run(self.engine, self.server.url, prompt, asked, Texts(names=dict(prompt.names)))

@@ -79,6 +79,20 @@ def is_checkpoint(spec: str) -> bool:
     return read_draft(path) is None
 
 
+def is_eagle(spec: str) -> bool:
+    """Say whether it names an EAGLE-3 head that others published, and that is on this machine."""
+    from specdec_engine.models.draft_files import read_draft
+    from specdec_engine.models.sources import resolve
+
+    if entry_of(spec) is not None or levels_of(spec) is not None or spec == "builtin":
+        return False
+    try:
+        draft = read_draft(resolve(spec, offline=True))
+    except ModelUnavailable:
+        return False
+    return draft is not None and draft.config.get("model_type") == "eagle3"
+
+
 def _kind(name: str, setup: DraftSetup) -> str:
     """Tell by its files which drafter runs the model of this name."""
     from specdec_engine.models.draft_files import builtin_draft, read_draft

@@ -12,7 +12,7 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from specdec_engine.core.registry import ServerNames, drafters, entry_of, levels_of
-from specdec_engine.drafters import is_checkpoint
+from specdec_engine.drafters import is_checkpoint, is_eagle
 
 BUILTIN_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -49,11 +49,13 @@ class Wanted:
     @property
     def model(self) -> str | None:
         """None for a lookup."""
-        return self.draft if is_checkpoint(self.draft) else None
+        return self.draft if is_checkpoint(self.draft) or is_eagle(self.draft) else None
 
     @property
     def names(self) -> ServerNames:
         """What servers call this way of drafting. Raises ValueError for one that they do not have."""
+        if is_eagle(self.draft):
+            return _EAGLE
         entry = entry_of(self.draft) or drafters()["model"]
         if entry.servers is None:
             raise ValueError(f"no server drafts as {self.draft} does")
@@ -77,7 +79,7 @@ def served(draft: str, by_text: Container[str] = ()) -> tuple[str | None, tuple[
     those with another tokenizer than the target's, which they would take for the target's."""
     members = tuple(member.strip() for member in draft.split(",") if member.strip() != "none")
     uppers = (levels[1] if (levels := levels_of(member)) is not None else member for member in members)
-    models = (member for member in uppers if member not in by_text and is_checkpoint(member))
+    models = (m for m in uppers if m not in by_text and (is_checkpoint(m) or is_eagle(m)))
     known = next(iter([*models, *filter(_is_named, members)]), None)
     return known, tuple(member for member in members if member != known)
 
@@ -85,6 +87,10 @@ def served(draft: str, by_text: Container[str] = ()) -> tuple[str | None, tuple[
 def _is_named(draft: str) -> bool:
     """Whether servers have a name for it."""
     return (entry := entry_of(draft)) is not None and entry.servers is not None
+
+
+_EAGLE = ServerNames("eagle3", "EAGLE3", "draft-eagle3")
+"""EAGLE-3 heads that others published; those that `distill` made no server reads."""
 
 
 def launches(wanted: Wanted) -> list[Launch]:
@@ -101,7 +107,9 @@ def _vllm(s: Wanted) -> Launch:
         needs.append("the package arctic-inference")
     if s.model is not None:
         config = {"method": s.names.vllm, "model": s.model}
-        if s.sampled:  # its default draft is greedy, whose acceptance at a temperature is another
+        if (
+            s.sampled and s.names is not _EAGLE
+        ):  # its default draft is greedy, whose acceptance at a temperature is another
             config |= {"draft_sample_method": "probabilistic"}
         needs.append("equal vocabulary sizes of target and draft")
     config |= {"num_speculative_tokens": s.k}
