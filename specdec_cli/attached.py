@@ -17,16 +17,16 @@ from specdec_engine.errors import UsageError
 if TYPE_CHECKING:
     from specdec_engine.attach.asked import Asked
     from specdec_engine.attach.attached import Run
-    from specdec_engine.tune.engines import EngineName, Starting
+    from specdec_engine.tune.engines import Starting
 
 
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
     """A server that runs, or an engine whose server is to be started."""
 
-    attach: str | None
-    engine: EngineName | None
-    engine_python: str | None
+    attach: opt.Attach = None
+    engine: opt.Engine = None
+    engine_python: opt.EnginePython = None
 
     @property
     def wanted(self) -> bool:
@@ -152,7 +152,7 @@ def begun(at: At, text: str, how: opt.Decoding) -> Run:
 
 
 def state_at(run: Run) -> str:
-    """Who ran it, with what, and how far what is shown was seen."""
+    """Who ran it, and with what."""
     about = run.engine.about
     version = f" {about.version}" if about.version else ""
     speculation = "no speculation there" if about.draft == "none" else f"draft {about.draft}"

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from specdec_engine.attach.watching import EngineHistory
 
 EVERY_S = 2.0
+FEWEST = 20
+"""Drafted tokens that a rate is judged by."""
 _SERVER = "A server that others drive"
 
 
@@ -51,10 +53,12 @@ class Counters:
         ),
     ] = None
 
-    def wanted(self, url: str | None) -> bool:
+    def wanted(self, url: str | None, prompt: bool) -> bool:
         """Raises UsageError for options that do not belong together, and for a rate that is none."""
         if self.metrics and url is None:
             raise UsageError("--metrics needs --attach", "specdec watch --attach http://localhost:8000 --metrics")
+        if self.metrics and prompt:
+            raise UsageError("--metrics takes no prompt: others drive the server", "leave out one of the two")
         if not self.metrics and (self.once or self.json or self.fail_below is not None):
             raise UsageError("--once, --json and --fail-below belong to --metrics", "add --attach URL --metrics")
         if self.fail_below is not None and not 0 <= self.fail_below <= 1:
@@ -86,9 +90,9 @@ def show_counters(url: str, how: Counters) -> None:
 
 
 def _judge(summaries: dict[str, Summary], fail_below: float | None) -> None:
-    """Where nothing was drafted there is nothing to judge."""
+    """Few drafted tokens say little, and none nothing."""
     for name, summary in summaries.items():
-        rate = summary.acceptance_rate
+        rate = summary.acceptance_rate if summary.drafted >= FEWEST else None
         if fail_below is not None and rate is not None and rate < fail_below:
             engine = f" of engine {name}" if name and len(summaries) > 1 else ""
             output.error(f"the acceptance rate{engine} is {rate:.2f}, and --fail-below is {fail_below:g}")
@@ -104,7 +108,7 @@ def _print(found: dict[str, EngineHistory], json: bool) -> None:
         return
     for name, history in found.items():
         figures = history.total if history.recent is None else history.recent
-        when = "since it began" if history.recent is None else f"in {EVERY_S:g} s"
+        when = "since it began" if history.recent is None else f"in {history.interval_s:.0f} s"
         engine = f" engine {name}" if len(found) > 1 else ""
         output.say(f"{history.latest.server}{engine}, {when}: {_sentence(figures)}")
     sys.stdout.flush()
@@ -155,6 +159,7 @@ def _draw(read: Iterator[dict[str, EngineHistory]], fail_below: float | None) ->
 
 def _table(found: dict[str, EngineHistory], width: int) -> Table:
     from rich.table import Table
+    from rich.text import Text
 
     server = next(iter(found.values())).latest.server
     table = Table(title=f"{server}: what it accepts of its drafts · Ctrl-C leaves", title_justify="left", box=None)
@@ -165,10 +170,10 @@ def _table(found: dict[str, EngineHistory], width: int) -> Table:
         if (recent := history.recent) is not None:
             speed = history.recent_tokens_per_second
             running = "–" if history.latest.running is None else str(history.latest.running)
-            rows.append((f"last {EVERY_S:g} s", recent, "–" if speed is None else f"{speed:.0f}", running))
+            rows.append((f"last {history.interval_s:.0f} s", recent, "–" if speed is None else f"{speed:.0f}", running))
         for i, (when, figures, speed_said, running_said) in enumerate(rows):
             table.add_row(
-                "" if i else name or "0",
+                "" if i else Text(output.one_line(name or "0")),
                 when,
                 _number(figures.acceptance_rate),
                 _number(figures.mean_emitted_per_cycle),

@@ -35,9 +35,7 @@ def generate(
     file: opt.PromptFile = None,
     target: opt.Target = "builtin",
     draft: opt.Draft = None,
-    attach: opt.Attach = None,
-    engine: opt.Engine = None,
-    engine_python: opt.EnginePython = None,
+    server: ServerOptions,
     how: opt.Decoding,
     where: opt.Placement,
     json: opt.Json = False,
@@ -59,11 +57,10 @@ def generate(
     # All that can be wrong without a model is found out before one is loaded.
     if json and jsonl:
         raise UsageError("--json and --jsonl exclude each other", "--json is one object, --jsonl one event a line")
-    at_server = ServerOptions(attach, engine, engine_python)
-    if at_server.wanted:
+    if server.wanted:
         recorder, text = Recorder(trace), read_prompt(prompt, file)
         asked_of(text, how)
-        with server_at(at_server, target, draft, how, where) as at:
+        with server_at(server, target, draft, how, where) as at:
             run = begun(at, text, how)
             sink = output.choose(json, jsonl, run.texts, run.name, color, marks)
             recorder.describe(run.name)

@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
@@ -37,9 +38,7 @@ def watch(
     file: opt.PromptFile = None,
     target: opt.Target = "builtin",
     draft: opt.Draft = None,
-    attach: opt.Attach = None,
-    engine: opt.Engine = None,
-    engine_python: opt.EnginePython = None,
+    server: ServerOptions,
     how: opt.Decoding,
     where: opt.Placement,
     counters: Counters,
@@ -61,23 +60,46 @@ def watch(
 
     specdec watch --attach http://localhost:8000 --metrics
     """
-    if counters.wanted(attach):
-        show_counters(attach or "", counters)
+    if counters.wanted(server.attach, prompt is not None or file is not None):
+        show_counters(server.attach or "", counters)
         return
+    if demo or lesson:
+        if server.wanted:
+            raise UsageError("--demo and --lesson show a recorded run, and no server", "leave one of them out")
+        _show_recorded(lesson)
+        return
+    _check_terminal()
+    if server.wanted:
+        text = read_prompt(prompt, file)
+        asked_of(text, how)
+        with server_at(server, target, draft, how, where) as at:
+            _watch_server(at, text, how)
+    _watch_pair(prompt, file, target, draft, how, where)
+
+
+def _show_recorded(lesson: bool) -> None:
     if lesson:
         _teach()
         return
+    _check_terminal()
+    _demonstrate()
+
+
+def _check_terminal() -> None:
+    """Raises UsageError without one."""
     if not sys.stdout.isatty():
         raise UsageError("watch needs a terminal", "use specdec generate, or specdec replay --plain on a trace")
-    if demo:
-        _demonstrate()
-        return
-    at_server = ServerOptions(attach, engine, engine_python)
-    if at_server.wanted:
-        text = read_prompt(prompt, file)
-        asked_of(text, how)
-        with server_at(at_server, target, draft, how, where) as at:
-            _watch_server(at, text, how)
+
+
+def _watch_pair(
+    prompt: str | None,
+    file: Path | None,
+    target: str,
+    draft: str | None,
+    how: opt.Decoding,
+    where: opt.Placement,
+) -> None:
+    """On our own engine."""
     sampling = how.sampling
     typed = opt.k_of(how.k or "auto")
     from specdec_engine.decoding.control import Controls

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from specdec_cli.attached import SERVER_FLAGS, take_server_flags
 from specdec_cli.main import COMMANDS, app
 from specdec_engine.core.registry import OURS
 
@@ -60,11 +61,14 @@ def refusal(words, spoken_of=False):
     program = typer.main.get_command(app)
     with program.make_context("specdec", [], resilient_parsing=True) as context:
         try:
-            program.get_command(context, words[0]).make_context(words[0], words[1:], parent=context)
+            own = take_server_flags(words[1:])
+            program.get_command(context, words[0]).make_context(words[0], own, parent=context)
         except typer.Exit:  # --help
             return ""
         except typer.TyperException as error:
             return "" if spoken_of and type(error).__name__ == "MissingParameter" else str(error)
+        finally:
+            SERVER_FLAGS.clear()
     return ""
 
 

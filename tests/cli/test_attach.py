@@ -94,3 +94,19 @@ def test_counters_for_people_for_scripts_and_for_alarms(specdec, server):
 )
 def test_options_of_counters_that_do_not_belong_together(specdec, typed):
     assert specdec("watch", *typed).code == 2
+
+
+def test_a_servers_labels_do_not_steer_the_terminal(specdec, server, capsys):
+    from rich.console import Console
+
+    from specdec_cli.metrics import _table
+    from specdec_engine.attach.counters import read_counters
+    from specdec_engine.attach.watching import EngineHistory
+
+    text = 'vllm:generation_tokens_total{engine="\x1b]0;x [/x] [red]"} 3\n'
+    found = {reading.engine: EngineHistory(reading) for reading in read_counters(text, 0.0)}
+    console = Console(width=100, force_terminal=False)
+    with console.capture() as drawn:
+        console.print(_table(found, 100))
+    assert "\x1b" not in drawn.get()
+    assert "[/x] [red]" in drawn.get()

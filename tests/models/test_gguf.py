@@ -232,3 +232,11 @@ def test_memory_is_reckoned_packed(file):
     packed, dense = (find_model(str(file), LoadOptions(quantize=q)).need.weights for q in ("auto", "none"))
     bits = {"Q4_0": 4.5, "Q4_1": 5.0, "Q8_0": 8.5, "F16": 16.0}[file.name.split(".")[1]]
     assert packed / dense == pytest.approx(bits / 16, rel=0.3)  # norms are not packed
+
+
+def test_a_gguf_with_tensors_that_its_config_does_not_have_is_refused(tmp_path):
+    """Command R+ norms queries and keys: without that it would compute another function."""
+    config = transformers.CohereConfig(**_SMALL, logit_scale=0.3, use_qk_norm=True)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(ModelUnavailable, match=r"norms queries and keys by a matrix"):
+        load_model(str(save_gguf(tmp_path / "plus.gguf", "F16", arch="command-r", model=model)), LoadOptions())

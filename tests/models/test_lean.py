@@ -212,6 +212,7 @@ def test_greedy_output_equals_transformers_generate(name):
     [
         ("StableLmConfig", {}, "stablelm is not one of"),
         ("CohereConfig", {"use_qk_norm": True}, "norms queries and keys by a matrix"),
+        ("Ministral3Config", {"rope_parameters": YARN}, "how its queries grow"),
         ("LlamaConfig", {"hidden_act": "gelu"}, "activation is gelu"),
         (
             "LlamaConfig",

@@ -31,6 +31,8 @@ class Replayed:
         self.send: Callable[[BaseHTTPRequestHandler, Sequence[str]], None] = whole
         self.instead: dict[str, tuple[int, dict[str, str], str]] = {}
         """By path: status, headers and body of another answer."""
+        self.failing: dict[str, int] = {}
+        """By path: how many times it fails before it answers."""
         self.url = ""
 
 
@@ -57,7 +59,10 @@ def replayed(name: str) -> Iterator[Replayed]:
 
         def _answer(self, value: Any) -> None:
             state.requests.append((self.path, value, dict(self.headers)))
-            if self.path in state.instead:
+            if state.failing.get(self.path, 0):
+                state.failing[self.path] -= 1
+                self._head(500, {})
+            elif self.path in state.instead:
                 status, headers, body = state.instead[self.path]
                 self._head(status, headers)
                 self.wfile.write(body.encode())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 import time
 from dataclasses import replace
 
@@ -158,11 +159,11 @@ def test_what_a_server_is_asked_for_is_what_was_meant(monkeypatch):
     """llama.cpp filters unless told not to; the key goes with each request."""
     monkeypatch.setenv(KEY, "secret")
     with replayed("llama_cpp_draft") as state:
-        ran(state, sampling=Sampling(0.5, top_p=0.9), stop=("fox",), seed=7, max_tokens=9)
+        ran(state, sampling=Sampling(0.5, top_p=0.9), stop=("fox",), seed=7, max_tokens=65)
     path, asked, headers = state.requests[-1]
     assert path == "/completion"
     drawn = {"temperature": 0.5, "top_k": 0, "top_p": 0.9, "min_p": 0.0}
-    assert asked.items() >= {"n_predict": 9, "seed": 7, "stop": ["fox"], **drawn}.items()
+    assert asked.items() >= {"n_predict": 65, "seed": 7, "stop": ["fox"], **drawn}.items()
     assert all(sent["Authorization"] == "Bearer secret" for _, _, sent in state.requests)
     assert headers["Authorization"] == "Bearer secret"
 
@@ -291,6 +292,157 @@ def test_the_same_address_in_other_words(url):
     assert Server(url).url == "http://localhost:8000"
 
 
+def fed(state, chunk):
+    """A stream with this line after its first."""
+
+    def send(handler, lines):
+        handler.wfile.write(f"{lines[0]}\n\ndata: {json.dumps(chunk)}\n\n".encode())
+
+    state.send = send
+
+
+@pytest.mark.parametrize(
+    ("name", "chunk"),
+    [
+        ("llama_cpp_draft", {"tokens": 5, "content": "x", "timings": {"predicted_n": 2, "predicted_ms": 1.0}}),
+        ("llama_cpp_draft", {"timings": {"predicted_n": "x", "predicted_ms": 1.0}}),
+        ("llama_cpp_draft", {"timings": {"predicted_n": 2, "predicted_ms": float("nan")}}),
+        ("vllm_draft", {"choices": {"index": 0}}),
+        ("vllm_draft", {"choices": ["x"]}),
+        ("vllm_draft", {"choices": [], "metrics": [1]}),
+        ("vllm_draft", {"choices": [{"token_ids": 5}]}),
+    ],
+)
+def test_values_of_another_kind_are_the_servers_fault(name, chunk):
+    with replayed(name) as state:
+        fed(state, chunk)
+        with pytest.raises(GenerationFailed, match=r"not understood|not numbers|cannot be|ended the stream"):
+            ran(state)
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "body"),
+    [
+        ("llama_cpp_draft", "/props", "[" * 200_000),
+        ("llama_cpp_draft", "/props", '{"default_generation_settings": [1]}'),
+        ("llama_cpp_draft", "/tokenize", '{"tokens": ["a"]}'),
+        ("llama_cpp_draft", "/tokenize", '{"tokens": [{"id": "x"}]}'),
+        ("vllm_draft", "/v1/models", '{"data": ["x"]}'),
+        ("vllm_draft", "/tokenize", '{"tokens": ["a"]}'),
+    ],
+)
+def test_answers_of_another_kind_are_the_servers_fault(name, path, body):
+    with replayed(name) as state:
+        state.instead[path] = (200, {"Content-Type": "application/json"}, body)
+        with pytest.raises(ServerUnavailable):
+            ran(state)
+
+
+def test_a_server_that_does_not_stop_is_stopped():
+    def endless(handler, lines):
+        for number in range(2, 10_000):
+            timings = {"predicted_n": 4097 * number, "predicted_ms": 1.0 * number}
+            handler.wfile.write(f"data: {json.dumps({'content': 'x', 'tokens': [1], 'timings': timings})}\n\n".encode())
+
+    with replayed("llama_cpp_draft") as state:
+        state.send = endless
+        with pytest.raises(GenerationFailed, match=r"more than the 64 tokens|cycle of"):
+            ran(state)
+
+
+def test_a_run_that_is_left_while_the_server_is_silent_ends_at_once():
+    """Its connection is closed, on which the server stops, and the thread that reads is gone."""
+    with replayed("llama_cpp_draft") as state:
+        state.send = slowly([30.0])
+        server = attach(state.url)
+        events = server.begin(Asked(REPEAT, seed=1)).events()
+        assert isinstance(next(events), Started)
+        assert isinstance(next(events), Cycle)
+        began = time.monotonic()
+        events.close()
+        assert time.monotonic() - began < 1
+        assert not [t for t in threading.enumerate() if t.name == "server"]
+
+
+def test_the_key_is_never_shown(monkeypatch):
+    monkeypatch.setenv(KEY, "sk-SECRET\nx")
+    with pytest.raises(UsageError) as refused:
+        Server("http://127.0.0.1:9")
+    assert "SECRET" not in str(refused.value)
+    monkeypatch.setenv(KEY, "sk-SECRET")
+    with replayed("llama_cpp_draft") as state:
+        state.instead["/completion"] = (400, {}, '{"error": "bad header Authorization: Bearer sk-SECRET"}')
+        with pytest.raises(ServerUnavailable) as said:
+            ran(state)
+        assert "SECRET" not in said.value.message
+        assert "•••" in said.value.message
+
+
+def test_a_server_without_speculation_never_seems_to_draft():
+    """Even where vLLM joined several steps."""
+    with replayed("vllm_ngram") as state:
+        state.said["/metrics"]["body"] = 'vllm:generation_tokens_total{engine="0"} 5.0\n'
+        events, _ = ran(state)
+        assert attach(state.url).engine.about.draft == "none"
+    assert all(not cycle.drafted for cycle in events if isinstance(cycle, Cycle))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_last_cycle_says_how_the_run_ended(name):
+    for tag, end in (("repeat", "stop"), ("stop", "stop"), ("week", "length")):
+        with replayed(name) as state:
+            state.tag = tag
+            events, _ = ran(state, stop=tuple(PLAN[tag].get("stop", ())))
+        cycles = [event for event in events if isinstance(event, Cycle)]
+        assert cycles[-1].end == end == events[-1].reason
+        assert not any(cycle.end in ("stop", "length") for cycle in cycles[:-1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rates_leave_out_the_token_of_the_prompts_pass(name):
+    """Its time is the prompt's; the server's own figure of tokens a cycle leaves it out, too."""
+    with replayed(name) as state:
+        events, _ = ran(state)
+    summary = Summary()
+    for event in events:
+        summary = summary.plus(event)
+    cycles = [event for event in events if isinstance(event, Cycle)]
+    rest = sum(len(cycle.emitted) for cycle in cycles[1:])
+    assert summary.mean_emitted_per_cycle == pytest.approx(rest / (len(cycles) - 1))
+    assert summary.tokens_per_second == pytest.approx(rest / sum(cycle.seconds for cycle in cycles))
+
+
+def test_sglang_by_its_documentation():
+    """A server that answers as its source says; none was recorded."""
+    total = [(1, "The", [5]), (4, "The light in a", [5, 6, 7, 8]), (5, "The light in a night", [5, 6, 7, 8, 9])]
+    lines = []
+    for n, text, ids in total:
+        meta = {"completion_tokens": n, "finish_reason": {"type": "length"} if n == 5 else None}
+        lines.append("data: " + json.dumps({"text": text, "output_ids": ids, "meta_info": meta}))
+    answers = {
+        "/server_info": {"internal_states": [], "version": "0.5.23", "model_path": "org/t", "speculative_algorithm": "EAGLE3",
+                         "speculative_num_draft_tokens": 5},
+        "/tokenize": {"tokens": [1, 2, 3]},
+        "/detokenize": {"text": "x"},
+    }  # fmt: skip
+    with replayed("vllm_draft") as state:
+        state.instead |= {"/props": (404, {}, ""), "/version": (404, {}, "")}
+        state.instead |= {
+            path: (200, {"Content-Type": "application/json"}, json.dumps(a)) for path, a in answers.items()
+        }
+        body = "".join(f"{line}\n\n" for line in [*lines, "data: [DONE]"])
+        state.instead["/generate"] = (200, {"Content-Type": "text/event-stream"}, body)
+        run = attach(state.url).begin(Asked(REPEAT, max_tokens=5))
+        events = list(run.events())
+        text = "".join(run.texts.feed(t) for e in events if isinstance(e, Cycle) for t in e.emitted)
+        with pytest.raises(UsageError, match="takes no seed"):
+            attach(state.url).begin(Asked(REPEAT, seed=1))
+    cycles = [event for event in events if isinstance(event, Cycle)]
+    assert [(len(c.drafted), c.accepted, c.emitted) for c in cycles] == [(0, 0, (5,)), (4, 2, (6, 7, 8)), (4, 0, (9,))]
+    assert (events[0].seed, events[0].settings["draft"], cycles[-1].end) == (None, "EAGLE3", "length")
+    assert text == "The light in a night"
+
+
 # -- counters ----------------------------------------------------------------------------------------------------------
 
 
@@ -329,13 +481,25 @@ def test_counters_are_read_over_and_over_and_one_failure_is_forgiven():
     with replayed("llama_cpp_draft") as state:
         read = histories(state.url, 0.01)
         assert next(read)[""].latest.server == "llama.cpp"
+        whole, asked = state.said["/metrics"]["body"], len(state.requests)
+        state.failing["/metrics"] = 2
+        assert next(read)[""].before is not None
+        assert len(state.requests) == asked + 3
+        state.said["/metrics"]["body"] = whole
         state.instead["/metrics"] = (500, {}, "")
         with pytest.raises(ServerUnavailable, match="500"):
             next(read)
         state.instead["/metrics"] = (501, {}, "")
         with pytest.raises(ServerUnavailable, match="has no /metrics"):
             once(state.url)
-        for rubbish in ("", "hello\n", "\x00{", "other:counter_total 3\n"):
+        for rubbish in (
+            "",
+            "hello\n",
+            "\x00{",
+            "other:counter_total 3\n",
+            "vllm:foo 1\n",
+            "vllm:generation_tokens_total NaN\n",
+        ):
             state.instead["/metrics"] = (200, {}, rubbish)
             with pytest.raises(ServerUnavailable):
                 once(state.url)

@@ -1,5 +1,5 @@
-"""Servers as processes of ours: waited for, told apart from those that die, and always stopped. Here with a server of Python's
-own; `test_real.py` starts real ones."""
+"""Servers as processes of ours: waited for, told apart from those that die, and always stopped. Here with a server of
+Python's own; `test_real.py` starts real ones."""
 
 from __future__ import annotations
 

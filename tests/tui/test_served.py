@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 
 from specdec_tui.live import Request
 from specdec_tui.served import ServerStream
 from tests.servers.record import REPEAT
-from tests.servers.replayed import replayed
+from tests.servers.replayed import replayed, slowly, whole
 from tests.tui.conftest import on_screen, screen_of
 
 
@@ -57,3 +58,17 @@ def test_a_run_that_breaks_off_is_said_on_the_screen(tmp_path):
     with replayed("llama_cpp_draft") as state:
         state.send = dies
         assert "ended the stream" in shown(state, act, (120, 40), tmp_path)
+
+
+def test_another_answer_is_not_kept_waiting_by_a_silent_server(tmp_path):
+    async def act(app, pilot):
+        await until(app, "The")
+        state.send = whole
+        await pilot.press("R")
+        await until(app, "finished")
+
+    with replayed("llama_cpp_draft") as state:
+        state.send = slowly([30.0])
+        began = time.monotonic()
+        shown(state, act, (120, 40), tmp_path)
+        assert time.monotonic() - began < 15

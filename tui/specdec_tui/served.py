@@ -37,6 +37,8 @@ class ServerStream(Threaded):
         self._wanted: Request | None = request
         self._closing = False
         self._names: dict[int, str] = {}
+        self._server: Attached | None = None
+        self._begun = False
 
     # -- from the screen ---------------------------------------------------------------------------------------------
 
@@ -44,6 +46,7 @@ class ServerStream(Threaded):
         with self._gate:
             self._closing = True
             self._gate.notify()
+        self._hang_up()
         self._join(_PATIENCE_S)
 
     @property
@@ -67,6 +70,12 @@ class ServerStream(Threaded):
         with self._gate:
             self.request = self._wanted = request
             self._gate.notify()
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        """What is being read is not waited for."""
+        if self._server is not None:
+            self._server.server.hang_up()
 
     # -- in the thread -----------------------------------------------------------------------------------------------
 
@@ -74,12 +83,14 @@ class ServerStream(Threaded):
         try:
             from specdec_engine.attach.attached import attach
 
-            server = attach(self._url, self._draft, self._k)
+            server = self._server = attach(self._url, self._draft, self._k)
             while (request := self._next()) is not None:
                 try:
+                    self.error = None
                     self._run(server, request)
                 except SpecdecError as error:  # the next prompt may fare better
-                    self._say(error)
+                    if self._wanted is None and not self._closing:
+                        self._say(error)
         except SpecdecError as error:
             self._failed(error)
         except Exception as error:
@@ -89,10 +100,12 @@ class ServerStream(Threaded):
 
     def _say(self, error: SpecdecError) -> None:
         """Before a run has begun in its place; later as its end."""
-        if self.stage is not None:
-            self.stage = Stage(error.message, error.hint, failed=True)
-        else:
+        self.error = error
+        if self._begun:
+            self.stage = None
             self._events.append(Failed(type(error).__name__, error.message, error.hint))
+        else:
+            self.stage = Stage(error.message, error.hint, failed=True)
 
     def _next(self) -> Request | None:
         with self._gate:
@@ -103,7 +116,7 @@ class ServerStream(Threaded):
     def _run(self, server: Attached, request: Request) -> None:
         from specdec_engine.attach.asked import Asked
 
-        self.stage = Stage(f"{server.engine.name} reads the prompt")
+        self.stage, self._begun = Stage(f"{server.engine.name} reads the prompt"), False
         asked = Asked(
             request.prompt,
             request.sampling,
@@ -117,8 +130,9 @@ class ServerStream(Threaded):
         self._names |= run.texts.names
         done = emitted = 0
         for event in run.events():
-            self.stage = None
+            self._begun = True
             if isinstance(event, Cycle):
+                self.stage = None
                 # Here and not when they are drawn: the server is asked for those that it has not told yet.
                 self._names |= {token: run.name(token) for token in event.emitted if token is not None}
                 done, emitted = done + 1, emitted + len(event.emitted)

@@ -95,6 +95,8 @@ class Engine(Protocol):
     name: str
     """As its makers write it."""
     about: About
+    seeds: bool
+    """Whether a seed can be asked for."""
 
     def prompt(self, asked: Asked) -> Prompt:
         """Through the server's own template and tokenizer. Raises UsageError for a prompt that cannot be, and
@@ -120,6 +122,8 @@ class CycleLog:
     """Numbers the cycles of a run, and counts what they emit."""
 
     prompt_tokens: int
+    most: int
+    """Tokens that were asked for."""
     index: int = 0
     emitted: int = 0
 
@@ -140,6 +144,11 @@ class CycleLog:
             raise GenerationFailed(
                 f"the server tells of a cycle of {max(drafted, len(ids)):,} tokens", "it is at fault"
             )
+        if self.emitted > self.most:
+            raise GenerationFailed(
+                f"the server sends more than the {self.most:,} tokens that were asked for", "it is at fault"
+            )
+        drafted = max(drafted, accepted)
         known = tuple(ids[:accepted]) + (None,) * (drafted - len(ids[:accepted]))
         unknown = (None,) * drafted
         own = tuple(p[:accepted]) + (None,) * (drafted - len(p[:accepted]))

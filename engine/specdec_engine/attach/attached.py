@@ -8,19 +8,23 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from specdec_engine.attach.asked import Asked, Engine, Prompt, Texts
-from specdec_engine.attach.http import Answer, Server, refused
+from specdec_engine.attach.http import Answer, Server, refused, understood
 from specdec_engine.attach.llama_cpp import LlamaCpp
 from specdec_engine.attach.sglang import SGLang
 from specdec_engine.attach.vllm import Vllm
-from specdec_engine.errors import ServerUnavailable, UsageError
+from specdec_engine.errors import GenerationFailed, ServerUnavailable, UsageError
 from specdec_engine.record.events import Event, Started
 
 
 def attach(url: str, draft: str | None = None, k: int | None = None) -> Attached:
-    """Look which server is there. draft, k: what it drafts with, where that is known. Raises UsageError for what is no address, and ServerUnavailable for one that is none of
-    vLLM, SGLang and llama.cpp, that does not answer, or that wants a key."""
+    """Look which server is there. draft, k: what it drafts with, where that is known.
+
+    Raises UsageError for what is no address, and ServerUnavailable for one that is none of vLLM, SGLang and llama.cpp, that
+    does not answer, or that wants a key.
+    """
     server = Server(url)
-    engine = _recognised(server)
+    with understood(server.url, ServerUnavailable):
+        engine = _recognised(server)
     if draft is not None:
         engine.about = replace(engine.about, draft=draft, k=engine.about.k or k)
     return Attached(server, engine)
@@ -75,7 +79,8 @@ class Run:
         }
         environment = {"server": self.engine.name, "server_version": about.version, "url": self.url}
         yield Started(self.prompt.ids, settings, self.asked.seed, environment, self.engine.name)
-        yield from self.engine.run(self.prompt, self.asked, self.texts)
+        with understood(self.url, GenerationFailed):
+            yield from self.engine.run(self.prompt, self.asked, self.texts)
 
     def name(self, token: int) -> str:
         """A token's own text, as the server has it."""
@@ -97,12 +102,16 @@ class Attached:
         fit, and ServerUnavailable."""
         if not asked.text.strip():
             raise UsageError("the prompt is empty", "say something")
-        prompt, most = self.engine.prompt(asked), self.engine.about.context
+        with understood(self.server.url, ServerUnavailable):
+            prompt = self.engine.prompt(asked)
+        most = self.engine.about.context
         if most is not None and len(prompt.ids) >= most:
             raise UsageError(
                 f"the prompt has {len(prompt.ids):,} tokens, and the server takes {most:,} at most",
                 "shorten it, or start the server with a longer context",
             )
-        if asked.seed is None:
+        if not self.engine.seeds and asked.seed is not None:
+            raise UsageError(f"{self.engine.name} takes no seed", "leave out --seed")
+        if asked.seed is None and self.engine.seeds:
             asked = replace(asked, seed=secrets.randbits(31))
         return Run(self.engine, self.server.url, prompt, asked, Texts(names=dict(prompt.names)))

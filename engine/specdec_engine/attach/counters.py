@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -31,8 +32,10 @@ class Reading:
     counters: Counters
     running: int | None
     """Requests that are decoded at this moment."""
-    speculates: bool
-    """Whether there are counters of speculation, and any has begun."""
+
+
+_MOST_ENGINES = 256
+_PLACE = re.compile(r"[0-9]{1,4}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,15 +86,20 @@ def read_counters(text: str, at_s: float) -> list[Reading]:
             "its /metrics name none of vLLM, SGLang and llama.cpp", "llama-server and SGLang count with --metrics, "
             "--enable-metrics"
         )  # fmt: skip
-    engines = sorted({sample.labels.get("engine", "") for sample in samples if _counts(sample)})
-    return [
-        _reading(server, engine, [s for s in samples if s.labels.get("engine", "") == engine], at_s)
-        for engine in engines
-    ]
+    by_engine = dict[str, list[_Sample]]()
+    for sample in filter(_counts, samples):
+        by_engine.setdefault(sample.labels.get("engine", ""), []).append(sample)
+    if not by_engine or len(by_engine) > _MOST_ENGINES:
+        raise ServerUnavailable(
+            f"its /metrics count the tokens of {len(by_engine)} engines", "is this a server of models?"
+        )
+    return [_reading(server, engine, by_engine[engine], at_s) for engine in sorted(by_engine)]
 
 
 def _counts(sample: _Sample) -> bool:
-    return any(_plain(sample.name) in names for names in _NAMES.values())
+    name = _plain(sample.name)
+    sound = 0 <= sample.value < 2**53
+    return sound and (name in _POSITIONS or any(name in names for names in _NAMES.values()))
 
 
 def _reading(server: str, engine: str, samples: Iterable[_Sample], at_s: float) -> Reading:
@@ -101,18 +109,18 @@ def _reading(server: str, engine: str, samples: Iterable[_Sample], at_s: float) 
         for what, names in _NAMES.items():
             if name in names:
                 found[what] = found.get(what, 0.0) + sample.value
-        if name in _POSITIONS and sample.labels.get("position", "").isdigit():
+        if name in _POSITIONS and _PLACE.fullmatch(sample.labels.get("position", "")):
             place = int(sample.labels["position"])
             kept[place] = kept.get(place, 0.0) + sample.value
-    counts = {what: max(0, int(value)) for what, value in found.items() if abs(value) < 2**63}
+    counts = {what: int(value) for what, value in found.items()}
     at = tuple(int(kept[place]) for place in sorted(kept))
-    cycles, drafted, accepted = (counts.get(what, 0) for what in ("cycles", "drafted", "accepted"))
+    told = {"cycles", "drafted", "accepted"} <= counts.keys()  # SGLang tells its passes, and not what they drafted
+    cycles, drafted, accepted = (counts[what] if told else 0 for what in ("cycles", "drafted", "accepted"))
     return Reading(
         server,
         engine,
         Counters(at_s, cycles, drafted, accepted, counts.get("emitted", 0), at),
         counts.get("running"),
-        cycles > 0,
     )
 
 

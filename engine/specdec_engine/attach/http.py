@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import socket
 import threading
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from time import perf_counter
 from typing import Any
 from urllib.parse import urlsplit
 
-from specdec_engine.errors import GenerationFailed, ServerUnavailable, UsageError
+from specdec_engine.errors import GenerationFailed, ServerUnavailable, SpecdecError, UsageError, first_line
 from specdec_engine.record.text import printable
 
 KEY = "SPECDEC_API_KEY"
@@ -27,7 +27,8 @@ KEY = "SPECDEC_API_KEY"
 MOST_LINE = 1_000_000
 """Bytes of a line of a stream: what vLLM says of a token with 20 others is 3 kB."""
 _MOST_BODY = 16_000_000
-_CONNECT_S = 5.0
+_CONNECT_S, _ANSWER_S = 5.0, 30.0
+"""To connect, and for an answer that is not a run's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class Answer:
         """None for what is no JSON."""
         try:
             return json.loads(self.body)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
 
 
@@ -80,15 +81,22 @@ class Server:
         self._https, self._host, self._port = parts.scheme == "https", parts.hostname, port
         self._path = parts.path.rstrip("/").removesuffix("/v1")
         self._silence_s = silence_s
+        self._key = _key()
+        self._streaming: socket.socket | None = None
+
+    def hang_up(self) -> None:
+        """End the stream that is read, from another thread; nothing happens if there is none."""
+        if (connected := self._streaming) is not None:
+            _hang_up(connected)
 
     def get(self, path: str) -> Answer:
         """Raises ServerUnavailable where no answer comes."""
-        with self._asked("GET", path, None) as response:
+        with self._asked("GET", path, None, min(self._silence_s, _ANSWER_S)) as response:
             return _whole(response, self.url)
 
     def post(self, path: str, value: Any) -> Answer:
         """The same with a JSON body."""
-        with self._asked("POST", path, value) as response:
+        with self._asked("POST", path, value, min(self._silence_s, _ANSWER_S)) as response:
             return _whole(response, self.url)
 
     @contextmanager
@@ -100,26 +108,28 @@ class Server:
         Raises ServerUnavailable for an answer that is no such stream, and GenerationFailed, while lines are taken, for a
         stream that breaks off.
         """
-        with self._asked("POST", path, value) as response:
+        with self._asked("POST", path, value, self._silence_s) as response, _Lines() as arrived:
             if response.status != 200 or _kind(response) != "text/event-stream":
                 raise refused(_whole(response, self.url), self.url, path)
-            arrived: queue.SimpleQueue[Line | Exception | None] = queue.SimpleQueue()
             reader = threading.Thread(target=_read, args=(response, self.url, arrived), name="server", daemon=True)
             reader.start()
-            yield iter(_taken(arrived))
+            yield iter(arrived)
 
     @contextmanager
-    def _asked(self, method: str, path: str, value: Any) -> Iterator[HTTPResponse]:
+    def _asked(self, method: str, path: str, value: Any, silence_s: float) -> Iterator[HTTPResponse]:
         connection = (HTTPSConnection if self._https else HTTPConnection)(self._host, self._port, timeout=_CONNECT_S)
         with ExitStack() as leaving:
             leaving.callback(connection.close)
             with _said(self.url):
                 connection.connect()
-                leaving.callback(_hang_up, connection.sock)  # a response takes it over
-                connection.sock.settimeout(self._silence_s)
+                connected = connection.sock
+                connected.settimeout(silence_s)
                 body = None if value is None else json.dumps(value).encode()
-                connection.request(method, self._path + path, body, _headers(body))
+                connection.request(method, self._path + path, body, _headers(body, self._key))
                 response = leaving.enter_context(closing(connection.getresponse()))
+            # The last to be entered, and the first that is left: to close a response waits for who reads from it.
+            leaving.callback(_hang_up, connected)
+            self._streaming = connected
             yield response
 
 
@@ -132,11 +142,37 @@ def _hang_up(connected: socket.socket) -> None:
 _SUCH_AS = "give one such as http://127.0.0.1:8000"
 
 
-def _headers(body: bytes | None) -> Mapping[str, str]:
+def _key() -> str:
+    """From the environment; empty where there is none. Raises UsageError for one that no header can carry."""
+    key = os.environ.get(KEY, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise UsageError(f"the key in {KEY} has characters that no key has", "set it again, on one line")
+    return key
+
+
+def shown(text: str) -> str:
+    """What a server said, on one line, safe to show, and without the key, should it say that."""
+    key = os.environ.get(KEY, "").strip()
+    line = " ".join(text.split())
+    return printable(line.replace(key, "•••") if key else line)[:300]
+
+
+@contextmanager
+def understood(url: str, kind: type[SpecdecError]) -> Iterator[None]:
+    """What a server sends may be of any shape: raises an error of this kind where reading it meets another than was meant."""
+    try:
+        yield
+    except SpecdecError:
+        raise
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError, RecursionError) as error:
+        raise kind(f"{url} sends what is not understood: {shown(first_line(error))}", _OTHER) from error
+
+
+def _headers(body: bytes | None, key: str) -> Mapping[str, str]:
     found = {"Accept": "application/json, text/event-stream, text/plain", "Connection": "close"}
     if body is not None:
         found["Content-Type"] = "application/json"
-    if key := os.environ.get(KEY, "").strip():
+    if key:
         found["Authorization"] = f"Bearer {key}"
     return found
 
@@ -150,9 +186,7 @@ def _said(url: str) -> Iterator[None]:
         raise ServerUnavailable(f"{url} does not answer", "is it running, and not too busy?") from None
     except (OSError, HTTPException, ValueError) as error:
         why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise ServerUnavailable(
-            f"{url} cannot be reached: {printable(str(why))}", "is a server running there?"
-        ) from None
+        raise ServerUnavailable(f"{url} cannot be reached: {shown(str(why))}", "is a server running there?") from None
 
 
 def _whole(response: HTTPResponse, url: str) -> Answer:
@@ -206,11 +240,53 @@ def told(answer: Answer) -> str:
         if isinstance(value, dict) and key in value:
             value = value[key]
     text = value if isinstance(value, str) else answer.text if value is None else json.dumps(value)
-    short = " ".join(text.split())[:300]
-    return printable(short) or "nothing more"
+    return shown(text) or "nothing more"
 
 
-def _read(response: HTTPResponse, url: str, arrived: queue.SimpleQueue[Line | Exception | None]) -> None:
+class _Lines:
+    """Lines between the thread that reads them and the one that takes them, at most so many bytes of them."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._waiting: deque[tuple[Line | Exception | None, int]] = deque()
+        self._bytes, self._left = 0, False
+
+    def __enter__(self) -> _Lines:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Nobody takes any more: whoever waits to put one need not."""
+        with self._changed:
+            self._left = True
+            self._changed.notify_all()
+
+    def put(self, item: Line | Exception | None, size: int = 0) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._left or self._bytes < _MOST_WAITING)
+            self._bytes += size
+            self._waiting.append((item, size))
+            self._changed.notify_all()
+
+    def __iter__(self) -> Iterator[Line]:
+        """Raises what the reader met."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting)
+                item, size = self._waiting.popleft()
+                self._bytes -= size
+                self._changed.notify_all()
+            if item is None:
+                return
+            if isinstance(item, Exception):
+                raise item
+            yield item
+
+
+_MOST_WAITING = 64_000_000
+"""Bytes of lines that are read and not yet taken."""
+
+
+def _read(response: HTTPResponse, url: str, arrived: _Lines) -> None:
     """In a thread: every line with the moment at which it came."""
     try:
         while line := response.readline(MOST_LINE + 1):
@@ -219,7 +295,7 @@ def _read(response: HTTPResponse, url: str, arrived: queue.SimpleQueue[Line | Ex
             if not line.startswith(b"data:"):
                 continue
             data = line[5:].strip()
-            arrived.put(Line(perf_counter(), None if data == b"[DONE]" else _parsed(data, url)))
+            arrived.put(Line(perf_counter(), None if data == b"[DONE]" else _parsed(data, url)), len(line))
         arrived.put(None)
     except GenerationFailed as error:
         arrived.put(error)
@@ -234,13 +310,5 @@ def _parsed(data: bytes, url: str) -> Any:
     try:
         return json.loads(data)
     except (ValueError, RecursionError):
-        shown = printable(data[:60].decode("utf-8", "replace"))
-        raise GenerationFailed(f"{url} sends a line that is no JSON: {shown}", "the server is at fault") from None
-
-
-def _taken(arrived: queue.SimpleQueue[Line | Exception | None]) -> Iterator[Line]:
-    """Raises what the reader met."""
-    while (item := arrived.get()) is not None:
-        if isinstance(item, Exception):
-            raise item
-        yield item
+        begins = shown(data[:60].decode("utf-8", "replace"))
+        raise GenerationFailed(f"{url} sends a line that is no JSON: {begins}", "the server is at fault") from None

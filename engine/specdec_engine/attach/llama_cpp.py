@@ -8,20 +8,21 @@ tokens of a cycle come with the same totals: a change begins a cycle, which owns
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 from specdec_engine.attach.asked import MOST_A_CYCLE, About, Asked, CycleLog, Prompt, Texts, detokenized, sampled
 from specdec_engine.attach.http import Server, refused, told_of
 from specdec_engine.errors import GenerationFailed, UsageError
-from specdec_engine.record.events import Cycle, Event, FinishReason, TokenId
+from specdec_engine.record.events import Cycle, Event, TokenId
 
 
 class LlamaCpp:
     """See `Engine`."""
 
     name = "llama.cpp"
+    seeds = True
 
     def __init__(self, server: Server, props: dict[str, Any]) -> None:
         """props: what it says under /props."""
@@ -71,25 +72,26 @@ class LlamaCpp:
             **({} if asked.seed is None else {"seed": asked.seed % 2**32}),
             **sampled(asked.sampling),
         }
-        book = _Book(CycleLog(len(prompt.ids)), texts)
-        with self._server.stream("/completion", request) as lines:
-            for line in lines:
-                value = line.value
-                if not isinstance(value, dict):
-                    continue
-                if "error" in value:
-                    raise GenerationFailed(
-                        f"{self._server.url} says: {told_of(value)}", "what came until then is valid"
-                    )
-                yield from book.read(value)
-                if value.get("stop") is True:
-                    reason = _REASONS.get(str(value.get("stop_type")), "stop")
-                    yield from book.close(reason)
-                    yield book.log.finished(reason, book.prefill_s)
-                    return
-        raise GenerationFailed(
-            f"{self._server.url} ended the stream before the text ended", "what came until then is valid"
-        )
+        book = _Book(CycleLog(len(prompt.ids), asked.max_tokens), texts)
+        newest: Cycle | None = None
+        try:
+            with self._server.stream("/completion", request) as lines:
+                for value in (line.value for line in lines if isinstance(line.value, dict)):
+                    if "error" in value:
+                        raise GenerationFailed(f"{self._server.url} says: {told_of(value)}", _VALID)
+                    for cycle in book.read(value):
+                        # The newest waits for the next line, which may say that the run ended with it.
+                        if newest is not None:
+                            yield newest
+                        newest = cycle
+                    if value.get("stop") is True:
+                        yield from _last(book, newest, _REASONS.get(str(value.get("stop_type")), "stop"))
+                        return
+            raise GenerationFailed(f"{self._server.url} ended the stream before the text ended", _VALID)
+        except GenerationFailed:
+            if newest is not None:
+                yield newest
+            raise
 
     def learn(self, token: int, texts: Texts) -> None:
         if (found := detokenized(self._server, {"tokens": [token]}, "content")) is not None:
@@ -103,7 +105,18 @@ def _name(props: dict[str, Any]) -> str:
     return PurePosixPath(path).name if alias == path else alias
 
 
-_REASONS: dict[str, FinishReason] = {"limit": "length", "eos": "stop", "word": "stop"}
+_VALID = "what came until then is valid"
+
+
+def _last(book: _Book, newest: Cycle | None, reason: Literal["stop", "length"]) -> Iterator[Event]:
+    """What is left when a run ends: its last cycle says how."""
+    left = [*([newest] if newest is not None else []), *book.close()]
+    yield from left[:-1]
+    yield from (replace(cycle, end=reason) for cycle in left[-1:])
+    yield book.log.finished(reason, book.prefill_s)
+
+
+_REASONS: dict[str, Literal["stop", "length"]] = {"limit": "length", "eos": "stop", "word": "stop"}
 
 
 def _piece(piece: Any) -> str:
@@ -160,7 +173,7 @@ class _Book:
         if self._open is not None:
             yield from self._fill(ids)
         if (drafted, accepted) != (self._drafted, self._accepted):
-            yield from self._close(None)
+            yield from self._close()
             begun = _Open(drafted - self._drafted, accepted - self._accepted, max(0.0, ms - self._ms) / 1e3)
             while len(ids) > begun.owed:  # passes without a draft, hidden in the same chunk
                 yield self._plain(ids.pop(0), None)
@@ -174,9 +187,9 @@ class _Book:
             self._ms = ms
         self._tokens = total
 
-    def close(self, reason: FinishReason) -> Iterator[Cycle]:
-        """The last cycle, which a stop may have cut."""
-        yield from self._close(reason)
+    def close(self) -> Iterator[Cycle]:
+        """The last cycle, if a stop has cut it."""
+        yield from self._close()
         if self._held:
             self.texts.pieces.append(self._held)
             self._held = ""
@@ -195,9 +208,9 @@ class _Book:
         self._open.ids += ids[:owed]
         del ids[:owed]
         if not self._open.owed:
-            yield from self._close(None)
+            yield from self._close()
 
-    def _close(self, ended: FinishReason | None) -> Iterator[Cycle]:
+    def _close(self) -> Iterator[Cycle]:
         if (done := self._open) is None:
             return
         self._open = None
@@ -207,7 +220,6 @@ class _Book:
             ids=done.ids,
             seconds=done.seconds,
             exact=True,
-            ended=ended if done.owed else None,
         )
 
     def _plain(self, token: TokenId, seconds: float | None) -> Cycle:

@@ -12,7 +12,7 @@ from typing import Any
 
 from specdec_engine.attach.asked import About, Asked, CycleLog, Prompt, Texts, detokenized, sampled
 from specdec_engine.attach.http import Server, refused, told_of
-from specdec_engine.errors import GenerationFailed
+from specdec_engine.errors import GenerationFailed, UsageError
 from specdec_engine.record.events import Event, FinishReason, TokenId
 
 
@@ -20,6 +20,7 @@ class SGLang:
     """See `Engine`."""
 
     name = "SGLang"
+    seeds = False
 
     def __init__(self, server: Server, info: dict[str, Any]) -> None:
         """info: what it says under /server_info."""
@@ -35,6 +36,8 @@ class SGLang:
 
     def prompt(self, asked: Asked) -> Prompt:
         chat = asked.chat is not False
+        if asked.system and not chat:
+            raise UsageError("--system needs a chat template", "leave out --raw, or put it into the prompt")
         body = {"model": self.about.target, **({"messages": asked.messages} if chat else {"prompt": asked.text})}
         answer = self._server.post("/tokenize", body)
         value = answer.json()
@@ -48,7 +51,7 @@ class SGLang:
         drawn["top_k"] = drawn["top_k"] or -1  # 0 keeps no token there
         params = {"max_new_tokens": asked.max_tokens, "stop": list(asked.stop), "stream_interval": 1, **drawn}
         request = {"input_ids": list(prompt.ids), "sampling_params": params, "stream": True}
-        log, begun = CycleLog(len(prompt.ids)), perf_counter()
+        log, begun = CycleLog(len(prompt.ids), asked.max_tokens), perf_counter()
         seen, said, last, prefill = 0, "", 0.0, None
         ended: FinishReason | None = None
         with self._server.stream("/generate", request) as lines:
@@ -69,14 +72,15 @@ class SGLang:
                 texts.take(ids, text[len(said) :] if text.startswith(said) else text)
                 at = line.at_s - begun
                 first, prefill = prefill is None, at if prefill is None else prefill
-                yield log.cycle(
-                    drafted=max(self.about.k or 0, new - 1) if not first else 0,
-                    accepted=new - 1,
-                    ids=ids,
-                    seconds=0.0 if first else at - last,
-                    exact=False,
-                    ended=ended,
-                )
+                for part in filter(None, ([ids[:1], ids[1:]] if first else _steps(ids, self.about.draft == "none"))):
+                    yield log.cycle(
+                        drafted=0 if first and part == ids[:1] else self.about.k or 0,
+                        accepted=len(part) - 1,
+                        ids=part,
+                        seconds=0.0 if first else (at - last) * len(part) / new,
+                        exact=False,
+                        ended=ended,
+                    )
                 seen, said, last = total, text, at
         if ended is None:
             raise GenerationFailed(
@@ -88,6 +92,11 @@ class SGLang:
         found = detokenized(self._server, {"model": self.about.target, "tokens": [token]}, "text")
         if found is not None:
             texts.names[token] = found
+
+
+def _steps(ids: list[TokenId], plain: bool) -> list[list[TokenId]]:
+    """One step, or, without speculation, one for each token."""
+    return [[token] for token in ids] if plain else [ids]
 
 
 def _newest(ids: Any, new: int) -> list[TokenId]:

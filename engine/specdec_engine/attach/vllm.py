@@ -28,6 +28,7 @@ class Vllm:
     """See `Engine`."""
 
     name = "vLLM"
+    seeds = True
 
     def __init__(self, server: Server, version: str) -> None:
         self._server = server
@@ -38,12 +39,14 @@ class Vllm:
             raise refused(models, server.url, "/v1/models")
         self._model = str(listed[0].get("id") or "")
         most = listed[0].get("max_model_len")
+        k, self._always = None, True
         metrics = server.get("/metrics")
-        k = positions_of(metrics.text) if metrics.status == 200 else None
-        self._always = metrics.status != 200 or always_drafts(metrics.text)
+        if metrics.status == 200:
+            with suppress(ServerUnavailable):  # what stands before the server may answer in its place
+                k, self._always = positions_of(metrics.text), always_drafts(metrics.text)
         self.about = About(
             target=self._model,
-            draft="unknown" if k or metrics.status != 200 else "none",
+            draft="none" if k == 0 else "unknown",
             version=version,
             k=k or None,
             context=most if isinstance(most, int) else None,
@@ -83,7 +86,14 @@ class Vllm:
         # Processed or raw is the server's setting, and only here the two are the same: p is then what it says.
         if asked.sampling.temperature == 1.0 and asked.sampling.filters == (0, 1.0, 0.0):
             request["logprobs"] = 0
-        steps = _Steps(CycleLog(len(prompt.ids)), texts, self.about.k or 0, self._always, perf_counter())
+        steps = _Steps(
+            CycleLog(len(prompt.ids), asked.max_tokens),
+            texts,
+            self.about.k or 0,
+            self.about.draft == "none",
+            self._always,
+            perf_counter(),
+        )
         ended: FinishReason | None = None
         with self._server.stream("/v1/completions", request) as lines:
             for line in lines:
@@ -140,6 +150,8 @@ class _Steps:
     texts: Texts
     k: int
     """Tokens that the server drafts at most; 0 where it drafts none, or does not say."""
+    plain: bool
+    """Whether it drafts none."""
     always: bool
     """Whether every step drafts, as far as the server's counters say: a lookup often has nothing to propose."""
     begun_s: float
@@ -170,7 +182,8 @@ class _Steps:
             self.prefill_s = self._last_s = at_s - self.begun_s
         seconds, self._last_s = at_s - self.begun_s - self._last_s, at_s - self.begun_s
         # The first token comes of the pass that reads the prompt, alone, but for one that was joined with what followed.
-        parts = ([ids[:1]] if first else []) + _cut(ids[1:] if first else ids, self.k)
+        size = 1 if self.plain else self.k + 1 if self.k else len(ids)
+        parts = ([ids[:1]] if first else []) + _cut(ids[1:] if first else ids, size)
         for number, part in enumerate(parts):
             at = sum(map(len, parts[:number]))
             accepted = len(part) - 1
@@ -185,9 +198,8 @@ class _Steps:
             )
 
 
-def _cut(ids: Sequence[TokenId], k: int) -> list[Sequence[TokenId]]:
+def _cut(ids: Sequence[TokenId], size: int) -> list[Sequence[TokenId]]:
     """Several steps that came as one: as many whole ones as there can be."""
-    size = k + 1 if k else max(1, len(ids))
     return [ids[i : i + size] for i in range(0, len(ids), size)]
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from time import perf_counter, sleep
 
 from specdec_engine.attach.counters import Reading, read_counters
-from specdec_engine.attach.http import Server, refused
+from specdec_engine.attach.http import Server, refused, understood
 from specdec_engine.errors import ServerUnavailable
 from specdec_engine.record.events import Counters
 from specdec_engine.record.stats import Summary
@@ -51,6 +51,11 @@ class EngineHistory:
         )
 
     @property
+    def interval_s(self) -> float:
+        """Between the last two readings; 0 where there are not two."""
+        return 0.0 if self.before is None else self.latest.counters.at_s - self.before.at_s
+
+    @property
     def recent_tokens_per_second(self) -> float | None:
         """Of all requests together, between the last two readings."""
         now, then = self.latest.counters, self.before
@@ -79,7 +84,8 @@ def once(url: str, begun_s: float | None = None) -> list[Reading]:
             )
         raise refused(answer, server.url, "/metrics")
     at_s = 0.0 if begun_s is None else perf_counter() - begun_s
-    return read_counters(answer.text, at_s)
+    with understood(server.url, ServerUnavailable):
+        return read_counters(answer.text, at_s)
 
 
 def histories(url: str, every_s: float) -> Iterator[dict[str, EngineHistory]]:

@@ -118,6 +118,12 @@ def _glm4(keys: Keys) -> dict[str, Any]:
 
 
 def _cohere(keys: Keys) -> dict[str, Any]:
+    """Raises ModelUnavailable for Command R+, whose norms of queries and keys are a matrix."""
+    if "blk.0.attn_q_norm.weight" in keys.tensors:
+        raise ModelUnavailable(
+            "it norms queries and keys by a matrix (Command R+), which is not read from GGUF files",
+            "use the model's safetensors checkpoint",
+        )
     return {"model_type": "cohere", **_logits(keys)}
 
 

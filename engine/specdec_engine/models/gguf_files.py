@@ -204,6 +204,11 @@ def _make(gguf: Path, into: Path, name: str, report: Report) -> None:
     if tensors:
         add_left_out(header, config)
     check_computed(header, gguf, config, made.taken)
+    if made.taken and (unknown := [name for name in tensors if not _is_read(name)]):
+        raise ModelUnavailable(
+            f"{gguf} has {len(unknown)} tensors that are not read, the first {unknown[0]}",
+            "use the model's safetensors checkpoint",
+        )
     if config.model_type in _LAYERS_OF_27B:  # not in the header: llama.cpp has it by the model's size, transformers 256
         config.query_pre_attn_scalar = _gemma_scalar(config)
     config.name_or_path = str(gguf)
@@ -216,6 +221,11 @@ def _make(gguf: Path, into: Path, name: str, report: Report) -> None:
     # All values, defaults too: `config.json` leaves them to the class.
     (into / _INDEX).write_text(json.dumps({"config": config.to_dict(), "tensors": tensors}), "utf-8")
     (into / _DIGEST).write_text(_digest(into), "ascii")
+
+
+def _is_read(name: str) -> bool:
+    """Whether it is one by a name that a forward has; those that nobody knows keep llama.cpp's."""
+    return name.startswith(("model.", "lm_head.")) or name == "rope_freqs.weight"
 
 
 @contextmanager

@@ -57,6 +57,9 @@ class Summary:
     other_s: float | None = 0.0
     decode_s: float | None = 0.0
     """Seconds in cycles, without prefill and without the consumer's own time."""
+    from_prompt: int = 0
+    """Cycles that are one token of the pass that read the prompt, at a server: their time is in `prefill_s`, and no rate has
+    them."""
     plain_cycles: int = 0
     """Cycles in which nothing was drafted."""
     plain_s: float | None = 0.0
@@ -68,6 +71,8 @@ class Summary:
     observer: str = "specdec"
     inferred: int = 0
     """Cycles that were deduced from outside."""
+    untested: bool = False
+    """Whether it is not told how much of what was drafted was held against the target."""
     counted: bool = False
     """Whether the totals are an engine's own counters, which came without cycles."""
 
@@ -92,6 +97,9 @@ class Summary:
         # Of a tree it is not told which of several overlaps a level was decided by.
         overlaps = [] if cycle.parents else [o for o in cycle.overlap[: cycle.tested] if o is not None]
         plain_s = cycle.seconds if (phases := cycle.phases) is None else phases.verify_s + phases.other_s
+        if cycle.exactness == "inferred":  # it may have drafted, and all been rejected
+            plain_s = None
+        from_prompt = not cycle.drafted and cycle.cycle_s == 0
         return replace(
             self,
             cycles=self.cycles + 1,
@@ -105,9 +113,9 @@ class Summary:
             verify_s=_sum(self.verify_s, cycle.verify_s),
             other_s=_sum(self.other_s, cycle.other_s),
             decode_s=_sum(self.decode_s, cycle.seconds),
-            # One without seconds came of the pass that read the prompt, at a server.
-            plain_cycles=self.plain_cycles + (not cycle.drafted and cycle.seconds != 0),
-            plain_s=self.plain_s if cycle.drafted else _sum(self.plain_s, plain_s),
+            from_prompt=self.from_prompt + from_prompt,
+            plain_cycles=self.plain_cycles + (not cycle.drafted and not from_prompt),
+            plain_s=self.plain_s if cycle.drafted or from_prompt else _sum(self.plain_s, plain_s),
             positions=_positions(self.positions, cycle),
             inferred=self.inferred + (cycle.exactness == "inferred"),
         )
@@ -119,6 +127,7 @@ class Summary:
             self,
             drafted=totals.drafted,
             tested=totals.tested or 0,
+            untested=totals.tested is None,
             accepted=totals.accepted,
             positions=tuple(Position(drafted=totals.cycles, accepted=kept) for kept in totals.accepted_at),
         )
@@ -145,7 +154,7 @@ class Summary:
 
     @property
     def alpha(self) -> float | None:
-        return _ratio(self.accepted, self.tested)
+        return None if self.untested else _ratio(self.accepted, self.tested)
 
     @property
     def expected_alpha(self) -> float | None:
@@ -154,7 +163,9 @@ class Summary:
     @property
     def mean_emitted_per_cycle(self) -> float | None:
         # Counted cycles are those that drafted; what the others emitted is in the total as well.
-        return _ratio(self.accepted + self.cycles if self.counted else self.emitted, self.cycles)
+        if self.counted:
+            return _ratio(self.accepted + self.cycles, self.cycles)
+        return _ratio(self.emitted - self.from_prompt, self.cycles - self.from_prompt)
 
     @property
     def exactness(self) -> Literal["exact", "inferred", "counted"]:
@@ -168,7 +179,7 @@ class Summary:
 
     @property
     def tokens_per_second(self) -> float | None:
-        return _ratio(self.emitted, self.decode_s)
+        return _ratio(self.emitted - self.from_prompt, self.decode_s)
 
     @property
     def speedup_estimate(self) -> float | None:
@@ -187,7 +198,7 @@ class Summary:
             "emitted": self.emitted,
             "cycles": self.cycles,
             "drafted": self.drafted,
-            "tested": self.tested,
+            "tested": None if self.untested else self.tested,
             "accepted": self.accepted,
             "acceptance_rate": self.acceptance_rate,
             "alpha": self.alpha,

@@ -108,10 +108,10 @@ class Decoder(Blocks):
         shape, at = self.shape, f"model.layers.{i}"
         attention, mlp = f"{at}.self_attn", f"{at}.mlp"
         size, rotary = shape.head_size, shape.rotary
-        orders, one = {}, None
+        orders, of_one_head = {}, None
         if not shape.paired:
             orders = {"q_proj": paired(shape.heads, size, rotary), "k_proj": paired(shape.kv_heads, size, rotary)}
-            one = paired(1, size, rotary)
+            of_one_head = paired(1, size, rotary)
         normed = orders if shape.wide_norms else {}
 
         def norm(name: str | None) -> Tensor | None:
@@ -120,8 +120,8 @@ class Decoder(Blocks):
         layer = Layer(
             attention_norm=norm(shape.norms.attention),
             qkv=take.projection(attention, ("q_proj", "k_proj", "v_proj"), to, orders),
-            q_norm=self._head_norm(take, f"{attention}.q_norm.weight", normed.get("q_proj", one)),
-            k_norm=self._head_norm(take, f"{attention}.k_norm.weight", normed.get("k_proj", one)),
+            q_norm=self._head_norm(take, f"{attention}.q_norm.weight", normed.get("q_proj", of_one_head)),
+            k_norm=self._head_norm(take, f"{attention}.k_norm.weight", normed.get("k_proj", of_one_head)),
             out=take.projection(attention, ("o_proj",), to),
             mlp_norm=norm(shape.norms.mlp),
             gate_up=take.projection(mlp, ("gate_proj", "up_proj"), to),

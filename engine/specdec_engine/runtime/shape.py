@@ -198,7 +198,10 @@ def _growth(config: Any) -> Growth | None:
     if config.model_type != "ministral3":
         return None
     rope = config.rope_parameters
-    return Growth(float(rope["llama_4_scaling_beta"]), int(rope["original_max_position_embeddings"]))
+    beta, length = rope.get("llama_4_scaling_beta"), rope.get("original_max_position_embeddings")
+    if beta is None or not length:
+        raise Unsupported("its config does not say how its queries grow")
+    return Growth(float(beta), int(length))
 
 
 def _rotations(config: Any, rotary: int, still: int) -> tuple[tuple[Rotation, ...], tuple[int, ...]]:
