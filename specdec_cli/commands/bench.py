@@ -15,8 +15,10 @@ import typer
 
 from specdec_cli import options as opt
 from specdec_cli import output, tables
+from specdec_cli.attached import ServerOptions
 from specdec_cli.exits import ExitCode
 from specdec_cli.options import QUANTIZED
+from specdec_cli.served_bench import ServedOptions, Wanted, judge, keep, measured, show
 from specdec_cli.startup import interruptible, quieten
 from specdec_engine.bench import report
 from specdec_engine.bench.plan import Arm, Plan, Run, builtin_questions, chosen, ks_of
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from specdec_engine.pair import Pair
     from specdec_engine.runtime.linear import Quantize
 
+ALL_K = "1,2,4,8,auto"
 _WHAT, _HOW, _OUT = "What is run", "How", "Output"
 
 
@@ -95,13 +98,15 @@ def bench(
     *,
     target: opt.Target = "builtin",
     draft: Drafts = None,
-    k: Ks = "1,2,4,8,auto",
+    k: Ks = ALL_K,
     temperature: Temperatures = "0",
     rule: Rules = "token",
     prompts: Prompts = None,
     categories: Categories = None,
     limit: Limit = None,
     synthetic_acceptance: Synthetic = None,
+    server: ServerOptions,
+    served: ServedOptions,
     repeats: Repeats = 2,
     max_tokens: Tokens = 64,
     seed: Seed = 0,
@@ -118,8 +123,34 @@ def bench(
     specdec bench
 
     specdec bench -t org/target -d org/draft -d ngram -k 1-8,auto --prompts questions.jsonl --out result.json
+
+    specdec bench --engine vllm -t org/target -d org/draft -k 4 --concurrency 1,4,16
     """
     questions = builtin_questions() if prompts is None else read_questions(prompts)
+    if server.wanted:
+        given = {"--rule": rule != "token", "--synthetic-acceptance": synthetic_acceptance, "--resume": resume,
+                 "--compare": compare, "--plot": plot, "several drafts": draft is not None and len(draft) > 1}  # fmt: skip
+        if named := [name for name, value in given.items() if value]:
+            raise UsageError(f"{named[0]} is not for a server", "leave it out")
+        wanted = Wanted(
+            server=server,
+            options=served,
+            target=target,
+            draft=draft[0] if draft else None,
+            k=None if k == ALL_K else k,
+            temperature=_one(temperature),
+            questions=chosen(questions, (categories or "").split(",") if categories else (), limit),
+            repeats=repeats,
+            max_tokens=max_tokens,
+            seed=seed,
+            offline=where.offline,
+        )
+        result = measured(wanted)
+        keep(result, out)
+        show(result, format)
+        judge(result, fail_below)
+        return
+    served.refuse_without_server()
     plan = Plan(
         target=target,
         arms=_arms(draft, k, temperature, rule, _forms(where.quantize), synthetic_acceptance),
@@ -150,6 +181,14 @@ def bench(
     if not whole:
         raise typer.Exit(ExitCode.INTERRUPTED)
     _judge(found, fail_below)
+
+
+def _one(temperature: str) -> float:
+    """Raises UsageError for several."""
+    try:
+        return float(temperature)
+    except ValueError:
+        raise UsageError(f"--temperature {temperature} is no number", "a server is measured at one") from None
 
 
 def _forms(quantize: str) -> tuple[str, ...]:

@@ -25,6 +25,8 @@ class Asked:
     chat: bool | None = None
     """Whether the text goes through the server's chat template; None for whether it has one."""
     system: str | None = None
+    fresh: bool = False
+    """Whether the prompt is to be read anew, where a server can be told so; else it may have parts of it from before."""
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -65,11 +67,14 @@ class Texts:
     """Tokens' own texts, as far as the server said them."""
     together: dict[int, tuple[tuple[int, ...], str]] = field(default_factory=dict)
     """By token: several that came with one text, and that text."""
+    arrived_s: list[float] = field(default_factory=list)
+    """When each part of the text arrived, by the clock of `perf_counter`."""
     partial: bool = False
     """Whether the newest tokens are part of a character whose rest is still to come."""
 
-    def take(self, ids: Sequence[TokenId], text: str) -> None:
+    def take(self, ids: Sequence[TokenId], text: str, at_s: float) -> None:
         """Tokens that came together, and their text."""
+        self.arrived_s.append(at_s)
         self.pieces.extend([""] * (len(ids) - 1) + [text])
         known = tuple(token for token in ids if token is not None)
         whole, self.partial = not self.partial and bool(text), not text
@@ -144,7 +149,7 @@ class CycleLog:
             raise GenerationFailed(
                 f"the server tells of a cycle of {max(drafted, len(ids)):,} tokens", "it is at fault"
             )
-        if self.emitted > self.most:
+        if self.emitted > self.most + MOST_A_CYCLE:
             raise GenerationFailed(
                 f"the server sends more than the {self.most:,} tokens that were asked for", "it is at fault"
             )

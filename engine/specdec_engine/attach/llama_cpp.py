@@ -69,6 +69,7 @@ class LlamaCpp:
             "timings_per_token": True,
             "return_tokens": True,
             "stop": list(asked.stop),
+            "cache_prompt": not asked.fresh,
             **({} if asked.seed is None else {"seed": asked.seed % 2**32}),
             **sampled(asked.sampling),
         }
@@ -76,10 +77,10 @@ class LlamaCpp:
         newest: Cycle | None = None
         try:
             with self._server.stream("/completion", request) as lines:
-                for value in (line.value for line in lines if isinstance(line.value, dict)):
+                for value, at_s in ((line.value, line.at_s) for line in lines if isinstance(line.value, dict)):
                     if "error" in value:
                         raise GenerationFailed(f"{self._server.url} says: {told_of(value)}", _VALID)
-                    for cycle in book.read(value):
+                    for cycle in book.read(value, at_s):
                         # The newest waits for the next line, which may say that the run ended with it.
                         if newest is not None:
                             yield newest
@@ -154,7 +155,7 @@ class _Book:
     _open: _Open | None = None
     _held: str = ""
 
-    def read(self, chunk: dict[str, Any]) -> Iterator[Cycle]:
+    def read(self, chunk: dict[str, Any], at_s: float) -> Iterator[Cycle]:
         """The cycles that a chunk completes."""
         timings = chunk.get("timings")
         if not isinstance(timings, dict):
@@ -169,7 +170,7 @@ class _Book:
         said = [token for token in chunk.get("tokens") or () if isinstance(token, int) and token >= 0]
         new = min(max(0, total - self._tokens), MOST_A_CYCLE + 1)
         ids: list[TokenId] = [*[None] * (new - len(said)), *said][:new]
-        self._take_text(str(chunk.get("content") or ""), ids)
+        self._take_text(str(chunk.get("content") or ""), ids, at_s)
         if self._open is not None:
             yield from self._fill(ids)
         if (drafted, accepted) != (self._drafted, self._accepted):
@@ -194,11 +195,11 @@ class _Book:
             self.texts.pieces.append(self._held)
             self._held = ""
 
-    def _take_text(self, text: str, ids: list[TokenId]) -> None:
+    def _take_text(self, text: str, ids: list[TokenId], at_s: float) -> None:
         if not ids:
             self._held += text
             return
-        self.texts.take(ids, self._held + text)
+        self.texts.take(ids, self._held + text, at_s)
         self._held = ""
 
     def _fill(self, ids: list[TokenId]) -> Iterator[Cycle]:

@@ -69,7 +69,7 @@ class SGLang:
                 if new <= 0:
                     continue
                 ids = _newest(value.get("output_ids"), new)
-                texts.take(ids, text[len(said) :] if text.startswith(said) else text)
+                texts.take(ids, text[len(said) :] if text.startswith(said) else text, line.at_s)
                 at = line.at_s - begun
                 first, prefill = prefill is None, at if prefill is None else prefill
                 for part in filter(None, ([ids[:1], ids[1:]] if first else _steps(ids, self.about.draft == "none"))):

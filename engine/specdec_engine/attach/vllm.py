@@ -175,7 +175,7 @@ class _Steps:
             return
         if len(ids) > MOST_A_CYCLE:
             raise GenerationFailed(f"the server sends {len(ids):,} tokens at once", "it is at fault")
-        self.texts.take(ids, self._text)
+        self.texts.take(ids, self._text, at_s)
         self._text = ""
         first, chances = self.prefill_s is None, _probabilities(choice, len(ids))
         if first:

@@ -119,6 +119,19 @@ def explained(pair: Pair, question: Question, plain: Sample, arm: Sample) -> Div
     return None
 
 
+def served_divergence(pair: Pair, question: int, prompt: Sequence[int], answer: Sequence[int]) -> Divergence | None:
+    """The first place where a server's greedy text leaves that of our own target; None where it does not. A server computes
+    in 16 bits: what those round away is called rounding."""
+    events = pair.decode(list(prompt), k=0, max_tokens=len(answer), seed=0)
+    ours = [token for event in events if isinstance(event, Cycle) for token in known_ids(event.emitted)]
+    at = first_difference(ours, answer)
+    if at is None:
+        return None
+    plain, served = (pair.tokenizer.decode([ids[at]]) for ids in (ours, answer))
+    gap, rounding = _gap(pair, prompt, ours[:at], ours[at], answer[at], "bfloat16")
+    return Divergence(question, at, plain, served, gap, "rounding" if gap <= rounding else "bug")
+
+
 def _answers(sample: Sample) -> list[tuple[int, ...]]:
     ends = [0, *accumulate(sample.turns)]
     return [sample.token_ids[a:b] for a, b in pairwise(ends)]
@@ -136,7 +149,9 @@ def _divergence(
     return Divergence(question, begin + at, plain_text, arm_text, gap, "rounding" if gap <= rounding else "bug")
 
 
-def _gap(pair: Pair, prompt: Sequence[int], answer: Sequence[int], a: int, b: int) -> tuple[float, float]:
+def _gap(
+    pair: Pair, prompt: Sequence[int], answer: Sequence[int], a: int, b: int, dtype: str | None = None
+) -> tuple[float, float]:
     """Distance of two tokens' logits after this answer, read token by token as plain decoding does (a wide pass rounds
     otherwise), and how far rounding can move it: some units of the last place of the largest logit, in the dtype that is
     computed with; 0.5 for the built-in target in bfloat16, where 0.25 was seen."""
@@ -147,7 +162,7 @@ def _gap(pair: Pair, prompt: Sequence[int], answer: Sequence[int], a: int, b: in
         step = process(pair.asked, len(prompt), pair.target.device)
         row = step([*prompt, *answer], empty_draft(pair.target.device).tokens, row)
     logits = row[-1].float()
-    precision = torch.finfo(getattr(torch, pair.environment["dtype"])).eps
+    precision = torch.finfo(getattr(torch, dtype or pair.environment["dtype"])).eps
     units = 4 if precision > 1e-4 else 256
     return abs(float(logits[a] - logits[b])), units * precision * max(float(logits[logits.isfinite()].abs().max()), 1.0)
 

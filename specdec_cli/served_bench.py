@@ -1,0 +1,287 @@
+"""`bench --attach` and `bench --engine`: a server with speculation beside the same without it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from specdec_cli import output
+from specdec_cli.attached import At, ServerOptions, started, starting
+from specdec_cli.exits import ExitCode
+from specdec_engine.bench import report
+from specdec_engine.core.cycle_types import Sampling
+from specdec_engine.errors import UsageError
+from specdec_engine.record.prompt_files import Question
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from specdec_engine.attach.asked import Asked
+    from specdec_engine.attach.attached import Attached
+    from specdec_engine.attach.load import Load
+
+_SERVER = "A server"
+
+
+@dataclass(frozen=True, slots=True)
+class ServedOptions:
+    """Options of measuring a server."""
+
+    plain: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=_SERVER,
+            metavar="URL",
+            help="With --attach: the same server without speculation, to hold it against; --engine starts one.",
+        ),
+    ] = None
+    concurrency: Annotated[
+        str, typer.Option(rich_help_panel=_SERVER, help="Prompts at a time, several by commas: 1,2,4,8.")
+    ] = "1"
+    expect: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=_SERVER,
+            metavar="TARGET",
+            help="Hold its greedy texts against this target on our own engine in float32, and explain where they part.",
+        ),
+    ] = None
+
+    def refuse_without_server(self) -> None:
+        """Raises UsageError for an option that only a server has."""
+        given = {
+            "--plain": self.plain is not None,
+            "--concurrency": self.concurrency != "1",
+            "--expect": self.expect is not None,
+        }
+        if named := [name for name, value in given.items() if value]:
+            raise UsageError(f"{named[0]} is for a server", "add --attach URL, or --engine")
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is measured."""
+
+    server: ServerOptions
+    options: ServedOptions
+    target: str
+    draft: str | None
+    k: str | None
+    temperature: float
+    questions: Sequence[Question]
+    repeats: int
+    max_tokens: int
+    seed: int
+    offline: bool
+
+
+def measured(wanted: Wanted) -> dict[str, Any]:
+    """The record. Raises UsageError for what a server cannot be told, and what `attach` raises."""
+    from specdec_engine.attach.load import Load, under_load, warm_up
+
+    loads_of = _concurrencies(wanted.options.concurrency)
+    if wanted.options.plain is not None and wanted.server.attach is None:
+        raise UsageError("--plain belongs to --attach", "--engine starts the plain server by itself")
+    Sampling(wanted.temperature)
+    asked = _asked(wanted)
+    loads, about = list[Load](), dict[str, Any]()
+    with _told(len(asked) * len(loads_of) * wanted.repeats * 2) as done:
+        for block in range(wanted.repeats):
+            for plain, server in _servers(wanted, block):
+                warm_up(server, asked[0])
+                about["plain" if plain else "speculative"] = {
+                    "server": server.engine.name,
+                    **asdict(server.engine.about),
+                }
+                for concurrency in loads_of:
+                    loads.append(under_load(server, asked, concurrency, block, plain, done))
+    for number, why in sorted({item for load in loads for item in load.left_out.items()}):
+        output.note(f"prompt {number} is left out: {why}")
+    from specdec_engine.bench.served import record
+
+    own = about["speculative"]
+    said = {"draft": own["draft"], "k": own["k"], "temperature": wanted.temperature, "rule": "token"}
+    environment = {
+        "servers": about,
+        "target": own["target"],
+        "cpu_count": os.cpu_count(),
+        "utc": datetime.now(UTC).isoformat(timespec="seconds"),
+        "argv": sys.argv[1:],
+    }
+    divergences = [] if wanted.options.expect is None else _explained(wanted, loads)
+    return record(loads, loads_of, wanted.questions, said, environment, divergences)
+
+
+def _concurrencies(text: str) -> list[int]:
+    try:
+        found = list(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        found = []
+    if not found or min(found) < 1 or max(found) > 256:
+        raise UsageError(f"--concurrency {text} is no list of numbers from 1 to 256", "for example 1,2,4,8")
+    return found
+
+
+def _asked(wanted: Wanted) -> list[Asked]:
+    from specdec_engine.attach.asked import Asked
+
+    if any(len(question.turns) > 1 for question in wanted.questions):
+        output.note("of conversations the first turn is asked")
+    return [
+        Asked(
+            question.turns[0],
+            Sampling(wanted.temperature),
+            wanted.max_tokens,
+            seed=wanted.seed + number,
+            system=question.system or None,
+            fresh=True,
+        )
+        for number, question in enumerate(wanted.questions)
+    ]
+
+
+def _servers(wanted: Wanted, block: int) -> Iterator[tuple[bool, Attached]]:
+    """Both, one after the other, in turns: what drifts meets both. Only the speculative one where no plain one is named."""
+    from specdec_engine.attach.attached import attach
+    from specdec_engine.tune.engines import drafted_with
+
+    if wanted.server.attach is not None:
+        urls = [(False, At(wanted.server.attach))]
+        if wanted.options.plain is not None:
+            urls.append((True, At(wanted.options.plain)))
+        for plain, at in urls if block % 2 == 0 else reversed(urls):
+            yield plain, attach(at.url)
+        return
+    own = starting(wanted.server, wanted.target, wanted.draft, wanted.k, wanted.temperature > 0)
+    for plain in (False, True) if block % 2 == 0 else (True, False):
+        made = own.plain if plain else own
+        with started(made, wanted.offline) as url:
+            yield plain, attach(url, drafted_with(made), None if plain else own.k)
+
+
+@contextmanager
+def _told(total: int) -> Iterator[Callable[[], None]]:
+    """How far it is, in a line that changes."""
+    count = 0
+    with output.working() as say:
+
+        def done() -> None:
+            nonlocal count
+            count += 1
+            say(f"asking the server, answer {count} of at most {total}")
+
+        yield done
+
+
+def _explained(wanted: Wanted, loads: Sequence[Load]) -> list[dict[str, Any]]:
+    """Where the speculative server's greedy texts leave those of our own target, and how near the two tokens were."""
+    if wanted.temperature:
+        raise UsageError("--expect compares greedy texts", "leave out --temperature")
+    from specdec_engine.bench.measure import served_divergence
+    from specdec_engine.models.options import LoadOptions
+    from specdec_engine.pair import load_pair
+
+    first = next(load for load in loads if load.samples and not load.samples[0].plain)
+    with output.narrated() as report_:
+        longest = max(len(s.prompt_ids) for s in first.samples) + wanted.max_tokens
+        options = LoadOptions(dtype="float32", quantize="none", offline=wanted.offline, tokens=longest, report=report_)
+        pair = load_pair(wanted.options.expect or "", "none", options)
+    found = list[dict[str, Any]]()
+    for sample in first.samples:
+        known = [token for token in sample.token_ids if token is not None]
+        if len(known) < len(sample.token_ids):
+            output.note(f"prompt {sample.question} is not compared: the server keeps some of its ids back")
+            continue
+        if (parted := served_divergence(pair, sample.question, sample.prompt_ids, known)) is not None:
+            found.append(asdict(parted))
+    return found
+
+
+def show(found: Mapping[str, Any], format: str) -> None:
+    """On stdout."""
+    import json
+
+    if format == "json":
+        typer.echo(json.dumps(found, indent=1))
+        return
+    if format != "table":
+        raise UsageError(f"--format {format} is not for servers", "table or json")
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None)
+    names = ("at a time", "tok/s", "vs plain (95 %)", "all together", "accepted", "tok/cycle", "by position", "TTFT p50/p95",
+             "token p50/p95", "same")  # fmt: skip
+    for name in names:
+        table.add_column(name, justify="left" if name == "by position" else "right")
+    for arm in found["arms"]:
+        table.add_row(*(Text(output.one_line(cell)) for cell in _row(arm)))
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    servers = found["environment"]["servers"]
+    own = servers["speculative"]
+    plain = (
+        "no plain server was named: there is no speedup to tell"
+        if "plain" not in servers
+        else "against the same without"
+    )
+    output.say(
+        f"{own['server']} {own['version'] or ''}: {own['target']}, draft {own['draft']}, k {own['k'] or '–'}, "
+        f"{found['prompts']['count']} prompts; {plain}"
+    )
+    for parted in {d["question"]: d for arm in found["arms"] for d in arm["first_divergences"]}.values():
+        gap = "–" if parted["gap"] is None else f"{parted['gap']:.3f}"
+        output.say(
+            f"prompt {parted['question']} leaves our own float32 text at token {parted['position']}: {parted['arm']!r} for "
+            f"{parted['plain']!r}, logits {gap} apart: {parted['verdict']}"
+        )
+    if (advice := found["recommendation"]) is not None:
+        output.say(f"→ {advice['reason']}")
+
+
+def _row(arm: Mapping[str, Any]) -> list[str]:
+    low = arm["speedup_low"]
+    plain, together = arm["plain"], arm["throughput_ratio"]
+    return [
+        str(arm["concurrency"]),
+        _number(arm["tokens_per_second"], 1)
+        + ("" if plain is None else f" / {_number(plain['tokens_per_second'], 1)}"),
+        "–"
+        if arm["speedup"] is None
+        else f"{arm['speedup']:.2f}×" + ("" if low is None else f" ({low:.2f}–{arm['speedup_high']:.2f})"),
+        f"{arm['throughput']:.0f}" + ("" if together is None else f" ({together:.2f}×)"),
+        _number(arm["acceptance_rate"], 2),
+        _number(arm["mean_emitted_per_cycle"], 2),
+        " ".join(f"{share:.2f}" for share in arm["accepted_at"]) or "–",
+        _milliseconds(arm["ttft_s"]),
+        _milliseconds(arm["inter_token_s"]),
+        "–" if arm["compared"] is None else f"{arm['identical']}/{arm['compared']}",
+    ]
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _milliseconds(spread: Mapping[str, float] | None) -> str:
+    return "–" if spread is None else f"{1e3 * spread['p50']:.0f}/{1e3 * spread['p95']:.0f} ms"
+
+
+def judge(found: Mapping[str, Any], fail_below: float | None) -> None:
+    """Exit with 6 for a threshold that was missed."""
+    best = max((arm["speedup"] for arm in found["arms"] if arm["speedup"] is not None), default=None)
+    if fail_below is not None and best is not None and best < fail_below:
+        output.error(f"the best speedup is {best:.2f}, below {fail_below:g}", "see the table")
+        raise typer.Exit(ExitCode.CHECK)
+
+
+def keep(found: dict[str, Any], out: Path | None) -> None:
+    if out is not None:
+        report.write(out, found)
