@@ -24,6 +24,7 @@ COMMANDS = {
     "bench": "Measure speculation against plain decoding, paired prompt by prompt, and say what to set.",
     "tune": "Find draft and k for your prompts: predicted from one plain answer to each, then confirmed by a short "
     "paired run.",
+    "audit": "Test whether speculation changes what a target says. Exits with 0, or with 6 on a bias.",
     "check": "Say whether two models fit together, or what could draft for one. Exits with 0 or 4.",
     "distill": "Distill a small draft from a target; interrupted, the same command goes on.",
     "info": "Show versions, devices, the runtime that the built-in pair would get and why, cached models, and profiles.",
