@@ -26,6 +26,7 @@ COMMANDS = {
     "paired run.",
     "audit": "Test whether speculation changes what a target says. Exits with 0, or with 6 on a bias.",
     "check": "Say whether two models fit together, or what could draft for one. Exits with 0 or 4.",
+    "diff": "Say where two recorded runs of one prompt part, and why. Exits with 6 for what nothing explains.",
     "distill": "Distill a small draft from a target; interrupted, the same command goes on.",
     "info": "Show versions, devices, the runtime that the built-in pair would get and why, cached models, and profiles.",
 }
