@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from platformdirs import user_log_path
@@ -53,6 +54,11 @@ def take_server_flags(argv: list[str]) -> list[str]:
     return argv
 
 
+def short(name: str) -> str:
+    """A path's last part: the rest would fill a screen."""
+    return Path(name).name if Path(name).is_absolute() else name
+
+
 @dataclass(frozen=True, slots=True)
 class At:
     """A server that answers."""
@@ -78,7 +84,7 @@ def server_at(
 
     wanted = starting(options, target, draft, how.k, not how.sampling.greedy)
     with started(wanted, where.offline) as url:
-        yield At(url, drafted_with(wanted), wanted.k or None)
+        yield At(url, short(drafted_with(wanted)), wanted.k or None)
 
 
 def _refuse_unsteerable(by: str, how: opt.Decoding, where: opt.Placement, more: Mapping[str, object]) -> None:
@@ -102,20 +108,21 @@ def _refuse_unsteerable(by: str, how: opt.Decoding, where: opt.Placement, more: 
 def starting(options: ServerOptions, target: str, draft: str | None, k: str | None, sampled: bool) -> Starting:
     """How the server is to be started; says what is not as it was typed. Raises UsageError for k auto."""
     from specdec_cli.tune_report import gguf_of
-    from specdec_engine.tune.engines import DEFAULT_K, Starting, left_out
+    from specdec_engine.tune.engines import DEFAULT_K, Starting, drafted_with, left_out
 
     assert options.engine is not None
     drafts = draft or ("ngram,builtin" if target == "builtin" else "ngram")
-    if k == "auto":
-        raise UsageError(f"-k auto is not for --engine {options.engine}: a server keeps one k", "give a number")
-    count = DEFAULT_K if k is None else opt.k_of(k)
-    assert count != "auto"
+    if k is not None and not k.isdecimal():
+        raise UsageError(f"-k {k} is not for --engine {options.engine}: a server keeps one k", "give one number")
+    count = DEFAULT_K if k is None else int(k)
+    if target.endswith(".gguf") and not Path(target).is_file():
+        raise UsageError(f"{target} is no file", "check the path")
     if count < 1:
         drafts = "none"
     gguf = gguf_of(target) if options.engine == "llama.cpp" else None
     made = Starting(options.engine, target, drafts, count, sampled, gguf, options.engine_python, tuple(SERVER_FLAGS))
     if others := left_out(made):
-        output.note(f"{options.engine} drafts one way at a time: without {', '.join(others)}")
+        output.note(f"{options.engine} drafts one way at a time: {drafted_with(made)}, and not {', '.join(others)}")
     return made
 
 

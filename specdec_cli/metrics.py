@@ -60,7 +60,7 @@ class Counters:
         if self.metrics and prompt:
             raise UsageError("--metrics takes no prompt: others drive the server", "leave out one of the two")
         if not self.metrics and (self.once or self.json or self.fail_below is not None):
-            raise UsageError("--once, --json and --fail-below belong to --metrics", "add --attach URL --metrics")
+            raise UsageError("--once, --json and --fail-below belong to --metrics", "add --metrics, and --attach URL")
         if self.fail_below is not None and not 0 <= self.fail_below <= 1:
             raise UsageError(f"--fail-below {self.fail_below:g} is no rate", "give one from 0 to 1, such as 0.5")
         return self.metrics
@@ -90,7 +90,9 @@ def show_counters(url: str, how: Counters) -> None:
 
 
 def _judge(summaries: dict[str, Summary], fail_below: float | None) -> None:
-    """Few drafted tokens say little, and none nothing."""
+    """Few drafted tokens say little, and none nothing, which is said."""
+    if fail_below is not None and summaries and all(summary.drafted < FEWEST for summary in summaries.values()):
+        output.note(f"fewer than {FEWEST} drafted tokens: there is no rate to hold against {fail_below:g}")
     for name, summary in summaries.items():
         rate = summary.acceptance_rate if summary.drafted >= FEWEST else None
         if fail_below is not None and rate is not None and rate < fail_below:
@@ -147,17 +149,20 @@ def _sentence(summary: Summary) -> str:
 
 def _draw(read: Iterator[dict[str, EngineHistory]], fail_below: float | None) -> None:
     """Until Ctrl-C."""
-    from rich.console import Console
+    from rich.console import Console, Group
     from rich.live import Live
+    from rich.text import Text
 
     console = Console()
     with Live(console=console, auto_refresh=False) as live:
         for found in read:
-            live.update(_table(found, console.width), refresh=True)
+            lines = [spark(list(history.rates), console.width - 12) for history in found.values()]
+            graphs = [Text(f"over time  {line}", no_wrap=True) for line in lines]
+            live.update(Group(_table(found), *graphs), refresh=True)
             _judge({name: recent for name, h in found.items() if (recent := h.recent) is not None}, fail_below)
 
 
-def _table(found: dict[str, EngineHistory], width: int) -> Table:
+def _table(found: dict[str, EngineHistory]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
@@ -181,7 +186,6 @@ def _table(found: dict[str, EngineHistory], width: int) -> Table:
                 speed_said,
                 running_said,
             )
-        table.add_row("", "over time", spark(list(history.rates), max(10, width - 40)), end_section=True)
     return table
 
 

@@ -19,6 +19,7 @@ from specdec_engine.bench import report
 from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.errors import UsageError
 from specdec_engine.record.prompt_files import Question
+from specdec_engine.record.text import counted
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -82,19 +83,37 @@ class Wanted:
     offline: bool
 
 
-def measured(wanted: Wanted) -> dict[str, Any]:
-    """The record. Raises UsageError for what a server cannot be told, and what `attach` raises."""
+def bench_server(
+    wanted: Wanted, given: Mapping[str, object], out: Path | None, format: str, fail_below: float | None
+) -> None:
+    """Measure, show, judge. given: options of `bench` that a server does not have, by name."""
+    if named := [name for name, value in given.items() if value]:
+        raise UsageError(f"{named[0]} is not for a server", "leave it out")
+    found, whole = measured(wanted, out, format, fail_below)
+    show(found, format)
+    if not whole:
+        raise typer.Exit(ExitCode.INTERRUPTED)
+    judge(found, fail_below)
+
+
+def measured(wanted: Wanted, out: Path | None, format: str, fail_below: float | None) -> tuple[dict[str, Any], bool]:
+    """The record, kept after each load; and whether it is whole, or ended by Ctrl-C. Raises UsageError for what a server
+    cannot be told, before anything is asked, and what `attach` raises."""
     from specdec_engine.attach.load import Load, under_load, warm_up
 
     loads_of = _concurrencies(wanted.options.concurrency)
-    if wanted.options.plain is not None and wanted.server.attach is None:
-        raise UsageError("--plain belongs to --attach", "--engine starts the plain server by itself")
-    Sampling(wanted.temperature)
-    asked = _asked(wanted)
-    loads, about = list[Load](), dict[str, Any]()
-    with _told(len(asked) * len(loads_of) * wanted.repeats * 2) as done:
-        for block in range(wanted.repeats):
-            for plain, server in _servers(wanted, block):
+    _check(wanted, format, fail_below)
+    asked, loads, about = _asked(wanted), list[Load](), dict[str, Any]()
+
+    def found(expected: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        return _recorded(wanted, loads, loads_of, about, expected)
+
+    if out is not None:
+        report.write(out, {"schema": report.SCHEMA, "arms": []})  # a place that cannot be written is found now
+    whole = True
+    try:
+        with _told(len(asked) * len(loads_of) * wanted.repeats * 2) as done:
+            for block, (plain, server) in _turns(wanted):
                 warm_up(server, asked[0])
                 about["plain" if plain else "speculative"] = {
                     "server": server.engine.name,
@@ -102,21 +121,85 @@ def measured(wanted: Wanted) -> dict[str, Any]:
                 }
                 for concurrency in loads_of:
                     loads.append(under_load(server, asked, concurrency, block, plain, done))
+                    _check_sides(loads[-1], plain, server)
+                    if out is not None and "speculative" in about:
+                        report.write(out, found())
+    except KeyboardInterrupt:
+        if "speculative" not in about or not any(load.samples for load in loads):
+            raise
+        output.note("interrupted: what was measured until then is shown")
+        whole = False
     for number, why in sorted({item for load in loads for item in load.left_out.items()}):
         output.note(f"prompt {number} is left out: {why}")
+    result = found(_explained(wanted, loads) if whole and wanted.options.expect is not None else None)
+    if out is not None:
+        report.write(out, result)
+    return result, whole
+
+
+def _turns(wanted: Wanted) -> Iterator[tuple[int, tuple[bool, Attached]]]:
+    """Both servers in each block."""
+    for block in range(wanted.repeats):
+        for side in _servers(wanted, block):
+            yield block, side
+
+
+def _check(wanted: Wanted, format: str, fail_below: float | None) -> None:
+    """Raises UsageError, and ModelUnavailable for a target of --expect that is not there."""
+    options, at = wanted.options, wanted.server.attach
+    if format not in ("table", "json"):
+        raise UsageError(f"--format {format} is not for servers", "table or json")
+    if options.plain is not None and at is None:
+        raise UsageError("--plain belongs to --attach", "--engine starts the plain server by itself")
+    if at is not None and (wanted.k is not None or wanted.draft is not None):
+        raise UsageError(
+            "--attach cannot be told -k or --draft: a server keeps what it was started with", "leave it out"
+        )
+    if fail_below is not None and at is not None and options.plain is None:
+        raise UsageError("--fail-below needs a speedup, and no plain server is named", "add --plain URL")
+    if options.expect is not None and wanted.temperature:
+        raise UsageError("--expect compares greedy texts", "leave out --temperature")
+    Sampling(wanted.temperature)
+    if at is not None:
+        from specdec_engine.attach.attached import attach
+
+        for url in filter(None, (at, options.plain)):
+            attach(url)
+    if options.expect is not None:
+        from specdec_engine.models.loading import find_model
+        from specdec_engine.models.options import LoadOptions
+
+        find_model(options.expect, LoadOptions(dtype="float32", quantize="none", offline=wanted.offline))
+
+
+def _check_sides(load: Load, plain: bool, server: Attached) -> None:
+    """Raises UsageError where the server that is called plain drafts."""
+    if plain and any(sample.drafted for sample in load.samples):
+        raise UsageError(f"the server at --plain drafts, too: {server.server.url}", "name one without speculation")
+    if not plain and server.engine.about.draft == "none":
+        output.note(f"{server.server.url} drafts nothing: is it the plain one?")
+
+
+def _recorded(
+    wanted: Wanted,
+    loads: Sequence[Load],
+    loads_of: Sequence[int],
+    about: Mapping[str, Any],
+    expected: Mapping[str, Any] | None,
+) -> dict[str, Any]:
     from specdec_engine.bench.served import record
 
     own = about["speculative"]
     said = {"draft": own["draft"], "k": own["k"], "temperature": wanted.temperature, "rule": "token"}
     environment = {
-        "servers": about,
+        "servers": dict(about),
         "target": own["target"],
         "cpu_count": os.cpu_count(),
         "utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "argv": sys.argv[1:],
     }
-    divergences = [] if wanted.options.expect is None else _explained(wanted, loads)
-    return record(loads, loads_of, wanted.questions, said, environment, divergences)
+    parted = [] if expected is None else expected["divergences"]
+    return {**record(loads, loads_of, wanted.questions, said, environment, parted), "expected": expected}
 
 
 def _concurrencies(text: str) -> list[int]:
@@ -180,10 +263,8 @@ def _told(total: int) -> Iterator[Callable[[], None]]:
         yield done
 
 
-def _explained(wanted: Wanted, loads: Sequence[Load]) -> list[dict[str, Any]]:
+def _explained(wanted: Wanted, loads: Sequence[Load]) -> dict[str, Any]:
     """Where the speculative server's greedy texts leave those of our own target, and how near the two tokens were."""
-    if wanted.temperature:
-        raise UsageError("--expect compares greedy texts", "leave out --temperature")
     from specdec_engine.bench.measure import served_divergence
     from specdec_engine.models.options import LoadOptions
     from specdec_engine.pair import load_pair
@@ -193,15 +274,16 @@ def _explained(wanted: Wanted, loads: Sequence[Load]) -> list[dict[str, Any]]:
         longest = max(len(s.prompt_ids) for s in first.samples) + wanted.max_tokens
         options = LoadOptions(dtype="float32", quantize="none", offline=wanted.offline, tokens=longest, report=report_)
         pair = load_pair(wanted.options.expect or "", "none", options)
-    found = list[dict[str, Any]]()
+    found, compared = list[dict[str, Any]](), 0
     for sample in first.samples:
         known = [token for token in sample.token_ids if token is not None]
         if len(known) < len(sample.token_ids):
             output.note(f"prompt {sample.question} is not compared: the server keeps some of its ids back")
             continue
+        compared += 1
         if (parted := served_divergence(pair, sample.question, sample.prompt_ids, known)) is not None:
             found.append(asdict(parted))
-    return found
+    return {"target": wanted.options.expect, "compared": compared, "same": compared - len(found), "divergences": found}
 
 
 def show(found: Mapping[str, Any], format: str) -> None:
@@ -211,8 +293,6 @@ def show(found: Mapping[str, Any], format: str) -> None:
     if format == "json":
         typer.echo(json.dumps(found, indent=1))
         return
-    if format != "table":
-        raise UsageError(f"--format {format} is not for servers", "table or json")
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -234,8 +314,13 @@ def show(found: Mapping[str, Any], format: str) -> None:
     )
     output.say(
         f"{own['server']} {own['version'] or ''}: {own['target']}, draft {own['draft']}, k {own['k'] or '–'}, "
-        f"{found['prompts']['count']} prompts; {plain}"
+        f"{counted(found['prompts']['count'], 'prompt')}; {plain}"
     )
+    if (expected := found["expected"]) is not None:
+        output.say(
+            f"{expected['same']} of {expected['compared']} greedy texts are those of {expected['target']} on our own engine "
+            "in float32"
+        )
     for parted in {d["question"]: d for arm in found["arms"] for d in arm["first_divergences"]}.values():
         gap = "–" if parted["gap"] is None else f"{parted['gap']:.3f}"
         output.say(
@@ -280,8 +365,3 @@ def judge(found: Mapping[str, Any], fail_below: float | None) -> None:
     if fail_below is not None and best is not None and best < fail_below:
         output.error(f"the best speedup is {best:.2f}, below {fail_below:g}", "see the table")
         raise typer.Exit(ExitCode.CHECK)
-
-
-def keep(found: dict[str, Any], out: Path | None) -> None:
-    if out is not None:
-        report.write(out, found)

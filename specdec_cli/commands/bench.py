@@ -18,7 +18,7 @@ from specdec_cli import output, tables
 from specdec_cli.attached import ServerOptions
 from specdec_cli.exits import ExitCode
 from specdec_cli.options import QUANTIZED
-from specdec_cli.served_bench import ServedOptions, Wanted, judge, keep, measured, show
+from specdec_cli.served_bench import ServedOptions, Wanted, bench_server
 from specdec_cli.startup import interruptible, quieten
 from specdec_engine.bench import report
 from specdec_engine.bench.plan import Arm, Plan, Run, builtin_questions, chosen, ks_of
@@ -130,8 +130,6 @@ def bench(
     if server.wanted:
         given = {"--rule": rule != "token", "--synthetic-acceptance": synthetic_acceptance, "--resume": resume,
                  "--compare": compare, "--plot": plot, "several drafts": draft is not None and len(draft) > 1}  # fmt: skip
-        if named := [name for name, value in given.items() if value]:
-            raise UsageError(f"{named[0]} is not for a server", "leave it out")
         wanted = Wanted(
             server=server,
             options=served,
@@ -145,10 +143,7 @@ def bench(
             seed=seed,
             offline=where.offline,
         )
-        result = measured(wanted)
-        keep(result, out)
-        show(result, format)
-        judge(result, fail_below)
+        bench_server(wanted, given, out, format, fail_below)
         return
     served.refuse_without_server()
     plan = Plan(

@@ -183,8 +183,10 @@ def _consume(events: Iterable[Event], sink: output.Output, recorder: Recorder) -
         recorder.write(Finished("cancelled", summary.emitted, summary.cycles, None))
         raise
     except SpecdecError:
-        if summary.seed is not None:  # it had started, and what was emitted until then is valid
+        if summary.seed is not None or summary.cycles:  # it had started, and what was emitted until then is valid
             sink.end(summary)
+            if isinstance(sink, output.TextOutput):
+                sink.separate()
         raise
     sink.end(summary)
     return summary

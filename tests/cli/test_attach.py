@@ -107,6 +107,6 @@ def test_a_servers_labels_do_not_steer_the_terminal(specdec, server, capsys):
     found = {reading.engine: EngineHistory(reading) for reading in read_counters(text, 0.0)}
     console = Console(width=100, force_terminal=False)
     with console.capture() as drawn:
-        console.print(_table(found, 100))
+        console.print(_table(found))
     assert "\x1b" not in drawn.get()
     assert "[/x] [red]" in drawn.get()

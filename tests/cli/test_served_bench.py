@@ -55,6 +55,7 @@ def test_two_servers_beside_each_other_at_two_loads(specdec, prompts, tmp_path):
         assert 0 < arm["acceptance_rate"] <= 1
         assert arm["accepted_at"] == sorted(arm["accepted_at"], reverse=True)
         assert arm["ttft_s"]["p50"] > 0
+        assert arm["spec_decode_acceptance_length"] >= arm["mean_emitted_per_cycle"]
         assert (arm["identical"], arm["compared"]) == (4, 4)
     assert found["recommendation"]["reason"] == "speculation is faster at every load"
 
@@ -80,6 +81,11 @@ def test_one_server_has_no_speedup(specdec, prompts):
         ("--attach", "x:1", "--engine", "vllm"),
         ("--attach", "x:1", "-d", "a", "-d", "b"),
         ("--engine", "vllm", "--plain", "x:1"),
+        ("--attach", "x:1", "-k", "4"),
+        ("--attach", "x:1", "--format", "md"),
+        ("--attach", "x:1", "--fail-below", "1"),
+        ("--attach", "x:1", "--expect", "builtin", "--temperature", "1"),
+        ("--engine", "vllm", "-k", "1,4"),
     ],
 )
 def test_what_does_not_belong_together_is_refused_before_anything_runs(specdec, typed):
@@ -109,3 +115,17 @@ def test_a_speedup_is_paired_prompt_by_prompt():
 def test_percentiles_are_values_that_were_seen():
     assert Spread.of([3.0, 1.0, 2.0]) == Spread(2.0, 3.0)
     assert Spread.of([]) is None
+
+
+def test_two_servers_that_both_draft_are_not_compared(specdec, prompts):
+    with replayed("llama_cpp_draft") as fast, replayed("llama_cpp_draft") as slow:
+        result = specdec("bench", "--attach", fast.url, "--plain", slow.url, "--prompts", prompts)
+    assert result.code == 2
+    assert "the server at --plain drafts, too" in result.err
+
+
+def test_a_place_that_cannot_be_written_is_found_before_anything_is_asked(specdec, prompts, tmp_path):
+    with replayed("llama_cpp_draft") as state:
+        result = specdec("bench", "--attach", state.url, "--prompts", prompts, "--out", tmp_path / "no" / "x.json")
+        assert result.code != 0
+        assert not [path for path, *_ in state.requests if "completion" in path]

@@ -207,6 +207,8 @@ def _kind(response: HTTPResponse) -> str:
 def refused(answer: Answer, url: str, path: str) -> ServerUnavailable:
     """Why an answer is not the one that was asked for."""
     if answer.status in (401, 403):
+        if os.environ.get(KEY, "").strip():
+            return ServerUnavailable(f"{url} refuses the key in {KEY} ({answer.status})", "is it this server's?")
         return ServerUnavailable(f"{url} wants a key ({answer.status})", f"put it into the environment variable {KEY}")
     if 300 <= answer.status < 400:
         return ServerUnavailable(

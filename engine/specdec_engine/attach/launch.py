@@ -38,7 +38,7 @@ def free_port() -> int:
 @contextmanager
 def launched(command: Sequence[str], port: int, environment: Mapping[str, str], log: Path, say: Say) -> Iterator[str]:
     """The address of a server that was started with this command and answers. It is stopped when the block ends, however it
-    ends: by Ctrl-C, by SIGTERM, and, on Linux, by the death of this process.
+    ends: by Ctrl-C, by SIGTERM, and by the death of this process.
 
     Raises ServerUnavailable, with the last line of its log, for one that cannot be started, ends, or never answers.
     """
@@ -46,13 +46,12 @@ def launched(command: Sequence[str], port: int, environment: Mapping[str, str], 
     with log.open("wb") as written, _ended_by_terminate():
         try:
             process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
+                (sys.executable, "-I", "-S", "-c", _WARDEN, *command),
+                stdin=subprocess.PIPE,
                 stdout=written,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **_PRIVATE, **environment},
                 start_new_session=True,
-                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
             )
         except OSError as error:
             raise ServerUnavailable(
@@ -67,12 +66,26 @@ def launched(command: Sequence[str], port: int, environment: Mapping[str, str], 
             _stop(process)
 
 
-def _die_with_parent() -> None:
-    """In the child: the kernel ends it when this process is gone."""
-    import ctypes
-
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+_WARDEN = """
+import os, signal, subprocess, sys, threading, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+try:
+    child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL,
+                             preexec_fn=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+except OSError as error:
+    print(f"{sys.argv[1]} cannot be started: {error.strerror}", flush=True)
+    os._exit(127)
+def watch():
+    os.read(0, 1)
+    os.killpg(0, signal.SIGTERM)
+    time.sleep(10)
+    os.killpg(0, signal.SIGKILL)
+threading.Thread(target=watch, daemon=True).start()
+code = child.wait()
+os._exit(code if code >= 0 else 128 - code)
+"""
+"""Runs the server, and ends its whole group when whoever holds the other end of its standard input is gone, however that
+ended: vLLM swallows a first signal while it starts, and its engine is a process of its own."""
 
 
 @contextmanager
@@ -93,8 +106,15 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path, say: Say) -> No
     server, begun = Server(url, silence_s=5.0), monotonic()
     while monotonic() - begun < _PATIENCE_S:
         if (code := process.poll()) is not None:
+            if code == 127:
+                raise ServerUnavailable(
+                    last_line(log), "install it, or name the Python that has it with --engine-python"
+                )
             raise ServerUnavailable(
-                f"the server ended with {_ending(code)} before it answered: {why(log)}", f"its log is {log}"
+                f"the server ended with {_ending(code)} before it answered: {why(log)}",
+                f"it was built for another processor; its log is {log}"
+                if code == 128 + signal.SIGILL
+                else f"its log is {log}",
             )
         with suppress(ServerUnavailable):
             if server.get("/health").status == 200:
@@ -105,7 +125,7 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path, say: Say) -> No
 
 
 def _ending(code: int) -> str:
-    return f"signal {signal.Signals(-code).name}" if code < 0 else f"code {code}"
+    return f"signal {signal.Signals(code - 128).name}" if 128 < code < 160 else f"code {code}"
 
 
 def last_line(log: Path) -> str:
@@ -126,8 +146,8 @@ def why(log: Path) -> str:
     return last_line(log)
 
 
-_ERROR = re.compile(r"(?<![\w`'\"(])\w*(?:Error|Exception): [^\n]+")
-"""Of Python, and not where a warning speaks of one."""
+_ERROR = re.compile(r"(?<![\w`'\"(])\w*(?:Error|Exception): [^\n]+|(?<=\d E )[^\n]+")
+"""Of Python, and not where a warning speaks of one; of llama.cpp's log."""
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -140,3 +160,5 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             break
     with suppress(ProcessLookupError, PermissionError):  # whoever of the group is left
         os.killpg(process.pid, signal.SIGKILL)
+    if process.stdin is not None:
+        process.stdin.close()

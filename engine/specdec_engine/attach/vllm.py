@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from time import perf_counter
 from typing import Any
 
@@ -45,7 +46,7 @@ class Vllm:
             with suppress(ServerUnavailable):  # what stands before the server may answer in its place
                 k, self._always = positions_of(metrics.text), always_drafts(metrics.text)
         self.about = About(
-            target=self._model,
+            target=PurePosixPath(self._model).name if self._model.startswith("/") else self._model,
             draft="none" if k == 0 else "unknown",
             version=version,
             k=k or None,

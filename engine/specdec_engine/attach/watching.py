@@ -61,6 +61,8 @@ class EngineHistory:
         now, then = self.latest.counters, self.before
         if then is None or now.at_s <= then.at_s:
             return None
+        if now.emitted == then.emitted and self.latest.running:  # llama.cpp counts a request when it ends
+            return None
         return (now.emitted - then.emitted) / (now.at_s - then.at_s)
 
     def take(self, reading: Reading) -> None:

@@ -186,7 +186,22 @@ def _arm(
         "identical": f.identical,
         "compared": f.compared,
         "first_divergences": list(divergences),
+        **_as_vllm_names_it([s for s in samples if s.concurrency == f.concurrency], f),
         "samples": [asdict(s) for s in samples if s.concurrency == f.concurrency],
+    }
+
+
+def _as_vllm_names_it(samples: Sequence[ServedSample], f: ServedFigures) -> dict[str, Any]:
+    """The keys of `vllm bench serve`, whose acceptance length is that of cycles with a draft alone: 1 + accepted / drafts."""
+    drafts, drafted = sum(s.drafts for s in samples), sum(s.drafted for s in samples)
+    accepted = sum(s.accepted for s in samples)
+    return {
+        "spec_decode_num_drafts": drafts,
+        "spec_decode_draft_tokens": drafted,
+        "spec_decode_accepted_tokens": accepted,
+        "spec_decode_acceptance_rate": f.acceptance_rate,
+        "spec_decode_acceptance_length": 1 + accepted / drafts if drafts else None,
+        "spec_decode_per_position_acceptance_rates": list(f.accepted_at),
     }
 
 

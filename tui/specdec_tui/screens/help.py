@@ -21,7 +21,7 @@ MARKS: tuple[tuple[str, str, str], ...] = (
     ("↳ recovered", "recovered", "the target's own token instead, drawn from max(0, p − q)"),
     ("+ bonus", "bonus", "the target's own token after a draft that was kept whole"),
     (
-        "» before a guess",
+        "» expected",
         "draft",
         "a lookup had expected it of the draft model (ngram+MODEL), which saved a pass of that",
     ),
