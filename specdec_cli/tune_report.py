@@ -56,7 +56,12 @@ def record(
         "command": shlex.join(_command(target, draft, k, sampling)),
         "profile": None if profile is None else profile.block(),
         "launches": [
-            {"server": launch.server, "line": launch.line, "needs": list(launch.needs)}
+            {
+                "server": launch.server,
+                "line": launch.line,
+                "arguments": list(launch.command),
+                "needs": list(launch.needs),
+            }
             for launch in _launches(target, draft, found, sampling, drafts)
         ],
     }

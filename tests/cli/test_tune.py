@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import tomllib
 
 import pytest
@@ -54,6 +55,8 @@ def test_it_looks_at_each_draft_solves_and_confirms(tune, checkpoint, draft_chec
     assert [arm["k"] for arm in found["confirmed"]] == [found["predicted"]["k"], "auto"]
     assert found["recommendation"].keys() >= {"draft", "k", "speedup", "reason"}
     assert found["command"].startswith("specdec generate -t ")
+    for launch in found["launches"]:
+        assert shlex.split(launch["line"]) == launch["arguments"]
     assert found["answers"] == {"count": 4, "tokens": 48}
     assert "1 of 5 prompts" in result.err
     assert found["environment"]["drafts"].keys() == {d}
