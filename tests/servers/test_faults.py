@@ -12,6 +12,7 @@ import pytest
 from specdec_engine.attach.asked import Asked
 from specdec_engine.attach.attached import attach
 from specdec_engine.attach.http import KEY, MOST_LINE, Server
+from specdec_engine.attach.load import at_once
 from specdec_engine.errors import GenerationFailed, ServerUnavailable, UsageError
 from specdec_engine.record.events import Cycle, Started
 from tests.servers.record import REPEAT
@@ -224,3 +225,21 @@ def test_the_key_is_never_shown(monkeypatch):
             ran(state)
         assert "SECRET" not in said.value.message
         assert "•••" in said.value.message
+
+
+def test_a_load_that_is_interrupted_is_given_up():
+    """Not after all that was still to be asked."""
+
+    def interrupted(number):
+        if number == 1:
+            time.sleep(0.3)
+            raise UsageError("enough")
+        list(server.begin(Asked(REPEAT, seed=1)).events())
+
+    with replayed("llama_cpp_draft") as state:
+        state.send = slowly([30.0])
+        server = attach(state.url)
+        began = time.monotonic()
+        with pytest.raises(UsageError, match="enough"):
+            at_once(interrupted, 50, 2, server)
+        assert time.monotonic() - began < 5

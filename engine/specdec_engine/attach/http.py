@@ -82,11 +82,11 @@ class Server:
         self._path = parts.path.rstrip("/").removesuffix("/v1")
         self._silence_s = silence_s
         self._key = _key()
-        self._streaming: socket.socket | None = None
+        self._streams = set[socket.socket]()
 
     def hang_up(self) -> None:
-        """End the stream that is read, from another thread; nothing happens if there is none."""
-        if (connected := self._streaming) is not None:
+        """End whatever is read, from another thread; nothing happens if there is nothing."""
+        for connected in tuple(self._streams):
             _hang_up(connected)
 
     def get(self, path: str) -> Answer:
@@ -129,7 +129,8 @@ class Server:
                 response = leaving.enter_context(closing(connection.getresponse()))
             # The last to be entered, and the first that is left: to close a response waits for who reads from it.
             leaving.callback(_hang_up, connected)
-            self._streaming = connected
+            self._streams.add(connected)
+            leaving.callback(self._streams.discard, connected)
             yield response
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from time import perf_counter
+from time import perf_counter, sleep
+from typing import TypeVar
 
 from specdec_engine.attach.asked import Asked
 from specdec_engine.attach.attached import Attached
 from specdec_engine.errors import UsageError
 from specdec_engine.record.events import Cycle, TokenId
 from specdec_engine.record.stats import Summary
+
+Answered = TypeVar("Answered")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +81,30 @@ def under_load(
         done()
 
     begun = perf_counter()
-    with ThreadPoolExecutor(concurrency) as pool:
-        for finished in [pool.submit(answer, number) for number in range(len(prompts))]:
-            finished.result()
+    at_once(answer, len(prompts), concurrency, server)
     return Load(tuple(sorted(samples, key=lambda s: s.question)), perf_counter() - begun, left_out)
+
+
+def at_once(work: Callable[[int], Answered], times: int, most: int, server: Attached) -> list[Answered]:
+    """What `work` gives for each number below `times`, at most so many at a time.
+
+    Where one raises, or this is interrupted, what is asked of the server is given up, and nothing more is asked.
+    """
+    pool, asked = ThreadPoolExecutor(most), list[Future[Answered]]()
+    try:
+        asked += [pool.submit(work, number) for number in range(times)]
+        wait(asked, return_when=FIRST_EXCEPTION)
+        if (broken := next((a for a in asked if a.done() and a.exception() is not None), None)) is not None:
+            broken.result()  # raises
+        return [answer.result() for answer in asked]
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        while not all(answer.done() for answer in asked):  # one may have been about to begin
+            server.server.hang_up()
+            sleep(0.05)
+        raise
+    finally:
+        pool.shutdown()
 
 
 def _answer(server: Attached, asked: Asked, number: int, concurrency: int, block: int, plain: bool) -> ServedSample:

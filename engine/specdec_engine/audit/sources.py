@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +11,7 @@ import torch
 
 from specdec_engine.attach.asked import Asked
 from specdec_engine.attach.attached import Attached
+from specdec_engine.attach.load import at_once
 from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.core.transfer import upload
 from specdec_engine.drafters.base import empty_draft
@@ -143,8 +143,7 @@ class ServedSource:
             done()
             return Said(tuple(-1 if token is None else token for token in tokens[:LOOKED_AT]))
 
-        with ThreadPoolExecutor(self._at_once) as pool:
-            return list(pool.map(one, range(times)))
+        return at_once(one, times, self._at_once, self._server)
 
 
 def distribution(pair: Pair, prompt: Sequence[int], said: Sequence[int], sampling: Sampling) -> np.ndarray:
