@@ -17,7 +17,10 @@ from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.errors import UsageError
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from specdec_engine.audit.run import Audit
+    from specdec_engine.audit.sources import Source
     from specdec_engine.models.options import LoadOptions
     from specdec_engine.pair import Pair
 
@@ -117,30 +120,30 @@ def _prompts(pair: Pair) -> list[list[int]]:
     return [pair.encode(text, chat=False) for text in PROMPTS]
 
 
-def _of_pair(target: str, draft: str | None, sampling: Sampling, k: int, rule: str, options: LoadOptions) -> Looking:
+def _against(pair: Pair, source: Source, sampling: Sampling) -> Looking:
+    """The pair's target, which is exact."""
     from specdec_engine.audit.run import audit as looked
-    from specdec_engine.audit.sources import OwnPair, distribution
+    from specdec_engine.audit.sources import distribution
+
+    def exactly(prompt: Sequence[int], said: Sequence[int]) -> NDArray[Any]:
+        return distribution(pair, prompt, said, sampling)
+
+    return lambda samples, seed, done: looked(source, pair.target.name, exactly, _prompts(pair), samples, seed, done)
+
+
+def _of_pair(target: str, draft: str | None, sampling: Sampling, k: int, rule: str, options: LoadOptions) -> Looking:
+    from specdec_engine.audit.sources import OwnPair
     from specdec_engine.pair import load_pair
 
     pair = load_pair(target, draft, options)
-    source = OwnPair(pair, sampling, k, rule)
-    return lambda samples, seed, done: looked(
-        source,
-        pair.target.name,
-        lambda p, said: distribution(pair, p, said, sampling),
-        _prompts(pair),
-        samples,
-        seed,
-        done,
-    )
+    return _against(pair, OwnPair(pair, sampling, k, rule), sampling)
 
 
 def _of_peer(target: str, draft: str | None, sampling: Sampling, k: int, rule: str, options: LoadOptions) -> Looking:
     """transformers' own model of the target is the reference, too: what is looked at is its speculation, not its rounding."""
     from dataclasses import replace
 
-    from specdec_engine.audit.run import audit as looked
-    from specdec_engine.audit.sources import Transformers, distribution
+    from specdec_engine.audit.sources import Transformers
     from specdec_engine.models.loading import find_model
     from specdec_engine.pair import load_pair
 
@@ -163,16 +166,7 @@ def _of_peer(target: str, draft: str | None, sampling: Sampling, k: int, rule: s
         if len(sizes) > 1 or small.tokenizer.get_vocab() != pair.tokenizer.get_vocab():
             more |= {"tokenizer": pair.tokenizer, "assistant_tokenizer": small.tokenizer}
     how = {"none": "plain", "ngram": "prompt lookup"}.get(name, f"assistant {name}")
-    source = Transformers(model, sampling, k, more, how)
-    return lambda samples, seed, done: looked(
-        source,
-        pair.target.name,
-        lambda p, said: distribution(pair, p, said, sampling),
-        _prompts(pair),
-        samples,
-        seed,
-        done,
-    )
+    return _against(pair, Transformers(model, sampling, k, more, how), sampling)
 
 
 def _of_server(

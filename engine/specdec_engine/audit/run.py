@@ -104,14 +104,7 @@ def audit(
         if told
         else f"moving {SHIFT:.0%} of the mass to the likeliest token"
     )
-    faults = [(entry.cells, entry.faulty, entry.draws) for entry in looked]
-    chance = np.random.default_rng(seed)
-    control = combined([p_value(chance.multinomial(n, faulty / faulty.sum()), c.p) for c, faulty, n in faults])
-    total = combined([entry.place.p_value for entry in looked])
-    power = power_of(faults, seed)
-    return Audit(
-        source.name, against, _verdict(total, power), total, power, fault, tuple(e.place for e in looked), control
-    )
+    return _judged(source.name, against, looked, fault, seed)
 
 
 def audit_two(
@@ -139,13 +132,16 @@ def audit_two(
             distance = float(np.abs(counts[0] / counts[0].sum() - p).sum() / 2)
             found = Place(number, place, len(a), None, p_value_of_two(*counts), distance)
             looked.append(_Looked(cells, faulty, len(a) // 2, found))
-    faults = [(entry.cells, entry.faulty, entry.draws) for entry in looked]
-    chance = np.random.default_rng(seed)
+    return _judged(source.name, plain.name, looked, f"moving {SHIFT:.0%} of the mass to the likeliest token", seed)
+
+
+def _judged(source: str, against: str, looked: Sequence[_Looked], fault: str, seed: int) -> Audit:
+    """All places together, and the fault tried on them."""
+    faults, chance = [(entry.cells, entry.faulty, entry.draws) for entry in looked], np.random.default_rng(seed)
     control = combined([p_value(chance.multinomial(n, faulty / faulty.sum()), c.p) for c, faulty, n in faults])
     total, power = combined([entry.place.p_value for entry in looked]), power_of(faults, seed)
-    fault = f"moving {SHIFT:.0%} of the mass to the likeliest token"
     places = tuple(entry.place for entry in looked)
-    return Audit(source.name, plain.name, _verdict(total, power), total, power, fault, places, control)
+    return Audit(source, against, _verdict(total, power), total, power, fault, places, control)
 
 
 def _verdict(total: float, power: float) -> Verdict:
