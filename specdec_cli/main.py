@@ -63,7 +63,11 @@ class Real(Helped, TyperCommand):
                 raise UsageError(f"--{name.replace('_', '-')} is {value}", "give a finite number")
             if name == "seed" and value is not None and not 0 <= value < 2**64:
                 raise UsageError(f"--seed {value} is no seed", "give a number from 0 to 2^64 - 1")
-        return super().invoke(ctx)
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # the reader has had enough, and that is no failure; Typer would end it with 1
+            _silence()
+            return None
 
 
 class Deferred(TyperCommand):
@@ -138,8 +142,12 @@ def specdec(
 def main() -> None:
     """Run a command and exit with its code."""
     _open_streams()
+    code: int | None = None
     try:
         code = app(_arguments(), standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:  # what was printed last; the command has done its work
+        _silence()
     except SpecdecError as error:
         _trace_if_wanted()
         _tell(error.message, error.hint)
@@ -157,6 +165,12 @@ def main() -> None:
     except Exception as error:
         code = _unforeseen(error)
     sys.exit(code or ExitCode.OK)
+
+
+def _silence() -> None:
+    from specdec_cli import output
+
+    output.silence_stdout()
 
 
 def _arguments() -> list[str]:

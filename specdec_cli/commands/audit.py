@@ -86,14 +86,18 @@ def audit(
     if attach is not None and (peer is not None or draft is not None):
         raise UsageError("--attach looks at what the server drafts with", "leave out --draft and --peer")
     quieten(where.offline, where.debug)
-    with output.working() as say:
-        if attach is not None:
-            found = _of_server(attach, plain, target, sampling, samples, seed, where, say)
-        else:
-            with interruptible(), output.narrated() as report:
-                options = where.loading(512, report)
-                looked = (_of_peer if peer else _of_pair)(target or "builtin", draft, sampling, k, rule, options)
-            found = looked(samples, seed, _counting(say, samples * 4))
+    try:
+        with output.working() as say:
+            if attach is not None:
+                found = _of_server(attach, plain, target, sampling, samples, seed, where, say)
+            else:
+                with interruptible(), output.narrated() as report:
+                    options = where.loading(512, report)
+                    looked = (_of_peer if peer else _of_pair)(target or "builtin", draft, sampling, k, rule, options)
+                found = looked(samples, seed, _counting(say, samples * 4))
+    except KeyboardInterrupt:
+        output.note("interrupted; there is no verdict")
+        raise
     _tell(found, format)
     if found.verdict == "biased":
         raise typer.Exit(ExitCode.CHECK)

@@ -15,6 +15,7 @@ import time
 import pytest
 
 from specdec_engine.record.trace import read_trace
+from specdec_tui.streams import DEMO
 from tests.cli.conftest import ROOT, command, environment, process
 from tests.cli.hub import hub
 from tests.fakes import cycles
@@ -119,6 +120,16 @@ def test_a_reader_that_has_had_enough_ends_the_run_quietly(endless):
     assert running.wait(timeout=30) == 0
     assert b"Traceback" not in err
     assert b"Broken" not in err
+
+
+@pytest.mark.parametrize("words", [("replay", DEMO, "--plain"), ("diff", DEMO, DEMO)], ids=lambda w: w[0])
+def test_a_reader_that_is_gone_is_no_failure(words):
+    """Of commands that print and are done, as `specdec diff A B | head -1` shows them."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command(*words), stdout=writing, stderr=subprocess.PIPE, env=environment(), timeout=60)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_a_full_disk_under_stdout_is_an_error_and_no_bug(checkpoint):

@@ -1,4 +1,4 @@
-"""What a server is asked for, and what it says about itself and about a prompt: the same for every server."""
+"""The words of a run at a server, the same for every kind: what is asked, what it says of itself, of a prompt and of text."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Asked:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     chat: bool | None = None
-    """Whether the text goes through the server's chat template; None for whether it has one."""
+    """True for the server's chat template, False for the text as it is, None for the template where there is one."""
     system: str | None = None
     fresh: bool = False
-    """Whether the prompt is to be read anew, where a server can be told so; else it may have parts of it from before."""
+    """True to have the prompt read anew, where a server can be told so; else it may have parts of it from before."""
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -45,7 +45,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What a server says of itself. What it does not say is None."""
+    """A server's own description; None for what it does not say."""
 
     target: str
     draft: str
@@ -66,11 +66,11 @@ class Texts:
     names: dict[int, str] = field(default_factory=dict)
     """Tokens' own texts, as far as the server said them."""
     together: dict[int, tuple[tuple[int, ...], str]] = field(default_factory=dict)
-    """By token: several that came with one text, and that text."""
+    """Several tokens that came with one text, and that text, by each of them."""
     arrived_s: list[float] = field(default_factory=list)
     """When each part of the text arrived, by the clock of `perf_counter`."""
     partial: bool = False
-    """Whether the newest tokens are part of a character whose rest is still to come."""
+    """True while the newest tokens are part of a character whose rest is still to come."""
 
     def take(self, ids: Sequence[TokenId], text: str, at_s: float) -> None:
         """Tokens that came together, and their text."""
@@ -88,7 +88,7 @@ class Texts:
         return self.pieces.popleft() if self.pieces else ""
 
     def flush(self) -> str:
-        """What is left."""
+        """Give what is left."""
         left = "".join(self.pieces)
         self.pieces.clear()
         return left
@@ -98,7 +98,7 @@ class Engine(Protocol):
     """**Protocol:** a kind of server."""
 
     name: str
-    """As its makers write it."""
+    """The engine's name, as its makers write it."""
     about: About
     seeds: bool
     """Whether a seed can be asked for."""
