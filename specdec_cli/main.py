@@ -177,7 +177,7 @@ def _arguments() -> list[str]:
     """What was typed; a server's own flags, after `--`, are kept for it."""
     if not any(word.startswith("--engine") for word in sys.argv):
         return sys.argv[1:]
-    from specdec_cli.attached import take_server_flags
+    from specdec_cli.servers.attached import take_server_flags
 
     return take_server_flags(sys.argv[1:])
 

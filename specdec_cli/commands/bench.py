@@ -15,10 +15,10 @@ import typer
 
 from specdec_cli import options as opt
 from specdec_cli import output, tables
-from specdec_cli.attached import ServerOptions
 from specdec_cli.exits import ExitCode
 from specdec_cli.options import QUANTIZED
-from specdec_cli.served_bench import ServedOptions, Wanted, bench_server
+from specdec_cli.servers.attached import ServerOptions
+from specdec_cli.servers.bench import ServedOptions, Wanted, bench_server
 from specdec_cli.startup import interruptible, quieten
 from specdec_engine.bench import report
 from specdec_engine.bench.plan import Arm, Plan, Run, builtin_questions, chosen, ks_of

@@ -11,9 +11,9 @@ import typer
 
 from specdec_cli import options as opt
 from specdec_cli import output, profiles
-from specdec_cli.attached import ServerOptions, asked_of, begun, server_at, state_at
 from specdec_cli.exits import ExitCode
 from specdec_cli.prompts import read_prompt
+from specdec_cli.servers.attached import ServerOptions, asked_of, begun, server_at, state_at
 from specdec_cli.startup import interruptible, quieten, uncollected
 from specdec_cli.tables import threads
 from specdec_engine.decoding.stopping import Stop

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as jsonlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +13,7 @@ import typer
 
 from specdec_cli import options as opt
 from specdec_cli import output, profiles, tune_report
+from specdec_cli.servers.tune import Questioned, TunedServer, tune_server
 from specdec_cli.startup import interruptible, quieten
 from specdec_engine.bench.figures import FEWEST
 from specdec_engine.bench.plan import builtin_questions, chosen
@@ -92,23 +93,31 @@ def tune(
     temperature: Temperature = 0.0,
     max_tokens: Tokens = 64,
     seed: Seed = 0,
+    server: TunedServer,
     where: opt.Placement,
     save: Save = False,
     json: opt.Json = False,
 ) -> None:
     """Find draft and k for your prompts: predicted from one plain answer to each, then confirmed by a short paired run.
 
-    About a minute for the built-in pair. A profile is a few lines in your config file.
+    About a minute for the built-in pair. A profile is a few lines in your config file. Of a running server it is estimated
+    which k it should be started with.
 
     specdec tune
 
     specdec tune -t org/target -d org/draft --prompts mine.jsonl --save
+
+    specdec tune --attach http://a:8000 --plain http://b:8000 --prompts mine.jsonl
     """
     sampling = Sampling(temperature)
-    if sum(source is not None for source in (prompts, trace or None, text)) > 1:
-        raise UsageError("--prompts, --trace and --text exclude each other", "give one of them")
-    if missing := [path for path in trace or () if not path.is_file()]:
-        raise UsageError(f"--trace {missing[0]} is no file", "give a file that --trace wrote")
+    if server.wanted:
+        elsewhere = replace(where, offline=False, debug=False) != opt.Placement()
+        given = {"--target": target != "builtin", "--draft": draft, "--trace": trace, "--text": text, "--save": save,
+                 "the options of where models run": elsewhere}  # fmt: skip
+        questions = chosen(builtin_questions() if prompts is None else read_questions(prompts), (), limit)
+        tune_server(server, Questioned(questions, sampling, max_tokens, seed), given, json)
+        return
+    _check_sources(prompts, trace, text)
     if save:
         profiles.profiles()  # a damaged config file is found before anything is measured
     sources = _Sources(
@@ -147,6 +156,14 @@ def tune(
         output.silence_stdout()
     if save and profile is not None:
         output.note(f"written to {profiles.save(profile)}: {profile.said}")
+
+
+def _check_sources(prompts: Path | None, trace: Sequence[Path] | None, text: Path | None) -> None:
+    """Raises UsageError for several of them, and for a trace that is not there."""
+    if sum(source is not None for source in (prompts, trace or None, text)) > 1:
+        raise UsageError("--prompts, --trace and --text exclude each other", "give one of them")
+    if missing := [path for path in trace or () if not path.is_file()]:
+        raise UsageError(f"--trace {missing[0]} is no file", "give a file that --trace wrote")
 
 
 def _text(path: Path) -> str:

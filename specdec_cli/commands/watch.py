@@ -14,11 +14,11 @@ from platformdirs import user_log_path
 
 from specdec_cli import options as opt
 from specdec_cli import output, profiles
-from specdec_cli.attached import At, ServerOptions, asked_of, server_at
 from specdec_cli.commands.replay import replay
 from specdec_cli.exits import ExitCode
-from specdec_cli.metrics import Counters, show_counters
 from specdec_cli.prompts import read_prompt
+from specdec_cli.servers.attached import At, ServerOptions, asked_of, server_at
+from specdec_cli.servers.metrics import Counters, show_counters
 from specdec_cli.startup import quieten, uncollected
 from specdec_engine.decoding.stopping import Stop
 from specdec_engine.errors import UsageError

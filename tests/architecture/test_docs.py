@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import typer
 
-from specdec_cli.attached import SERVER_FLAGS, take_server_flags
 from specdec_cli.main import COMMANDS, app
+from specdec_cli.servers.attached import SERVER_FLAGS, take_server_flags
 from specdec_engine.core.registry import OURS
 
 ROOT = Path(__file__).parents[2]

@@ -99,7 +99,7 @@ def test_options_of_counters_that_do_not_belong_together(specdec, typed):
 def test_a_servers_labels_do_not_steer_the_terminal(specdec, server, capsys):
     from rich.console import Console
 
-    from specdec_cli.metrics import _table
+    from specdec_cli.servers.metrics import _table
     from specdec_engine.attach.counters import read_counters
     from specdec_engine.attach.watching import EngineHistory
 

@@ -8,7 +8,7 @@ import pytest
 
 from specdec_engine.attach.load import Load, ServedSample
 from specdec_engine.bench.served import Spread, figures_at
-from tests.servers.replayed import replayed
+from tests.servers.replayed import replayed, without_speculation
 
 
 @pytest.fixture
@@ -20,13 +20,7 @@ def prompts(tmp_path):
 
 def test_two_servers_beside_each_other_at_two_loads(specdec, prompts, tmp_path):
     with replayed("llama_cpp_draft") as fast, replayed("llama_cpp_ngram") as slow:
-        slow.said["/slots"]["body"] = '[{"speculative": false}]'
-        for line in range(len(slow.said["repeat"]["lines"])):  # without drafts, and twice as slow
-            text = slow.said["repeat"]["lines"][line]
-            if text.startswith("data: {") and "timings" in (value := json.loads(text[6:])):
-                value["timings"] = {"predicted_n": value["timings"]["predicted_n"], "prompt_ms": 1.0,
-                                    "predicted_ms": 250.0 * value["timings"]["predicted_n"]}  # fmt: skip
-                slow.said["repeat"]["lines"][line] = f"data: {json.dumps(value)}"
+        without_speculation(slow, 250.0)
         typed = (
             "bench",
             "--attach",

@@ -36,6 +36,17 @@ class Replayed:
         self.url = ""
 
 
+def without_speculation(state: Replayed, token_ms: float) -> None:
+    """Make what a llama.cpp server said that of one that drafts nothing, so slow."""
+    state.said["/slots"]["body"] = '[{"speculative": false}]'
+    lines = state.said[state.tag]["lines"]
+    for at, text in enumerate(lines):
+        if text.startswith("data: {") and "timings" in (value := json.loads(text[6:])):
+            number = value["timings"]["predicted_n"]
+            value["timings"] = {"predicted_n": number, "prompt_ms": 1.0, "predicted_ms": token_ms * number}
+            lines[at] = f"data: {json.dumps(value)}"
+
+
 def whole(handler: BaseHTTPRequestHandler, lines: Sequence[str]) -> None:
     for line in lines:
         handler.wfile.write(f"{line}\n\n".encode())

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from specdec_cli import attached
+from specdec_cli.servers import attached
 from specdec_engine.attach import launch
 from specdec_engine.attach.http import Server
 from specdec_engine.attach.launch import free_port, launched

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import cycle as endlessly
+from typing import NoReturn
 
 import torch
 
@@ -14,7 +15,8 @@ from specdec_engine.core.cycle_types import Draft, Sampling, Verdict
 from specdec_engine.core.randomness import KeyedRandomness, Randomness
 from specdec_engine.core.transfer import upload
 from specdec_engine.decoding.control import Controls
-from specdec_engine.drafters.base import AcceptanceAlong, Drafter
+from specdec_engine.drafters import build_drafter
+from specdec_engine.drafters.base import AcceptanceAlong, Drafter, DraftSetup
 from specdec_engine.drafters.token_choice import probabilities_of
 from specdec_engine.errors import UsageError
 from specdec_engine.pair import Pair
@@ -64,7 +66,7 @@ def chances_along(
 ) -> tuple[Chances, list[tuple[int, float]]]:
     """How its drafts would fare in this answer; and of one that had to be asked, the tokens and seconds of each draft."""
     if not isinstance(drafter, AcceptanceAlong):
-        return _proposed_along(drafter, answer, sampling)
+        return proposed_along(drafter, answer, sampling)
     rows = drafter.acceptance_along(answer.context, _target_along(target, answer, sampling), MOST_K, sampling)
     return Chances(tuple(MOST_K if row else 0 for row in rows), tuple(map(tuple, rows)), answer.ended), []
 
@@ -82,7 +84,7 @@ def _target_along(target: ModelTarget, answer: Answer, sampling: Sampling) -> li
     return [1.0] * len(found) if sampling.greedy else found
 
 
-def _proposed_along(drafter: Drafter, answer: Answer, sampling: Sampling) -> tuple[Chances, list[tuple[int, float]]]:
+def proposed_along(drafter: Drafter, answer: Answer, sampling: Sampling) -> tuple[Chances, list[tuple[int, float]]]:
     """What a drafter that draws nothing proposes at each place, and the tokens and seconds of each draft. Raises UsageError
     for one that draws."""
     context, unused = list(answer.context), KeyedRandomness(0)
@@ -126,6 +128,15 @@ def unit_costs(pair: Pair, answers: Sequence[Answer], sampling: Sampling, seed: 
 
 _OFTEN = range(1, 9)
 """What mostly is best is timed twice as often."""
+
+
+def lookup(name: str) -> Drafter:
+    """A lookup by itself: it knows ids, and no model."""
+
+    def none(_: object = None) -> NoReturn:
+        raise UsageError(f"{name} has no model here", "name a lookup")
+
+    return build_drafter(name, DraftSetup(name, None, 0, torch.device("cpu"), none, none, none))
 
 
 class _Filler:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from specdec_cli import output
-from specdec_cli.attached import At, ServerOptions, started, starting
 from specdec_cli.exits import ExitCode
+from specdec_cli.servers.attached import At, ServerOptions, started, starting
 from specdec_engine.bench import report
 from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.errors import UsageError
