@@ -35,7 +35,7 @@ def diff(
     if json:
         typer.echo(jsonlib.dumps(_record(found), indent=1))
     else:
-        _say(found)
+        say_comparison(found)
     if found.cause == "unexplained":
         raise typer.Exit(ExitCode.CHECK)
 
@@ -64,7 +64,8 @@ def _at(run: RecordedRun, place: int) -> dict[str, Any] | None:
     return {"id": token, "text": run.name(token), "cycle": cycle.index}
 
 
-def _say(found: Comparison) -> None:
+def say_comparison(found: Comparison) -> None:
+    """For people, on stdout."""
     a, b = found.a, found.b
     for letter, run in (("A", a), ("B", b)):
         s = run.summary

@@ -18,15 +18,29 @@ def replay(
     export: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write it as .gif, .png, .svg, .html or .md instead.")
     ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Beside another run of the same prompt, token by token: where they part, and why."
+        ),
+    ] = None,
 ) -> None:
     """Show a recorded run again: stepped, rewound, inspected. No model is loaded.
 
     specdec generate --trace run.jsonl "Explain how a lighthouse works."
 
     specdec replay run.jsonl
+
+    specdec replay run.jsonl --against other.jsonl
     """
-    if not trace.exists() or trace.is_dir():
-        raise UsageError(f"{trace} is not a file", "give a file that --trace wrote")
+    for path in filter(None, (trace, against)):
+        if not path.exists() or path.is_dir():
+            raise UsageError(f"{path} is not a file", "give a file that --trace wrote")
+    if against is not None:
+        if export is not None:
+            raise UsageError("--export is of one run", "leave out --against, or give --plain")
+        _against(trace, against, plain)
+        return
     if plain:
         from specdec_tui.narrate import script
         from specdec_tui.streams import read_frame
@@ -47,8 +61,7 @@ def replay(
         except OSError as error:
             raise UsageError(f"{export} cannot be written: {reason(error)}", "choose another --export") from error
         return
-    if not sys.stdout.isatty() or not sys.stdin.isatty():
-        raise UsageError("replay needs a terminal", "add --plain for the run in sentences")
+    _needs_terminal("the run")
     from specdec_tui.app import SpecdecApp
     from specdec_tui.leaving import show
     from specdec_tui.player import REPLAY_SPEED
@@ -59,6 +72,35 @@ def replay(
     if stream.error is not None:
         raise stream.error
     _several(trace, stream.runs)
+
+
+def _needs_terminal(what: str) -> None:
+    """Raises UsageError without one."""
+    if not sys.stdout.isatty() or not sys.stdin.isatty():
+        raise UsageError("replay needs a terminal", f"add --plain for {what} in sentences")
+
+
+def _against(a: Path, b: Path, plain: bool) -> None:
+    """Raises UsageError for runs of different prompts."""
+    from specdec_engine.record.comparison import compare, read_run
+
+    found = compare(read_run(a), read_run(b))
+    if plain:
+        from specdec_cli.commands.diff import say_comparison
+
+        say_comparison(found)
+        return
+    _needs_terminal("what differs")
+    from specdec_tui.against import Against
+    from specdec_tui.app import SpecdecApp
+    from specdec_tui.leaving import show
+    from specdec_tui.player import REPLAY_SPEED
+    from specdec_tui.screens.against import AgainstScreen
+    from specdec_tui.streams import FrameStream, read_frame
+
+    (frame, name), (other, other_name) = read_frame(a), read_frame(b)
+    screen = AgainstScreen(Against.of(found, (frame, other)), (name, other_name))
+    show(SpecdecApp(FrameStream(frame, name), speed=REPLAY_SPEED, instead=screen))
 
 
 def _several(trace: Path, runs: int) -> None:

@@ -80,3 +80,11 @@ def test_runs_of_other_prompts_and_files_that_are_none_are_refused(specdec, trac
     assert specdec("diff", a, tmp_path / "none").code == 2
     (tmp_path / "empty").write_text("")
     assert specdec("diff", a, tmp_path / "empty").code == 2
+
+
+def test_replay_beside_another_run_says_in_sentences_what_diff_says(specdec, traced):
+    a, b = traced("a", "-d", "ngram", "-k", "2"), traced("b", "-d", "self:1", "-k", "3")
+    assert specdec("replay", a, "--against", b, "--plain").out == specdec("diff", a, b).out
+    for typed in (("--export", "x.gif"), ()):  # no terminal here
+        assert specdec("replay", a, "--against", b, *typed).code == 2
+    assert specdec("replay", a, "--against", a.with_name("none"), "--plain").code == 2

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from time import monotonic
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from textual.binding import Binding, BindingType
+from textual.screen import Screen
 
 from specdec_tui.leaving import TerminalApp
 from specdec_tui.lesson import Lesson
@@ -33,16 +34,21 @@ class SpecdecApp(TerminalApp[None]):
         Binding("question_mark,f1", "help", "Help", id="help"),
     ]
 
-    def __init__(self, stream: EventStream, *, speed: float, lesson: Lesson | None = None) -> None:
+    def __init__(
+        self, stream: EventStream, *, speed: float, lesson: Lesson | None = None, instead: Screen[Any] | None = None
+    ) -> None:
+        """instead: the screen to show in place of the run's own."""
         super().__init__()
-        self._lesson = lesson
+        self._lesson, self._instead = lesson, instead
         self.stream = stream
         self._stopped = -_TWICE_S
         self.player = Player(speed, live=stream.live)
 
     def on_mount(self) -> None:
         lesson = self._lesson
-        if lesson is None:
+        if self._instead is not None:
+            self.push_screen(self._instead)
+        elif lesson is None:
             self.push_screen(WatchScreen(self.stream, self.player))
         else:
             self.push_screen(LessonScreen(self.stream, self.player, lesson))

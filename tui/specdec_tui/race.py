@@ -17,11 +17,16 @@ class Lane:
     title: str
     frame: Frame
     ends: tuple[float, ...]
-    """Seconds at which each cycle was done."""
+    """On the clock: when each cycle was done."""
 
     @classmethod
     def of(cls, title: str, frame: Frame) -> Lane:
         return cls(title, frame, tuple(accumulate(known_phases(cycle).total_s for cycle in frame.cycles)))
+
+    @classmethod
+    def by_token(cls, title: str, frame: Frame) -> Lane:
+        """On a clock that counts tokens instead of seconds."""
+        return cls(title, frame, tuple(accumulate(float(len(cycle.emitted)) for cycle in frame.cycles)))
 
     @property
     def total_s(self) -> float:

@@ -5,51 +5,32 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator
 from dataclasses import replace
-from time import monotonic
 from typing import ClassVar
 
-from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import Container, Vertical
-from textual.screen import Screen
-from textual.widgets import Static
 
-from specdec_tui.frame import Frame
+from specdec_tui.frame import Frame, View
 from specdec_tui.live import LiveStream, Request
 from specdec_tui.panels import Line, number
 from specdec_tui.pieces import one_line
 from specdec_tui.race import Lane, Race
-from specdec_tui.theme import content
-from specdec_tui.widgets.stream import Stream
+from specdec_tui.screens.lanes import LanesScreen
 
-_TICK_S = 1 / 15
 _RECORDING_S = 1.0
-_SPEEDS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 
 
-class RaceScreen(Screen[Frame | None]):
+class RaceScreen(LanesScreen):
     """Returns the speculative run."""
 
-    DEFAULT_CSS = """
-    RaceScreen { background: $background; }
-    RaceScreen #lanes { height: 1fr; layout: horizontal; }
-    RaceScreen.-narrow #lanes { layout: vertical; }
-    RaceScreen .lane { width: 1fr; height: 1fr; }
-    RaceScreen .lane Stream { height: 1fr; border: round $border; padding: 0 1; }
-    RaceScreen .lane Static, RaceScreen #race-title, RaceScreen #race-keys { height: 1; padding: 0 1; }
-    RaceScreen #race-verdict { height: 2; padding: 0 1; background: $panel; }
-    """
-    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (100, "-medium")]  # noqa: RUF012
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("space", "play", "Pause or play", id="race.play", priority=True),
-        Binding("home", "again", "From the start", id="race.again", priority=True),
-        Binding("plus,equals_sign", "faster(1)", "Faster", id="race.faster"),
-        Binding("minus", "faster(-1)", "Slower", id="race.slower"),
         Binding("escape,b", "back", "Back to the run", id="race.back"),
     ]
 
+    KEYS: ClassVar[str] = "space play · home again · + - speed · escape back"
+    SPEEDS: ClassVar[tuple[float, ...]] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+
     def __init__(self, stream: LiveStream) -> None:
-        super().__init__()
+        super().__init__((stream.name, stream.name), 1 / 4)
         self._stream, self._frames = stream, [Frame(), Frame()]
         self._before = before = stream.turned
         seed = before.seed if before.seed is not None else secrets.randbits(32)
@@ -57,34 +38,24 @@ class RaceScreen(Screen[Frame | None]):
         self._request = replace(before, seed=seed, sampling=alone)
         self._waiting: Iterator[Request] = iter([replace(self._request, k=0), self._request])
         self._recording, self._race = -1, None
-        self._clock, self._playing, self._speed, self._ticked = 0.0, True, 1 / 4, monotonic()
         self._drawn_at = 0.0
 
     _race: Race | None
 
-    def compose(self) -> ComposeResult:
-        yield Static(id="race-title", markup=False)
-        with Container(id="lanes"):
-            for key in ("plain", "speculative"):
-                with Vertical(classes="lane"):
-                    yield Static(id=f"{key}-figures", markup=False)
-                    yield Stream(self._stream.name, id=f"{key}-stream")
-        yield Static(id="race-verdict", markup=False)
-        yield Static("space play · home again · + - speed · escape back", id="race-keys", markup=False)
-
     def on_mount(self) -> None:
         self._next()
-        self.set_interval(_TICK_S, self.tick)
+        super().on_mount()
 
     def tick(self) -> None:
         """Record, or let time go by, and draw."""
-        now = monotonic()
-        elapsed, self._ticked = now - self._ticked, now
+        elapsed = self._elapsed()
         if self._race is None:
             self._record()
-            if self._race is None and now - self._drawn_at < _RECORDING_S:  # drawing would slow what is measured
+            if (
+                self._race is None and self._ticked - self._drawn_at < _RECORDING_S
+            ):  # drawing would slow what is measured
                 return
-            self._drawn_at = now
+            self._drawn_at = self._ticked
         elif self._playing:
             self._clock = min(self._race.total_s, self._clock + elapsed * self._speed)
         self._draw()
@@ -112,11 +83,10 @@ class RaceScreen(Screen[Frame | None]):
                 return
 
     def _draw(self) -> None:
-        race = self._race
-        for i, key in enumerate(("plain", "speculative")):
-            lane = Lane.of(key, self._frames[i])
+        race, shown = self._race, list[tuple[View, Line]]()
+        for key, frame in zip(("plain", "speculative"), self._frames, strict=True):
+            lane = Lane.of(key, frame)
             view = lane.at(self._clock) if race is not None else lane.at(lane.total_s)
-            self.query_one(f"#{key}-stream", Stream).show(replace(view, step=None))
             s = view.past.summary()
             done = "✓ done  " if race is not None and view.shown == len(lane.ends) else ""
             figures: Line = [
@@ -124,8 +94,7 @@ class RaceScreen(Screen[Frame | None]):
                 (done, "key"),
                 (f"{s.emitted} tokens · {s.cycles} passes · {number(s.tokens_per_second, 1)} tok/s", ""),
             ]
-            self.query_one(f"#{key}-figures", Static).update(content([figures]), layout=False)
-        self.query_one("#race-title", Static).update(content([self._title()]), layout=False)
+            shown.append((replace(view, step=None), figures))
         over = race is not None and self._clock >= race.total_s
         said = (
             race.verdict() if race is not None and over else "Recorded back to back on this machine, replayed together."
@@ -135,7 +104,7 @@ class RaceScreen(Screen[Frame | None]):
             said = one_line(f"× {stage.text}. {stage.hint}")
         elif (broken := next((f.failed for f in self._frames if f.failed is not None), None)) is not None:
             said = one_line(f"× {broken.message}. {broken.hint}")
-        self.query_one("#race-verdict", Static).update(content([[(said, "")]]), layout=False)
+        self._show(self._title(), shown, said)
 
     def _title(self) -> Line:
         if self._race is None:
@@ -154,15 +123,6 @@ class RaceScreen(Screen[Frame | None]):
             (state, "key"),
             (how, "muted"),
         ]
-
-    def action_play(self) -> None:
-        self._playing = not self._playing
-
-    def action_again(self) -> None:
-        self._clock, self._playing = 0.0, True
-
-    def action_faster(self, by: int) -> None:
-        self._speed = _SPEEDS[max(0, min(len(_SPEEDS) - 1, _SPEEDS.index(self._speed) + by))]
 
     def action_back(self) -> None:
         """With the speculative run; before both are recorded, with none."""
