@@ -75,7 +75,10 @@ Format = Annotated[Literal["table", "md", "csv", "json", "jsonl"], _option(_OUT,
 Out = Annotated[Path | None, _option(_OUT, "Write the whole record as JSON after every run.")]
 Resume = Annotated[bool, _option(_OUT, "Go on where --out was interrupted.", "--resume")]
 FailBelow = Annotated[float | None, _option(_OUT, "Exit with 6 if the best arm's speedup is below.")]
-Compare = Annotated[Path | None, _option(_OUT, "An older record to hold this one against.")]
+Compare = Annotated[
+    list[Path] | None,
+    _option(_OUT, "An older record to hold this one against; of a server, other engines' beside it, repeatable."),
+]
 Plot = Annotated[Path | None, _option(_OUT, "Draw the speedup over k, with intervals and prediction (.svg, .png).")]
 
 
@@ -129,7 +132,7 @@ def bench(
     questions = builtin_questions() if prompts is None else read_questions(prompts)
     if server.wanted:
         given = {"--rule": rule != "token", "--synthetic-acceptance": synthetic_acceptance, "--resume": resume,
-                 "--compare": compare, "--plot": plot, "several drafts": draft is not None and len(draft) > 1}  # fmt: skip
+                 "--plot": plot, "several drafts": draft is not None and len(draft) > 1}  # fmt: skip
         wanted = Wanted(
             server=server,
             options=served,
@@ -142,6 +145,7 @@ def bench(
             max_tokens=max_tokens,
             seed=seed,
             offline=where.offline,
+            beside=tuple(compare or ()),
         )
         bench_server(wanted, given, out, format, fail_below)
         return
@@ -157,7 +161,7 @@ def bench(
     )
     if plot is not None:
         tables.check_plot(plot)
-    older = None if compare is None else report.read(compare)
+    older = [report.read(path) for path in compare or ()]
     if resume and out is None:
         raise UsageError("--resume needs --out", "name the file that was begun")
     begun = report.read(out) if resume and out is not None and out.exists() else None
@@ -167,8 +171,8 @@ def bench(
     tables.show(found, format)
     if plot is not None:
         tables.plot(found, plot)
-    if older is not None:
-        for line in tables.compared(older, found):
+    for record in older:
+        for line in tables.compared(record, found):
             output.note(line)
     if kept.error is not None:
         output.error(kept.error.message, kept.error.hint)

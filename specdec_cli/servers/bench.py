@@ -81,6 +81,8 @@ class Wanted:
     max_tokens: int
     seed: int
     offline: bool
+    beside: tuple[Path, ...] = ()
+    """Records of other engines."""
 
 
 def bench_server(
@@ -89,8 +91,11 @@ def bench_server(
     """Measure, show, judge. given: options of `bench` that a server does not have, by name."""
     if named := [name for name, value in given.items() if value]:
         raise UsageError(f"{named[0]} is not for a server", "leave it out")
+    from specdec_engine.bench.served import read_beside
+
+    others = [read_beside(path, wanted.questions, wanted.temperature) for path in wanted.beside]
     found, whole = measured(wanted, out, format, fail_below)
-    show(found, format)
+    show(found, format, others)
     if not whole:
         raise typer.Exit(ExitCode.INTERRUPTED)
     judge(found, fail_below)
@@ -286,8 +291,8 @@ def _explained(wanted: Wanted, loads: Sequence[Load]) -> dict[str, Any]:
     return {"target": wanted.options.expect, "compared": compared, "same": compared - len(found), "divergences": found}
 
 
-def show(found: Mapping[str, Any], format: str) -> None:
-    """On stdout."""
+def show(found: Mapping[str, Any], format: str, others: Sequence[Mapping[str, Any]] = ()) -> None:
+    """On stdout. others: records whose arms stand in the same table."""
     import json
 
     if format == "json":
@@ -300,10 +305,12 @@ def show(found: Mapping[str, Any], format: str) -> None:
     table = Table(box=None)
     names = ("at a time", "tok/s", "vs plain (95 %)", "all together", "accepted", "tok/cycle", "by position", "TTFT p50/p95",
              "token p50/p95", "same")  # fmt: skip
-    for name in names:
-        table.add_column(name, justify="left" if name == "by position" else "right")
-    for arm in found["arms"]:
-        table.add_row(*(Text(output.one_line(cell)) for cell in _row(arm)))
+    for name in (*(("engine",) if others else ()), *names):
+        table.add_column(name, justify="left" if name in ("engine", "by position") else "right")
+    for record in (*others, found):
+        for arm in record["arms"]:
+            cells = [_engine(record, arm), *_row(arm)] if others else _row(arm)
+            table.add_row(*(Text(output.one_line(cell)) for cell in cells))
     Console(width=None if sys.stdout.isatty() else 140).print(table)
     servers = found["environment"]["servers"]
     own = servers["speculative"]
@@ -331,22 +338,31 @@ def show(found: Mapping[str, Any], format: str) -> None:
         output.say(f"→ {advice['reason']}")
 
 
+def _engine(record: Mapping[str, Any], arm: Mapping[str, Any]) -> str:
+    """Who ran it, with what: a server, or our own engine."""
+    servers = record["environment"].get("servers")
+    if servers is None:
+        return f"specdec, {arm['draft']} k {arm['k']}"
+    return f"{servers['speculative']['server']}, {arm['draft']} k {arm['k'] or '–'}"
+
+
 def _row(arm: Mapping[str, Any]) -> list[str]:
+    """Of our own engine's arm there are the columns that it has: one answer at a time, and no arrival of tokens."""
     low = arm["speedup_low"]
-    plain, together = arm["plain"], arm["throughput_ratio"]
+    plain, together, throughput = arm.get("plain"), arm.get("throughput_ratio"), arm.get("throughput")
     return [
-        str(arm["concurrency"]),
+        str(arm.get("concurrency", 1)),
         _number(arm["tokens_per_second"], 1)
         + ("" if plain is None else f" / {_number(plain['tokens_per_second'], 1)}"),
         "–"
         if arm["speedup"] is None
         else f"{arm['speedup']:.2f}×" + ("" if low is None else f" ({low:.2f}–{arm['speedup_high']:.2f})"),
-        f"{arm['throughput']:.0f}" + ("" if together is None else f" ({together:.2f}×)"),
+        _number(throughput, 0) + ("" if together is None else f" ({together:.2f}×)"),
         _number(arm["acceptance_rate"], 2),
         _number(arm["mean_emitted_per_cycle"], 2),
-        " ".join(f"{share:.2f}" for share in arm["accepted_at"]) or "–",
-        _milliseconds(arm["ttft_s"]),
-        _milliseconds(arm["inter_token_s"]),
+        " ".join(f"{share:.2f}" for share in arm.get("accepted_at", ())) or "–",
+        _milliseconds(arm.get("ttft_s")),
+        _milliseconds(arm.get("inter_token_s")),
         "–" if arm["compared"] is None else f"{arm['identical']}/{arm['compared']}",
     ]
 

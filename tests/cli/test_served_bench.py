@@ -123,3 +123,30 @@ def test_a_place_that_cannot_be_written_is_found_before_anything_is_asked(specde
         result = specdec("bench", "--attach", state.url, "--prompts", prompts, "--out", tmp_path / "no" / "x.json")
         assert result.code != 0
         assert not [path for path, *_ in state.requests if "completion" in path]
+
+
+def test_several_engines_stand_in_one_table(specdec, prompts, tmp_path):
+    one, other = tmp_path / "one.json", tmp_path / "other.json"
+    typed = ("--prompts", prompts, "--repeats", "1")
+    with replayed("llama_cpp_draft") as llama, replayed("vllm_draft") as vllm:
+        assert specdec("bench", "--attach", llama.url, *typed, "--out", one).code == 0
+        both = specdec("bench", "--attach", vllm.url, *typed, "--out", other, "--compare", one)
+        assert both.code == 0, both.err
+        rows = [line for line in both.out.splitlines() if "llama.cpp," in line or "vLLM," in line]
+        assert len(rows) == 2
+        (tmp_path / "fewer").write_text("one\n")
+        refused = specdec("bench", "--attach", vllm.url, "--prompts", tmp_path / "fewer", "--compare", one)
+        assert (refused.code, "other prompts" in refused.err) == (2, True)
+        warm = specdec("bench", "--attach", vllm.url, *typed, "--temperature", "1", "--compare", one)
+        assert (warm.code, "at temperature 1" in warm.err) == (2, True)
+        assert specdec("bench", "--attach", vllm.url, *typed, "--compare", prompts).code == 2
+    for path in (one, other):
+        (arm,) = json.loads(path.read_text())["arms"]
+        for sample in arm["samples"]:
+            said = sample["speculative_decoding"]
+            steps = {int(n): count for n, count in said["acceptance_histogram"].items()}
+            assert sum(steps.values()) == said["num_spec_steps"]
+            assert sum(n * count for n, count in steps.items()) == said["num_accepted_draft_tokens"]
+            assert said["mean_acceptance_length"] == pytest.approx(
+                1 + said["num_accepted_draft_tokens"] / said["num_spec_steps"]
+            )

@@ -80,7 +80,12 @@ class Plan:
 
     @property
     def prompts_digest(self) -> str:
-        return hashlib.sha256(json.dumps([_named(q) for q in self.questions]).encode()).hexdigest()[:16]
+        return digest_of(self.questions)
+
+
+def digest_of(questions: Sequence[Question]) -> str:
+    """Alike for the same prompts."""
+    return hashlib.sha256(json.dumps([_named(q) for q in questions]).encode()).hexdigest()[:16]
 
 
 def _named(part: Question | Arm) -> dict[str, Any]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypedDict
 
 from specdec_engine.attach.load import Load, ServedSample
 from specdec_engine.bench.figures import FEWEST, Interval, geometric
+from specdec_engine.bench.plan import digest_of
 from specdec_engine.bench.report import SCHEMA
+from specdec_engine.errors import UsageError, reason
+from specdec_engine.record.files import parse_record, typed
 from specdec_engine.record.prompt_files import Question
 
 
@@ -146,12 +149,11 @@ def record(
     greedy = said["temperature"] == 0
     found = [f for c in concurrencies if (f := figures_at(loads, c, greedy)) is not None]
     samples = [sample for load in loads for sample in load.samples]
-    digest = hashlib.sha256(json.dumps([asdict(q) for q in questions]).encode()).hexdigest()[:16]
     base = found[0].plain if found else None
     return {
         "schema": SCHEMA,
         "environment": dict(environment),
-        "prompts": {"count": len(questions), "digest": digest},
+        "prompts": {"count": len(questions), "digest": digest_of(questions)},
         "baseline": {
             "tokens_per_second": None if base is None else base.tokens_per_second,
             "samples": [asdict(s) for s in samples if s.plain],
@@ -187,7 +189,26 @@ def _arm(
         "compared": f.compared,
         "first_divergences": list(divergences),
         **_as_vllm_names_it([s for s in samples if s.concurrency == f.concurrency], f),
-        "samples": [asdict(s) for s in samples if s.concurrency == f.concurrency],
+        "samples": [
+            {**asdict(s), "speculative_decoding": _as_aiperf_names_it(s)}
+            for s in samples
+            if s.concurrency == f.concurrency
+        ],
+    }
+
+
+def _as_aiperf_names_it(s: ServedSample) -> dict[str, Any]:
+    """The keys of AIPerf (0.14), by request: of steps with a draft alone, the target's own token counted in the length; the
+    histogram has steps by accepted tokens, without the empty ones."""
+    reached = [s.drafts, *s.accepted_at, 0]
+    steps = {str(n): here - on for n, (here, on) in enumerate(pairwise(reached)) if here > on}
+    return {
+        "mean_acceptance_length": 1 + s.accepted / s.drafts if s.drafts else None,
+        "draft_acceptance_rate": s.accepted / s.drafted if s.drafted else None,
+        "acceptance_histogram": steps,
+        "num_accepted_draft_tokens": s.accepted,
+        "num_draft_tokens": s.drafted,
+        "num_spec_steps": s.drafts,
     }
 
 
@@ -232,3 +253,44 @@ def _advice(found: Sequence[ServedFigures], said: Mapping[str, Any]) -> dict[str
     draft = said["draft"] if helps else "none"
     speedup = None if best.speedup is None else best.speedup.mean
     return {"draft": draft, "k": said["k"] if helps else 0, "speedup": speedup, "reason": reason}
+
+
+class _Arm(TypedDict):
+    temperature: float
+    tokens_per_second: float | None
+    speedup: float | None
+    speedup_low: float | None
+    speedup_high: float | None
+    acceptance_rate: float | None
+    mean_emitted_per_cycle: float | None
+    identical: int | None
+    compared: int | None
+
+
+class _Prompts(TypedDict):
+    digest: str
+
+
+class _Record(TypedDict):
+    """What stands beside another record in a table."""
+
+    prompts: _Prompts
+    environment: dict[str, Any]
+    arms: list[_Arm]
+
+
+def read_beside(path: Path, questions: Sequence[Question], temperature: float) -> dict[str, Any]:
+    """A record of another engine, or of our own, of the same prompts. Raises UsageError for what is none."""
+    hint = "give a file that specdec bench --out wrote, of the same prompts and temperature"
+    try:
+        found = parse_record(path.read_bytes())
+        if found.get("schema") != SCHEMA:
+            raise UsageError(f"{path} is not {SCHEMA}", hint)
+        known = typed(found, _Record)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read: {reason(error)}", hint) from error
+    if known["prompts"]["digest"] != digest_of(questions):
+        raise UsageError(f"{path} is of other prompts", hint)
+    if not any(arm["temperature"] == temperature for arm in known["arms"]):
+        raise UsageError(f"{path} has nothing at temperature {temperature:g}", hint)
+    return {**found, "arms": [arm for arm in found["arms"] if arm["temperature"] == temperature]}
