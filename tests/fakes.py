@@ -62,13 +62,14 @@ class TableTarget:
     def cached(self) -> int:
         return len(self.tokens)
 
-    def prefill(self, tokens: Sequence[int]) -> None:
+    def prefill(self, tokens: Sequence[int]) -> int:
         self.tokens = list(tokens)
+        return 0
 
-    def score(self, newest: int, draft: Draft) -> Tensor:
+    def score(self, context: Sequence[int], draft: Draft) -> Tensor:
         self.passes += 1
         rows = []
-        for token in (newest, *draft.tokens.tolist()):
+        for token in (context[-1], *draft.tokens.tolist()):
             self.tokens.append(token)
             rows.append(self.logits(self.tokens))
         return torch.stack(rows)

@@ -18,12 +18,12 @@ from specdec_engine.adaptive.limits import DraftLimits
 from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.core.randomness import KeyedRandomness
 from specdec_engine.decoding.control import Controls
-from specdec_engine.decoding.loop import decode
+from specdec_engine.decoding.loop import decode, forget
 from specdec_engine.decoding.stopping import Stop
 from specdec_engine.drafters import build_drafter
 from specdec_engine.drafters.base import Drafter, DraftSetup, LoadedDraft, ModelInfo
 from specdec_engine.errors import PairIncompatible, UsageError
-from specdec_engine.models.chat import chat_ids, raw_ids, special_in, stop_id
+from specdec_engine.models.chat import Turn, chat_ids, raw_ids, special_in, stop_id, turn_ids
 from specdec_engine.models.draft_files import found_draft, read_draft
 from specdec_engine.models.kinds import mask_of
 from specdec_engine.models.loading import Candidate, Loaded, find_model
@@ -95,6 +95,13 @@ class Pair:
         whole = "\n\n".join([*(text for turn in history for text in turn), prompt])
         return raw_ids(self.tokenizer, whole)
 
+    def encode_turns(self, turns: Sequence[Turn], template: Mapping[str, Any] | None = None) -> list[int]:
+        """A conversation's token ids, its last turn the user's; see `models.chat.turn_ids`. Raises UsageError without a chat
+        template, and for one that fails or leaves words out."""
+        if not self.has_chat_template:
+            raise UsageError("this tokenizer has no chat template", "specdec generate goes on with a text")
+        return turn_ids(self.tokenizer, turns, template)
+
     def marks_in(self, prompt: str, chat: bool | None = None) -> str:
         """What a user should know of the special tokens typed into a prompt, in a sentence; empty for none."""
         typed = [m for m in special_in(self.tokenizer, prompt) if m != getattr(self.tokenizer, "bos_token", None)]
@@ -116,6 +123,10 @@ class Pair:
         verifier = _verifier(SyntheticRule(chance), self.target.runtime)
         return replace(self, verifiers={**self.verifiers, "synthetic": verifier})
 
+    def forget(self) -> None:
+        """Have the next run read all of its prompt, also what it has in common with the last one's text."""
+        forget(self.target, self.drafter)
+
     def decode(
         self,
         prompt: Sequence[int],
@@ -129,6 +140,7 @@ class Pair:
         controls: Controls | None = None,
     ) -> Iterator[Event]:
         """The events of one run (`specdec_engine.decoding.loop.decode`). Without a seed a fresh one is drawn; Started has it.
+        What the prompt has in common with the last run's text, from the first token on, is not read again.
 
         `controls` takes the place of k and sampling for a caller that turns them while the run goes on.
         """

@@ -14,7 +14,7 @@ import typer
 
 from specdec_cli import output
 from specdec_cli.exits import ExitCode
-from specdec_cli.servers.attached import At, ServerOptions, started, starting
+from specdec_cli.servers.attached import At, ServerOptions, short, started, starting
 from specdec_engine.bench import report
 from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.errors import UsageError
@@ -342,8 +342,8 @@ def _engine(record: Mapping[str, Any], arm: Mapping[str, Any]) -> str:
     """Who ran it, with what: a server, or our own engine."""
     servers = record["environment"].get("servers")
     if servers is None:
-        return f"specdec, {arm['draft']} k {arm['k']}"
-    return f"{servers['speculative']['server']}, {arm['draft']} k {arm['k'] or '–'}"
+        return f"specdec, {short(arm['draft'])} k {arm['k']}"
+    return f"{servers['speculative']['server']}, {short(arm['draft'])} k {arm['k'] or '–'}"
 
 
 def _row(arm: Mapping[str, Any]) -> list[str]:

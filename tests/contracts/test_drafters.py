@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +12,9 @@ from specdec_engine.core.cycle_types import Sampling, Verdict
 from specdec_engine.core.randomness import KeyedRandomness
 from specdec_engine.core.registry import drafters
 from specdec_engine.drafters import build_drafter
-from specdec_engine.drafters.base import AcceptanceAlong, LoadedDraft
+from specdec_engine.drafters.base import AcceptanceAlong
 from specdec_engine.drafters.token_choice import DraftChoice
 from specdec_engine.errors import UsageError
-from specdec_engine.models.translation import Translation
 from specdec_engine.runtime import guided, step_by_step
 from specdec_engine.runtime.generic import GenericRuntime
 from specdec_engine.runtime.target import ModelTarget
@@ -24,70 +22,25 @@ from specdec_engine.tune.answers import Answer
 from specdec_engine.tune.passes import chances_along
 from specdec_engine.tune.whatif import expected_cycles
 from specdec_engine.verify.sampling import draw_on_host
+from tests.contracts.cases import (
+    CASES,
+    SAMPLINGS,
+    SMALL,
+    SPECS,
+    TARGET,
+    head_folders,
+    parts,
+)
 from tests.fakes import (
     VOCAB,
-    byte_tokenizer,
     cycles,
     emitted,
     graph,
     host,
     lean,
     run,
-    save_eagle_head,
-    save_head_draft,
     tiny_llama,
 )
-
-SPECS = {
-    "none": "none",
-    "ngram": "ngram",
-    "suffix": "suffix",
-    "model": "model:small",
-    "head": "head:HEAD",
-    "self": "self:1",
-}
-CASES = [*SPECS.values(), "head:EAGLE", "ngram:1", "ngram,model:small", "none,ngram,model:small", "suffix,head:HEAD"]
-CASES += [
-    "lean@model:small",
-    "light@model:small",
-    "graph@model:small",
-    "graph@ngram,model:small",
-    "ngram,head:EAGLE",
-    "reduced@model:small",
-    "text@model:small",
-    "pard@model:small",
-    "ngram+model:small",
-    "reduced@ngram+model:small",
-    "graph@ngram+model:small",
-]
-SAMPLINGS = [Sampling(), Sampling(1.0), Sampling(0.7, top_k=20, top_p=0.9, min_p=0.01)]
-TARGET = tiny_llama(seed=0)
-SMALL = tiny_llama(seed=1, layers=1, hidden=16, vocab=VOCAB - 10)  # padding differs within a family
-
-
-RUNTIMES = {
-    "generic": lambda: LoadedDraft(GenericRuntime(SMALL, "small")),
-    "lean": lambda: LoadedDraft(lean(SMALL)),
-    "light": lambda: LoadedDraft(lean(SMALL, dtype=torch.bfloat16, quantize="light")),
-    "graph": lambda: LoadedDraft(graph(SMALL)),
-    # Its id i is the target's 2 i + 1.
-    "reduced": lambda: LoadedDraft(lean(tiny_llama(seed=1, layers=1, vocab=80)), torch.arange(1, 160, 2)),
-}
-TOKENIZER = byte_tokenizer()
-OTHER = byte_tokenizer(merges=["o n", "t h", "Ġ a"])
-# By its text: its ids mean other tokens.
-RUNTIMES["pard"] = lambda: LoadedDraft(lean(SMALL), mask=3)
-RUNTIMES["text"] = lambda: LoadedDraft(lean(SMALL), translation=Translation(TOKENIZER, OTHER, "small"))
-HEAD: Path
-EAGLE: Path
-"""Folders with a draft head, ours and one of others."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def head_folder(tmp_path_factory):
-    global HEAD, EAGLE
-    EAGLE = save_eagle_head(tmp_path_factory.mktemp("draft") / "eagle", TARGET, VOCAB)
-    HEAD = save_head_draft(tmp_path_factory.mktemp("draft") / "head", TARGET, TOKENIZER)
 
 
 class Followed:
@@ -115,20 +68,6 @@ class Followed:
         if rest := context[same:-1]:
             self.runtime.forward(torch.tensor(rest), 1)
         self.fed = list(context[:-1])
-
-
-def parts(spec, target=None):
-    """The drafter that `spec` names, on the generic runtime or on the one before an @; and the target's runtime."""
-    runtime, _, plain = spec.rpartition("@")
-    target = target or lean(TARGET)
-    about = host(
-        VOCAB,
-        tokenizer=TOKENIZER,
-        target=lambda: target,
-        output_rows=lambda ids: TARGET.lm_head.weight.detach()[ids],
-    )
-    about = replace(about, load_draft=lambda name: RUNTIMES[runtime or "generic"]())
-    return build_drafter(plain.replace("HEAD", str(HEAD)).replace("EAGLE", str(EAGLE)), about), target
 
 
 def build(spec):
@@ -161,8 +100,8 @@ def test_proposals_keep_the_contract(spec, sampling):
         assert draft.drafter in SPECS or draft.drafter.removeprefix("ngram+") in (
             "small",
             "self:1",
-            str(HEAD),
-            str(EAGLE),
+            str(head_folders()[0]),
+            str(head_folders()[1]),
         )
         if draft.probs is not None:
             assert draft.probs.shape == (len(draft), VOCAB)

@@ -177,7 +177,7 @@ def test_a_long_prompt_is_read_in_chunks(monkeypatch):
     prompt = torch.randint(0, 97, (50,), generator=torch.Generator().manual_seed(2))
     target = ModelTarget(runtime, "llama")
     target.prefill(prompt[:-1].tolist())
-    row = target.score(int(prompt[-1]), Draft(torch.empty(0, dtype=torch.long, device=CPU), None, "none"))
+    row = target.score(prompt.tolist(), Draft(torch.empty(0, dtype=torch.long, device=CPU), None, "none"))
     with torch.inference_mode():
         assert torch.allclose(row[0], model(prompt[None], use_cache=False).logits[0, -1], atol=1e-3)
     assert sizes == [16, 16, 16, 1, 1]

@@ -149,7 +149,7 @@ class ServedSource:
 def distribution(pair: Pair, prompt: Sequence[int], said: Sequence[int], sampling: Sampling) -> np.ndarray:
     """[V] what the target says next, exactly, from one pass a token and no draft."""
     pair.target.prefill([*prompt, *said][:-1])
-    row = pair.target.score([*prompt, *said][-1], empty_draft(pair.target.device))
+    row = pair.target.score([*prompt, *said], empty_draft(pair.target.device))
     if pair.asked:
         step = process(pair.asked, len(prompt), pair.target.device)
         row = step([*prompt, *said], empty_draft(pair.target.device).tokens, row)

@@ -30,6 +30,7 @@ def measure_run(pair: Pair, arm: Arm | None, run: Run, question: Question, max_t
     """All turns of a conversation as one sample; none where the model said nothing. Sampled arms share the prompt's seed."""
     history, total, ids, passes = list[tuple[str, str]](), Summary(), list[int](), dict[str, tuple[int, float]]()
     prefill, turns = 0.0, list[int]()
+    pair.forget()  # later turns keep what was read before; the first is alike whatever ran before it
     for turn in question.turns:
         said = list[int]()
         for event in pair.decode(
@@ -156,8 +157,9 @@ def _gap(
     otherwise), and how far rounding can move it: some units of the last place of the largest logit, in the dtype that is
     computed with; 0.5 for the built-in target in bfloat16, where 0.25 was seen."""
     pair.target.prefill(prompt[:-1])
-    for newest in (prompt[-1], *answer):
-        row = pair.target.score(newest, empty_draft(pair.target.device))
+    text = [*prompt, *answer]
+    for end in range(len(prompt), len(text) + 1):
+        row = pair.target.score(text[:end], empty_draft(pair.target.device))
     if pair.asked:  # penalties are part of what the two were chosen by
         step = process(pair.asked, len(prompt), pair.target.device)
         row = step([*prompt, *answer], empty_draft(pair.target.device).tokens, row)

@@ -7,6 +7,7 @@ absolute length. The loop knows token ids only: no text, no files, no screen.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,8 +70,16 @@ def decode(
         yield from run.run_ahead() if ahead else run.run_in_turn()
     except Exception as error:
         reported = _as_ours(error)
+        forget(target, drafter)
         yield Failed(type(reported).__name__, reported.message, reported.hint)
         raise reported from (None if reported is error else error)
+
+
+def forget(target: Target, drafter: Drafter) -> None:
+    """Have the next run read all of its prompt: after a run that broke, what is no number would stay in the caches."""
+    with suppress(Exception):  # what broke it is what is to be told
+        target.rollback(0)
+        drafter.begin(())
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +112,7 @@ class _Run:
         self._controls, self._clipper, self._random = controls, clipper, random
         self._verifier, self._timer = verifier, timer
         self.process: Processed | None = None
+        self._kept = 0
         self._prompt_tokens, self._cycles_started, self._cycles_done = len(context), 0, 0
 
     def run_in_turn(self) -> Iterator[Event]:
@@ -136,7 +146,7 @@ class _Run:
     def _begin(self) -> tuple[Mark, Mark]:
         """Both caches filled; the marks before and after."""
         began = self._timer.mark()
-        self._target.prefill(self._context[:-1])
+        self._kept = self._target.prefill(self._context[:-1])
         self._drafter.begin(self._context)  # after it: some drafters read what the target computed
         return began, self._timer.mark()
 
@@ -153,7 +163,7 @@ class _Run:
         if k < self.settings.k:
             draft = replace(draft, cut=True)
         marks.append(self._timer.mark())
-        logits = target.score(context[-1], draft)
+        logits = target.score(context, draft)
         if self.process is not None:
             logits = self.process(context, draft.tokens, logits)
         pending = self._verifier.start(logits, draft, sampling, self._random, len(context))
@@ -182,7 +192,8 @@ class _Run:
         emitted = len(self._context) - self._prompt_tokens
         peak = peak_bytes(self._target.device)
         recording_s = self._timer.paused(prefill[0], self._timer.mark())
-        return Finished(reason, emitted, self._cycles_done, self._timer.seconds(*prefill), peak, recording_s)
+        took = self._timer.seconds(*prefill)
+        return Finished(reason, emitted, self._cycles_done, took, peak, recording_s, self._kept)
 
 
 def _propose(drafter: Drafter, context: Sequence[int], k: int, settings: Settings, random: Randomness) -> Draft:

@@ -38,7 +38,8 @@ class Drafter(Protocol):
     name: str
 
     def begin(self, prompt: Sequence[int]) -> None:
-        """Forget everything; a run with this prompt follows."""
+        """Forget what earlier runs said; a run with this prompt follows. What was read of the same first tokens may be
+        kept; of an empty prompt nothing is."""
         ...
 
     def propose(self, context: Sequence[int], k: int, sampling: Sampling, random: Randomness) -> Draft:

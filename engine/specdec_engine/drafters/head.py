@@ -37,7 +37,8 @@ class HeadDrafter:
 
     def begin(self, prompt: Sequence[int]) -> None:
         """The target has read the prompt but for its last token."""
-        self._head.rollback(0)
+        known = min(self._head.known.common(prompt), len(prompt) - 1)  # the newest is for the draft
+        self._head.rollback(max(0, known - 1))
         self._catch_up(prompt, keep=1)
 
     def propose(self, context: Sequence[int], k: int, sampling: Sampling, random: Randomness) -> Draft:
@@ -60,6 +61,7 @@ class HeadDrafter:
             stop,
         )
         self._head.rollback(read)
+        self._head.known.note(context, len(context))
         return Draft(drawn.tokens, self._widened(drawn.rows), self.name, drawn.raw, self._ids)
 
     def observe(self, draft: Draft, verdict: Verdict) -> None:
@@ -96,6 +98,7 @@ class HeadDrafter:
         for start in range(self._head.cached, end, _CHUNK):
             stop = min(start + _CHUNK, end)
             self._head.forward(self._target.features(start, stop), self._tokens(context[start + 1 : stop + 1]))
+            self._head.known.note(context, stop + 1)
 
     def _tokens(self, tokens: Sequence[int]) -> Tensor:
         return upload(torch.tensor(tokens), self._head.device)

@@ -55,7 +55,9 @@ class RuntimeDrafter:
         self._guesser, self.name = guesser, f"{name}+{self.name}"
 
     def begin(self, prompt: Sequence[int]) -> None:
-        self.runtime.rollback(0)
+        self.runtime.rollback(
+            max(0, min(self.runtime.known.common(prompt), len(prompt) - 1))
+        )  # the newest is for the draft
         if self._guesser is not None:
             self._guesser.begin(prompt)
         if self.runtime.limit is None or len(prompt) <= self.runtime.limit:
@@ -78,6 +80,7 @@ class RuntimeDrafter:
             self._ids(context[self.runtime.cached :]), u, temperature, sampler, stop
         )
         tokens = self._translated(drawn.tokens).to(self._device)
+        self.runtime.known.note(context, min(len(context), self.runtime.cached))
         raw = None if drawn.raw is None else drawn.raw.to(self._device)
         ids = None if self._ids_of is None else self._ids_of.to(self._device)
         return Draft(tokens, self._widened(drawn.rows), self.name, raw, ids, drawn.guessed)
@@ -165,6 +168,7 @@ class RuntimeDrafter:
         behind = context[self.runtime.cached : len(context) - keep]
         if behind:
             prefill(self.runtime, self._ids(behind))
+            self.runtime.known.note(context, self.runtime.cached)
 
     def _ids(self, tokens: Sequence[int]) -> Tensor:
         # An id the draft has no embedding for is fed as its last one: any q is lossless, as long as it was drawn from.

@@ -12,7 +12,7 @@ import json
 import re
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -29,10 +29,14 @@ Turn = dict[str, Any]
 
 
 def chat_ids(tokenizer: Any, prompt: str, system: str | None, history: Sequence[tuple[str, str]] = ()) -> list[int]:
-    """The prompt as the next user turn of the tokenizer's chat template, the assistant's turn opened. history: what was said
-    before, user and assistant. Raises UsageError for a template that fails, or leaves words out."""
-    turns = _turns(prompt, system, history)
-    text, shown = _rendered(tokenizer, turns)
+    """The prompt as the next user turn. history: what was said before, user and assistant. Raises as `turn_ids`."""
+    return turn_ids(tokenizer, _turns(prompt, system, history))
+
+
+def turn_ids(tokenizer: Any, turns: Sequence[Turn], template: Mapping[str, Any] | None = None) -> list[int]:
+    """The turns by the tokenizer's chat template, the assistant's next one opened; the last is the user's. template: what
+    the template is told beside them. Raises UsageError for a template that fails, or leaves words out."""
+    text, shown = _rendered(tokenizer, turns, template or {})
     typed = [token for turn in turns for token in special_in(tokenizer, turn["content"])]
     if not typed:
         return _ids(tokenizer, text)
@@ -131,14 +135,14 @@ def _in_parts(turns: Sequence[Turn]) -> list[Turn]:
     return [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
 
 
-def _rendered(tokenizer: Any, turns: Sequence[Turn]) -> tuple[str, str]:
+def _rendered(tokenizer: Any, turns: Sequence[Turn], template: Mapping[str, Any]) -> tuple[str, str]:
     """The turns by the template, with contents as text or, where it wants them so, as parts; and the same with a mark for
     each turn's words. Raises UsageError if it fails, or one of the marks is not in it."""
     marked = [{**turn, "content": _MARK.format(i)} for i, turn in enumerate(turns)]
     failed: UsageError | None = None
     for form in (list, _in_parts):
         try:
-            text, shown = _applied(tokenizer, form(turns)), _applied(tokenizer, form(marked))
+            text, shown = _applied(tokenizer, form(turns), template), _applied(tokenizer, form(marked), template)
         except UsageError as error:
             if isinstance(error.__cause__, TimeoutError):
                 raise
@@ -173,9 +177,9 @@ def _render(tokenizer: Any, turns: Sequence[Turn], **how: Any) -> str:
     return str(tokenizer.apply_chat_template(list(turns), tokenize=False, **how))
 
 
-def _applied(tokenizer: Any, turns: Sequence[Turn]) -> str:
+def _applied(tokenizer: Any, turns: Sequence[Turn], template: Mapping[str, Any]) -> str:
     try:
-        return _within(_SECONDS, partial(_render, tokenizer, turns, add_generation_prompt=True))
+        return _within(_SECONDS, partial(_render, tokenizer, turns, **{**template, "add_generation_prompt": True}))
     except TimeoutError as error:
         raise UsageError(f"the chat template is not done after {_SECONDS:g} s", "use --raw") from error
     except Exception as error:  # jinja2's, and whatever a program can raise

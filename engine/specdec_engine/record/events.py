@@ -243,6 +243,8 @@ class Finished:
     recording_s: Seconds | None = None
     """Seconds in which passes were recorded as graphs. They are in none of a cycle's phases, nor in `prefill_s`; None when
     it is not known."""
+    cached_tokens: Count | None = None
+    """Tokens of the prompt that the target had cached from before, and did not read again; None when it is not known."""
     kind: Literal["finished"] = "finished"
 
 

@@ -67,6 +67,8 @@ class Summary:
     positions: tuple[Position, ...] = ()
     """First drafted tokens, second ones, and so on."""
     prefill_s: float | None = None
+    cached_tokens: int | None = None
+    """Of the prompt, from before."""
     finish_reason: str | None = None
     observer: str = "specdec"
     inferred: int = 0
@@ -87,7 +89,12 @@ class Summary:
             case Counters() if self.inferred:
                 return self._corrected(event)
             case Finished():
-                return replace(self, finish_reason=event.reason, prefill_s=event.prefill_s)
+                return replace(
+                    self,
+                    finish_reason=event.reason,
+                    prefill_s=event.prefill_s,
+                    cached_tokens=event.cached_tokens,
+                )
             case _:
                 return self
 
@@ -195,6 +202,7 @@ class Summary:
         return {
             "finish_reason": self.finish_reason,
             "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
             "emitted": self.emitted,
             "cycles": self.cycles,
             "drafted": self.drafted,

@@ -11,6 +11,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from specdec_engine.runtime.known_text import KnownText
+
 
 class SampledToken(NamedTuple):
     """A draft's next token. A tuple, since recordings return tuples of tensors."""
@@ -79,6 +81,8 @@ class Runtime(Protocol):
     limit: int | None
     """Positions the model was made for; None where its config does not say."""
     device: torch.device
+    known: KnownText
+    """What of the cached tokens the host knows; `rollback` cuts it."""
 
     @property
     def cached(self) -> int:

@@ -13,6 +13,7 @@ from specdec_engine.errors import ModelUnavailable, PairIncompatible, first_line
 from specdec_engine.runtime import step_by_step
 from specdec_engine.runtime.context_limit import context_limit
 from specdec_engine.runtime.context_state import context_state
+from specdec_engine.runtime.known_text import KnownText
 from specdec_engine.runtime.transformers_cache import rollback_of
 from specdec_engine.system.memory import ran_out
 
@@ -26,6 +27,7 @@ class GenericRuntime:
     name = "generic"
 
     def __init__(self, model: Any, label: str) -> None:
+        self.known = KnownText()
         self._state = context_state(model, rollback_of(model.config, model, label))
         self.model = model
         self.vocab = _logits_size(model)
@@ -91,6 +93,7 @@ class GenericRuntime:
 
     def rollback(self, to: int) -> None:
         self._state.rollback(to)
+        self.known.cut(to)
 
     unroll = step_by_step
 

@@ -20,6 +20,7 @@ from specdec_engine.runtime import DraftTokens, SampledToken, StopDrafting, Toke
 from specdec_engine.runtime.blocks import Blocks
 from specdec_engine.runtime.cpu import whole
 from specdec_engine.runtime.decoder import Embedding
+from specdec_engine.runtime.known_text import KnownText
 from specdec_engine.runtime.linear import Projection, Quantize, project
 from specdec_engine.runtime.native import Kernels
 from specdec_engine.runtime.ops import Layer, Ops
@@ -188,6 +189,8 @@ class HeadRuntime:
         """capacity: slots to make room for at first."""
         self.device = forward.device
         self._forward = forward
+        self.known = KnownText()
+        """The text whose tokens slots have read: slot i has read the tokens up to i + 1."""
         self._cached = self._written = 0
         self._cache = forward.new_cache(_rounded(capacity))
 
@@ -207,6 +210,7 @@ class HeadRuntime:
             self._cache[:, :, : self._written].zero_()
             self._written = 0
         self._cached = min(self._cached, to)
+        self.known.cut(to + 1)
 
     @torch.inference_mode()
     def unroll(

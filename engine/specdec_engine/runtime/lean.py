@@ -11,6 +11,7 @@ from torch import Tensor
 from specdec_engine.errors import OutOfMemory
 from specdec_engine.runtime import step_by_step
 from specdec_engine.runtime.decoder import Decoder, Taps
+from specdec_engine.runtime.known_text import KnownText
 from specdec_engine.runtime.shape import Unsupported
 from specdec_engine.system.memory import free_bytes, gib, ran_out
 
@@ -44,6 +45,7 @@ class LeanRuntime:
         self.limit = limit
         self.device = decoder.device
         self._label = label
+        self.known = KnownText()
         self._cached = self._written = 0
         self._taps: Taps | None = None
         self._cache = self._new_cache(self._rounded(capacity))
@@ -100,6 +102,7 @@ class LeanRuntime:
             self._cache[:, :, : self._written].zero_()  # no more: what was never written takes no memory yet
             self._written = 0
         self._cached = min(self._cached, to)
+        self.known.cut(to)
 
     unroll = step_by_step
 
@@ -112,11 +115,12 @@ class LeanRuntime:
     def _grow(self, end: int) -> None:
         wider = self._new_cache(self._fitting(end))
         wider[:, :, : self._cached] = self._cache[:, :, : self._cached]
-        self._cache = wider
-        if self._taps is not None:
-            kept = self._new_features(len(self._taps.layers), self.capacity)
-            kept[: self._cached] = self._taps.kept[: self._cached]
-            self._taps = Taps(self._taps.layers, kept)
+        taps = self._taps
+        if taps is not None:
+            kept = self._new_features(len(taps.layers), wider.shape[2])
+            kept[: self._cached] = taps.kept[: self._cached]
+            taps = Taps(taps.layers, kept)
+        self._cache, self._taps = wider, taps  # together: an interrupt leaves both as they were
 
     def _fitting(self, end: int) -> int:
         """Twice the capacity, or no more than is needed where memory is short. Raises OutOfMemory where that is too much.

@@ -23,12 +23,13 @@ class Target(Protocol):
     @property
     def cached(self) -> int: ...
 
-    def prefill(self, tokens: Sequence[int]) -> None:
-        """Forget everything and cache these tokens."""
+    def prefill(self, tokens: Sequence[int]) -> int:
+        """Cache these tokens and no others. Returns how many of them, from the first on, were cached already."""
         ...
 
-    def score(self, newest: int, draft: Draft) -> Tensor:
-        """[k + 1, V] logits: after the newest token, and after each drafted one. Caches all k + 1."""
+    def score(self, context: Sequence[int], draft: Draft) -> Tensor:
+        """[k + 1, V] logits: after the context, all of which but its newest token is cached, and after each drafted token.
+        Caches all k + 1. The context may be a list that grows at its end."""
         ...
 
     def rollback(self, to: int) -> None:
@@ -49,14 +50,19 @@ class ModelTarget:
     def cached(self) -> int:
         return self.runtime.cached
 
-    def prefill(self, tokens: Sequence[int]) -> None:
-        self.runtime.rollback(0)
-        if tokens:
-            prefill(self.runtime, upload(torch.tensor(tokens), self.device))
+    def prefill(self, tokens: Sequence[int]) -> int:
+        kept = self.runtime.known.common(tokens)
+        self.runtime.rollback(kept)
+        if kept < len(tokens):
+            prefill(self.runtime, upload(torch.tensor(tokens[kept:]), self.device))
+        self.runtime.known.note(tokens, len(tokens))
+        return kept
 
-    def score(self, newest: int, draft: Draft) -> Tensor:
-        tokens = torch.cat([upload(torch.tensor([newest]), self.device), draft.tokens])
-        return self.runtime.forward(tokens, len(draft) + 1, seldom=draft.cut)
+    def score(self, context: Sequence[int], draft: Draft) -> Tensor:
+        tokens = torch.cat([upload(torch.tensor([context[-1]]), self.device), draft.tokens])
+        logits = self.runtime.forward(tokens, len(draft) + 1, seldom=draft.cut)
+        self.runtime.known.note(context, len(context))
+        return logits
 
     def rollback(self, to: int) -> None:
         self.runtime.rollback(to)

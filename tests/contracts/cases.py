@@ -1,0 +1,83 @@
+"""Every drafter that is under contract, on tiny models: what the tests in this folder hold to the same assertions."""
+
+from __future__ import annotations
+
+import atexit
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
+
+import torch
+
+from specdec_engine.core.cycle_types import Sampling
+from specdec_engine.drafters import build_drafter
+from specdec_engine.drafters.base import LoadedDraft
+from specdec_engine.models.translation import Translation
+from specdec_engine.runtime.generic import GenericRuntime
+from tests.fakes import VOCAB, byte_tokenizer, graph, host, lean, save_eagle_head, save_head_draft, tiny_llama
+
+SPECS = {
+    "none": "none",
+    "ngram": "ngram",
+    "suffix": "suffix",
+    "model": "model:small",
+    "head": "head:HEAD",
+    "self": "self:1",
+}
+CASES = [*SPECS.values(), "head:EAGLE", "ngram:1", "ngram,model:small", "none,ngram,model:small", "suffix,head:HEAD"]
+CASES += [
+    "lean@model:small",
+    "light@model:small",
+    "graph@model:small",
+    "graph@ngram,model:small",
+    "ngram,head:EAGLE",
+    "reduced@model:small",
+    "text@model:small",
+    "pard@model:small",
+    "ngram+model:small",
+    "reduced@ngram+model:small",
+    "graph@ngram+model:small",
+]
+SAMPLINGS = [Sampling(), Sampling(1.0), Sampling(0.7, top_k=20, top_p=0.9, min_p=0.01)]
+TARGET = tiny_llama(seed=0)
+SMALL = tiny_llama(seed=1, layers=1, hidden=16, vocab=VOCAB - 10)  # padding differs within a family
+
+
+RUNTIMES = {
+    "generic": lambda: LoadedDraft(GenericRuntime(SMALL, "small")),
+    "lean": lambda: LoadedDraft(lean(SMALL)),
+    "light": lambda: LoadedDraft(lean(SMALL, dtype=torch.bfloat16, quantize="light")),
+    "graph": lambda: LoadedDraft(graph(SMALL)),
+    # Its id i is the target's 2 i + 1.
+    "reduced": lambda: LoadedDraft(lean(tiny_llama(seed=1, layers=1, vocab=80)), torch.arange(1, 160, 2)),
+}
+TOKENIZER = byte_tokenizer()
+OTHER = byte_tokenizer(merges=["o n", "t h", "Ġ a"])
+# By its text: its ids mean other tokens.
+RUNTIMES["pard"] = lambda: LoadedDraft(lean(SMALL), mask=3)
+RUNTIMES["text"] = lambda: LoadedDraft(lean(SMALL), translation=Translation(TOKENIZER, OTHER, "small"))
+
+
+@cache
+def head_folders() -> tuple[Path, Path]:
+    """Folders with a draft head, ours and one of others."""
+    folder = Path(mkdtemp(prefix="specdec-heads-"))
+    atexit.register(rmtree, folder, ignore_errors=True)
+    return save_head_draft(folder / "head", TARGET, TOKENIZER), save_eagle_head(folder / "eagle", TARGET, VOCAB)
+
+
+def parts(spec, target=None):
+    """The drafter that `spec` names, on the generic runtime or on the one before an @; and the target's runtime."""
+    runtime, _, plain = spec.rpartition("@")
+    target = target or lean(TARGET)
+    about = host(
+        VOCAB,
+        tokenizer=TOKENIZER,
+        target=lambda: target,
+        output_rows=lambda ids: TARGET.lm_head.weight.detach()[ids],
+    )
+    about = replace(about, load_draft=lambda name: RUNTIMES[runtime or "generic"]())
+    head, eagle = head_folders()
+    return build_drafter(plain.replace("HEAD", str(head)).replace("EAGLE", str(eagle)), about), target

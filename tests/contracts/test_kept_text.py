@@ -1,0 +1,112 @@
+"""What a prompt has in common with the last run's text is not read again, and nothing but the time tells."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from specdec_engine.core.cycle_types import Sampling
+from specdec_engine.drafters import build_drafter
+from specdec_engine.errors import GenerationFailed
+from specdec_engine.record.events import Cycle, Finished
+from specdec_engine.runtime.generic import GenericRuntime
+from specdec_engine.runtime.known_text import KnownText
+from specdec_engine.runtime.target import ModelTarget
+from tests.contracts.cases import CASES, TARGET, parts
+from tests.fakes import VOCAB, events, graph, host, lean, run
+
+
+def told(found):
+    """The cycles, to what float32 tells; times are others."""
+    return [(c.drafted, c.accepted, c.emitted, c.end, c.context) for c in found if isinstance(c, Cycle)]
+
+
+def next_prompt(rng, prompt, said):
+    """A next turn, most often: some of the last text, and something new."""
+    text = [*prompt, *said]
+    kept = rng.choice([len(text), len(text), len(prompt), rng.randint(0, len(text))])
+    new = [rng.randrange(VOCAB) for _ in range(rng.choice([0, 1, 5, 30]))]
+    return [*text[:kept], *new] or [5]
+
+
+@pytest.mark.parametrize("spec", CASES)
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.9)], ids=["greedy", "sampled"])
+def test_runs_one_after_another_are_each_what_they_are_alone(spec, sampling):
+    """Whole, cut by the budget, and given up after some cycles; drafts and verdicts, too."""
+    rng = random.Random(spec)
+    drafter, runtime = parts(spec)
+    target, prompt = ModelTarget(runtime, "tiny"), [rng.randrange(VOCAB) for _ in range(20)]
+    for seed in range(8):
+        fresh_drafter, fresh_runtime = parts(spec)
+        how = {"k": rng.randint(1, 5), "sampling": sampling, "max_tokens": rng.randint(1, 12), "seed": seed}
+        alone = run(ModelTarget(fresh_runtime, "tiny"), fresh_drafter, prompt, **how)
+        stop_after, found = rng.choice([99, 99, 1, 2]), []
+        for event in events(target, drafter, prompt, **how):
+            found.append(event)
+            if sum(isinstance(e, Cycle) for e in found) == stop_after:
+                break
+        assert told(found) == told(alone)[: len(told(found))]
+        said = [token for c in found if isinstance(c, Cycle) for token in c.emitted]
+        prompt = next_prompt(rng, prompt, said)
+
+
+@pytest.mark.parametrize(
+    "make", [lean, graph, lambda model: GenericRuntime(model, "tiny")], ids=["lean", "graph", "generic"]
+)
+def test_the_second_turn_reads_only_what_is_new(make):
+    read, runtime = [], make(TARGET)
+    forward = runtime.forward
+    runtime.forward = lambda tokens, *rest, **more: (read.append(len(tokens)), forward(tokens, *rest, **more))[1]
+    target, drafter = ModelTarget(runtime, "tiny"), build_drafter("ngram", host(VOCAB))
+    first = list(range(3, 40))
+    found = run(target, drafter, first, k=3, max_tokens=10)
+    said = [token for c in found if isinstance(c, Cycle) for token in c.emitted]
+    assert found[-1].cached_tokens == 0
+    second = [*first, *said, 7, 8, 9]
+    read.clear()
+    again = run(target, drafter, second, k=3, max_tokens=1)
+    assert isinstance(again[-1], Finished)
+    assert again[-1].cached_tokens == len(second) - 4, "the last token said was never fed"
+    assert read == [3, 1]
+
+
+def test_others_that_use_the_runtime_in_between_are_noticed():
+    """Pairs share it: what one has cached is no other's."""
+    import torch
+
+    runtime = lean(TARGET)
+    target, drafter = ModelTarget(runtime, "tiny"), build_drafter("none", host())
+    prompt = list(range(3, 30))
+    first = told(run(target, drafter, prompt, k=0, max_tokens=5))
+    runtime.rollback(4)
+    runtime.forward(torch.tensor([90, 91, 92, 93]), 1)
+    again = run(ModelTarget(runtime, "other"), drafter, prompt, k=0, max_tokens=5)
+    assert again[-1].cached_tokens == 4
+    assert told(again) == first
+
+
+def test_after_a_run_that_broke_everything_is_read_anew():
+    runtime = lean(TARGET)
+    target, drafter = ModelTarget(runtime, "tiny"), build_drafter("none", host())
+    prompt = list(range(3, 30))
+    run(target, drafter, prompt, k=0, max_tokens=5)
+    whole = runtime.forward
+    runtime.forward = lambda *args, **more: whole(*args, **more) * float("nan")
+    with pytest.raises(GenerationFailed):
+        run(target, drafter, [*prompt, 5], k=0, max_tokens=5)
+    runtime.forward = whole
+    assert run(target, drafter, prompt, k=0, max_tokens=5)[-1].cached_tokens == 0
+
+
+def test_known_text_is_cut_and_compared():
+    known, text = KnownText(), [1, 2, 3]
+    assert known.common([1]) == 0
+    known.note(text, 3)
+    text.append(4)
+    assert known.common([1, 2, 3, 4]) == 3, "of what came later nothing is known"
+    assert known.common([1, 2, 9]) == 2
+    known.cut(1)
+    assert known.common([1, 2, 3]) == 1
+    known.cut(5)
+    assert known.common([1, 2, 3]) == 1
