@@ -19,6 +19,7 @@ from specdec_engine.errors import SpecdecError, UsageError, reason
 
 COMMANDS = {
     "generate": "Generate text from a draft/target pair, losslessly.",
+    "chat": "Talk to a target: each turn reads only what is new. /help lists what else can be typed.",
     "watch": "Watch a run live: each draft, what was kept, what was not and why.",
     "replay": "Show a recorded run again: stepped, rewound, inspected. No model is loaded.",
     "bench": "Measure speculation against plain decoding, paired prompt by prompt, and say what to set.",

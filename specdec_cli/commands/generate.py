@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
@@ -13,15 +12,15 @@ from specdec_cli import options as opt
 from specdec_cli import output, profiles
 from specdec_cli.exits import ExitCode
 from specdec_cli.prompts import read_prompt
+from specdec_cli.recorder import Recorder
 from specdec_cli.servers.attached import ServerOptions, asked_of, begun, server_at, state_at
 from specdec_cli.startup import interruptible, quieten, uncollected
 from specdec_cli.tables import threads
 from specdec_engine.decoding.stopping import Stop
-from specdec_engine.errors import SpecdecError, TraceError, UsageError
+from specdec_engine.errors import SpecdecError, UsageError
 from specdec_engine.record.events import Event, Finished
 from specdec_engine.record.stats import Summary
 from specdec_engine.record.text import TextStream, TokenText
-from specdec_engine.record.trace import TraceWriter
 
 if TYPE_CHECKING:
     from specdec_engine.decoding.control import Controls
@@ -132,36 +131,6 @@ def _leave(summary: Summary, recorder: Recorder) -> None:
     recorder.check()
     if summary.finish_reason == "cancelled":
         raise typer.Exit(ExitCode.INTERRUPTED)
-
-
-class Recorder:
-    """The trace, if one is wanted. A disk that fills up must not cost the text: the error waits until the end."""
-
-    def __init__(self, path: str | None) -> None:
-        self._writer = TraceWriter(path) if path is not None else None
-        self._error: TraceError | None = None
-
-    def describe(self, text_of: Callable[[int], str]) -> None:
-        if self._writer is not None:
-            self._writer.records.describe = text_of
-
-    def write(self, event: Event) -> None:
-        if self._writer is None or self._error is not None:
-            return
-        try:
-            self._writer.write(event)
-        except TraceError as error:
-            self._error = error
-
-    def close(self) -> None:
-        if self._writer is not None:
-            with suppress(TraceError):  # an unflushed rest is what `check` reports
-                self._writer.close()
-
-    def check(self) -> None:
-        """Raises the first TraceError there was."""
-        if self._error is not None:
-            raise self._error
 
 
 def _consume(events: Iterable[Event], sink: output.Output, recorder: Recorder) -> Summary:

@@ -1,0 +1,1 @@
+"""`specdec chat`: the conversation, its commands, and the line that is typed."""

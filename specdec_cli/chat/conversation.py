@@ -1,0 +1,176 @@
+"""A conversation with a pair: what was said, and the next answer."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from specdec_cli import options as opt
+from specdec_cli import output
+from specdec_cli.recorder import Recorder
+from specdec_engine.errors import UsageError
+from specdec_engine.record.chats import Message
+from specdec_engine.record.events import Cycle, Event, Finished, known_ids
+from specdec_engine.record.stats import Summary
+from specdec_engine.record.text import TextStream, TokenText, counted
+
+if TYPE_CHECKING:
+    from specdec_engine.pair import Loader, Pair
+
+
+@dataclass(slots=True)
+class Conversation:
+    """Turns kept as messages, rendered anew for each answer: whatever a template makes of them, only what differs from the
+    text before is read again."""
+
+    loader: Loader
+    pair: Pair
+    how: opt.Decoding
+    k: int | Literal["auto"]
+    template: Mapping[str, Any]
+    recorder: Recorder
+    color: output.Color
+    messages: list[Message] = field(default_factory=list)
+    """Without the system prompt, which is in `how`."""
+    uses: list[int] = field(default_factory=list)
+    """Tokens of the context after each turn, as far as they are known: of a chat that was loaded they are not."""
+    events: list[Event] = field(default_factory=list)
+    """Of the last answer."""
+    summaries: list[Summary] = field(default_factory=list)
+    """One an answer, also of those that were taken back."""
+
+    @property
+    def system(self) -> list[Message]:
+        return [Message("system", self.how.system)] if self.how.system else []
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens of the context; None where the target does not say."""
+        return self.pair.target.limit
+
+    def ask(self, text: str) -> None:
+        """Stream the answer, and keep both. What was said before Ctrl-C is kept; where nothing was, the turn is taken back.
+        Raises UsageError for what cannot be asked, and GenerationFailed for a run that broke: the turn is not kept then."""
+        turns = [{"role": m.role, "content": m.content} for m in (*self.system, *self.messages, Message("user", text))]
+        ids = self.pair.encode_turns(turns, self.template)
+        if self.limit is not None and len(ids) >= self.limit:
+            raise UsageError(
+                f"with this turn the chat has {len(ids):,} tokens, and {self.pair.target.name} takes {self.limit:,}",
+                "/undo takes the last turn back, /clear begins anew; /save keeps what there is",
+            )
+        if typed := self.pair.marks_in(text, chat=True):
+            output.note(typed)
+        said = self._answer(ids)
+        if said:
+            self.messages += [Message("user", text), Message("assistant", said)]
+            self.uses.append(self.summaries[-1].prompt_tokens + self.summaries[-1].emitted)
+            output.note(self._figures())
+        else:
+            output.note("nothing was said, and the turn is taken back")
+
+    def _answer(self, ids: list[int]) -> str:
+        from specdec_engine.decoding.stopping import Stop
+
+        how, pair = self.how, self.pair
+        stops = Stop(how.max_tokens, strings=tuple(how.stop or ())).strings
+        sink = output.TextOutput(TextStream(pair.tokenizer, stops), self.color, marks=False)
+        self.recorder.describe(TokenText(pair.tokenizer))
+        seed = None if how.seed is None else how.seed + len(self.summaries)  # another for the same words said again
+        controls = pair.controls(self.k, how.sampling, how.draft_temperature)
+        run = pair.decode(ids, controls=controls, rule=how.rule, max_tokens=how.max_tokens, stop=stops, seed=seed)
+        self.events, summary, emitted = [], Summary(), list[int]()
+        new = len(ids) - pair.target.runtime.known.common(ids)
+        with _ended_by_ctrl_c() as wanted:
+            for event in output.reading(run, new):
+                summary = self._take(event, summary, sink)
+                if isinstance(event, Cycle):
+                    emitted += known_ids(event.emitted)
+                if not wanted():
+                    summary = self._take(Finished("cancelled", summary.emitted, summary.cycles, None), summary, sink)
+                    break
+        sink.end(summary)
+        if not sys.stdout.isatty():
+            output.say("")
+        self.summaries.append(summary)
+        return str(pair.tokenizer.decode(emitted, skip_special_tokens=True))
+
+    def _take(self, event: Event, summary: Summary, sink: output.TextOutput) -> Summary:
+        self.events.append(event)
+        self.recorder.write(event)
+        sink.show(event)
+        return summary.plus(event)
+
+    def _figures(self) -> str:
+        """Of the last answer, in a line."""
+        s = self.summaries[-1]
+        rate, per_cycle = s.tokens_per_second, s.mean_emitted_per_cycle
+        read = s.prompt_tokens - (s.cached_tokens or 0)
+        kept = "" if s.cached_tokens is None else f" (read {read:,}, kept {s.cached_tokens:,})"
+        said = [
+            f"{'–' if rate is None else f'{rate:.1f}'} tok/s",
+            f"{'–' if per_cycle is None else f'{per_cycle:.2f}'} a cycle",
+            f"{counted(s.emitted, 'token')}",
+            f"prompt {s.prompt_tokens:,}{kept}",
+            self.room(),
+        ]
+        if s.finish_reason == "length":
+            full = self.limit is not None and self.uses[-1] >= self.limit
+            said.append("the context is full" if full else f"cut at --max-tokens {self.how.max_tokens}")
+        return " · ".join(said)
+
+    def room(self) -> str:
+        """Of the context, in words."""
+        if self.messages and not self.uses:
+            return "context known after the next answer"
+        used = self.uses[-1] if self.uses else 0
+        return f"{used:,} tokens used" if self.limit is None else f"{self.limit - used:,} of {self.limit:,} tokens left"
+
+    # -- what commands do --------------------------------------------------------------------------------------------
+
+    def undo(self) -> str:
+        """Take back the last turn and its answer; the turn's words. Raises UsageError without one."""
+        if not self.messages:
+            raise UsageError("nothing has been said yet", "type something")
+        asked = self.messages[-2].content
+        del self.messages[-2:], self.uses[-1:]
+        return asked
+
+    def begin(self, messages: Sequence[Message] = ()) -> None:
+        """Forget what was said, and go on after these messages, the system prompt first if there is one."""
+        if messages:
+            self.turn(system=messages[0].content if messages[0].role == "system" else None)
+        self.messages, self.uses = [m for m in messages if m.role != "system"], []
+
+    def redraft(self, draft: str) -> None:
+        """Draft with another one from now on. Raises what loading it raises, and keeps the one there is."""
+        self.pair = self.loader.pair(draft)
+        for sentence in self.pair.notes:
+            output.note(sentence)
+
+    def turn(self, **to: Any) -> None:
+        """Set options of the next answers. Raises UsageError for values that no run has."""
+        how = replace(self.how, **to)
+        _ = how.sampling  # raises
+        self.how = how
+
+
+@contextmanager
+def _ended_by_ctrl_c() -> Iterator[Callable[[], bool]]:
+    """Whether the answer is still wanted: the first Ctrl-C lets the cycle that runs end, a second one does not."""
+    wanted = True
+
+    def end(number: int, frame: object) -> None:
+        nonlocal wanted
+        if not wanted:
+            raise KeyboardInterrupt
+        wanted = False
+
+    usual = signal.signal(signal.SIGINT, end)
+    try:
+        yield lambda: wanted
+    finally:
+        signal.signal(signal.SIGINT, usual)

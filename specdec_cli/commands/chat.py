@@ -1,0 +1,163 @@
+"""`specdec chat`: talk to a target; each turn reads only what is new."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from specdec_cli import options as opt
+from specdec_cli import output, profiles
+from specdec_cli.chat.commands import COMMANDS, Leave, do, load
+from specdec_cli.chat.conversation import Conversation
+from specdec_cli.chat.lines import turns
+from specdec_cli.exits import ExitCode, exit_code
+from specdec_cli.recorder import Recorder
+from specdec_cli.startup import interruptible, quieten, uncollected
+from specdec_engine.errors import SpecdecError, UsageError
+from specdec_engine.record.files import parse_json
+
+if TYPE_CHECKING:
+    from specdec_engine.pair import Loader
+
+_PROMPT = "Prompt"
+Thinking = Annotated[
+    bool | None,
+    typer.Option(
+        "--thinking/--no-thinking",
+        rich_help_panel=_PROMPT,
+        help="Have the target think aloud before it answers, or not, where its chat template can.",
+        show_default="as the template has it",
+    ),
+]
+TemplateKwargs = Annotated[
+    str | None,
+    typer.Option(rich_help_panel=_PROMPT, metavar="JSON", help="What else the chat template is told, as an object."),
+]
+Load = Annotated[
+    str | None,
+    typer.Option("--load", rich_help_panel=_PROMPT, metavar="FILE", help="Go on with a chat that /save wrote."),
+]
+_ROOM = 2048
+"""Tokens of context to make room for at first."""
+
+
+@opt.records
+def chat(
+    *,
+    target: opt.Target = "builtin",
+    draft: opt.Draft = None,
+    how: opt.Decoding,
+    thinking: Thinking = None,
+    template_kwargs: TemplateKwargs = None,
+    load_: Load = None,
+    where: opt.Placement,
+    trace: opt.Trace = None,
+    color: opt.Color = "auto",
+) -> None:
+    """Talk to a target: each turn reads only what is new. /help lists what else can be typed.
+
+    specdec chat
+
+    specdec chat -t org/target -d org/draft --system "Be brief." --temperature 0.7
+
+    printf 'Hello\\nWhat did I say?\\n' | specdec chat
+    """
+    if how.chat is False:
+        raise UsageError("--raw has no turns", "specdec generate --raw goes on with a text")
+    sampling = how.sampling
+    given = _template(template_kwargs)
+    setting = profiles.chosen(target, draft, how.k, not sampling.greedy, where)
+    k = opt.k_of(setting.k)
+    from specdec_engine.decoding.control import Controls
+
+    Controls(3 if k == "auto" else k, sampling, how.draft_temperature)
+    recorder = Recorder(trace)
+    if setting.said:
+        output.note(setting.said)
+    quieten(where.offline, where.debug)
+    with interruptible(), output.narrated() as report, uncollected():
+        from specdec_engine.pair import Loader
+
+        loader = Loader(target, where.loading(_ROOM + how.max_tokens, report))
+        _check_template(loader, thinking)
+        pair = loader.pair(setting.draft)
+    for sentence in pair.notes:
+        output.note(sentence)
+    told = given if thinking is None else {**given, "enable_thinking": thinking}
+    talk = Conversation(loader, pair, how, k, told, recorder, color)
+    if load_ is not None:
+        load(talk, load_)
+    try:
+        code = _talk(talk)
+    finally:
+        recorder.close()
+    recorder.check()
+    if code:
+        raise typer.Exit(code)
+
+
+def _template(text: str | None) -> dict[str, Any]:
+    """Raises UsageError for what is no object."""
+    if text is None:
+        return {}
+    try:
+        found = parse_json(text)
+    except ValueError as error:
+        raise UsageError(f"--template-kwargs: {error}", """for example '{"enable_thinking": false}'""") from error
+    if not isinstance(found, dict):
+        raise UsageError(f"--template-kwargs {text} is no object", """for example '{"enable_thinking": false}'""")
+    return found
+
+
+def _check_template(loader: Loader, thinking: bool | None) -> None:
+    """Before weights are read. Raises UsageError for a target without a chat template, or without a switch in it."""
+    template = str(getattr(loader.found.tokenizer, "chat_template", None) or "")
+    if not template:
+        raise UsageError(
+            f"{loader.found.name} has no chat template",
+            "specdec generate goes on with a text; a model to talk to has one",
+        )
+    if thinking is not None and "enable_thinking" not in template:
+        raise UsageError(
+            f"the chat template of {loader.found.name} has no switch for thinking",
+            "leave out --thinking; what else it knows goes into --template-kwargs",
+        )
+
+
+def _talk(talk: Conversation) -> int:
+    """Until it is left; the exit code: of a pipe the last error's, so that a script notices."""
+    code = ExitCode.OK
+    if sys.stdin.isatty():
+        output.note(f"{talk.pair.target.name}, draft {talk.pair.drafter.name}; /help lists commands, Ctrl-D leaves")
+    for line in turns([f"/{name}" for name in COMMANDS], lambda: _status(talk)):
+        try:
+            _heard(talk, line)
+        except Leave:
+            break
+        except KeyboardInterrupt:
+            talk.pair.forget()  # it broke off in the middle of a pass
+            output.note("interrupted")
+        except SpecdecError as error:
+            output.error(error.message, error.hint)
+            code = exit_code(error)
+        except BrokenPipeError:
+            output.silence_stdout()
+            return ExitCode.OK
+    return ExitCode.OK if sys.stdin.isatty() else code
+
+
+def _heard(talk: Conversation, line: str) -> None:
+    text = line.strip()
+    if text.startswith("/") and not text.startswith("//"):
+        do(talk, text)
+    else:
+        talk.ask(text[1:] if text.startswith("//") else line)
+
+
+def _status(talk: Conversation) -> str:
+    return (
+        f" {talk.pair.target.name} · draft {talk.pair.drafter.name} · k {talk.k} · T {talk.how.temperature:g} · "
+        f"{talk.room()} · /help"
+    )
