@@ -14,10 +14,12 @@ import typer
 from specdec_cli import output
 from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.core.registry import OURS, described
-from specdec_engine.errors import UsageError
+from specdec_engine.errors import UsageError, reason
 from specdec_engine.models.progress import Report, silent
+from specdec_engine.record.files import decode
 
 if TYPE_CHECKING:
+    from specdec_engine.grammar.wanted import Grammar
     from specdec_engine.models.options import LoadOptions
 
 _MODELS, _SAMPLING, _PROMPT, _OUTPUT = "Models", "Sampling", "Prompt", "Output"
@@ -170,6 +172,28 @@ Chat = Annotated[
 ]
 System = Annotated[str | None, typer.Option(rich_help_panel=_PROMPT, help="System prompt for the chat template.")]
 
+_STRUCTURED = "Structured output"
+JsonSchema = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=_STRUCTURED,
+        metavar="FILE|JSON",
+        help="The answer is JSON that this schema describes, without blanks.",
+    ),
+]
+Regex = Annotated[
+    str | None, typer.Option(rich_help_panel=_STRUCTURED, help="The whole answer matches this regular expression.")
+]
+GrammarFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--grammar",
+        rich_help_panel=_STRUCTURED,
+        metavar="FILE",
+        help="The answer follows this grammar, Lark's or GBNF.",
+    ),
+]
+
 Json = Annotated[bool, typer.Option("--json", rich_help_panel=_OUTPUT, help="One object at the end.")]
 JsonLines = Annotated[bool, typer.Option("--jsonl", rich_help_panel=_OUTPUT, help="One event a line as it happens.")]
 Trace = Annotated[
@@ -221,6 +245,47 @@ class Placement:
             tokens=tokens,
             report=report,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Structured:
+    """What the answer is to follow."""
+
+    json_schema: JsonSchema = None
+    regex: Regex = None
+    grammar: GrammarFile = None
+
+    @property
+    def wanted(self) -> Grammar | None:
+        """Raises UsageError for several of them, for a file that cannot be read, and for what cannot be followed."""
+        given = [name for name in ("json_schema", "regex", "grammar") if getattr(self, name) is not None]
+        if len(given) > 1:
+            names = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise UsageError(f"{names} exclude each other", "give one of them")
+        if not given:
+            return None
+        from specdec_engine.grammar import wanted
+
+        if self.regex is not None:
+            return wanted.by_regex(self.regex)
+        if self.grammar is not None:
+            return wanted.by_grammar(_text_of("--grammar", Path(self.grammar)))
+        text = self.json_schema or ""
+        inline = text.lstrip()[:1] in ("{", "[", "") or text in ("true", "false")
+        return wanted.by_json_schema(text if inline else _text_of("--json-schema", Path(text)))
+
+    def refuse_at_server(self) -> None:
+        """Raises UsageError for any of them."""
+        if any(value is not None for value in (self.json_schema, self.regex, self.grammar)):
+            raise UsageError("structured output is for our own engine", "leave out --attach or --engine")
+
+
+def _text_of(option: str, path: Path) -> str:
+    """Raises UsageError for a file that cannot be read."""
+    try:
+        return decode(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{option} {path} cannot be read: {reason(error)}", "give the name of a file") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -277,7 +277,7 @@ def summary_line(summary: Summary, ending: str, state: str) -> str:
         [
             f"{_number(summary.tokens_per_second, 1)} tok/s{compared}",
             f"{_number(summary.mean_emitted_per_cycle, 2)} emitted per cycle (plain: 1)",
-            accepted,
+            accepted + (f", {summary.forced} forced by the grammar" if summary.forced else ""),
             f"{counted(summary.emitted, 'token')}, {ending}",
             f"seed {summary.seed if summary.seed is not None else '–'}",
             state,

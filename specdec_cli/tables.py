@@ -59,6 +59,7 @@ def _row(arm: Mapping[str, Any]) -> list[str]:
     same = "–" if arm["compared"] is None else f"{arm['identical']}/{arm['compared']}"
     low = arm["speedup_low"]  # None of one prompt, which says nothing about others
     said = [*([] if arm["rule"] == "token" else [arm["rule"]]), *filter(None, [arm.get("quantize")])]
+    said += ["structured"] if arm.get("structured") else []
     rule = f" ({', '.join(said)})" if said else ""
     return [
         f"{arm['draft']}{rule}",
@@ -94,6 +95,9 @@ def notes(found: Mapping[str, Any]) -> Iterator[str]:
     if base.get("by_weights"):
         rates = (f"{form} {rate:.1f}" for form, rate in base["by_weights"].items() if rate is not None)
         yield f"plain decoding by weights, tok/s: {', '.join(rates)}"
+    if (structured := base.get("structured")) is not None:
+        forced = sum(arm.get("forced", 0) for arm in found["arms"])
+        yield f"plain decoding under the grammar {structured:.1f} tok/s; {forced} tokens of its arms were forced by it"
     if (roof := base["roofline"]) is not None:
         yield (
             f"a plain pass takes {1e3 * roof['pass_s']:.1f} ms and reads {1e-9 * roof['bytes_per_second']:.1f} GB/s: "
@@ -180,7 +184,7 @@ def compared(older: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str
 
 
 def _key(arm: Mapping[str, Any]) -> tuple[Any, ...]:
-    return arm["draft"], arm["k"], arm["temperature"], arm["rule"], arm.get("quantize")
+    return arm["draft"], arm["k"], arm["temperature"], arm["rule"], arm.get("quantize"), bool(arm.get("structured"))
 
 
 def check_plot(path: Path) -> None:
@@ -201,10 +205,13 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
     axes = figure.subplots()
     series = dict[tuple[Any, ...], list[Mapping[str, Any]]]()
     for arm in found["arms"]:
-        series.setdefault((arm["draft"], arm["temperature"], arm["rule"], arm.get("quantize")), []).append(arm)
-    for (draft, temperature, _, form), arms in series.items():
+        series.setdefault(_key(arm)[:1] + _key(arm)[2:], []).append(arm)
+    for (draft, temperature, _, form, structured), arms in series.items():
         fixed = [arm for arm in arms if isinstance(arm["k"], int)]
-        ks, label = [arm["k"] for arm in fixed], ", ".join(filter(None, [draft, f"T {temperature:g}", form]))
+        ks, label = (
+            [arm["k"] for arm in fixed],
+            ", ".join(filter(None, [draft, f"T {temperature:g}", form, "structured" if structured else ""])),
+        )
         speeds = [arm["speedup"] for arm in fixed]
         below = [speed - (arm["speedup_low"] or speed) for speed, arm in zip(speeds, fixed, strict=True)]
         above = [(arm["speedup_high"] or speed) - speed for speed, arm in zip(speeds, fixed, strict=True)]

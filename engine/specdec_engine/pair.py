@@ -21,8 +21,10 @@ from specdec_engine.decoding.control import Controls
 from specdec_engine.decoding.loop import decode, forget
 from specdec_engine.decoding.stopping import Stop
 from specdec_engine.drafters import build_drafter
-from specdec_engine.drafters.base import Drafter, DraftSetup, LoadedDraft, ModelInfo
+from specdec_engine.drafters.base import Drafter, DraftSetup, LoadedDraft, ModelInfo, RunGrammar
 from specdec_engine.errors import PairIncompatible, UsageError
+from specdec_engine.grammar.matching import Matching
+from specdec_engine.grammar.wanted import Grammar
 from specdec_engine.models.chat import Turn, chat_ids, raw_ids, special_in, stop_id, turn_ids
 from specdec_engine.models.draft_files import found_draft, read_draft
 from specdec_engine.models.kinds import mask_of
@@ -63,6 +65,8 @@ class Pair:
     environment: Mapping[str, Any]
     notes: tuple[str, ...] = field(default=())
     """What a user should know about this pair, in sentences."""
+    run_grammar: RunGrammar = field(default_factory=RunGrammar)
+    """What drafters see of the run's grammar."""
     remarks: tuple[str, ...] = field(default=())
     """What a curious user may want to know: which runtimes were taken, and why not a faster one."""
 
@@ -138,11 +142,13 @@ class Pair:
         stop: Sequence[str] = (),
         seed: int | None = None,
         controls: Controls | None = None,
+        grammar: Grammar | None = None,
     ) -> Iterator[Event]:
         """The events of one run (`specdec_engine.decoding.loop.decode`). Without a seed a fresh one is drawn; Started has it.
         What the prompt has in common with the last run's text, from the first token on, is not read again.
 
-        `controls` takes the place of k and sampling for a caller that turns them while the run goes on.
+        `controls` takes the place of k and sampling for a caller that turns them while the run goes on. grammar: what the
+        answer follows (`specdec_engine.grammar.wanted`). Raises UsageError where this target cannot follow it.
         """
         if rule not in self.verifiers:
             raise UsageError(f"the rule {rule!r} is not known", f"one of {', '.join(self.verifiers)}")
@@ -151,6 +157,7 @@ class Pair:
         strings = tuple(text for text in dict.fromkeys(stop) if text not in marks)
         if controls is None:
             controls = self.controls(k, sampling)
+        matching = self.run_grammar.matching = None if grammar is None else self.matching(grammar)
         self.draft_limits.controller = controls.auto
         self.auto.begin(seed, tokenwise=rule == "token")  # always: it may be switched on in the middle of the run
         if controls.auto is not None:
@@ -166,7 +173,12 @@ class Pair:
             verifier=self.verifiers[rule],
             tokenizer=self.tokenizer,
             environment=self.environment,
+            grammar=matching,
         )
+
+    def matching(self, grammar: Grammar) -> Matching:
+        """A text that has yet to begin. Raises UsageError where this target cannot follow the grammar."""
+        return Matching(grammar, self.tokenizer, self.target.runtime.vocab, self.stop_ids, self.target.device)
 
 
 def load_pair(target: str = "builtin", draft: str | None = None, options: LoadOptions | None = None) -> Pair:
@@ -263,6 +275,7 @@ def _paired(models: Loader, draft: str | None) -> Pair:
         verifiers={name: _verifier(rule, loaded.runtime) for name, rule in RULES.items()},
         auto=AutoK(),
         draft_limits=setup.draft_limits,
+        run_grammar=setup.grammar,
         tokenizer=loaded.tokenizer,
         stop_ids=loaded.stop_ids,
         asked=loaded.asked,

@@ -28,6 +28,7 @@ from specdec_engine.record.prompt_files import read_questions
 
 if TYPE_CHECKING:
     from specdec_engine.bench.session import Session
+    from specdec_engine.grammar.wanted import Grammar
     from specdec_engine.pair import Pair
     from specdec_engine.runtime.linear import Quantize
 
@@ -108,6 +109,7 @@ def bench(
     categories: Categories = None,
     limit: Limit = None,
     synthetic_acceptance: Synthetic = None,
+    json_schema: opt.JsonSchema = None,
     server: ServerOptions,
     served: ServedOptions,
     repeats: Repeats = 2,
@@ -132,7 +134,8 @@ def bench(
     questions = builtin_questions() if prompts is None else read_questions(prompts)
     if server.wanted:
         given = {"--rule": rule != "token", "--synthetic-acceptance": synthetic_acceptance, "--resume": resume,
-                 "--plot": plot, "several drafts": draft is not None and len(draft) > 1}  # fmt: skip
+                 "--json-schema": json_schema, "--plot": plot,
+                 "several drafts": draft is not None and len(draft) > 1}  # fmt: skip
         wanted = Wanted(
             server=server,
             options=served,
@@ -150,14 +153,18 @@ def bench(
         bench_server(wanted, given, out, format, fail_below)
         return
     served.refuse_without_server()
+    grammar = opt.Structured(json_schema).wanted
+    arms = _arms(draft, k, temperature, rule, _forms(where.quantize), synthetic_acceptance)
+    if grammar is not None:
+        arms += tuple(replace(arm, structured=True) for arm in arms)
     plan = Plan(
         target=target,
-        arms=_arms(draft, k, temperature, rule, _forms(where.quantize), synthetic_acceptance),
+        arms=arms,
         questions=chosen(questions, (categories or "").split(",") if categories else (), limit),
         repeats=repeats,
         max_tokens=max_tokens,
         seed=seed,
-        conditions=_conditions(where, synthetic_acceptance),
+        conditions=_conditions(where, synthetic_acceptance, grammar),
     )
     if plot is not None:
         tables.check_plot(plot)
@@ -167,7 +174,7 @@ def bench(
     begun = report.read(out) if resume and out is not None and out.exists() else None
     quieten(where.offline, where.debug)
     kept = _Kept(out)
-    found, whole = _measured(plan, begun, where, kept, synthetic_acceptance)
+    found, whole = _measured(plan, begun, where, kept, synthetic_acceptance, grammar)
     tables.show(found, format)
     if plot is not None:
         tables.plot(found, plot)
@@ -200,9 +207,10 @@ def _forms(quantize: str) -> tuple[str, ...]:
     return found if len(found) > 1 else ("",)
 
 
-def _conditions(where: opt.Placement, synthetic: float | None) -> tuple[str, ...]:
+def _conditions(where: opt.Placement, synthetic: float | None, grammar: Grammar | None) -> tuple[str, ...]:
     names = ("device", "device_map", "dtype", "runtime", "quantize", "draft_quantize", "threads")
-    return (f"synthetic={synthetic}", *(f"{name}={getattr(where, name)}" for name in names))
+    follows = () if grammar is None else (f"grammar={grammar.compiled}",)
+    return (f"synthetic={synthetic}", *follows, *(f"{name}={getattr(where, name)}" for name in names))
 
 
 def _arms(
@@ -228,10 +236,15 @@ def _arms(
 
 
 def _measured(
-    plan: Plan, begun: dict[str, Any] | None, where: opt.Placement, kept: _Kept, synthetic: float | None
+    plan: Plan,
+    begun: dict[str, Any] | None,
+    where: opt.Placement,
+    kept: _Kept,
+    synthetic: float | None,
+    grammar: Grammar | None,
 ) -> tuple[dict[str, Any], bool]:
     """Run what is missing of the plan; after Ctrl-C what there is, and False."""
-    session, whole = _session(plan, begun, where, synthetic), True
+    session, whole = _session(plan, begun, where, synthetic, grammar), True
     kept.begin(session.record())
     runs = session.runs()
     if not runs:
@@ -255,7 +268,13 @@ def _measured(
     return found, whole
 
 
-def _session(plan: Plan, begun: dict[str, Any] | None, where: opt.Placement, synthetic: float | None) -> Session:
+def _session(
+    plan: Plan,
+    begun: dict[str, Any] | None,
+    where: opt.Placement,
+    synthetic: float | None,
+    grammar: Grammar | None,
+) -> Session:
     """All pairs loaded; an arm whose draft does not fit into memory beside the others is left out."""
     plain: dict[str, Pair] = {}
     pairs: dict[tuple[str | None, str], Pair] = {}
@@ -294,7 +313,7 @@ def _session(plan: Plan, begun: dict[str, Any] | None, where: opt.Placement, syn
     environment["by_weights"] = {form: pair.environment["target"] for form, pair in plain.items() if form}
     before = [] if begun is None else report.samples_of(begun, plan, environment["threads"])
     by_name: dict[tuple[str | None, str], Pair] = {(named[key], key[1]): pair for key, pair in pairs.items()}
-    return Session(plan, plain, by_name, environment, synthetic, before)
+    return Session(plan, plain, by_name, environment, synthetic, before, grammar)
 
 
 class _Kept:

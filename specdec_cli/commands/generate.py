@@ -36,6 +36,7 @@ def generate(
     draft: opt.Draft = None,
     server: ServerOptions,
     how: opt.Decoding,
+    structured: opt.Structured,
     where: opt.Placement,
     json: opt.Json = False,
     jsonl: opt.JsonLines = False,
@@ -57,6 +58,7 @@ def generate(
     if json and jsonl:
         raise UsageError("--json and --jsonl exclude each other", "--json is one object, --jsonl one event a line")
     if server.wanted:
+        structured.refuse_at_server()
         recorder, text = Recorder(trace), read_prompt(prompt, file)
         asked_of(text, how)
         with server_at(server, target, draft, how, where) as at:
@@ -74,6 +76,7 @@ def generate(
 
     Controls(3 if drafted == "auto" else drafted, sampling, how.draft_temperature)
     stops = Stop(how.max_tokens, strings=tuple(how.stop or ())).strings
+    grammar = structured.wanted
     text = read_prompt(prompt, file)
     recorder = Recorder(trace)
 
@@ -87,6 +90,9 @@ def generate(
         tokens = len(text + (how.system or "")) // 3 + how.max_tokens
         pair = load_pair(target, setting.draft, where.loading(tokens, report))
     ids = pair.encode(text, chat=how.chat, system=how.system)
+    if grammar is not None:
+        for warning in grammar.warnings:
+            output.note(f"not followed, of the {grammar.word}: {warning}")
     for sentence in (*pair.notes, pair.marks_in(text, how.chat), *(pair.remarks if verbose else ())):
         if sentence:
             output.note(sentence)
@@ -97,10 +103,14 @@ def generate(
     recorder.describe(text_of)
     told = replace(sampling, raw=trace is not None or jsonl)
     controls = pair.controls(drafted, told, how.draft_temperature)
-    events = pair.decode(ids, controls=controls, rule=how.rule, max_tokens=how.max_tokens, stop=stops, seed=how.seed)
+    events = pair.decode(
+        ids, controls=controls, rule=how.rule, max_tokens=how.max_tokens, stop=stops, seed=how.seed, grammar=grammar
+    )
     summary = _run(events, sink, recorder, len(ids))
     state = _state(pair, summary, drafted, controls, named=setting.draft is not None)
     _say(summary, sink, stats, _ending(summary, how.max_tokens, stops), state)
+    if grammar is not None and summary.finish_reason == "length":
+        output.note(f"cut, and so not whole by its {grammar.word}: give more --max-tokens")
     if (misfit := _misfit(pair, summary)) is not None:
         output.note(misfit)
     _leave(summary, recorder)

@@ -25,6 +25,7 @@ from specdec_engine.errors import UsageError
 from specdec_tui.live import LiveStream, Request
 
 if TYPE_CHECKING:
+    from specdec_engine.grammar.wanted import Grammar
     from specdec_engine.models.progress import Report
     from specdec_engine.pair import Pair
     from specdec_tui.served import ServerStream
@@ -40,6 +41,7 @@ def watch(
     draft: opt.Draft = None,
     server: ServerOptions,
     how: opt.Decoding,
+    structured: opt.Structured,
     where: opt.Placement,
     counters: Counters,
     demo: Annotated[bool, typer.Option("--demo", help="A recorded run of the built-in pair; loads no model.")] = False,
@@ -70,11 +72,12 @@ def watch(
         return
     _check_terminal()
     if server.wanted:
+        structured.refuse_at_server()
         text = read_prompt(prompt, file)
         asked_of(text, how)
         with server_at(server, target, draft, how, where) as at:
             _watch_server(at, text, how)
-    _watch_pair(prompt, file, target, draft, how, where)
+    _watch_pair(prompt, file, target, draft, how, structured.wanted, where)
 
 
 def _show_recorded(lesson: bool) -> None:
@@ -97,6 +100,7 @@ def _watch_pair(
     target: str,
     draft: str | None,
     how: opt.Decoding,
+    grammar: Grammar | None,
     where: opt.Placement,
 ) -> None:
     """On our own engine."""
@@ -139,6 +143,7 @@ def _watch_pair(
         how.seed,
         how.chat,
         how.system,
+        grammar,
     )
     _shown(LiveStream(load, request, user_log_path("specdec") / "watch.log"))
 

@@ -355,3 +355,24 @@ def test_a_head_of_which_next_to_nothing_is_accepted_is_said_not_to_fit():
 
     assert "8% of the first tokens of 60 drafts" in said(60, 5)
     assert said(40, 0) is said(60, 30) is said(60, 5, "ngram,h") is said(60, 5, kind="llama") is None
+
+
+def test_a_schema_makes_each_arm_twice_each_against_plain_decoding_of_its_kind(bench, tmp_path):
+    out = tmp_path / "r.json"
+    schema = '{"type": "array", "items": {"enum": ["the light", "night"]}, "minItems": 3, "maxItems": 3}'
+    result = bench("--json-schema", schema, "-k", "3", "--out", out)
+    assert result.code == 0, result.err
+    found = json.loads(out.read_text())
+    assert [arm["structured"] for arm in found["arms"]] == [False, True]
+    free, structured = found["arms"]
+    assert (free["forced"], structured["forced"] > 0) == (0, True)
+    assert structured["identical"] == structured["compared"] > 0
+    assert found["baseline"]["structured"] > 0
+    assert len([s for s in found["baseline"]["samples"] if s["structured"]]) == len(structured["samples"])
+    assert "(structured)" in result.out
+    assert "forced by it" in result.out
+    again = bench("--json-schema", schema, "-k", "3", "--out", out, "--resume")
+    assert "nothing is left to run" in again.err
+    other = bench("--json-schema", '{"enum": [1]}', "-k", "3", "--out", out, "--resume")
+    assert other.code == 2
+    assert bench("--json-schema", "{").code == 2

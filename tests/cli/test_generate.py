@@ -335,3 +335,50 @@ def test_what_is_loaded_is_not_searched_for_garbage_then_or_later():
         assert gc.isenabled()
     finally:
         gc.unfreeze()
+
+
+SCHEMA = '{"type": "array", "items": {"enum": ["the light", "night"]}, "minItems": 2, "maxItems": 2}'
+
+
+def test_structured_output_is_what_was_asked_for_and_counts_free_tokens(specdec, checkpoint, tmp_path):
+    (tmp_path / "schema.json").write_text(SCHEMA)
+    (tmp_path / "rules").write_text('root ::= "yes" | "no"')
+    typed = ("generate", "hello", "-t", checkpoint, "--no-stats")
+    for option, value in (("--json-schema", SCHEMA), ("--json-schema", tmp_path / "schema.json")):
+        found = json.loads(specdec(*typed, option, value, "--temperature", "1").out)
+        assert len(found) == 2
+        assert set(found) <= {"the light", "night"}
+    assert specdec(*typed, "--regex", "[0-9]{3}").out.isdigit()
+    assert specdec(*typed, "--grammar", tmp_path / "rules").out in ("yes", "no")
+    told = json.loads(specdec(*typed, "--json-schema", SCHEMA, "--json").out)
+    assert told["forced"] > 0
+    assert told["settings"]["grammar"]["kind"] == "json_schema"
+    cut = specdec("generate", "hello", "-t", checkpoint, "--json-schema", SCHEMA, "-n", "2")
+    assert (cut.code, "cut, and so not whole" in cut.err) == (0, True)
+    assert "forced by the grammar" in specdec("generate", "hello", "-t", checkpoint, "--json-schema", SCHEMA).err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--json-schema", "{"),
+        ("--json-schema", "nowhere.json"),
+        ("--json-schema", '{"type": "nope"}'),
+        ("--regex", "("),
+        ("--regex", "a", "--json-schema", "{}"),
+        ("--grammar", "nowhere"),
+        ("--regex", "a", "--attach", "x:1"),
+    ],
+)
+def test_what_no_answer_can_follow_is_refused_before_a_model_is_loaded(specdec, options):
+    result = specdec("generate", "hello", "-t", "nowhere/at-all", *options)
+    assert result.code == 2
+    assert "Traceback" not in result.err
+
+
+def test_without_the_extra_it_says_what_to_install(specdec, checkpoint, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    result = specdec("generate", "hello", "-t", checkpoint, "--regex", "a")
+    assert (result.code, "specdec-cli[structured]" in result.err) == (2, True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
-from itertools import product
+from itertools import pairwise, product
 from typing import ClassVar
 
 import pytest
@@ -255,3 +255,64 @@ def test_a_wrong_rule_is_caught(rule, how):
     # With three tokens a residual often has but one entry: of two toys, 36 is one that tells the residuals apart.
     found = [deviation(enumerate_emitted(rule, p, q, 2, 3, **how), p, 3) for p, q in map(toy, (0, 36))]
     assert max(found) > 1e-2
+
+
+# -- a grammar: the target is another one, which says only what may come ---------------------------------------------------
+
+
+def may_come(context: tuple[int, ...]) -> list[bool] | None:
+    """A toy grammar: after a 0 must come a 1, and no token comes twice in a row. None outside of it."""
+    for before, token in pairwise(context):
+        if not may_follow(before, token):
+            return None
+    return [may_follow(context[-1], token) if context else True for token in range(VOCAB)]
+
+
+def may_follow(before: int, token: int) -> bool:
+    return token == 1 if before == 0 else token != before
+
+
+def restricted(row_of, *, normalised: bool = True, first_row_only: bool = False):
+    """p or q by the grammar; rows after a token that may not come are as they were, and are not reached."""
+
+    def row(context: tuple[int, ...]) -> Tensor:
+        found, allowed = row_of(context), may_come(context)
+        if allowed is None or (first_row_only and len(context) % 2):
+            return found
+        found = found * torch.tensor(allowed)
+        return found / found.sum() if normalised else found
+
+    return row
+
+
+@pytest.mark.parametrize("rule", LOSSLESS, ids=lambda rule: rule.name)
+@pytest.mark.parametrize("draft", ["free", "by the grammar", "deterministic", "forced"])
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_under_a_grammar_the_text_has_the_restricted_targets_distribution(rule, draft, k, seed):
+    """Whether the draft knows of it, or not; and where it is what must come, as far as anything must."""
+    free_p, free_q = toy(seed)
+    p, q = restricted(free_p), free_q if draft == "free" else restricted(free_q)
+    if draft == "forced":
+        q = restricted(lambda context: torch.ones(VOCAB, dtype=torch.float64))
+    found = enumerate_emitted(rule, p, q, k, LENGTH, deterministic=draft in ("deterministic", "forced"))
+    assert deviation(found, p, LENGTH) < 1e-12
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_wrong_masks_are_caught(seed):
+    """Masks that come a row too late, as those of an engine that looks at the grammar once a pass; and a q that was drawn by
+    the grammar and told as it was before."""
+    free_p, free_q = toy(seed)
+    p = restricted(free_p)
+    late = enumerate_emitted(TokenRule(), restricted(free_p, first_row_only=True), free_q, 2, LENGTH)
+    assert deviation(late, p, LENGTH) > 1e-3
+
+    class ToldAsBefore(TokenRule):
+        """Holds drafts that were drawn from the restricted q against the free one."""
+
+        def thresholds(self, inputs):
+            return super().thresholds(replace(inputs, q_drafted=inputs.q_drafted * 0.5))
+
+    biased = enumerate_emitted(ToldAsBefore(), p, restricted(free_q), 2, LENGTH)
+    assert deviation(biased, p, LENGTH) > 1e-3

@@ -10,7 +10,7 @@ from specdec_tui.panels import Line
 from specdec_tui.pieces import Name, alone
 
 MARKS = {"accepted": "✓", "rejected": "×", "untested": "·", "recovered": "↳", "bonus": "+", "plain": "", "drafted": "?"}
-GUESSED = "»"
+GUESSED, FORCED = "»", "≡"
 """Before a token that a lookup had expected of the draft model."""
 
 _MARK_STYLES = {"rejected": "refused", "untested": "muted"}
@@ -26,7 +26,8 @@ def row(cycle: Cycle, name: Name, width: int, partial: Step | None = None) -> Li
     parts: Line = [(number, "muted"), (kept, "")]
     room = width - len(number) - len(kept) - len(time)
     for place, (token, kind) in enumerate(_tokens(cycle, partial)):
-        text = (GUESSED if place in cycle.guessed else "") + (alone(token, name).strip() or "␣")
+        before = FORCED if cycle.forced and place < k else GUESSED if place in cycle.guessed else ""
+        text = before + (alone(token, name).strip() or "␣")
         piece = f"{MARKS[kind]}{text} "
         if cell_len(piece) > room:
             parts.append(("…"[:room], "muted"))

@@ -21,6 +21,7 @@ from specdec_tui.streams import Stage, Threaded
 if TYPE_CHECKING:
     from specdec_engine.adaptive.controller import AutoK
     from specdec_engine.decoding.control import Controls
+    from specdec_engine.grammar.wanted import Grammar
     from specdec_engine.pair import Pair
 
 PLAIN_TOKENS = 16
@@ -42,6 +43,8 @@ class Request:
     seed: int | None = None
     chat: bool | None = None
     system: str | None = None
+    grammar: Grammar | None = None
+    """What the answer follows."""
 
 
 class LiveStream(Threaded):
@@ -185,6 +188,7 @@ class LiveStream(Threaded):
         plain = self._plain(pair, ids)
         controls = self._controls = pair.controls(request.k, request.sampling, request.draft_temperature)
         how: dict[str, Any] = {"rule": request.rule, "max_tokens": request.max_tokens, "stop": request.stop}
+        how["grammar"] = request.grammar
         done = emitted = 0
         for event in pair.decode(ids, controls=controls, seed=request.seed, **how):
             if isinstance(event, Started):

@@ -16,6 +16,9 @@ def narrate(cycle: Cycle, name: Name, rule: str = "token") -> str:
     number, k, kept, at = cycle.index + 1, len(cycle.drafted), cycle.accepted, cycle.rejected
     if not k:
         return f"Cycle {number}: nothing was drafted, so the pass gave one token, {last}.{_ended(cycle)}"
+    if cycle.forced and at is None:
+        and_last = "" if _clipped(cycle) else f"; {last} comes from the same pass"
+        return f"Cycle {number}: {counted(k, 'token')} had to come by the grammar{and_last}.{_ended(cycle)}"
     if at is None:
         free = "" if _clipped(cycle) else f", and {last} comes free from the same pass"
         all_of = "the one guess" if k == 1 else f"all {k}" if kept == k else f"{kept} of {k}"
@@ -75,7 +78,8 @@ def step_words(view: View, name: Name) -> str:
     if not partial.verified:
         token = repr_of(cycle.drafted[partial.drafted - 1], name) if partial.drafted else "nothing"
         expected = ", as a lookup had expected" if partial.drafted - 1 in cycle.guessed else ""
-        return f"Cycle {number}: the draft guesses {token}{expected}, {partial.drafted} of {k}."
+        who = "the grammar leaves only" if cycle.forced else "the draft guesses"
+        return f"Cycle {number}: {who} {token}{expected}, {partial.drafted} of {k}."
     if not partial.tested:
         guesses = (
             "the guess in one pass, and says what it would have said there"

@@ -44,6 +44,9 @@ class Sample:
     turns: tuple[int, ...] = ()
     """Tokens of each turn's answer."""
     quantize: str = ""
+    structured: bool = False
+    forced: int = 0
+    """Tokens that had to come by the grammar, in no count of drafts."""
 
     @property
     def decode_s(self) -> float:

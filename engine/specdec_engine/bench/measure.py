@@ -14,6 +14,7 @@ from specdec_engine.bench.plan import Arm, Run
 from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.drafters.base import empty_draft
 from specdec_engine.errors import CheckFailed
+from specdec_engine.grammar.wanted import Grammar
 from specdec_engine.pair import Pair
 from specdec_engine.record.events import Cycle, known_ids, known_phases
 from specdec_engine.record.prompt_files import Question
@@ -26,7 +27,15 @@ def asked(pair: Pair, question: Question, turn: str, history: Sequence[tuple[str
     return pair.encode(turn, history=history, system=question.system or None)
 
 
-def measure_run(pair: Pair, arm: Arm | None, run: Run, question: Question, max_tokens: int, seed: int) -> list[Sample]:
+def measure_run(
+    pair: Pair,
+    arm: Arm | None,
+    run: Run,
+    question: Question,
+    max_tokens: int,
+    seed: int,
+    grammar: Grammar | None = None,
+) -> list[Sample]:
     """All turns of a conversation as one sample; none where the model said nothing. Sampled arms share the prompt's seed."""
     history, total, ids, passes = list[tuple[str, str]](), Summary(), list[int](), dict[str, tuple[int, float]]()
     prefill, turns = 0.0, list[int]()
@@ -40,6 +49,7 @@ def measure_run(pair: Pair, arm: Arm | None, run: Run, question: Question, max_t
             rule="token" if arm is None else arm.rule,
             max_tokens=max_tokens,
             seed=seed,
+            grammar=grammar if run.structured else None,
         ):
             if isinstance(event, Cycle):
                 _check(event)
@@ -72,6 +82,8 @@ def measure_run(pair: Pair, arm: Arm | None, run: Run, question: Question, max_t
             token_ids=tuple(ids),
             turns=tuple(turns),
             quantize=run.quantize,
+            structured=run.structured,
+            forced=total.forced,
         )
     ]
 

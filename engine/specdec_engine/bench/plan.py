@@ -32,11 +32,18 @@ class Arm:
     quantize: str = ""
     """The target's weights, where arms differ in them; then plain decoding is run in each form, and each arm held against
     its own."""
+    structured: bool = False
+    """Under the plan's grammar, and held against plain decoding under it."""
 
     @property
     def label(self) -> str:
         parts = [self.draft or "default", f"k {self.k}", f"T {self.temperature:g}"]
-        return " · ".join([*parts, *([] if self.rule == "token" else [self.rule]), *filter(None, [self.quantize])])
+        return " · ".join([*parts, *([] if self.rule == "token" else [self.rule]), *filter(None, self.form)])
+
+    @property
+    def form(self) -> tuple[str, ...]:
+        """What else an arm shares with the plain decoding that it is held against, beside its temperature, in words."""
+        return self.quantize, "structured" if self.structured else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +55,7 @@ class Run:
     temperature: float
     arm: int | None
     quantize: str = ""
+    structured: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +74,10 @@ class Plan:
     def runs(self) -> Iterator[Run]:
         """Prompt by prompt, plain decoding and all arms in shuffled order: a machine that slows down slows all alike."""
         order = random.Random(self.seed)
-        against = sorted({(arm.temperature, arm.quantize) for arm in self.arms})
+        against = sorted({(arm.temperature, arm.quantize, arm.structured) for arm in self.arms})
         for repeat, question in product(range(self.repeats), range(len(self.questions))):
-            plain = [Run(question, repeat, t, None, form) for t, form in against]
-            arms = [Run(question, repeat, a.temperature, i, a.quantize) for i, a in enumerate(self.arms)]
+            plain = [Run(question, repeat, t, None, form, under) for t, form, under in against]
+            arms = [Run(question, repeat, a.temperature, i, a.quantize, a.structured) for i, a in enumerate(self.arms)]
             yield from order.sample(plain + arms, len(plain + arms))
 
     @property
@@ -90,7 +98,10 @@ def digest_of(questions: Sequence[Question]) -> str:
 
 def _named(part: Question | Arm) -> dict[str, Any]:
     """Without what is empty, as in records from before there was such a field."""
-    return {key: value for key, value in asdict(part).items() if key not in ("ids", "quantize", "system") or value}
+    return {key: value for key, value in asdict(part).items() if key not in _LATER or value}
+
+
+_LATER = ("ids", "quantize", "structured", "system")
 
 
 def ks_of(text: str) -> tuple[int | Literal["auto"], ...]:

@@ -54,8 +54,8 @@ def figures_of(plan: Plan, samples: Sequence[Sample]) -> list[ArmFigures]:
 
 def _of(samples: Sequence[Sample], number: int | None, arm: Arm) -> tuple[Sample, ...]:
     """The arm's own, or those of the plain decoding that it is held against."""
-    form = (arm.temperature, arm.quantize)
-    return tuple(s for s in samples if s.arm == number and (s.temperature, s.quantize) == form)
+    form = (arm.temperature, arm.quantize, arm.structured)
+    return tuple(s for s in samples if s.arm == number and (s.temperature, s.quantize, s.structured) == form)
 
 
 def _figures(plan: Plan, arm: Arm, runs: tuple[Sample, ...], plain: tuple[Sample, ...]) -> ArmFigures | None:
@@ -110,8 +110,9 @@ def record(
     with a chosen acceptance nothing is lossless, and the record says so."""
     arms = figures_of(plan, samples)
     plain = [s for s in samples if s.arm is None]
+    free = [s for s in plain if not s.structured]
     forms = list(dict.fromkeys(arm.quantize for arm in plan.arms))
-    first = [s for s in plain if s.quantize == forms[0]]
+    first = [s for s in free if s.quantize == forms[0]]
     advised = advice(alike(arms))
     found = {
         "schema": SCHEMA,
@@ -122,7 +123,8 @@ def record(
         "prompts": {"count": len(plan.questions), "digest": plan.prompts_digest},
         "baseline": {
             "tokens_per_second": _rate(first),
-            "by_weights": {form: _rate([s for s in plain if s.quantize == form]) for form in forms if form},
+            "by_weights": {form: _rate([s for s in free if s.quantize == form]) for form in forms if form},
+            "structured": _rate([s for s in plain if s.structured]),
             "roofline": roofline(first, environment),
             "samples": [asdict(s) for s in plain],
         },
@@ -148,6 +150,8 @@ def _arm(
         "temperature": a.arm.temperature,
         "rule": a.arm.rule,
         "quantize": a.arm.quantize or None,
+        "structured": a.arm.structured,
+        "forced": sum(s.forced for s in a.samples),
         "tokens_per_second": a.tokens_per_second,
         "speedup": a.speedup.mean,
         "speedup_low": a.speedup.low,
@@ -180,6 +184,7 @@ def _advised(advised: Recommendation, arms: Sequence[ArmFigures]) -> dict[str, A
         "temperature": None if arm is None else arm.temperature,
         "rule": None if arm is None else arm.rule,
         "quantize": None if arm is None else arm.quantize or None,
+        "structured": arm is not None and arm.structured,
         "speedup": advised.speedup,
         "reason": advised.reason,
     }
@@ -244,6 +249,7 @@ class _Arm(_Measured):
     temperature: float
     rule: str
     quantize: NotRequired[str | None]
+    structured: NotRequired[bool]
     speedup: float
     speedup_low: float | None
     speedup_high: float | None

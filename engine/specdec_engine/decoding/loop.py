@@ -11,13 +11,27 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from specdec_engine.core.cycle_types import Draft, Verdict
 from specdec_engine.core.randomness import Randomness
+from specdec_engine.core.transfer import upload
 from specdec_engine.decoding.control import Controls, Settings, changes
 from specdec_engine.decoding.stopping import Clipped, Clipper, Stop
 from specdec_engine.drafters.base import Drafter, empty_draft
 from specdec_engine.errors import GenerationFailed, OutOfMemory, SpecdecError, UsageError
-from specdec_engine.record.events import Cycle, End, Event, Failed, Finished, FinishReason, SettingChanged, Started
+from specdec_engine.grammar.matching import Matching
+from specdec_engine.record.events import (
+    FORCED_BY,
+    Cycle,
+    End,
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    SettingChanged,
+    Started,
+)
 from specdec_engine.record.text import Tokenizer
 from specdec_engine.runtime.target import Target
 from specdec_engine.system.memory import peak_bytes, ran_out
@@ -41,6 +55,7 @@ def decode(
     environment: Mapping[str, Any] | None = None,
     ahead: bool | None = None,
     asked: Asked | None = None,
+    grammar: Matching | None = None,
 ) -> Iterator[Event]:
     """Emit up to `stop.max_tokens` tokens after `prompt`, yielding Started, a Cycle a target pass (a SettingChanged
     before it for each change), then Finished.
@@ -48,8 +63,9 @@ def decode(
     With a lossless rule the emitted tokens have exactly the target's distribution, for any drafter and any k (Leviathan
     et al. 2023); at temperature 0 they are the target's greedy tokens. `verifier` holds the rule (the token rule unless
     given). `tokenizer` is needed for stop strings only. `asked` changes the target's logits, and with them its
-    distribution. With `ahead`, the default on a GPU, the next cycle is started before this one's event is yielded, so
-    that the consumer works while the device does; settings that it changes then reach the cycle after that one.
+    distribution; so does `grammar`, a fresh one, which proposes the tokens that must come, too. With `ahead`, the default
+    on a GPU, the next cycle is started before this one's event is yielded, so that the consumer works while the device
+    does; settings that it changes then reach the cycle after that one.
 
     Raises UsageError for a prompt that is empty or fills the target's context, before any event; any error after that is
     yielded as Failed, for traces, and then raised.
@@ -60,11 +76,14 @@ def decode(
     run = _Run(target, drafter, list(prompt), controls, clipper, random, verifier, timer)
     if asked:
         run.process = process(asked, len(prompt), target.device)
+    run.grammar = grammar
     coupling = controls.settings.sampling.coupling
     names = {"target": target.name, "draft": drafter.name, "rule": verifier.rule.name, "coupling": coupling}
     budget = {"max_tokens": stop.max_tokens, "stop": [*stop.strings, *stop.marks]}
     if asked:
         budget["generation_config"] = asked.named()
+    if grammar is not None:
+        budget["grammar"] = grammar.grammar.named()
     yield Started(tuple(prompt), {**names, **run.settings.named(), **budget}, random.seed, dict(environment or {}))
     try:
         yield from run.run_ahead() if ahead else run.run_in_turn()
@@ -112,6 +131,7 @@ class _Run:
         self._controls, self._clipper, self._random = controls, clipper, random
         self._verifier, self._timer = verifier, timer
         self.process: Processed | None = None
+        self.grammar: Matching | None = None
         self._kept = 0
         self._prompt_tokens, self._cycles_started, self._cycles_done = len(context), 0, 0
 
@@ -158,23 +178,43 @@ class _Run:
         self._cycles_started += 1
         marks, sampling = [self._timer.mark()], self.settings.sampling
 
-        k = min(self.settings.k, self._clipper.room - 1)  # the last token of the budget is the target's own
-        draft = _propose(self._drafter, context, k, self.settings, self._random) if k else empty_draft(target.device)
-        if k < self.settings.k:
-            draft = replace(draft, cut=True)
+        k, draft = self._draft()
         marks.append(self._timer.mark())
+        drafted = draft.tokens.tolist() if self.grammar is not None else []  # before the pass, which it would wait for
         logits = target.score(context, draft)
         if self.process is not None:
             logits = self.process(context, draft.tokens, logits)
+        if self.grammar is not None:
+            logits = logits.masked_fill(~self.grammar.allowed(drafted), -torch.inf)
         pending = self._verifier.start(logits, draft, sampling, self._random, len(context))
         marks.append(self._timer.mark())
         return _InFlightCycle(changed, k, draft, pending, marks)
+
+    def _draft(self) -> tuple[int, Draft]:
+        """Of so many tokens at most. The last token of the budget is the target's own."""
+        settings, room = self.settings, self._clipper.room - 1
+        k = min(settings.k, room)
+        if (forced := self._forced(room)) is not None:
+            return max(k, len(forced)), forced
+        if not k:
+            return k, empty_draft(self._target.device)
+        draft = _propose(self._drafter, self._context, k, settings, self._random)
+        return k, replace(draft, cut=True) if k < settings.k else draft
+
+    def _forced(self, room: int) -> Draft | None:
+        """Tokens that must come by the grammar, if any: free, and so proposed also where drafts do not pay and are off; not
+        in plain decoding, nor where a plain pass is to be measured."""
+        off = self._controls.auto is not None and self._controls.auto.off
+        if self.grammar is None or not (self.settings.k or off):
+            return None
+        tokens = self.grammar.forced(room)
+        return Draft(upload(torch.tensor(tokens), self._target.device), None, FORCED_BY) if tokens else None
 
     def _finish_cycle(self, in_flight: _InFlightCycle) -> tuple[Cycle, FinishReason | None]:
         draft, marks, context, position = in_flight.draft, in_flight.marks, self._context, len(self._context)
         marks.append(self._timer.mark())  # the time before this mark is the consumer's: no phase counts it
         verdict = in_flight.pending()
-        clipped = self._clipper.clip(verdict.tokens)
+        clipped = self._clipped(verdict)
         context += clipped.emitted
         self._target.rollback(to=len(context) - 1)
         if len(draft):
@@ -185,8 +225,17 @@ class _Run:
         seconds = [self._timer.seconds(*phase) for phase in phases]
         cycle = _cycle(self._cycles_done, in_flight.k, draft, verdict, clipped, seconds, position)
         self._cycles_done += 1
-        self._controls.observe(cycle)
+        if not cycle.forced:  # how tokens fare that must come says nothing of drafts
+            self._controls.observe(cycle)
         return cycle, clipped.reason
+
+    def _clipped(self, verdict: Verdict) -> Clipped:
+        """By what ends a run; among that is a grammar after which nothing may follow."""
+        clipped = self._clipper.clip(verdict.tokens)
+        if self.grammar is None:
+            return clipped
+        count = self.grammar.advance(clipped.emitted)
+        return Clipped(clipped.emitted[:count], "stop") if self.grammar.finished else clipped
 
     def _finished(self, reason: FinishReason, prefill: tuple[Mark, Mark]) -> Finished:
         emitted = len(self._context) - self._prompt_tokens

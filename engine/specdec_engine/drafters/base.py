@@ -13,6 +13,7 @@ from torch import Tensor
 from specdec_engine.adaptive.limits import DraftLimits
 from specdec_engine.core.cycle_types import Draft, Sampling, Verdict
 from specdec_engine.core.randomness import Randomness
+from specdec_engine.grammar.matching import Matching
 from specdec_engine.models.translation import Translation
 from specdec_engine.runtime import Runtime
 from specdec_engine.runtime.linear import Quantize
@@ -88,6 +89,13 @@ class LoadedDraft:
     """The token that masks places, of a model that fills them in (PARD)."""
 
 
+@dataclass(slots=True)
+class RunGrammar:
+    """What the run's text must follow: drafts on the host may look."""
+
+    matching: Matching | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class DraftSetup:
     """What a drafter may know about the target it drafts for, when it is built."""
@@ -107,6 +115,8 @@ class DraftSetup:
     draft_quantize: Quantize = "auto"
     draft_limits: DraftLimits = field(default_factory=DraftLimits)
     """Asked by drafters that can stop early."""
+    grammar: RunGrammar = field(default_factory=RunGrammar)
+    """Looked at by drafters whose proposals follow it where that costs next to nothing; none has to."""
     find: Callable[[str], Path] = Path
     """The files of a draft by its name (hub id, folder, .gguf), fetched if need be."""
     models: dict[str, ModelInfo] = field(default_factory=dict)

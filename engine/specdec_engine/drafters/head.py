@@ -15,7 +15,7 @@ from specdec_engine.core.cycle_types import Draft, Sampling, Verdict
 from specdec_engine.core.randomness import Randomness
 from specdec_engine.core.transfer import upload
 from specdec_engine.drafters.base import DraftSetup, ModelInfo, empty_draft
-from specdec_engine.drafters.token_choice import DraftChoice, TextSampler, draft_numbers
+from specdec_engine.drafters.token_choice import DraftChoice, TextSampler, draft_numbers, masked
 from specdec_engine.errors import ModelUnavailable, PairIncompatible, UsageError
 from specdec_engine.models.draft_files import builtin_draft, head_weights, inverse, read_draft
 from specdec_engine.models.draft_folder import DraftFolder
@@ -51,15 +51,17 @@ class HeadDrafter:
         u, temperature = draft_numbers(random, sampling, len(context), k, self._setup.vocab, self._head.device)
         stop = self._setup.draft_limits.early_stop_on(self._head.device, self.name)
         eager = self._head.device.type == "cpu"
-        drawn = self._head.unroll(
-            self._target.features(begin, read),
-            self._tokens(context[begin + 1 :]),
-            u[:, self._ids] if sampling.coupled else u,
-            temperature,
-            DraftChoice(sampling, len(self._ids), eager, confident=stop is not None),
-            self._ids,
-            stop,
-        )
+        choice = DraftChoice(sampling, len(self._ids), eager, confident=stop is not None)
+        with masked(choice, self._setup.grammar, self._head.device, self._ids) as sampler:
+            drawn = self._head.unroll(
+                self._target.features(begin, read),
+                self._tokens(context[begin + 1 :]),
+                u[:, self._ids] if sampling.coupled else u,
+                temperature,
+                sampler,
+                self._ids,
+                stop,
+            )
         self._head.rollback(read)
         self._head.known.note(context, len(context))
         return Draft(drawn.tokens, self._widened(drawn.rows), self.name, drawn.raw, self._ids)

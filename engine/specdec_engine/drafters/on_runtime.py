@@ -17,7 +17,13 @@ from specdec_engine.core.cycle_types import Draft, Sampling, Verdict
 from specdec_engine.core.randomness import Randomness
 from specdec_engine.core.transfer import upload
 from specdec_engine.drafters.base import DraftSetup, Guesser, empty_draft
-from specdec_engine.drafters.token_choice import DraftChoice, acceptance_of_emitted, draft_numbers, probabilities_of
+from specdec_engine.drafters.token_choice import (
+    DraftChoice,
+    acceptance_of_emitted,
+    draft_numbers,
+    masked,
+    probabilities_of,
+)
 from specdec_engine.models.draft_files import inverse
 from specdec_engine.runtime import DraftTokens, Runtime, guided, in_one_pass, prefill, step_by_step
 
@@ -35,7 +41,7 @@ class RuntimeDrafter:
         self._mask = mask
         self.runtime = runtime
         self._device = setup.device
-        self._limits = setup.draft_limits
+        self._limits, self._grammar = setup.draft_limits, setup.grammar
         self._target_vocab = setup.vocab
         self._vocab = min(
             runtime.vocab, setup.vocab
@@ -75,10 +81,9 @@ class RuntimeDrafter:
         if sampling.coupled:
             u = u[:, : self._vocab] if self._ids_of is None else u[:, self._ids_of]
         stop = self._limits.early_stop_on(self.runtime.device, self.name)
-        sampler = DraftChoice(sampling, self._vocab, confident=stop is not None)
-        drawn = self._unroll(context, sampling)(
-            self._ids(context[self.runtime.cached :]), u, temperature, sampler, stop
-        )
+        choice, pending = DraftChoice(sampling, self._vocab, confident=stop is not None), context[self.runtime.cached :]
+        with masked(choice, self._grammar, self.runtime.device, self._ids_of) as sampler:
+            drawn = self._unroll(context, sampling)(self._ids(pending), u, temperature, sampler, stop)
         tokens = self._translated(drawn.tokens).to(self._device)
         self.runtime.known.note(context, min(len(context), self.runtime.cached))
         raw = None if drawn.raw is None else drawn.raw.to(self._device)
@@ -91,8 +96,10 @@ class RuntimeDrafter:
             return partial(guided, self.runtime, lambda said, k: self._guesses(context, said, k))
         if self._mask is not None:
             return partial(in_one_pass, self.runtime, self._mask)
-        # What a runtime records has no input for Gumbel noise, [V] a token.
-        return partial(step_by_step, self.runtime) if sampling.coupled else self.runtime.unroll
+        # What a runtime records has no input for Gumbel noise, [V] a token, nor for a grammar's masks.
+        masks = self._grammar.matching is not None and self.runtime.device.type == "cpu"
+        stepwise = sampling.coupled or masks
+        return partial(step_by_step, self.runtime) if stepwise else self.runtime.unroll
 
     def _guesses(self, context: Sequence[int], said: Sequence[int], k: int) -> list[int]:
         """Expect at most k tokens that this draft may go on with, its own ids; said: its own, too."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.core.randomness import Randomness
 from specdec_engine.core.transfer import upload
+from specdec_engine.drafters.base import RunGrammar
+from specdec_engine.grammar.matching import Walk
 from specdec_engine.runtime import SampledToken
 from specdec_engine.verify.coupling import choice, gumbel_noise
 from specdec_engine.verify.sampling import draw, draw_on_host, warp, wide
@@ -50,6 +53,42 @@ class DraftChoice:
             return SampledToken(choice(row, u[None, : self.vocab]), None, sure, raw)
         drawn = torch.tensor(draw_on_host(row[0], float(u))) if self.eager else draw(row[0], u)
         return SampledToken(drawn[None], row, sure, raw)
+
+
+class MaskedChoice:
+    """A draft's choice among what a grammar allows: q is masked and normalised, and that is what it is drawn from. A draft
+    that has left the grammar, or has none of the tokens that are allowed, chooses freely."""
+
+    def __init__(self, choice: DraftChoice, walk: Walk, ids: Tensor | None) -> None:
+        """ids [V']: the target's id of each of the draft's."""
+        self._choice, self._walk, self._ids = choice, walk, ids
+
+    @property
+    def key(self) -> Hashable:
+        return id(self)
+
+    def __call__(self, logits: Tensor, u: Tensor, temperature: Tensor) -> SampledToken:
+        logits, allowed = logits[:, : self._choice.vocab], self._walk.allowed()
+        if allowed is not None:
+            allowed = allowed[: logits.shape[1]] if self._ids is None else allowed[self._ids]
+            logits = logits.masked_fill(~allowed, -torch.inf) if bool(allowed.any()) else logits
+        found = self._choice(logits, u, temperature)
+        token = int(found.token)
+        self._walk.take(token if self._ids is None else int(self._ids[token]))
+        return found
+
+
+@contextmanager
+def masked(
+    choice: DraftChoice, grammar: RunGrammar, device: torch.device, ids: Tensor | None = None
+) -> Iterator[DraftChoice | MaskedChoice]:
+    """The choice for one draft, by the run's grammar if there is one; on a device nothing is looked at, which would wait for
+    each token."""
+    if grammar.matching is None or device.type != "cpu":
+        yield choice
+        return
+    with grammar.matching.ahead() as walk:
+        yield MaskedChoice(choice, walk, ids)
 
 
 def probabilities_of(logits: Tensor, said: Sequence[int], sampling: Sampling) -> list[float]:  # [n, V], [n] -> [n]

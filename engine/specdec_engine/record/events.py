@@ -57,6 +57,10 @@ class Started:
     kind: Literal["started"] = "started"
 
 
+FORCED_BY = "grammar"
+"""The drafter of tokens that must come by the run's grammar: free ones, which no figure of drafts counts."""
+
+
 @dataclass(frozen=True, slots=True)
 class Phases:
     """Seconds of a cycle by what it does."""
@@ -147,6 +151,11 @@ class Cycle:
     def seconds(self) -> float | None:
         """Of the whole cycle: its phases together, or what its observer says of it."""
         return self.cycle_s if (phases := self.phases) is None else phases.total_s
+
+    @property
+    def forced(self) -> bool:
+        """Whether its drafted tokens had to come by the run's grammar."""
+        return self.drafter == FORCED_BY
 
     def fate(self, place: int) -> Fate:
         """What became of the drafted token at this place. Of a tree's siblings those were rejected that were held against a

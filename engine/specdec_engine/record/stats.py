@@ -49,6 +49,8 @@ class Summary:
     tested: int = 0
     accepted: int = 0
     emitted: int = 0
+    forced: int = 0
+    """Tokens that had to come by the grammar, and were proposed as such: emitted, but in no count of drafts."""
     overlap: float = 0.0
     """Sum of Σ min(p, q) over the tested positions where it is known."""
     overlap_known: int = 0
@@ -98,9 +100,24 @@ class Summary:
             case _:
                 return self
 
+    def _plus_forced(self, cycle: Cycle) -> Summary:
+        """A pass that verified tokens which had to come: its time and its tokens count, and no draft does."""
+        return replace(
+            self,
+            cycles=self.cycles + 1,
+            emitted=self.emitted + len(cycle.emitted),
+            forced=self.forced + min(cycle.accepted, len(cycle.emitted)),
+            draft_s=_sum(self.draft_s, cycle.draft_s),
+            verify_s=_sum(self.verify_s, cycle.verify_s),
+            other_s=_sum(self.other_s, cycle.other_s),
+            decode_s=_sum(self.decode_s, cycle.seconds),
+        )
+
     def _plus_cycle(self, cycle: Cycle) -> Summary:
         if self.counted:  # cycles say more
             return Summary(self.prompt_tokens, self.seed, observer=self.observer).plus(cycle)
+        if cycle.forced:
+            return self._plus_forced(cycle)
         # Of a tree it is not told which of several overlaps a level was decided by.
         overlaps = [] if cycle.parents else [o for o in cycle.overlap[: cycle.tested] if o is not None]
         plain_s = cycle.seconds if (phases := cycle.phases) is None else phases.verify_s + phases.other_s
@@ -208,6 +225,7 @@ class Summary:
             "drafted": self.drafted,
             "tested": None if self.untested else self.tested,
             "accepted": self.accepted,
+            "forced": self.forced,
             "acceptance_rate": self.acceptance_rate,
             "alpha": self.alpha,
             "expected_alpha": self.expected_alpha,

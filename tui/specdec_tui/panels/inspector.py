@@ -29,6 +29,8 @@ def inspector(view: View, context: PanelContext) -> PanelContent | None:
     lines = [[(f"cycle {cycle.index + 1} · token {at + 1} of {len(cycle.drafted)} · ", "muted"), (token, "strong")]]
     if at in cycle.guessed:
         lines.append([("» a lookup expected it; the draft model chose it too", "muted")])
+    if cycle.forced:
+        lines.append([("≡ the grammar allows nothing else here: a free token", "muted")])
     if view.warping:
         return PanelContent("before and after · ▒ gained ░ lost", [*lines, *in_full(view, cycle, at, context)])
     seen = view.partial

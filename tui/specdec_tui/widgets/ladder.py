@@ -28,8 +28,8 @@ class Ladder(ViewLines):
     """One row a cycle; a click shows the run as it was after it."""
 
     HELP = (
-        "One row a cycle: ✓ kept, × rejected, · never tested, ↳ recovered, + bonus, » expected by a lookup; at the right its "
-        "milliseconds."
+        "One row a cycle: ✓ kept, × rejected, · never tested, ↳ recovered, + bonus, » expected by a lookup, "
+        "≡ forced by the grammar; at the right its milliseconds."
     )
 
     def __init__(self, name: Name) -> None:
