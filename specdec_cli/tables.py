@@ -208,10 +208,8 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
         series.setdefault(_key(arm)[:1] + _key(arm)[2:], []).append(arm)
     for (draft, temperature, _, form, structured), arms in series.items():
         fixed = [arm for arm in arms if isinstance(arm["k"], int)]
-        ks, label = (
-            [arm["k"] for arm in fixed],
-            ", ".join(filter(None, [draft, f"T {temperature:g}", form, "structured" if structured else ""])),
-        )
+        ks = [arm["k"] for arm in fixed]
+        label = ", ".join(filter(None, [draft, f"T {temperature:g}", form, "structured" if structured else ""]))
         speeds = [arm["speedup"] for arm in fixed]
         below = [speed - (arm["speedup_low"] or speed) for speed, arm in zip(speeds, fixed, strict=True)]
         above = [(arm["speedup_high"] or speed) - speed for speed, arm in zip(speeds, fixed, strict=True)]
