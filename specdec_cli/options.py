@@ -19,7 +19,7 @@ from specdec_engine.models.progress import Report, silent
 from specdec_engine.record.files import decode
 
 if TYPE_CHECKING:
-    from specdec_engine.grammar.wanted import Grammar
+    from specdec_engine.constrain.wanted import Grammar
     from specdec_engine.models.options import LoadOptions
 
 _MODELS, _SAMPLING, _PROMPT, _OUTPUT = "Models", "Sampling", "Prompt", "Output"
@@ -264,7 +264,7 @@ class Structured:
             raise UsageError(f"{names} exclude each other", "give one of them")
         if not given:
             return None
-        from specdec_engine.grammar import wanted
+        from specdec_engine.constrain import wanted
 
         if self.regex is not None:
             return wanted.by_regex(self.regex)

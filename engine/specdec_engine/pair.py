@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import secrets
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import Any, Literal
@@ -15,16 +15,18 @@ import transformers
 
 from specdec_engine.adaptive.controller import AutoK
 from specdec_engine.adaptive.limits import DraftLimits
+from specdec_engine.batch.best_k import BestK
+from specdec_engine.batch.together import Begin, Lane, decode_together
+from specdec_engine.constrain.matching import Matching
+from specdec_engine.constrain.wanted import Grammar
 from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.core.randomness import KeyedRandomness
 from specdec_engine.decoding.control import Controls
-from specdec_engine.decoding.loop import decode, forget
+from specdec_engine.decoding.loop import Run, decode, forget, start
 from specdec_engine.decoding.stopping import Stop
 from specdec_engine.drafters import build_drafter
-from specdec_engine.drafters.base import Drafter, DraftSetup, LoadedDraft, ModelInfo, RunGrammar
+from specdec_engine.drafters.base import Drafter, DraftSetup, LoadedDraft, ModelInfo, RunGrammar, another
 from specdec_engine.errors import PairIncompatible, UsageError
-from specdec_engine.grammar.matching import Matching
-from specdec_engine.grammar.wanted import Grammar
 from specdec_engine.models.chat import Turn, chat_ids, raw_ids, special_in, stop_id, turn_ids
 from specdec_engine.models.draft_files import found_draft, read_draft
 from specdec_engine.models.kinds import mask_of
@@ -33,7 +35,7 @@ from specdec_engine.models.memory_needs import kv_bytes
 from specdec_engine.models.options import LoadOptions
 from specdec_engine.models.tokenizers import compare_tokenizers
 from specdec_engine.models.translation import Translation
-from specdec_engine.record.events import Event
+from specdec_engine.record.events import Event, Started
 from specdec_engine.record.text import counted
 from specdec_engine.runtime import Runtime
 from specdec_engine.runtime.graphs import GraphRuntime
@@ -148,13 +150,11 @@ class Pair:
         What the prompt has in common with the last run's text, from the first token on, is not read again.
 
         `controls` takes the place of k and sampling for a caller that turns them while the run goes on. grammar: what the
-        answer follows (`specdec_engine.grammar.wanted`). Raises UsageError where this target cannot follow it.
+        answer follows (`specdec_engine.constrain.wanted`). Raises UsageError where this target cannot follow it.
         """
         if rule not in self.verifiers:
             raise UsageError(f"the rule {rule!r} is not known", f"one of {', '.join(self.verifiers)}")
         seed = secrets.randbits(32) if seed is None else seed
-        marks = {text: i for text in stop if (i := stop_id(self.tokenizer, text)) is not None}
-        strings = tuple(text for text in dict.fromkeys(stop) if text not in marks)
         if controls is None:
             controls = self.controls(k, sampling)
         matching = self.run_grammar.matching = None if grammar is None else self.matching(grammar)
@@ -167,7 +167,7 @@ class Pair:
             self.drafter,
             prompt,
             controls=controls,
-            stop=Stop(max_tokens, self.stop_ids | set(marks.values()), strings, tuple(marks)),
+            stop=self._stop(max_tokens, stop),
             asked=self.asked,
             random=KeyedRandomness(seed),
             verifier=self.verifiers[rule],
@@ -175,6 +175,68 @@ class Pair:
             environment=self.environment,
             grammar=matching,
         )
+
+    def _stop(self, max_tokens: int, stop: Sequence[str]) -> Stop:
+        marks = {text: i for text in stop if (i := stop_id(self.tokenizer, text)) is not None}
+        strings = tuple(text for text in dict.fromkeys(stop) if text not in marks)
+        return Stop(max_tokens, self.stop_ids | set(marks.values()), strings, tuple(marks))
+
+    def decode_together(
+        self,
+        prompts: Iterable[Callable[[], Sequence[int]]],
+        batch: int,
+        *,
+        k: int | Literal["auto"] = "auto",
+        sampling: Sampling | None = None,
+        rule: str = "token",
+        max_tokens: int = 256,
+        stop: Sequence[str] = (),
+        seeds: Sequence[int],
+        grammar: Grammar | None = None,
+    ) -> Iterator[tuple[int, Event]]:
+        """The events of one run for each prompt, with its number, up to `batch` of them in one pass of the target
+        (`specdec_engine.batch.together`). Alone, with its own seed of `seeds` and the same k, each says the same, but for
+        rounding.
+
+        prompts: each gives its ids when its turn comes. A prompt that cannot be run is Failed, and the others go on. With k
+        `auto` the number of drafted tokens is what is fastest for so many texts. Raises UsageError for a draft that there is
+        only once, and OutOfMemory.
+        """
+        if rule not in self.verifiers:
+            raise UsageError(f"the rule {rule!r} is not known", f"one of {', '.join(self.verifiers)}")
+        ends, controlled = self._stop(max_tokens, stop), Controls(3 if k == "auto" else k, sampling)
+        lanes = self._lanes(batch, controlled.settings.k, sampling)
+        self.draft_limits.controller = self.run_grammar.matching = None
+
+        def beginning(number: int, ids: Callable[[], Sequence[int]]) -> Begin:
+            def begin(lane: Lane) -> tuple[Run, Started]:
+                return start(
+                    lane.target,
+                    lane.drafter,
+                    ids(),
+                    controls=lane.controls,
+                    stop=ends,
+                    random=KeyedRandomness(seeds[number]),
+                    verifier=self.verifiers[rule],
+                    tokenizer=self.tokenizer,
+                    environment=self.environment,
+                    asked=self.asked,
+                    grammar=None if grammar is None else self.matching(grammar),
+                )
+
+            return begin
+
+        begins = (beginning(number, ids) for number, ids in enumerate(prompts))
+        return decode_together(lanes, begins, BestK() if k == "auto" else k)
+
+    def _lanes(self, batch: int, k: int, sampling: Sampling | None) -> list[Lane]:
+        """The first is the pair itself."""
+        lanes = [Lane(self.target, self.drafter, Controls(k, sampling))]
+        for _ in range(batch - 1):
+            runtime = self.target.runtime.another()
+            drafter = another(self.drafter, runtime)
+            lanes.append(Lane(ModelTarget(runtime, self.target.name), drafter, Controls(k, sampling)))
+        return lanes
 
     def matching(self, grammar: Grammar) -> Matching:
         """A text that has yet to begin. Raises UsageError where this target cannot follow the grammar."""

@@ -99,16 +99,24 @@ def _clear(talk: Conversation, text: str) -> None:
 def _save(talk: Conversation, text: str) -> None:
     if not text:
         raise UsageError("/save needs a file", "/save talk.jsonl")
-    write_chat(Path(text).expanduser(), talk.pair.target.name, [*talk.system, *talk.messages])
+    write_chat(_path(text), talk.pair.target.name, [*talk.system, *talk.messages])
     output.note(f"{counted(len(talk.messages) // 2, 'turn')} written to {text}")
+
+
+def _path(text: str) -> Path:
+    """Raises UsageError for somebody's home that is not known."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"{text} cannot be found: {error}", "give a path") from error
 
 
 def load(talk: Conversation, text: str) -> None:
     """Go on with a chat that was saved, in the place of this one. Raises UsageError, and changes nothing then."""
     if not text:
         raise UsageError("/load needs a file", "/load talk.jsonl")
-    found = read_chat(Path(text).expanduser(), talk.pair.target.name)
-    talk.begin(found)
+    found = read_chat(_path(text), talk.pair.target.name)
+    talk.go_on(found)
     output.note(f"{counted(len(talk.messages) // 2, 'turn')} read from {text}")
 
 
@@ -133,7 +141,7 @@ def _stats(talk: Conversation, text: str) -> None:
 def _watch(talk: Conversation, text: str) -> None:
     if not talk.events:
         raise UsageError("nothing has been said yet", "type something")
-    if not sys.stdout.isatty():
+    if not sys.stdout.isatty() or not sys.stdin.isatty():
         raise UsageError("/watch needs a terminal", "specdec chat --trace FILE records what it would show")
     from specdec_engine.record.text import TokenText
     from specdec_tui.app import SpecdecApp

@@ -14,7 +14,7 @@ from specdec_cli import output
 from specdec_cli.recorder import Recorder
 from specdec_engine.errors import UsageError
 from specdec_engine.record.chats import Message
-from specdec_engine.record.events import Cycle, Event, Finished, known_ids
+from specdec_engine.record.events import Event, Finished, TokenId
 from specdec_engine.record.stats import Summary
 from specdec_engine.record.text import TextStream, TokenText, counted
 
@@ -77,26 +77,28 @@ class Conversation:
 
         how, pair = self.how, self.pair
         stops = Stop(how.max_tokens, strings=tuple(how.stop or ())).strings
-        sink = output.TextOutput(TextStream(pair.tokenizer, stops), self.color, marks=False)
+        heard = _Heard(TextStream(pair.tokenizer, stops))
+        sink = output.TextOutput(heard, self.color, marks=False)
         self.recorder.describe(TokenText(pair.tokenizer))
         seed = None if how.seed is None else how.seed + len(self.summaries)  # another for the same words said again
         controls = pair.controls(self.k, how.sampling, how.draft_temperature)
         run = pair.decode(ids, controls=controls, rule=how.rule, max_tokens=how.max_tokens, stop=stops, seed=seed)
-        self.events, summary, emitted = [], Summary(), list[int]()
-        new = len(ids) - pair.target.runtime.known.common(ids)
-        with _ended_by_ctrl_c() as wanted:
-            for event in output.reading(run, new):
-                summary = self._take(event, summary, sink)
-                if isinstance(event, Cycle):
-                    emitted += known_ids(event.emitted)
-                if not wanted():
-                    summary = self._take(Finished("cancelled", summary.emitted, summary.cycles, None), summary, sink)
-                    break
-        sink.end(summary)
+        self.events, summary = [], Summary()
+        kept = pair.target.runtime.known.common(ids)
+        try:
+            with _ended_by_ctrl_c() as wanted:
+                for event in output.reading(run, len(ids) - kept):
+                    summary = self._take(event, summary, sink)
+                    if not wanted():
+                        ended = Finished("cancelled", summary.emitted, summary.cycles, None, cached_tokens=kept)
+                        summary = self._take(ended, summary, sink)
+                        break
+        finally:
+            sink.end(summary)
         if not sys.stdout.isatty():
             output.say("")
         self.summaries.append(summary)
-        return str(pair.tokenizer.decode(emitted, skip_special_tokens=True))
+        return heard.text
 
     def _take(self, event: Event, summary: Summary, sink: output.TextOutput) -> Summary:
         self.events.append(event)
@@ -139,10 +141,13 @@ class Conversation:
         del self.messages[-2:], self.uses[-1:]
         return asked
 
-    def begin(self, messages: Sequence[Message] = ()) -> None:
-        """Forget what was said, and go on after these messages, the system prompt first if there is one."""
-        if messages:
-            self.turn(system=messages[0].content if messages[0].role == "system" else None)
+    def begin(self) -> None:
+        """Forget what was said; the system prompt stays."""
+        self.messages, self.uses = [], []
+
+    def go_on(self, messages: Sequence[Message]) -> None:
+        """After these messages, in the place of what was said; the first may be the system prompt, else there is none."""
+        self.turn(system=next((m.content for m in messages if m.role == "system"), None))
         self.messages, self.uses = [m for m in messages if m.role != "system"], []
 
     def redraft(self, draft: str) -> None:
@@ -156,6 +161,21 @@ class Conversation:
         how = replace(self.how, **to)
         _ = how.sampling  # raises
         self.how = how
+
+
+class _Heard:
+    """A stream's text, kept as it is shown."""
+
+    def __init__(self, stream: TextStream) -> None:
+        self._stream, self.text = stream, ""
+
+    def feed(self, token: TokenId) -> str:
+        self.text += (piece := self._stream.feed(token))
+        return piece
+
+    def flush(self) -> str:
+        self.text += (piece := self._stream.flush())
+        return piece
 
 
 @contextmanager

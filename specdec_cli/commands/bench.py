@@ -28,7 +28,7 @@ from specdec_engine.record.prompt_files import read_questions
 
 if TYPE_CHECKING:
     from specdec_engine.bench.session import Session
-    from specdec_engine.grammar.wanted import Grammar
+    from specdec_engine.constrain.wanted import Grammar
     from specdec_engine.pair import Pair
     from specdec_engine.runtime.linear import Quantize
 
@@ -155,8 +155,7 @@ def bench(
     served.refuse_without_server()
     grammar = opt.Structured(json_schema).wanted
     arms = _arms(draft, k, temperature, rule, _forms(where.quantize), synthetic_acceptance)
-    if grammar is not None:
-        arms += tuple(replace(arm, structured=True) for arm in arms)
+    arms = _also_under(grammar, arms, synthetic_acceptance)
     plan = Plan(
         target=target,
         arms=arms,
@@ -187,6 +186,17 @@ def bench(
     if not whole:
         raise typer.Exit(ExitCode.INTERRUPTED)
     _judge(found, fail_below)
+
+
+def _also_under(grammar: Grammar | None, arms: tuple[Arm, ...], synthetic: float | None) -> tuple[Arm, ...]:
+    """The arms, and where there is a grammar each again under it. Raises UsageError with a chosen acceptance."""
+    if grammar is None:
+        return arms
+    if synthetic is not None:
+        raise UsageError("--synthetic-acceptance accepts what no grammar allows", "leave it or --json-schema out")
+    for warning in grammar.warnings:
+        output.note(f"not followed, of the {grammar.word}: {warning}")
+    return (*arms, *(replace(arm, structured=True) for arm in arms))
 
 
 def _one(temperature: str) -> float:

@@ -15,7 +15,7 @@ from specdec_cli.chat.lines import turns
 from specdec_cli.exits import ExitCode, exit_code
 from specdec_cli.recorder import Recorder
 from specdec_cli.startup import interruptible, quieten, uncollected
-from specdec_engine.errors import SpecdecError, UsageError
+from specdec_engine.errors import SpecdecError, UsageError, first_line
 from specdec_engine.record.files import parse_json
 
 if TYPE_CHECKING:
@@ -89,8 +89,10 @@ def chat(
     talk = Conversation(loader, pair, how, k, told, recorder, color)
     if load_ is not None:
         load(talk, load_)
+        if how.system is not None:
+            talk.turn(system=how.system)
     try:
-        code = _talk(talk)
+        code = _talk(talk, where.debug)
     finally:
         recorder.close()
     recorder.check()
@@ -126,7 +128,7 @@ def _check_template(loader: Loader, thinking: bool | None) -> None:
         )
 
 
-def _talk(talk: Conversation) -> int:
+def _talk(talk: Conversation, debug: bool) -> int:
     """Until it is left; the exit code: of a pipe the last error's, so that a script notices."""
     code = ExitCode.OK
     if sys.stdin.isatty():
@@ -145,11 +147,22 @@ def _talk(talk: Conversation) -> int:
         except BrokenPipeError:
             output.silence_stdout()
             return ExitCode.OK
+        except Exception as error:  # nothing that was said is to be lost by a fault of ours
+            if debug:
+                raise
+            output.error(f"{type(error).__name__}: {first_line(error)}", "this is a bug in specdec; the chat goes on")
+            code = ExitCode.FAILED
     return ExitCode.OK if sys.stdin.isatty() else code
 
 
 def _heard(talk: Conversation, line: str) -> None:
     text = line.strip()
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(
+            "the line has a byte that is no text", "type it again; is the terminal set to UTF-8?"
+        ) from None
     if text.startswith("/") and not text.startswith("//"):
         do(talk, text)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
@@ -10,6 +11,7 @@ import typer
 
 from specdec_cli import options as opt
 from specdec_cli import output, profiles
+from specdec_cli.answers import Many, answer_all, asking
 from specdec_cli.exits import ExitCode
 from specdec_cli.prompts import read_prompt
 from specdec_cli.recorder import Recorder
@@ -23,6 +25,8 @@ from specdec_engine.record.stats import Summary
 from specdec_engine.record.text import TextStream, TokenText
 
 if TYPE_CHECKING:
+    from specdec_engine.attach.attached import Run as ServedRun
+    from specdec_engine.constrain.wanted import Grammar
     from specdec_engine.decoding.control import Controls
     from specdec_engine.pair import Pair
 
@@ -37,6 +41,7 @@ def generate(
     server: ServerOptions,
     how: opt.Decoding,
     structured: opt.Structured,
+    many: Many,
     where: opt.Placement,
     json: opt.Json = False,
     jsonl: opt.JsonLines = False,
@@ -52,6 +57,8 @@ def generate(
 
     specdec generate -t org/target -d org/draft -k 6 --temperature 0.7 -f question.txt
 
+    specdec generate --prompts questions.jsonl --batch 8 --out answers.jsonl
+
     specdec generate --attach http://localhost:8000 "Explain how a lighthouse works."
     """
     # All that can be wrong without a model is found out before one is loaded.
@@ -59,15 +66,19 @@ def generate(
         raise UsageError("--json and --jsonl exclude each other", "--json is one object, --jsonl one event a line")
     if server.wanted:
         structured.refuse_at_server()
-        recorder, text = Recorder(trace), read_prompt(prompt, file)
-        asked_of(text, how)
-        with server_at(server, target, draft, how, where) as at:
-            run = begun(at, text, how)
+        many.refuse_at_server()
+        text, recorder = read_prompt(prompt, file), Recorder(trace)
+        with _begun_at(server, target, draft, how, where, text) as run:
             sink = output.choose(json, jsonl, run.texts, run.name, color, marks)
             recorder.describe(run.name)
             summary = _run(run.events(), sink, recorder, len(run.prompt.ids))
         _say(summary, sink, stats, _ending(summary, how.max_tokens, run.asked.stop), state_at(run))
         _leave(summary, recorder)
+        return
+    one_alone = {"PROMPT": prompt is not None, "--file": file, "--json": json, "--jsonl": jsonl, "--trace": trace,
+                 "--marks": marks}  # fmt: skip
+    if many.wanted(one_alone):
+        _answer_many(many, target, draft, how, structured, where)
         return
     sampling = how.sampling
     setting = profiles.chosen(target, draft, how.k, not sampling.greedy, where)
@@ -90,12 +101,7 @@ def generate(
         tokens = len(text + (how.system or "")) // 3 + how.max_tokens
         pair = load_pair(target, setting.draft, where.loading(tokens, report))
     ids = pair.encode(text, chat=how.chat, system=how.system)
-    if grammar is not None:
-        for warning in grammar.warnings:
-            output.note(f"not followed, of the {grammar.word}: {warning}")
-    for sentence in (*pair.notes, pair.marks_in(text, how.chat), *(pair.remarks if verbose else ())):
-        if sentence:
-            output.note(sentence)
+    _tell(pair, text, how.chat, grammar, verbose)
 
     stream = TextStream(pair.tokenizer, stops)
     text_of = TokenText(pair.tokenizer)
@@ -114,6 +120,47 @@ def generate(
     if (misfit := _misfit(pair, summary)) is not None:
         output.note(misfit)
     _leave(summary, recorder)
+
+
+def _tell(pair: Pair, text: str, chat: bool | None, grammar: Grammar | None, verbose: bool) -> None:
+    """What there is to know before the text begins."""
+    said = [] if grammar is None else [f"not followed, of the {grammar.word}: {one}" for one in grammar.warnings]
+    for sentence in (*said, *pair.notes, pair.marks_in(text, chat), *(pair.remarks if verbose else ())):
+        if sentence:
+            output.note(sentence)
+
+
+@contextmanager
+def _begun_at(
+    server: ServerOptions, target: str, draft: str | None, how: opt.Decoding, where: opt.Placement, text: str
+) -> Iterator[ServedRun]:
+    """A run at a server, which is stopped at the end where it was started. Raises UsageError for what it cannot be told."""
+    asked_of(text, how)
+    with server_at(server, target, draft, how, where) as at:
+        yield begun(at, text, how)
+
+
+def _answer_many(
+    many: Many,
+    target: str,
+    draft: str | None,
+    how: opt.Decoding,
+    structured: opt.Structured,
+    where: opt.Placement,
+) -> None:
+    setting = profiles.chosen(target, draft, how.k, not how.sampling.greedy, where)
+    asked = asking(many, target, setting.draft, setting.k, how, structured)
+    if setting.said:
+        output.note(setting.said)
+    quieten(where.offline, where.debug)
+    with interruptible(), output.narrated() as report, uncollected():
+        from specdec_engine.pair import load_pair
+
+        longest = max(sum(map(len, question.turns)) for question in asked.questions)
+        pair = load_pair(target, setting.draft, where.loading(longest // 3 + how.max_tokens, report))
+    for sentence in pair.notes:
+        output.note(sentence)
+    answer_all(pair, asked)
 
 
 def _run(events: Iterator[Event], sink: output.Output, recorder: Recorder, prompt_tokens: int) -> Summary:

@@ -99,6 +99,8 @@ def _against(a: Path, b: Path, plain: bool) -> None:
     from specdec_tui.streams import FrameStream, read_frame
 
     (frame, name), (other, other_name) = read_frame(a), read_frame(b)
+    for path, shown in ((a, frame), (b, other)):
+        _several(path, shown.run)
     screen = AgainstScreen(Against.of(found, (frame, other)), (name, other_name))
     show(SpecdecApp(FrameStream(frame, name), speed=REPLAY_SPEED, instead=screen))
 

@@ -25,7 +25,7 @@ from specdec_engine.errors import UsageError
 from specdec_tui.live import LiveStream, Request
 
 if TYPE_CHECKING:
-    from specdec_engine.grammar.wanted import Grammar
+    from specdec_engine.constrain.wanted import Grammar
     from specdec_engine.models.progress import Report
     from specdec_engine.pair import Pair
     from specdec_tui.served import ServerStream

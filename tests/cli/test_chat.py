@@ -195,3 +195,33 @@ def test_on_a_terminal_ctrl_c_ends_the_answer_and_ctrl_d_the_chat(checkpoint, tm
     terminal.type("\x04")
     assert terminal.end() == 0
     assert "hello" in (tmp_path / "specdec" / "chat_history").read_text()
+
+
+def test_a_file_that_cannot_be_named_does_not_end_the_chat(checkpoint, tmp_path):
+    long = "x" * 300
+    lines = [
+        "hello",
+        "/save ~nosuchuser/x",
+        "/load ~nosuchuser/x",
+        f"/save {long}",
+        f"/load {long}",
+        f"/save {tmp_path / 'c'}",
+    ]
+    done = talked(checkpoint, lines)
+    assert done.stderr.count(b"specdec: error:") == 4
+    assert b"bug" not in done.stderr
+    assert saved(tmp_path / "c")[1][0]["content"] == "hello"
+
+
+def test_what_is_kept_is_what_was_shown(checkpoint, tmp_path):
+    shown = talked(checkpoint, ["hello", f"/save {tmp_path / 'c'}"], "--stop", "li")
+    said = saved(tmp_path / "c")[1][1]["content"]
+    assert "li" not in said
+    assert shown.stdout.decode().rstrip("\n") == said
+
+
+def test_a_system_prompt_that_is_typed_wins_over_a_files(checkpoint, tmp_path):
+    file = tmp_path / "c"
+    assert talked(checkpoint, ["hello", f"/save {file}"], "--system", "Old.").returncode == 0
+    assert talked(checkpoint, [f"/save {tmp_path / 'd'}"], "--load", file, "--system", "New.").returncode == 0
+    assert saved(tmp_path / "d")[1][0] == {"role": "system", "content": "New."}

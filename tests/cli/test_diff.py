@@ -88,3 +88,8 @@ def test_replay_beside_another_run_says_in_sentences_what_diff_says(specdec, tra
     for typed in (("--export", "x.gif"), ()):  # no terminal here
         assert specdec("replay", a, "--against", b, *typed).code == 2
     assert specdec("replay", a, "--against", a.with_name("none"), "--plain").code == 2
+
+
+def test_a_run_under_a_grammar_and_a_free_one_differ_in_their_settings(specdec, traced):
+    code, parted = found(specdec, traced("a"), traced("b", "--regex", "[0-9]{9}"))
+    assert (code, parted["cause"]) == (0, "settings")

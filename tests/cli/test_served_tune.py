@@ -107,3 +107,15 @@ def test_a_draft_that_does_not_pay_is_said_to_be_left_out():
     found = tuned([answer(0.1, 4, 0.02, 0.05, seed) for seed in range(12)])
     assert found.best.k == 0
     assert "leave out" in flags_for("vLLM", found.best.k)
+
+
+def test_a_server_that_takes_no_seed_is_asked_without(specdec, prompts, monkeypatch):
+    """As SGLang, whose draws cannot be told."""
+    from specdec_engine.attach.llama_cpp import LlamaCpp
+
+    monkeypatch.setattr(LlamaCpp, "seeds", False)
+    with replayed("llama_cpp_draft") as state:
+        result = specdec("tune", "--attach", state.url, "--prompts", prompts, "--json")
+        assert result.code == 0, result.err
+        assert json.loads(result.out)["answers"]["count"] == 8
+        assert specdec("bench", "--attach", state.url, "--prompts", prompts, "--repeats", "1").code == 0

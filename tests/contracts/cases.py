@@ -13,7 +13,7 @@ import torch
 
 from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.drafters import build_drafter
-from specdec_engine.drafters.base import LoadedDraft
+from specdec_engine.drafters.base import LoadedDraft, RunGrammar
 from specdec_engine.models.translation import Translation
 from specdec_engine.runtime.generic import GenericRuntime
 from tests.fakes import VOCAB, byte_tokenizer, graph, host, lean, save_eagle_head, save_head_draft, tiny_llama
@@ -68,7 +68,7 @@ def head_folders() -> tuple[Path, Path]:
     return save_head_draft(folder / "head", TARGET, TOKENIZER), save_eagle_head(folder / "eagle", TARGET, VOCAB)
 
 
-def parts(spec, target=None):
+def parts(spec, target=None, matching=None):
     """The drafter that `spec` names, on the generic runtime or on the one before an @; and the target's runtime."""
     runtime, _, plain = spec.rpartition("@")
     target = target or lean(TARGET)
@@ -78,6 +78,6 @@ def parts(spec, target=None):
         target=lambda: target,
         output_rows=lambda ids: TARGET.lm_head.weight.detach()[ids],
     )
-    about = replace(about, load_draft=lambda name: RUNTIMES[runtime or "generic"]())
+    about = replace(about, load_draft=lambda name: RUNTIMES[runtime or "generic"](), grammar=RunGrammar(matching))
     head, eagle = head_folders()
     return build_drafter(plain.replace("HEAD", str(head)).replace("EAGLE", str(eagle)), about), target

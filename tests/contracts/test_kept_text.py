@@ -15,6 +15,7 @@ from specdec_engine.runtime.known_text import KnownText
 from specdec_engine.runtime.target import ModelTarget
 from tests.contracts.cases import CASES, TARGET, parts
 from tests.fakes import VOCAB, events, graph, host, lean, run
+from tests.models import checkpoints
 
 
 def told(found):
@@ -97,6 +98,43 @@ def test_after_a_run_that_broke_everything_is_read_anew():
         run(target, drafter, [*prompt, 5], k=0, max_tokens=5)
     runtime.forward = whole
     assert run(target, drafter, prompt, k=0, max_tokens=5)[-1].cached_tokens == 0
+
+
+def test_after_an_interrupt_in_a_pass_everything_is_read_anew():
+    """Some layers have read the tokens of that pass, and others not."""
+    runtime = GenericRuntime(TARGET, "tiny")
+    target, drafter, prompt = ModelTarget(runtime, "tiny"), build_drafter("none", host()), list(range(3, 30))
+    layer, calls = TARGET.model.layers[1].mlp, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+
+    hook = layer.register_forward_hook(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(target, drafter, prompt, k=0, max_tokens=8)
+    hook.remove()
+    alone = run(ModelTarget(GenericRuntime(TARGET, "tiny"), "tiny"), drafter, prompt, k=0, max_tokens=8)
+    assert told(run(target, drafter, prompt, k=0, max_tokens=8)) == told(alone)
+
+
+def test_a_head_that_comes_later_reads_what_was_said_before():
+    """Of what was cached before it there are no features."""
+    runtime, prompt = lean(TARGET), list(range(3, 60))
+    target = ModelTarget(runtime, "tiny")
+    run(target, build_drafter("none", host()), prompt, k=0, max_tokens=5)
+    drafter, _ = parts("head:HEAD", runtime)
+    fresh_drafter, fresh_runtime = parts("head:HEAD")
+    alone = run(ModelTarget(fresh_runtime, "tiny"), fresh_drafter, prompt, k=3, max_tokens=12)
+    assert told(run(target, drafter, prompt, k=3, max_tokens=12)) == told(alone)
+
+
+def test_a_recurrent_model_says_what_it_reads_again():
+    runtime = GenericRuntime(checkpoints.build("mamba2"), "tiny")
+    target, drafter = ModelTarget(runtime, "tiny"), build_drafter("none", host())
+    run(target, drafter, [5, 6, 7, 8], k=0, max_tokens=3)
+    assert run(target, drafter, [5, 6, 9, 9, 9], k=0, max_tokens=3)[-1].cached_tokens < 2
 
 
 def test_known_text_is_cut_and_compared():

@@ -309,10 +309,11 @@ def test_wrong_masks_are_caught(seed):
     assert deviation(late, p, LENGTH) > 1e-3
 
     class ToldAsBefore(TokenRule):
-        """Holds drafts that were drawn from the restricted q against the free one."""
+        """Holds drafts that were drawn from the restricted q against the free one, which has less for what may come."""
 
         def thresholds(self, inputs):
-            return super().thresholds(replace(inputs, q_drafted=inputs.q_drafted * 0.5))
+            share = 1.0 if inputs.probs is None else (inputs.probs > 0).double().mean(-1)
+            return super().thresholds(replace(inputs, q_drafted=inputs.q_drafted * share))
 
     biased = enumerate_emitted(ToldAsBefore(), p, restricted(free_q), 2, LENGTH)
     assert deviation(biased, p, LENGTH) > 1e-3

@@ -9,11 +9,11 @@ import re
 import pytest
 import torch
 
+from specdec_engine.constrain.matching import MOST_FORCED, Matching
+from specdec_engine.constrain.wanted import by_grammar, by_json_schema, by_regex, schema_of
 from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.decoding.control import Controls
 from specdec_engine.errors import GenerationFailed, UsageError
-from specdec_engine.grammar.matching import MOST_FORCED, Matching
-from specdec_engine.grammar.wanted import by_grammar, by_json_schema, by_regex, schema_of
 from specdec_engine.record.events import Cycle, Finished, Started
 from specdec_engine.record.stats import Summary
 from specdec_engine.runtime.target import ModelTarget
@@ -154,9 +154,11 @@ def test_grammars_of_llama_cpp_and_of_lark_say_the_same():
 
 
 def followed(spec, grammar, k, sampling=None, seed=0, max_tokens=60, **more):
-    drafter, runtime = parts(spec)
+    """Drafts look at the grammar, as in a pair."""
+    own = matching(grammar)
+    drafter, runtime = parts(spec, matching=own)
     how = {"k": k, "sampling": sampling, "seed": seed, "stop_ids": [END], "max_tokens": max_tokens, **more}
-    return run(ModelTarget(runtime, "tiny"), drafter, [5, 6, 7, 8, 5, 6, 7], grammar=matching(grammar), **how)
+    return run(ModelTarget(runtime, "tiny"), drafter, [5, 6, 7, 8, 5, 6, 7], grammar=own, **how)
 
 
 def said(events):
@@ -188,6 +190,16 @@ def test_drafts_that_look_at_the_grammar_are_accepted_more_often():
             summary = summary.plus(event)
         counts.append(summary.alpha)
     assert counts[0] > 3 * counts[1]
+
+
+@pytest.mark.parametrize("spec", CASES)
+@pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.9, coupling="gumbel")], ids=["drawn", "coupled"])
+def test_drawn_text_of_every_draft_follows_the_grammar(spec, sampling):
+    found = followed(spec, schema_of(PERSON), 3, sampling, seed=3, max_tokens=80)
+    assert set(json.loads(TOKENIZER.decode(said(found)))) == {"name", "light"}
+    if sampling.coupled:
+        plain = followed("none", schema_of(PERSON), 0, sampling, seed=3, max_tokens=80)
+        assert said(found) == said(plain)
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])

@@ -8,9 +8,9 @@ import random
 import jsonschema
 import pytest
 
+from specdec_engine.constrain.wanted import by_json_schema, schema_of
 from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.errors import UsageError
-from specdec_engine.grammar.wanted import by_json_schema, schema_of
 from specdec_engine.record.events import Cycle
 from specdec_engine.runtime.target import ModelTarget
 from tests.contracts.cases import TOKENIZER, parts

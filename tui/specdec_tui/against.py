@@ -37,7 +37,7 @@ class Against:
         """Tokens shown where the first that differs is shown, too, in both."""
         if self.same:
             return self.tokens
-        ends = [next((int(e) for e in lane.ends if e > self.found.common), self.tokens) for lane in self.lanes]
+        ends = [next((int(e) for e in lane.ends if e > self.found.common), 0) for lane in self.lanes]
         return max(ends)
 
     def border(self, place: int, by: int) -> int:

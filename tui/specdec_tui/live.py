@@ -20,8 +20,8 @@ from specdec_tui.streams import Stage, Threaded
 
 if TYPE_CHECKING:
     from specdec_engine.adaptive.controller import AutoK
+    from specdec_engine.constrain.wanted import Grammar
     from specdec_engine.decoding.control import Controls
-    from specdec_engine.grammar.wanted import Grammar
     from specdec_engine.pair import Pair
 
 PLAIN_TOKENS = 16

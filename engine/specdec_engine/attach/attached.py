@@ -97,6 +97,10 @@ class Attached:
     server: Server
     engine: Engine
 
+    def unseeded(self, asked: Asked) -> Asked:
+        """The same without its seed, where the engine takes none."""
+        return asked if self.engine.seeds else replace(asked, seed=None)
+
     def begin(self, asked: Asked) -> Run:
         """Have a prompt made into tokens. A sampled run without a seed is given one. Raises UsageError for one that does not
         fit, and ServerUnavailable."""

@@ -108,7 +108,7 @@ def at_once(work: Callable[[int], Answered], times: int, most: int, server: Atta
 
 
 def _answer(server: Attached, asked: Asked, number: int, concurrency: int, block: int, plain: bool) -> ServedSample:
-    run = server.begin(asked)
+    run = server.begin(server.unseeded(asked))
     summary, ids, token_s, text = Summary(), list[TokenId](), list[float](), list[str]()
     begun = perf_counter()
     for event in run.events():
@@ -142,5 +142,5 @@ def _answer(server: Attached, asked: Asked, number: int, concurrency: int, block
 
 def warm_up(server: Attached, asked: Asked) -> None:
     """A short answer that is dropped: a server compiles at its first."""
-    for _ in server.begin(replace(asked, max_tokens=8)).events():
+    for _ in server.begin(server.unseeded(replace(asked, max_tokens=8))).events():
         pass

@@ -11,10 +11,10 @@ import torch
 
 from specdec_engine.bench.figures import Sample
 from specdec_engine.bench.plan import Arm, Run
+from specdec_engine.constrain.wanted import Grammar
 from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.drafters.base import empty_draft
 from specdec_engine.errors import CheckFailed
-from specdec_engine.grammar.wanted import Grammar
 from specdec_engine.pair import Pair
 from specdec_engine.record.events import Cycle, known_ids, known_phases
 from specdec_engine.record.prompt_files import Question

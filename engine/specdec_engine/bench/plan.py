@@ -98,10 +98,11 @@ def digest_of(questions: Sequence[Question]) -> str:
 
 def _named(part: Question | Arm) -> dict[str, Any]:
     """Without what is empty, as in records from before there was such a field."""
-    return {key: value for key, value in asdict(part).items() if key not in _LATER or value}
+    return {key: value for key, value in asdict(part).items() if key != "id" and (key not in _LATER or value)}
 
 
 _LATER = ("ids", "quantize", "structured", "system")
+"""Left out where they are empty; and a prompt's own name always."""
 
 
 def ks_of(text: str) -> tuple[int | Literal["auto"], ...]:

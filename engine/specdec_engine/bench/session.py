@@ -11,8 +11,8 @@ from specdec_engine.bench import report
 from specdec_engine.bench.figures import Sample
 from specdec_engine.bench.measure import explained, measure_run
 from specdec_engine.bench.plan import Plan, Run
+from specdec_engine.constrain.wanted import Grammar
 from specdec_engine.errors import OutOfMemory, UsageError
-from specdec_engine.grammar.wanted import Grammar
 from specdec_engine.pair import Pair
 
 _WARM_TOKENS = 16

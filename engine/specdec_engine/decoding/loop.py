@@ -12,7 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from specdec_engine.constrain.matching import Matching
 from specdec_engine.core.cycle_types import Draft, Verdict
 from specdec_engine.core.randomness import Randomness
 from specdec_engine.core.transfer import upload
@@ -20,7 +22,6 @@ from specdec_engine.decoding.control import Controls, Settings, changes
 from specdec_engine.decoding.stopping import Clipped, Clipper, Stop
 from specdec_engine.drafters.base import Drafter, empty_draft
 from specdec_engine.errors import GenerationFailed, OutOfMemory, SpecdecError, UsageError
-from specdec_engine.grammar.matching import Matching
 from specdec_engine.record.events import (
     FORCED_BY,
     Cycle,
@@ -70,21 +71,22 @@ def decode(
     Raises UsageError for a prompt that is empty or fills the target's context, before any event; any error after that is
     yielded as Failed, for traces, and then raised.
     """
-    verifier, timer = verifier or verifier_for(TokenRule(), target.device), timer or timer_for(target.device)
     ahead = target.device.type == "cuda" if ahead is None else ahead
-    clipper = Clipper(stop, _room(prompt, stop, target.limit), tokenizer)
-    run = _Run(target, drafter, list(prompt), controls, clipper, random, verifier, timer)
-    if asked:
-        run.process = process(asked, len(prompt), target.device)
-    run.grammar = grammar
-    coupling = controls.settings.sampling.coupling
-    names = {"target": target.name, "draft": drafter.name, "rule": verifier.rule.name, "coupling": coupling}
-    budget = {"max_tokens": stop.max_tokens, "stop": [*stop.strings, *stop.marks]}
-    if asked:
-        budget["generation_config"] = asked.named()
-    if grammar is not None:
-        budget["grammar"] = grammar.grammar.named()
-    yield Started(tuple(prompt), {**names, **run.settings.named(), **budget}, random.seed, dict(environment or {}))
+    run, started = start(
+        target,
+        drafter,
+        prompt,
+        controls=controls,
+        stop=stop,
+        random=random,
+        verifier=verifier,
+        tokenizer=tokenizer,
+        timer=timer,
+        environment=environment,
+        asked=asked,
+        grammar=grammar,
+    )
+    yield started
     try:
         yield from run.run_ahead() if ahead else run.run_in_turn()
     except Exception as error:
@@ -92,6 +94,44 @@ def decode(
         forget(target, drafter)
         yield Failed(type(reported).__name__, reported.message, reported.hint)
         raise reported from (None if reported is error else error)
+    except GeneratorExit:  # between two cycles: the caches are sound
+        raise
+    except BaseException:  # an interrupt in the middle of a pass: some layers have read its tokens
+        forget(target, drafter)
+        raise
+
+
+def start(
+    target: Target,
+    drafter: Drafter,
+    prompt: Sequence[int],
+    *,
+    controls: Controls,
+    stop: Stop,
+    random: Randomness,
+    verifier: Verifier | None = None,
+    tokenizer: Tokenizer | None = None,
+    timer: Timer | None = None,
+    environment: Mapping[str, Any] | None = None,
+    asked: Asked | None = None,
+    grammar: Matching | None = None,
+) -> tuple[Run, Started]:
+    """A run that is about to begin, and its first event. For the arguments, and what is raised, see `decode`."""
+    verifier, timer = verifier or verifier_for(TokenRule(), target.device), timer or timer_for(target.device)
+    clipper = Clipper(stop, _room(prompt, stop, target.limit), tokenizer)
+    run = Run(target, drafter, list(prompt), controls, clipper, random, verifier, timer)
+    if asked:
+        run.process = process(asked, len(prompt), target.device)
+    run.grammar = grammar
+    coupling = controls.settings.sampling.coupling
+    names = {"target": target.name, "draft": drafter.name, "rule": verifier.rule.name, "coupling": coupling}
+    budget: dict[str, Any] = {"max_tokens": stop.max_tokens, "stop": [*stop.strings, *stop.marks]}
+    if asked:
+        budget["generation_config"] = asked.named()
+    if grammar is not None:
+        budget["grammar"] = grammar.grammar.named()
+    settings = {**names, **run.settings.named(), **budget}
+    return run, Started(tuple(prompt), settings, random.seed, dict(environment or {}))
 
 
 def forget(target: Target, drafter: Drafter) -> None:
@@ -102,17 +142,26 @@ def forget(target: Target, drafter: Drafter) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _InFlightCycle:
-    """A cycle that was started, and whose verdict is on its way."""
+class Proposed:
+    """A cycle whose draft is made, and is to be scored."""
 
     changed: Sequence[SettingChanged]
     k: int
     draft: Draft
-    pending: PendingVerdict
+    drafted: Sequence[int]
+    """Its tokens on the host, where a grammar looks at them."""
     marks: list[Mark]
 
 
-class _Run:
+@dataclass(frozen=True, slots=True)
+class InFlightCycle:
+    """A cycle that was scored, and whose verdict is on its way."""
+
+    proposed: Proposed
+    pending: PendingVerdict
+
+
+class Run:
     """The loop's state: the context, and the settings that the newest cycle was started with."""
 
     def __init__(
@@ -137,21 +186,21 @@ class _Run:
 
     def run_in_turn(self) -> Iterator[Event]:
         """Start a cycle, finish it, yield it."""
-        prefill, reason = self._begin(), None
+        prefill, reason = self.begin(), None
         while reason is None:
             in_flight = self._start_cycle()
-            yield from in_flight.changed
-            cycle, reason = self._finish_cycle(in_flight)
+            yield from in_flight.proposed.changed
+            cycle, reason = self.finish(in_flight)
             yield cycle
-        yield self._finished(reason, prefill)
+        yield self.finished(reason, prefill)
 
     def run_ahead(self) -> Iterator[Event]:
         """Finish a cycle, start the next, and only then yield."""
-        prefill, reason, start_error = self._begin(), None, None
+        prefill, reason, start_error = self.begin(), None, None
         in_flight = self._start_cycle()
         while reason is None:
-            changed = in_flight.changed
-            cycle, reason = self._finish_cycle(in_flight)
+            changed = in_flight.proposed.changed
+            cycle, reason = self.finish(in_flight)
             if reason is None:
                 try:
                     in_flight = self._start_cycle()
@@ -161,34 +210,47 @@ class _Run:
             yield cycle
             if start_error is not None:
                 raise start_error
-        yield self._finished(reason, prefill)
+        yield self.finished(reason, prefill)
 
-    def _begin(self) -> tuple[Mark, Mark]:
+    @property
+    def context(self) -> Sequence[int]:
+        """Prompt and answer so far."""
+        return self._context
+
+    def begin(self) -> tuple[Mark, Mark]:
         """Both caches filled; the marks before and after."""
         began = self._timer.mark()
         self._kept = self._target.prefill(self._context[:-1])
         self._drafter.begin(self._context)  # after it: some drafters read what the target computed
         return began, self._timer.mark()
 
-    def _start_cycle(self) -> _InFlightCycle:
+    def _start_cycle(self) -> InFlightCycle:
+        proposed = self.propose()
+        return self.verify(proposed, self._target.score(self._context, proposed.draft))
+
+    def propose(self) -> Proposed:
+        """Begin a cycle: make its draft."""
         target, context = self._target, self._context
         assert target.cached == len(context) - 1, f"{target.cached} cached, {len(context)} in context"
         before, self.settings = self.settings, self._controls.settings  # read once: what is announced is what runs
         changed = changes(self._cycles_started, before, self.settings, self._controls.reason)
         self._cycles_started += 1
-        marks, sampling = [self._timer.mark()], self.settings.sampling
-
+        marks = [self._timer.mark()]
         k, draft = self._draft()
         marks.append(self._timer.mark())
         drafted = draft.tokens.tolist() if self.grammar is not None else []  # before the pass, which it would wait for
-        logits = target.score(context, draft)
+        return Proposed(changed, k, draft, drafted, marks)
+
+    def verify(self, proposed: Proposed, logits: Tensor) -> InFlightCycle:
+        """Start to hold the draft against the target's logits, [k + 1, V]."""
+        draft, context = proposed.draft, self._context
         if self.process is not None:
             logits = self.process(context, draft.tokens, logits)
         if self.grammar is not None:
-            logits = logits.masked_fill(~self.grammar.allowed(drafted), -torch.inf)
-        pending = self._verifier.start(logits, draft, sampling, self._random, len(context))
-        marks.append(self._timer.mark())
-        return _InFlightCycle(changed, k, draft, pending, marks)
+            logits = logits.masked_fill(~self.grammar.allowed(proposed.drafted), -torch.inf)
+        pending = self._verifier.start(logits, draft, self.settings.sampling, self._random, len(context))
+        proposed.marks.append(self._timer.mark())
+        return InFlightCycle(proposed, pending)
 
     def _draft(self) -> tuple[int, Draft]:
         """Of so many tokens at most. The last token of the budget is the target's own."""
@@ -208,22 +270,25 @@ class _Run:
         if self.grammar is None or not (self.settings.k or off):
             return None
         tokens = self.grammar.forced(room)
-        return Draft(upload(torch.tensor(tokens), self._target.device), None, FORCED_BY) if tokens else None
+        # `cut`: of any length, so that nothing is recorded for it.
+        return Draft(upload(torch.tensor(tokens), self._target.device), None, FORCED_BY, cut=True) if tokens else None
 
-    def _finish_cycle(self, in_flight: _InFlightCycle) -> tuple[Cycle, FinishReason | None]:
-        draft, marks, context, position = in_flight.draft, in_flight.marks, self._context, len(self._context)
+    def finish(self, in_flight: InFlightCycle) -> tuple[Cycle, FinishReason | None]:
+        """Take the verdict: the text grows, both caches keep what is in it."""
+        proposed, context, position = in_flight.proposed, self._context, len(self._context)
+        draft, marks = proposed.draft, proposed.marks
         marks.append(self._timer.mark())  # the time before this mark is the consumer's: no phase counts it
         verdict = in_flight.pending()
         clipped = self._clipped(verdict)
         context += clipped.emitted
         self._target.rollback(to=len(context) - 1)
-        if len(draft):
+        if len(draft) and draft.drafter != FORCED_BY:
             self._drafter.observe(draft, verdict)
         marks.append(self._timer.mark())
         started, drafted, verified, resumed, done = marks
         phases = ((started, drafted), (drafted, verified), (resumed, done))
         seconds = [self._timer.seconds(*phase) for phase in phases]
-        cycle = _cycle(self._cycles_done, in_flight.k, draft, verdict, clipped, seconds, position)
+        cycle = _cycle(self._cycles_done, proposed.k, draft, verdict, clipped, seconds, position)
         self._cycles_done += 1
         if not cycle.forced:  # how tokens fare that must come says nothing of drafts
             self._controls.observe(cycle)
@@ -237,7 +302,8 @@ class _Run:
         count = self.grammar.advance(clipped.emitted)
         return Clipped(clipped.emitted[:count], "stop") if self.grammar.finished else clipped
 
-    def _finished(self, reason: FinishReason, prefill: tuple[Mark, Mark]) -> Finished:
+    def finished(self, reason: FinishReason, prefill: tuple[Mark, Mark]) -> Finished:
+        """The last event; prefill: what `begin` returned."""
         emitted = len(self._context) - self._prompt_tokens
         peak = peak_bytes(self._target.device)
         recording_s = self._timer.paused(prefill[0], self._timer.mark())

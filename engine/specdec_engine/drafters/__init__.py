@@ -60,7 +60,7 @@ def _on_two_levels(lower: str, upper: str, setup: DraftSetup) -> Drafter:
             f"{lower} drafts for models with the target's tokens, token by token, and {upper} is none",
             f"one after the other is {lower},{upper}",
         )
-    model.take_guesses(guesser, lower)
+    model.take_guesses(guesser, f"{lower}+{model.name}")
     return model
 
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from specdec_engine.adaptive.limits import DraftLimits
+from specdec_engine.constrain.matching import Matching
 from specdec_engine.core.cycle_types import Draft, Sampling, Verdict
 from specdec_engine.core.randomness import Randomness
-from specdec_engine.grammar.matching import Matching
+from specdec_engine.errors import UsageError
 from specdec_engine.models.translation import Translation
 from specdec_engine.runtime import Runtime
 from specdec_engine.runtime.linear import Quantize
@@ -63,6 +64,24 @@ class AcceptanceAlong(Protocol):
         target's probabilities of these tokens. A row ends with the text, and where next to no draft gets that far; it is
         empty where none is proposed. `sampling` is the draft's."""
         ...
+
+
+@runtime_checkable
+class Repeatable(Protocol):
+    """**Protocol:** a drafter that can be had several times, for several texts at once."""
+
+    def another(self, target: Runtime) -> Drafter:
+        """The same, for another text; target: the runtime on which that text is read."""
+        ...
+
+
+def another(drafter: Drafter, target: Runtime) -> Drafter:
+    """Raises UsageError for a drafter that there is only once."""
+    if not isinstance(drafter, Repeatable):
+        raise UsageError(
+            f"the draft {drafter.name} drafts for one text at a time", "choose another draft, or --batch 1"
+        )
+    return drafter.another(target)
 
 
 @runtime_checkable

@@ -19,6 +19,7 @@ from specdec_engine.drafters.token_choice import DraftChoice, TextSampler, draft
 from specdec_engine.errors import ModelUnavailable, PairIncompatible, UsageError
 from specdec_engine.models.draft_files import builtin_draft, head_weights, inverse, read_draft
 from specdec_engine.models.draft_folder import DraftFolder
+from specdec_engine.runtime import Runtime
 from specdec_engine.runtime.arithmetic import refuse_packing
 from specdec_engine.runtime.decoder import Decoder, Embedding
 from specdec_engine.runtime.head import HeadForward, HeadRuntime, check_weights, head_shape
@@ -34,6 +35,11 @@ class HeadDrafter:
         self.name = name
         self._head, self._target, self._setup = head, target, setup
         self._ids = ids.to(setup.device)
+
+    def another(self, target: Runtime) -> HeadDrafter:
+        """See `Repeatable`; the target's runtime is tapped as the first one's."""
+        assert isinstance(target, LeanRuntime)
+        return HeadDrafter(self._head.another(), target, self._ids, self._setup, self.name)
 
     def begin(self, prompt: Sequence[int]) -> None:
         """The target has read the prompt but for its last token."""

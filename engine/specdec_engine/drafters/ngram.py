@@ -7,6 +7,7 @@ with plain ints: an index from each n-gram to the positions after it is extended
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 
 import torch
 
@@ -15,7 +16,7 @@ from specdec_engine.core.randomness import Randomness
 from specdec_engine.core.transfer import upload
 from specdec_engine.drafters.base import DraftSetup, empty_draft
 from specdec_engine.errors import UsageError
-from specdec_engine.runtime import StopDrafting
+from specdec_engine.runtime import Runtime, StopDrafting
 
 _LARGEST_N = 64
 """The largest n: each token adds an index entry for each length."""
@@ -39,9 +40,14 @@ class NgramDrafter:
         self._after: dict[tuple[int, ...], int] = {}  # n-gram -> where what followed its last occurrence begins
         self._indexed = 0
 
+    def another(self, target: Runtime) -> NgramDrafter:
+        """See `Repeatable`."""
+        made = copy(self)
+        made.begin(())
+        return made
+
     def begin(self, prompt: Sequence[int]) -> None:
-        self._after.clear()
-        self._indexed = 0
+        self._after, self._indexed = {}, 0
         self._index(prompt)
 
     def propose(self, context: Sequence[int], k: int, sampling: Sampling, random: Randomness) -> Draft:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from specdec_engine.core.cycle_types import Draft, Sampling, Verdict
 from specdec_engine.core.randomness import Randomness
 from specdec_engine.drafters.base import DraftSetup, empty_draft
+from specdec_engine.runtime import Runtime
 
 
 class NoDrafter:
@@ -16,6 +17,10 @@ class NoDrafter:
 
     def __init__(self, setup: DraftSetup) -> None:
         self._device = setup.device
+
+    def another(self, target: Runtime) -> NoDrafter:
+        """See `Repeatable`."""
+        return self
 
     def begin(self, prompt: Sequence[int]) -> None:
         pass

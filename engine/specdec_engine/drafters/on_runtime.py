@@ -8,6 +8,7 @@ draft's first pass; no extra pass closes the gap.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import partial
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from specdec_engine.core.cycle_types import Draft, Sampling, Verdict
 from specdec_engine.core.randomness import Randomness
 from specdec_engine.core.transfer import upload
-from specdec_engine.drafters.base import DraftSetup, Guesser, empty_draft
+from specdec_engine.drafters.base import DraftSetup, Guesser, Repeatable, empty_draft
 from specdec_engine.drafters.token_choice import (
     DraftChoice,
     acceptance_of_emitted,
@@ -51,14 +52,24 @@ class RuntimeDrafter:
         self._draft_id_of = None if ids is None else inverse(ids, setup.vocab, lacking=len(ids) - 1).tolist()
         self._drafted_from = 0  # length of the context that the last draft followed
 
+    def another(self, target: Runtime) -> RuntimeDrafter:
+        """See `Repeatable`."""
+        made = copy(self)
+        made.runtime = self.runtime.another()
+        if isinstance(self._guesser, Repeatable):
+            guesser = self._guesser.another(target)
+            assert isinstance(guesser, Guesser)
+            made.take_guesses(guesser, self.name)
+        return made
+
     @property
     def in_one_pass(self) -> bool:
         """True for a model that fills in masked places."""
         return self._mask is not None
 
     def take_guesses(self, guesser: Guesser, name: str) -> None:
-        """Let a lookup draft for this draft: see `guided`."""
-        self._guesser, self.name = guesser, f"{name}+{self.name}"
+        """Let a lookup draft for this draft, which is called so from then on: see `guided`."""
+        self._guesser, self.name = guesser, name
 
     def begin(self, prompt: Sequence[int]) -> None:
         self.runtime.rollback(

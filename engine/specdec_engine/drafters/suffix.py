@@ -8,6 +8,7 @@ depend on nothing that an earlier run drew (`base.py`), or repeating a seed woul
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +18,7 @@ from specdec_engine.core.randomness import Randomness
 from specdec_engine.core.transfer import upload
 from specdec_engine.drafters.base import DraftSetup, empty_draft
 from specdec_engine.errors import UsageError
+from specdec_engine.runtime import Runtime
 
 DEPTH = 16
 """Longest run that is told apart; longer matches continue as their last tokens do."""
@@ -48,6 +50,12 @@ class SuffixDrafter:
         self._device, self._limits = setup.device, setup.draft_limits
         self._root, self._known = _Node(), 0
         self._ends: list[_Node] = []
+
+    def another(self, target: Runtime) -> SuffixDrafter:
+        """See `Repeatable`."""
+        made = copy(self)
+        made.begin(())
+        return made
 
     def begin(self, prompt: Sequence[int]) -> None:
         self._root, self._ends, self._known = _Node(), [], 0

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from specdec_engine.constrain.matching import Walk
 from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.core.randomness import Randomness
 from specdec_engine.core.transfer import upload
 from specdec_engine.drafters.base import RunGrammar
-from specdec_engine.grammar.matching import Walk
 from specdec_engine.runtime import SampledToken
 from specdec_engine.verify.coupling import choice, gumbel_noise
 from specdec_engine.verify.sampling import draw, draw_on_host, warp, wide

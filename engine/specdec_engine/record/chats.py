@@ -32,14 +32,24 @@ class _Head:
 
 def write_chat(path: Path, target: str, messages: Sequence[Message]) -> None:
     """Whole or not at all. Raises UsageError for a place that cannot be written, and for a file that holds something else."""
-    if path.exists() and path.stat().st_size:
+    if _holds_something(path):
         try:
-            _head(path)
+            other = _head(path).target
         except UsageError as error:
             raise UsageError(f"{path} is there already, and is no chat", "choose another name") from error
+        if other != target:
+            raise UsageError(f"{path} is there already, a chat with {other}", "choose another name")
     lines = [{"schema": SCHEMA, "target": target}, *map(asdict, messages)]
     try:
-        replace_file(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+        replace_file(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {reason(error)}", "choose another name") from error
+
+
+def _holds_something(path: Path) -> bool:
+    """Raises UsageError for a name that cannot be looked at."""
+    try:
+        return path.exists() and path.stat().st_size > 0
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {reason(error)}", "choose another name") from error
 

@@ -16,7 +16,7 @@ Cause = Literal["none", "length", "settings", "seed", "draws", "rounding", "unex
 NEAR = 0.02
 """Difference of two tokens' probabilities, before temperature, that rounding may turn: in bfloat16 a logit of 16 moves by
 0.06, a probability of a half by 0.015."""
-_DECIDE = ("target", "temperature", "top_k", "top_p", "min_p", "generation_config", "stop", "max_tokens")
+_DECIDE = ("target", "temperature", "top_k", "top_p", "min_p", "generation_config", "grammar", "stop", "max_tokens")
 """Settings on which a text depends whatever drafts; those after `stop` only cut it."""
 
 

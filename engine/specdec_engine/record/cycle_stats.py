@@ -29,13 +29,15 @@ def rate(cycles: Sequence[Cycle]) -> float | None:
 
 
 def rolling_alpha(cycles: Sequence[Cycle], window: int) -> list[float | None]:
-    """After each cycle, accepted of tested in the last `window` cycles; None where nothing was tested."""
+    """After each cycle, accepted of tested in the last `window` cycles; None where nothing was tested. Tokens that a grammar
+    forces are no draft's."""
     found = list[float | None]()
+    counts = [(0, 0) if cycle.forced else (cycle.accepted, cycle.tested) for cycle in cycles]
     accepted = tested = 0
-    for i, cycle in enumerate(cycles):
-        accepted, tested = accepted + cycle.accepted, tested + cycle.tested
+    for i, (more, of) in enumerate(counts):
+        accepted, tested = accepted + more, tested + of
         if i >= window:
-            accepted, tested = accepted - cycles[i - window].accepted, tested - cycles[i - window].tested
+            accepted, tested = accepted - counts[i - window][0], tested - counts[i - window][1]
         found.append(accepted / tested if tested else None)
     return found
 

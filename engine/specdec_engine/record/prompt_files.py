@@ -35,6 +35,8 @@ class Question:
     """Of a prompt that came as token ids; it has one turn, whose text is not looked at."""
     system: str = ""
     """What the conversation begins with; empty for none."""
+    id: str = ""
+    """What its file calls it; empty for nothing."""
 
 
 class _NoPrompt(ValueError):
@@ -156,7 +158,8 @@ def _question(value: Any) -> Question:
         system = _text(given, "system")
     named = value.get("category")
     category = ", ".join(map(str, named)) if isinstance(named, list) else str(named or "prompts")
-    return Question(category, turns, system=system)
+    name = next((value[key] for key in ("id", "custom_id", "question_id") if isinstance(value.get(key), str | int)), "")
+    return Question(category, turns, system=system, id=str(name))
 
 
 def _conversation(record: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:

@@ -89,6 +89,11 @@ class Runtime(Protocol):
         """Tokens whose keys and values are kept."""
         ...
 
+    @property
+    def ready(self) -> int:
+        """Cached tokens that the next pass does not read again; less than `cached` where a state cannot go back to them."""
+        ...
+
     def forward(self, tokens: Tensor, rows: int, seldom: bool = False) -> Tensor:
         """[n] tokens that follow the cached ones -> [rows, V] logits after the last `rows` of them; caches all n.
 
@@ -98,6 +103,10 @@ class Runtime(Protocol):
 
     def rollback(self, to: int) -> None:
         """Forget all but the first `to` tokens; idempotent, and nothing happens if fewer are cached."""
+        ...
+
+    def another(self) -> Runtime:
+        """The same model on a cache of its own, for another text."""
         ...
 
     def unroll(
@@ -118,7 +127,7 @@ PREFILL_CHUNK = 512
 def prefill(runtime: Runtime, tokens: Tensor) -> None:
     """Cache [n] tokens in chunks, and keep no logits."""
     for chunk in torch.split(tokens, PREFILL_CHUNK):
-        runtime.forward(chunk, 1)
+        runtime.forward(chunk, 1, seldom=True)
 
 
 @torch.inference_mode()

@@ -38,6 +38,11 @@ class ContextState(Protocol):
     @property
     def cached(self) -> int: ...
 
+    @property
+    def ready(self) -> int:
+        """Of these, the first so many are not read again by the next pass."""
+        ...
+
     def inputs(self, tokens: Tensor) -> Iterator[Inputs]:
         """For the passes that read [n] tokens more, each to be run before the next is asked for. The last rows of all are
         those of the tokens."""
@@ -64,6 +69,10 @@ class KeysAndValues:
     @property
     def cached(self) -> int:
         return int(self._cache.get_seq_length())
+
+    @property
+    def ready(self) -> int:
+        return self.cached
 
     def inputs(self, tokens: Tensor) -> Iterator[Inputs]:
         yield {"input_ids": tokens[None], self._argument: self._cache, "use_cache": True}
@@ -93,6 +102,10 @@ class RecurrentState:
     @property
     def cached(self) -> int:
         return len(self._text)
+
+    @property
+    def ready(self) -> int:
+        return self._fed
 
     def inputs(self, tokens: Tensor) -> Iterator[Inputs]:
         begin = self.cached
@@ -140,6 +153,10 @@ class WholeText:
     @property
     def cached(self) -> int:
         return len(self._text)
+
+    @property
+    def ready(self) -> int:
+        return 0
 
     def inputs(self, tokens: Tensor) -> Iterator[Inputs]:
         self._text = torch.cat([self._text, tokens])

@@ -14,7 +14,7 @@ from specdec_engine.runtime.blocks import Blocks
 from specdec_engine.runtime.cpu import whole
 from specdec_engine.runtime.linear import Packing, Projection, Rows, head_packing, project
 from specdec_engine.runtime.native import Kernels
-from specdec_engine.runtime.ops import Layer, Ops
+from specdec_engine.runtime.ops import Layer, Ops, Pass, PassTogether
 from specdec_engine.runtime.shape import Shape, Unsupported
 from specdec_engine.runtime.weights import Grouped, Unfused, Weights
 
@@ -27,6 +27,18 @@ class Taps:
     """Whose output is kept, and besides it the normed output of the last."""
     kept: Tensor
     """[capacity, taps + 1, hidden], by position."""
+
+
+@dataclass(frozen=True, slots=True)
+class OneOfSeveral:
+    """Tokens that follow one text, in that text's own cache; see `Decoder.__call__`."""
+
+    tokens: Tensor
+    positions: Tensor
+    cache: Tensor
+    span: int
+    start: int
+    taps: Taps | None
 
 
 class Decoder(Blocks):
@@ -89,7 +101,27 @@ class Decoder(Blocks):
         Writes their keys and values into `cache`, and looks at its first `span` positions, which must take in all of
         `positions`. start: see `Blocks.begin`.
         """
-        step = self.begin(positions, cache, span, start)
+        last, features = self._through(self.begin(positions, cache, span, start), tokens, taps)
+        if taps is not None:
+            taps.kept.index_copy_(0, positions, features)
+        return self._logits(last[-rows:])
+
+    @torch.inference_mode()
+    def together(self, sequences: Sequence[OneOfSeveral]) -> list[Tensor]:
+        """Several sequences in one pass -> [n, V] logits of each, of all its tokens. They read the same layers for a head, or
+        none does."""
+        parts = [self.begin(s.positions, s.cache, s.span, s.start) for s in sequences]
+        taps = sequences[0].taps
+        tokens, sizes = torch.cat([s.tokens for s in sequences]), [len(s.tokens) for s in sequences]
+        last, features = self._through(PassTogether(parts), tokens, taps)
+        if taps is not None:
+            for s, own in zip(sequences, torch.split(features, sizes), strict=True):
+                assert s.taps is not None
+                s.taps.kept.index_copy_(0, s.positions, own)
+        return list(torch.split(self._logits(last), sizes))
+
+    def _through(self, step: Pass, tokens: Tensor, taps: Taps | None) -> tuple[Tensor, Tensor]:
+        """What leaves the last norm, and what a head reads [n, taps + 1, hidden]; the same again without taps."""
         embedded, scales = self.embedding(tokens), self.shape.scales
         step.x.copy_(embedded if scales.embedding == 1.0 else embedded * scales.embedding)
         kept = []
@@ -98,9 +130,11 @@ class Decoder(Blocks):
             if taps is not None and i in taps.layers:
                 kept.append(step.x.to(self.dtype, copy=True))
         last = step.normed(self.norm)
-        if taps is not None:
-            taps.kept.index_copy_(0, positions, torch.stack([*kept, last], 1))
-        logits: Tensor = self.head(last[-rows:])
+        return last, last if taps is None else torch.stack([*kept, last], 1)
+
+    def _logits(self, last: Tensor) -> Tensor:
+        scales = self.shape.scales
+        logits: Tensor = self.head(last)
         logits = logits if scales.logits == 1.0 else logits * scales.logits
         return logits if scales.cap_logits == 0.0 else (logits / scales.cap_logits).tanh_().mul_(scales.cap_logits)
 

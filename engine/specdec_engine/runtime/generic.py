@@ -29,7 +29,7 @@ class GenericRuntime:
     def __init__(self, model: Any, label: str) -> None:
         self.known = KnownText()
         self._state = context_state(model, rollback_of(model.config, model, label))
-        self.model = model
+        self.model, self._label = model, label
         self.vocab = _logits_size(model)
         self.limit = context_limit(model.config)
         self.device = model.device
@@ -80,9 +80,18 @@ class GenericRuntime:
         whole, parts = whole[finite].float(), parts[finite].float()
         return float((whole - parts).square().mean().sqrt() / whole.std()) if len(whole) > 1 else 0.0
 
+    def another(self) -> GenericRuntime:
+        """The same model on a cache of its own, for another text."""
+        return GenericRuntime(self.model, self._label)
+
     @property
     def cached(self) -> int:
         return self._state.cached
+
+    @property
+    def ready(self) -> int:
+        """See `Runtime`."""
+        return self._state.ready
 
     @torch.inference_mode()
     def forward(self, tokens: Tensor, rows: int, seldom: bool = False) -> Tensor:
@@ -92,8 +101,8 @@ class GenericRuntime:
         return logits.to(self.device)  # with a device_map, the last layer may live elsewhere
 
     def rollback(self, to: int) -> None:
+        self.known.cut(to)  # first: an interrupt must not leave it knowing more than there is
         self._state.rollback(to)
-        self.known.cut(to)
 
     unroll = step_by_step
 

@@ -194,6 +194,10 @@ class HeadRuntime:
         self._cached = self._written = 0
         self._cache = forward.new_cache(_rounded(capacity))
 
+    def another(self) -> HeadRuntime:
+        """The same head on a cache of its own, for another text."""
+        return HeadRuntime(self._forward, 16)
+
     @property
     def cached(self) -> int:
         return self._cached
@@ -206,11 +210,11 @@ class HeadRuntime:
     @torch.inference_mode()  # a cache that grew in a pass is an inference tensor
     def rollback(self, to: int) -> None:
         """Forget all but the first `to` slots; idempotent."""
+        self.known.cut(to + 1)
         if to == 0:  # as in `LeanRuntime`: what a broken run left would come through the mask
             self._cache[:, :, : self._written].zero_()
             self._written = 0
         self._cached = min(self._cached, to)
-        self.known.cut(to + 1)
 
     @torch.inference_mode()
     def unroll(

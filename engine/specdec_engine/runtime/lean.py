@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Protocol, cast
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from specdec_engine.errors import OutOfMemory
 from specdec_engine.runtime import step_by_step
-from specdec_engine.runtime.decoder import Decoder, Taps
+from specdec_engine.runtime.decoder import Decoder, OneOfSeveral, Taps
 from specdec_engine.runtime.known_text import KnownText
 from specdec_engine.runtime.shape import Unsupported
 from specdec_engine.system.memory import free_bytes, gib, ran_out
@@ -55,6 +56,11 @@ class LeanRuntime:
         return self._cached
 
     @property
+    def ready(self) -> int:
+        """See `Runtime`."""
+        return self._cached
+
+    @property
     def capacity(self) -> int:
         """Tokens that fit before the cache is made anew."""
         return self._cache.shape[2]
@@ -68,10 +74,28 @@ class LeanRuntime:
         self._cached = end
         return logits
 
+    def following(self, tokens: Tensor) -> OneOfSeveral:
+        """Tokens that follow the cached ones, as one text of several."""
+        end = self._cached + tokens.shape[0]
+        self._make_room(end)
+        positions = torch.arange(self._cached, end, device=self.device)
+        return OneOfSeveral(tokens, positions, self._cache, self._rounded(end), self._cached, self._taps)
+
+    def took(self, tokens: int) -> None:
+        """So many tokens were cached by a pass over several texts."""
+        self._cached += tokens
+
     def _passed(self, tokens: Tensor, positions: Tensor, span: int, rows: int, start: int | None = None) -> Tensor:
         if isinstance(self.decoder, Decoder):
             return self.decoder(tokens, positions, self._cache, span, rows, self._taps, start)
         return self.decoder(tokens, positions, self._cache, span, rows)
+
+    def another(self) -> LeanRuntime:
+        """The same model on a cache of its own, for another text."""
+        made = LeanRuntime(self.decoder, self._label, self.limit, _ROOM)
+        if self._taps is not None:
+            made.tap(self._taps.layers)
+        return made
 
     def first(self, layers: int) -> LeanRuntime:
         """The same decoder without its later blocks, on a cache of its own."""
@@ -84,7 +108,9 @@ class LeanRuntime:
             raise Unsupported("its forward is transformers' own")
         if self._taps is not None and self._taps.layers != layers:
             raise Unsupported(f"another draft head reads its layers {self._taps.layers}")
-        self._taps = Taps(layers, self._new_features(len(layers), self.capacity))
+        if self._taps is None:
+            self.rollback(0)  # of what was read before there are no features
+            self._taps = Taps(layers, self._new_features(len(layers), self.capacity))
 
     def features(self, start: int, end: int) -> Tensor:
         """[end - start, taps + 1, hidden] of cached tokens; `tap` must have been called before they were."""
@@ -98,11 +124,11 @@ class LeanRuntime:
 
     @torch.inference_mode()
     def rollback(self, to: int) -> None:
+        self.known.cut(to)  # first: an interrupt must not leave it knowing more than there is
         if to == 0:  # what a run that broke has left, NaN or inf, would come through the mask
             self._cache[:, :, : self._written].zero_()  # no more: what was never written takes no memory yet
             self._written = 0
         self._cached = min(self._cached, to)
-        self.known.cut(to)
 
     unroll = step_by_step
 
@@ -158,6 +184,17 @@ class LeanRuntime:
             f"out of memory: the cache of {self._label} for {capacity} tokens needs {gib(capacity * self.token_bytes)}",
             f"{self._cached} tokens fit; lower --max-tokens, or shorten the prompt",
         )
+
+
+def forward_together(runtimes: Sequence[LeanRuntime], tokens: Sequence[Tensor]) -> list[Tensor]:
+    """A pass over tokens of several texts, each on a runtime of its own of one decoder: as `LeanRuntime.forward` of each,
+    with logits after all of its tokens."""
+    decoder = runtimes[0].decoder
+    assert isinstance(decoder, Decoder)
+    found = decoder.together([runtime.following(own) for runtime, own in zip(runtimes, tokens, strict=True)])
+    for runtime, own in zip(runtimes, tokens, strict=True):
+        runtime.took(len(own))
+    return found
 
 
 _ROOM = 16

@@ -721,11 +721,19 @@ typedef struct {
   matrix matrices[8];
 } layer;
 
-/* x [n, hidden] += what the layer makes of `inputs`, or where there are none of x, normed. */
-int block(const layer *l, const pass *p, float *x, const float *inputs, void *kept, int threads) {
-  const share s = share_of(p);
-  const long n = p->n, width = p->heads * p->size, all = width + 2 * p->groups * p->size;
-  const long products_room = room_for(n, l->widest), attend_room = room_to_attend(p, s);
+/* x [n, hidden] += what the layer makes of `inputs`, or where there are none of x, normed. The rows are those of `count` texts,
+   one after the other: the matrices take them together, and each text looks at its own cache. */
+int block(const layer *l, const pass *texts, void *const *kept, long count, float *x, const float *inputs, int threads) {
+  const long width = texts->heads * texts->size, all = width + 2 * texts->groups * texts->size;
+  share shares[count];
+  long n = 0, attend_room = 0;
+  for (long t = 0; t < count; t++) {
+    shares[t] = share_of(texts + t);
+    const long room = room_to_attend(texts + t, shares[t]);
+    attend_room = room > attend_room ? room : attend_room;
+    n += texts[t].n;
+  }
+  const long products_room = room_for(n, l->widest);
   float *normed = malloc(sizeof(float) * n * (2 * l->hidden + all + 2 * width + 3 * l->inner) +
                          (products_room > attend_room ? products_room : attend_room));
   if (!normed) return 1;
@@ -737,8 +745,13 @@ int block(const layer *l, const pass *p, float *x, const float *inputs, void *ke
   {
     if (!inputs) norm_rows(x, 0, l->attention_norm, l->eps, n, l->hidden, 0, normed);
     products(l->matrices, l->many[0], inputs ? inputs : normed, n, room, qkv);
-    rotate_rows(p, qkv, 0, l->q_norm, l->k_norm, l->eps, queries, kept);
-    attend_rows(p, s, queries, kept, l->window, room, seen, 0);
+    long row = 0;
+    for (long t = 0; t < count; t++) {
+      float *asked = queries + row * width;
+      rotate_rows(texts + t, qkv + row * all, 0, l->q_norm, l->k_norm, l->eps, asked, kept[t]);
+      attend_rows(texts + t, shares[t], asked, kept[t], l->window, room, seen + row * width, 0);
+      row += texts[t].n;
+    }
     products(out, l->many[1], seen, n, room, more);
     norm_rows(x, more, l->mlp_norm, l->eps, n, l->hidden, 0, normed);
     products(up, l->many[2], normed, n, room, gate_up);

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,7 +81,7 @@ class Kernels:
             "gate": (address, size, size, small, address, small),
             "rotate": (address, address, small, address, address, single, address, address, small),
             "attend": (*[address] * 3, size, address, small, small),
-            "block": (*[address] * 5, small),
+            "block": (*[address] * 3, size, address, address, small),
         }.items():
             getattr(self._library, name).argtypes = arguments
 
@@ -206,12 +207,25 @@ class Kernels:
         _check_memory(failed, n)
         return out
 
-    def block(self, layer: LayerFields, fields: PassFields, x: Tensor, inputs: Tensor | None, kept: Tensor) -> None:
-        """A whole layer: adds to x [n, hidden] float32. inputs: see `ops.Pass.block`."""
-        threads = torch.get_num_threads()
-        at = ctypes.byref(layer), ctypes.byref(fields)
-        failed = self._library.block(*at, x.data_ptr(), _address(inputs), kept.data_ptr(), threads)
-        _check_memory(failed, fields.n)
+    def block(
+        self,
+        layer: LayerFields,
+        texts: ctypes.Array[PassFields],
+        x: Tensor,
+        inputs: Tensor | None,
+        kept: Sequence[Tensor],
+    ) -> None:
+        """A whole layer: adds to x [n, hidden] float32, whose rows are those of several texts, one after the other; kept: the
+        layer's cache of each. inputs: see `ops.Pass.block`."""
+        caches = (ctypes.c_void_p * len(kept))(*[cache.data_ptr() for cache in kept])
+        at = ctypes.byref(layer), texts, caches, len(kept)
+        failed = self._library.block(*at, x.data_ptr(), _address(inputs), torch.get_num_threads())
+        _check_memory(failed, len(x))
+
+
+def of_texts(fields: Sequence[PassFields]) -> ctypes.Array[PassFields]:
+    """As `Kernels.block` takes them."""
+    return (PassFields * len(fields))(*fields)
 
 
 def pass_fields(heads: int, rotation: Tensor | None, positions: Tensor, kept: Tensor) -> PassFields:

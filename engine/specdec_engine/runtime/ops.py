@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, rms_norm, scaled_dot_product_attention, silu
 
 from specdec_engine.runtime.linear import Projection
-from specdec_engine.runtime.native import Kernels, LayerFields, pass_fields
+from specdec_engine.runtime.native import Kernels, LayerFields, of_texts, pass_fields
 from specdec_engine.runtime.shape import Growth, Shape
 
 FEW_ROWS = 16
@@ -97,12 +97,12 @@ class Pass:
         """rotations: see `Blocks.rotation`. span: places of the cache that take in all positions. start: the first position,
         where the host knows it. kernels: our own for a CPU, which do a layer in one call: nine operations take 9 µs of Python
         each, and 1 µs of work for few rows."""
-        self._ops, self._eps, self._dtype, self._positions = ops, shape.eps, dtype, positions
+        self.ops, self.eps, self.dtype, self.positions = ops, shape.eps, dtype, positions
         n = len(positions)
         self._x = torch.empty(n, shape.hidden, device=positions.device)
         self._more: Tensor | None = None
         self._rotations = rotations
-        self._kept = cache.unbind(0)
+        self.kept = cache.unbind(0)
         self._end = span if start is None else start + n
         capped = shape.scales.cap_scores != 0.0
         self._causal = None if start is None or capped else _causal(n, self._end, positions.device)
@@ -112,10 +112,11 @@ class Pass:
         self._wide_dtype = cache.dtype if cache.dtype == torch.float32 else ops.wide_dtype or cache.dtype
         grown = shape.growth is not None and (start is None or start + n > shape.growth.length)
         self._growth = factors(positions, shape.growth) if grown and shape.growth is not None else None
-        self._kernels = kernels = None if grown else kernels
+        self.kernels = kernels = None if grown else kernels
         if kernels is not None:
-            self._fields = [pass_fields(shape.heads, rotation, positions, cache[0]) for rotation in rotations]
-        self._shape = shape
+            fields = [pass_fields(shape.heads, rotation, positions, cache[0]) for rotation in rotations]
+            self.fields = [of_texts([of_rotation]) for of_rotation in fields]
+        self.shape = shape
         self._masks = {w: self._mask(w, together, self._wide_dtype) for w in self._masked(shape.windows)}
 
     @property
@@ -128,64 +129,72 @@ class Pass:
 
     def normed(self, weight: Tensor) -> Tensor:
         """[n, hidden] in the activations' dtype."""
-        if self._shape.centred:
-            return layer_norm(self.x, weight.shape, weight, None, self._eps).to(self._dtype)
+        if self.shape.centred:
+            return layer_norm(self.x, weight.shape, weight, None, self.eps).to(self.dtype)
         more, self._more = self._more, None
-        return self._ops.add_norm(self._x, more, weight, self._eps, self._dtype)
+        return self.ops.add_norm(self._x, more, weight, self.eps, self.dtype)
 
     def block(self, i: int, layer: Layer, inputs: Tensor | None = None) -> None:
         """Layer i, whose attention reads `inputs` [n, ...], already normed, or else the residual stream: adds to that."""
-        kept, norms = self._kept[i], None
-        if self._kernels is not None and layer.fields is not None:
-            self._kernels.block(layer.fields, self._fields[layer.rotation], self.x, inputs, kept)
+        if self.kernels is not None and layer.fields is not None:
+            self.kernels.block(layer.fields, self.fields[layer.rotation], self.x, inputs, self.layer_caches(i))
             return
         inputs = self._read(layer.attention_norm) if inputs is None else inputs
-        qkv = layer.qkv(inputs)
+        attended = self.attention(i, layer, layer.qkv(inputs))
+        self._add(layer.out(attended), layer.attention_after)
+        gated = layer.gate_up(inputs if self.shape.parallel else self._read(layer.mlp_norm))
+        gated = gelu_gate(gated) if self.shape.gelu else self.ops.gate(gated)
+        self._add(layer.down(gated), layer.mlp_after)
+
+    def layer_caches(self, i: int) -> Sequence[Tensor]:
+        """Of layer i, of each text."""
+        return (self.kept[i],)
+
+    def attention(self, i: int, layer: Layer, qkv: Tensor) -> Tensor:
+        """Layer i's, of queries, keys and values as they come from its matrix -> [n, heads · head_size]."""
+        kept, norms = self.kept[i], None
         if layer.q_norm is not None and layer.k_norm is not None:
-            if self._shape.wide_norms:
+            if self.shape.wide_norms:
                 qkv = self._widely_normed(qkv, layer.q_norm, layer.k_norm)
             else:
-                norms = HeadNorms(layer.q_norm, layer.k_norm, self._eps)
-        queries = self._ops.rotate(qkv, self._rotations[layer.rotation], self._positions, kept, norms)
-        if self._shape.scales.scores != 1.0:
-            queries = queries * self._shape.scales.scores
+                norms = HeadNorms(layer.q_norm, layer.k_norm, self.eps)
+        queries = self.ops.rotate(qkv, self._rotations[layer.rotation], self.positions, kept, norms)
+        if self.shape.scales.scores != 1.0:
+            queries = queries * self.shape.scales.scores
         if self._growth is not None:
             queries = (queries * self._growth).to(queries.dtype)
-        self._add(layer.out(self._attended(queries, kept, layer.window)), layer.attention_after)
-        gated = layer.gate_up(inputs if self._shape.parallel else self._read(layer.mlp_norm))
-        gated = gelu_gate(gated) if self._shape.gelu else self._ops.gate(gated)
-        self._add(layer.down(gated), layer.mlp_after)
+        return self._attended(queries, kept, layer.window)
 
     def _read(self, norm: Tensor | None) -> Tensor:
         """What attention or the feed-forward network reads of the stream."""
-        return self.x.to(self._dtype) if norm is None else self.normed(norm)
+        return self.x.to(self.dtype) if norm is None else self.normed(norm)
 
     def _add(self, more: Tensor, norm: Tensor | None) -> None:
         """To the stream what one of them gives."""
         if norm is not None:
-            more = rms_norm(more.float(), more.shape[-1:], norm, self._eps).to(self._dtype)
-        if self._shape.scales.residual != 1.0:
-            more = more * self._shape.scales.residual
+            more = rms_norm(more.float(), more.shape[-1:], norm, self.eps).to(self.dtype)
+        if self.shape.scales.residual != 1.0:
+            more = more * self.shape.scales.residual
         self._more = more if self._more is None else self._more + more
 
     def _widely_normed(self, qkv: Tensor, q_norm: Tensor, k_norm: Tensor) -> Tensor:
         """Queries and keys normed over all heads at once."""
         wide, end = qkv.float(), len(q_norm) + len(k_norm)
-        queries = rms_norm(wide[:, : len(q_norm)], q_norm.shape, q_norm, self._eps)
-        keys = rms_norm(wide[:, len(q_norm) : end], k_norm.shape, k_norm, self._eps)
+        queries = rms_norm(wide[:, : len(q_norm)], q_norm.shape, q_norm, self.eps)
+        keys = rms_norm(wide[:, len(q_norm) : end], k_norm.shape, k_norm, self.eps)
         return torch.cat([queries, keys, wide[:, end:]], 1).to(qkv.dtype)
 
     def _attended(self, queries: Tensor, kept: Tensor, window: int | None) -> Tensor:
         """[n, heads, head_size] -> [n, heads · head_size]"""
         if self._attend_few is not None:
-            return self._attend_few(queries, kept, self._positions, window).to(self._dtype)
+            return self._attend_few(queries, kept, self.positions, window).to(self.dtype)
         queries, kept = queries.to(self._wide_dtype), kept[:, : self._end].to(self._wide_dtype)
-        if self._shape.scales.cap_scores != 0.0:
+        if self.shape.scales.cap_scores != 0.0:
             mask = self._masks[window]
-            return attend_capped(queries, kept, mask, self._shape.scales.cap_scores).to(self._dtype)
+            return attend_capped(queries, kept, mask, self.shape.scales.cap_scores).to(self.dtype)
         if self._grouped:
-            return attend_grouped(queries, kept, self._masks[window]).to(self._dtype)
-        return attend_in_groups(queries, kept, self._masks.get(window, self._causal)).to(self._dtype)
+            return attend_grouped(queries, kept, self._masks[window]).to(self.dtype)
+        return attend_in_groups(queries, kept, self._masks.get(window, self._causal)).to(self.dtype)
 
     def _masked(self, windows: Sequence[int | None]) -> set[int | None]:
         """The windows that need a mask: without one, rows in order look at all that comes before them, which attention knows
@@ -197,8 +206,31 @@ class Pass:
     def _mask(self, window: int | None, together: int, dtype: torch.dtype) -> Tensor:
         """[n · together, end]: a row's mask as often as heads share keys. Each has its own, since cuDNN, which torch prefers
         on a Hopper, may find no plan for one that is spread over several rows."""
-        mask = causal_mask(self._positions, self._end, window, dtype)
+        mask = causal_mask(self.positions, self._end, window, dtype)
         return mask[:, None].expand(-1, together, -1).reshape(-1, self._end)
+
+
+class PassTogether(Pass):
+    """Several sequences at once, each in its own cache: their rows are multiplied together, which reads the weights once, and
+    each looks at its own sequence alone."""
+
+    def __init__(self, parts: Sequence[Pass]) -> None:
+        first = parts[0]
+        self._parts, self._sizes = parts, [len(part.positions) for part in parts]
+        self.ops, self.shape, self.eps, self.dtype = first.ops, first.shape, first.eps, first.dtype
+        self._x = torch.empty(sum(self._sizes), self.shape.hidden, device=first.positions.device)
+        self._more, self.kernels = None, None
+        if all(part.kernels is not None for part in parts):
+            self.kernels = first.kernels
+            by_rotation = zip(*(part.fields for part in parts), strict=True)
+            self.fields = [of_texts([own[0] for own in of_one]) for of_one in by_rotation]
+
+    def layer_caches(self, i: int) -> Sequence[Tensor]:
+        return [part.kept[i] for part in self._parts]
+
+    def attention(self, i: int, layer: Layer, qkv: Tensor) -> Tensor:
+        rows = zip(self._parts, torch.split(qkv, self._sizes), strict=True)
+        return torch.cat([part.attention(i, layer, own) for part, own in rows])
 
 
 def causal_mask(positions: Tensor, span: int, window: int | None, dtype: torch.dtype) -> Tensor:

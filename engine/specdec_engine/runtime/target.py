@@ -11,6 +11,8 @@ from torch import Tensor
 from specdec_engine.core.cycle_types import Draft
 from specdec_engine.core.transfer import upload
 from specdec_engine.runtime import Runtime, prefill
+from specdec_engine.runtime.decoder import Decoder
+from specdec_engine.runtime.lean import LeanRuntime, forward_together
 
 
 class Target(Protocol):
@@ -51,10 +53,11 @@ class ModelTarget:
         return self.runtime.cached
 
     def prefill(self, tokens: Sequence[int]) -> int:
-        kept = self.runtime.known.common(tokens)
-        self.runtime.rollback(kept)
-        if kept < len(tokens):
-            prefill(self.runtime, upload(torch.tensor(tokens[kept:]), self.device))
+        common = self.runtime.known.common(tokens)
+        self.runtime.rollback(common)
+        kept = min(common, self.runtime.ready)
+        if common < len(tokens):
+            prefill(self.runtime, upload(torch.tensor(tokens[common:]), self.device))
         self.runtime.known.note(tokens, len(tokens))
         return kept
 
@@ -66,3 +69,18 @@ class ModelTarget:
 
     def rollback(self, to: int) -> None:
         self.runtime.rollback(to)
+
+
+def score_together(asked: Sequence[tuple[ModelTarget, Sequence[int], Draft]]) -> list[Tensor]:
+    """As `Target.score` of each, in one pass where they share a decoder of ours, and else one after the other."""
+    runtimes = [target.runtime for target, _, _ in asked]
+    lean = [
+        runtime for runtime in runtimes if isinstance(runtime, LeanRuntime) and isinstance(runtime.decoder, Decoder)
+    ]
+    if len(lean) < max(2, len(asked)):
+        return [target.score(context, draft) for target, context, draft in asked]
+    tokens = [torch.cat([upload(torch.tensor([c[-1]]), t.device), draft.tokens]) for t, c, draft in asked]
+    logits = forward_together(lean, tokens)
+    for target, context, _ in asked:
+        target.runtime.known.note(context, len(context))
+    return logits

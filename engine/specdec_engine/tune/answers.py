@@ -79,6 +79,8 @@ def _check_run(path: Path, run: Started, target: str, wanted: Mapping[str, float
         raise UsageError(
             f"{path} is of the target {run.settings.get('target')}, not {target}", "name that one with --target"
         )
+    if run.settings.get("grammar") is not None:
+        raise UsageError(f"{path} follows a grammar, which cannot be tuned for", "record a run without one")
     for name, value in wanted.items():
         if run.settings.get(name, value) != value:
             raise UsageError(

@@ -1,4 +1,4 @@
-"""What another k would bring at a running server, estimated from what it answered with its own. No torch.
+"""What another k would bring at a running server, estimated from what it answered with its own.
 
 A cycle that drafted d tokens and had a of them accepted would, with k ≤ d, have emitted min(a, k) + 1. Its seconds lie, for k
 between 0 and d, on the straight line between a plain token's and its own: on a GPU, where a pass over a few tokens costs
@@ -85,25 +85,30 @@ class ServedTuned:
 def asked(
     server: Attached, plain: Attached | None, prompts: Sequence[Asked], say: Callable[[str], None]
 ) -> Iterator[ServedAnswer]:
-    """Every prompt's answer, in turns with the plain server's; one that does not fit is left out. Raises ServerUnavailable
-    and GenerationFailed."""
+    """Every prompt's answer, in turns with the plain server's; one that does not fit is left out, unless all are. Raises
+    UsageError then, ServerUnavailable and GenerationFailed."""
+    answered, left_out = 0, None
     for number, prompt in enumerate(prompts):
         say(f"asking the server, answer {number + 1} of {len(prompts)}")
         try:
             first, second = (plain, server) if number % 2 else (server, plain)
             runs = {id(at): _run(at, prompt) for at in (first, second) if at is not None}
-        except UsageError:
+        except UsageError as error:
+            left_out = error
             continue
         started, cycles = runs[id(server)]
         rest = tuple(cycle for cycle in cycles if cycle.cycle_s != 0 or cycle.drafted)
         emitted = tuple(token for cycle in cycles for token in cycle.emitted)
         beside = None if plain is None else _a_token(runs[id(plain)][1])
         if rest:
+            answered += 1
             yield ServedAnswer(rest, (*started.prompt, *emitted), len(started.prompt), beside)
+    if left_out is not None and not answered:
+        raise left_out
 
 
 def _run(server: Attached, prompt: Asked) -> tuple[Started, list[Cycle]]:
-    events = list(server.begin(prompt).events())
+    events = list(server.begin(server.unseeded(prompt)).events())
     assert isinstance(events[0], Started)
     return events[0], [event for event in events if isinstance(event, Cycle)]
 

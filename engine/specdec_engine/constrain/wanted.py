@@ -87,7 +87,8 @@ def _checked(kind: Kind, text: str, compiled: str) -> Grammar:
         raise UsageError(
             f"the {_WORDS[kind]} cannot be followed: {in_a_line(said[0])}", "mend it, or say it another way"
         )
-    return Grammar(kind, text, compiled, tuple(in_a_line(one) for one in said))
+    # Without a tokenizer it cannot look at the special tokens that a grammar names; with one it does.
+    return Grammar(kind, text, compiled, tuple(in_a_line(one) for one in said if "no tokenizer" not in one))
 
 
 def in_a_line(said: str) -> str:

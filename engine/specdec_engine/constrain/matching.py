@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from specdec_engine.constrain.wanted import Grammar, in_a_line
 from specdec_engine.core.transfer import upload
 from specdec_engine.errors import GenerationFailed, UsageError, first_line
-from specdec_engine.grammar.wanted import Grammar, in_a_line
 
 MOST_FORCED = 7
 """Tokens that are proposed at once: a pass of eight rows, as far as `-k auto` goes as well."""
@@ -61,7 +61,7 @@ class Matching:
             self._matcher.rollback(consumed)
         self._check(GenerationFailed, "the grammar may be too complex")
         bits = np.unpackbits(rows, axis=1, bitorder="little")[:, : self._vocab]
-        if not bits.any(axis=1).all():
+        if not bits[0].any():  # in a later row it matters only if the rule gets there, which then says so
             raise GenerationFailed("the grammar allows no token of the target here", "say it in other characters")
         return upload(torch.from_numpy(bits.astype(bool)), self._device)
 

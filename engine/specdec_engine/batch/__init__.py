@@ -1,0 +1,1 @@
+"""Several prompts at once, each with a draft, a rule and a seed of its own."""
