@@ -200,13 +200,12 @@ class _Answers:
 
     def _write(self, number: int, said: Mapping[str, Any]) -> None:
         """Raises UsageError for a disk that is full: what was written stays, and --resume goes on."""
-        line = json.dumps({"index": number, "id": self._asked.questions[number].id or None, **said}, ensure_ascii=False)
+        line = {"index": number, "id": self._asked.questions[number].id or None, **said}
         if self._file is None:
-            typer.echo(line)
-            sys.stdout.flush()
+            output.record(line)
             return
         try:
-            self._file.write(line + "\n")
+            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
             self._file.flush()
         except OSError as error:
             raise UsageError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import monotonic
@@ -48,6 +48,11 @@ def note(message: str) -> None:
 def say(line: str) -> None:
     """A line of a result, on stdout; what is in it may be anybody's text."""
     print(one_line(line))  # noqa: T201
+
+
+def record(value: Mapping[str, Any]) -> None:
+    """A JSON object on a line of stdout, at once."""
+    print(json.dumps(value), flush=True)  # noqa: T201
 
 
 def one_line(text: str) -> str:
