@@ -97,7 +97,7 @@ def notes(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"plain decoding by weights, tok/s: {', '.join(rates)}"
     if (structured := base.get("structured")) is not None:
         forced = sum(arm.get("forced", 0) for arm in found["arms"])
-        yield f"plain decoding under the grammar {structured:.1f} tok/s; {forced} tokens of its arms were forced by it"
+        yield f"plain decoding under the grammar {structured:.1f} tok/s; of its arms' tokens it forced {forced}"
     if (roof := base["roofline"]) is not None:
         yield (
             f"a plain pass takes {1e3 * roof['pass_s']:.1f} ms and reads {1e-9 * roof['bytes_per_second']:.1f} GB/s: "

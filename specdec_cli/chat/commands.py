@@ -68,7 +68,9 @@ def _temperature(talk: Conversation, text: str) -> None:
 def _system(talk: Conversation, text: str) -> None:
     if text:
         talk.turn(system=None if text == "-" else text)
-    output.note(f"the system prompt is {talk.how.system!r}" if talk.how.system else "there is no system prompt")
+    output.note(
+        f"the system prompt is {talk.how.system!r}" if talk.how.system else "there is no system prompt of yours"
+    )
 
 
 def _retry(talk: Conversation, text: str) -> None:
@@ -99,7 +101,9 @@ def _clear(talk: Conversation, text: str) -> None:
 def _save(talk: Conversation, text: str) -> None:
     if not text:
         raise UsageError("/save needs a file", "/save talk.jsonl")
-    write_chat(_path(text), talk.pair.target.name, [*talk.system, *talk.messages])
+    path = _path(text)
+    write_chat(path, talk.pair.target.name, [*talk.system, *talk.messages], again=path.resolve() in talk.files)
+    talk.files.add(path.resolve())
     output.note(f"{counted(len(talk.messages) // 2, 'turn')} written to {text}")
 
 
@@ -117,6 +121,7 @@ def load(talk: Conversation, text: str) -> None:
         raise UsageError("/load needs a file", "/load talk.jsonl")
     found = read_chat(_path(text), talk.pair.target.name)
     talk.go_on(found)
+    talk.files.add(_path(text).resolve())
     output.note(f"{counted(len(talk.messages) // 2, 'turn')} read from {text}")
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from specdec_cli import options as opt
@@ -14,7 +14,7 @@ from specdec_cli import output
 from specdec_cli.recorder import Recorder
 from specdec_engine.errors import UsageError
 from specdec_engine.record.chats import Message
-from specdec_engine.record.events import Event, Finished, TokenId
+from specdec_engine.record.events import Cycle, Event, Finished, TokenId
 from specdec_engine.record.stats import Summary
 from specdec_engine.record.text import TextStream, TokenText, counted
 
@@ -40,6 +40,8 @@ class Conversation:
     """Tokens of the context after each turn, as far as they are known: of a chat that was loaded they are not."""
     events: list[Event] = field(default_factory=list)
     """Of the last answer."""
+    files: set[Path] = field(default_factory=set)
+    """Those that this chat was read from or written to: no other is written over."""
     summaries: list[Summary] = field(default_factory=list)
     """One an answer, also of those that were taken back."""
 
@@ -86,10 +88,11 @@ class Conversation:
         self.events, summary = [], Summary()
         kept = pair.target.runtime.known.common(ids)
         try:
-            with _ended_by_ctrl_c() as wanted:
+            with _CtrlC() as asked:
                 for event in output.reading(run, len(ids) - kept):
+                    asked.soon = isinstance(event, Cycle)
                     summary = self._take(event, summary, sink)
-                    if not wanted():
+                    if asked.ends:
                         ended = Finished("cancelled", summary.emitted, summary.cycles, None, cached_tokens=kept)
                         summary = self._take(ended, summary, sink)
                         break
@@ -119,6 +122,8 @@ class Conversation:
             f"prompt {s.prompt_tokens:,}{kept}",
             self.room(),
         ]
+        if s.finish_reason == "cancelled":
+            said.append("interrupted")
         if s.finish_reason == "length":
             full = self.limit is not None and self.uses[-1] >= self.limit
             said.append("the context is full" if full else f"cut at --max-tokens {self.how.max_tokens}")
@@ -178,19 +183,22 @@ class _Heard:
         return piece
 
 
-@contextmanager
-def _ended_by_ctrl_c() -> Iterator[Callable[[], bool]]:
-    """Whether the answer is still wanted: the first Ctrl-C lets the cycle that runs end, a second one does not."""
-    wanted = True
+class _CtrlC:
+    """Until the block ends: while a prompt is read Ctrl-C breaks it off, in the middle of a pass; while an answer is written
+    the first lets the cycle that runs end, and a second one does not."""
 
-    def end(number: int, frame: object) -> None:
-        nonlocal wanted
-        if not wanted:
+    def __init__(self) -> None:
+        self.soon = self.ends = False
+        """Whether the next event is near; whether the answer is to end."""
+
+    def __enter__(self) -> _CtrlC:
+        self._usual = signal.signal(signal.SIGINT, self._hit)
+        return self
+
+    def _hit(self, number: int, frame: object) -> None:
+        if self.ends or not self.soon:
             raise KeyboardInterrupt
-        wanted = False
+        self.ends = True
 
-    usual = signal.signal(signal.SIGINT, end)
-    try:
-        yield lambda: wanted
-    finally:
-        signal.signal(signal.SIGINT, usual)
+    def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGINT, self._usual)

@@ -11,10 +11,11 @@ from specdec_cli import options as opt
 from specdec_cli import output, profiles
 from specdec_cli.chat.commands import COMMANDS, Leave, do, load
 from specdec_cli.chat.conversation import Conversation
-from specdec_cli.chat.lines import turns
+from specdec_cli.chat.lines import Turns
 from specdec_cli.exits import ExitCode, exit_code
 from specdec_cli.recorder import Recorder
 from specdec_cli.startup import interruptible, quieten, uncollected
+from specdec_engine.decoding.stopping import Stop
 from specdec_engine.errors import SpecdecError, UsageError, first_line
 from specdec_engine.record.files import parse_json
 
@@ -67,6 +68,7 @@ def chat(
     if how.chat is False:
         raise UsageError("--raw has no turns", "specdec generate --raw goes on with a text")
     sampling = how.sampling
+    Stop(how.max_tokens, strings=tuple(how.stop or ()))
     given = _template(template_kwargs)
     setting = profiles.chosen(target, draft, how.k, not sampling.greedy, where)
     k = opt.k_of(setting.k)
@@ -100,6 +102,9 @@ def chat(
         raise typer.Exit(code)
 
 
+_OURS = {"messages", "conversation", "add_generation_prompt", "tokenize", "chat_template", "tools", "documents"}
+
+
 def _template(text: str | None) -> dict[str, Any]:
     """Raises UsageError for what is no object."""
     if text is None:
@@ -108,6 +113,8 @@ def _template(text: str | None) -> dict[str, Any]:
         found = parse_json(text)
     except ValueError as error:
         raise UsageError(f"--template-kwargs: {error}", """for example '{"enable_thinking": false}'""") from error
+    if isinstance(found, dict) and (ours := sorted(_OURS & found.keys())):
+        raise UsageError(f"--template-kwargs cannot set {ours[0]}", "the chat itself does")
     if not isinstance(found, dict):
         raise UsageError(f"--template-kwargs {text} is no object", """for example '{"enable_thinking": false}'""")
     return found
@@ -133,14 +140,15 @@ def _talk(talk: Conversation, debug: bool) -> int:
     code = ExitCode.OK
     if sys.stdin.isatty():
         output.note(f"{talk.pair.target.name}, draft {talk.pair.drafter.name}; /help lists commands, Ctrl-D leaves")
-    for line in turns([f"/{name}" for name in COMMANDS], lambda: _status(talk)):
+    for line in Turns(
+        [f"/{c.form.split()[0]}{' ' * (' ' in c.form)}" for c in COMMANDS.values()], lambda: _status(talk)
+    ):
         try:
             _heard(talk, line)
         except Leave:
             break
         except KeyboardInterrupt:
-            talk.pair.forget()  # it broke off in the middle of a pass
-            output.note("interrupted")
+            output.note("interrupted, and the turn is taken back")
         except SpecdecError as error:
             output.error(error.message, error.hint)
             code = exit_code(error)
@@ -171,6 +179,6 @@ def _heard(talk: Conversation, line: str) -> None:
 
 def _status(talk: Conversation) -> str:
     return (
-        f" {talk.pair.target.name} · draft {talk.pair.drafter.name} · k {talk.k} · T {talk.how.temperature:g} · "
-        f"{talk.room()} · /help"
+        f" /help · {talk.room()} · k {talk.k} · T {talk.how.temperature:g} · {talk.pair.drafter.name} → "
+        f"{talk.pair.target.name}"
     )

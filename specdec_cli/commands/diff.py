@@ -55,6 +55,15 @@ def _record(found: Comparison) -> dict[str, Any]:
     }
 
 
+def _short(value: object) -> str:
+    """A setting: of a grammar its kind, of a text its beginning."""
+    text = str(value["kind"]) if isinstance(value, dict) and "kind" in value else str(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+_SHOWN = 60
+
+
 def _at(run: RecordedRun, place: int) -> dict[str, Any] | None:
     """The token at this place, and the cycle that emitted it; None behind the end."""
     cycle = run.cycle_at(place)
@@ -75,7 +84,7 @@ def say_comparison(found: Comparison) -> None:
             f"{s.cycles} cycles, {rate} a cycle, accepted {s.accepted} of {s.drafted}"
         )
     for name, (x, y) in found.settings.items():
-        output.say(f"  {name}: {x} | {y}")
+        output.say(f"  {name}: {_short(x)} | {_short(y)}")
     cycles = found.same_cycles + len(found.other_cycles)
     output.say(f"{found.common} tokens are the same; {found.same_cycles} of A's {cycles} cycles there are B's, too")
     if found.other_cycles:

@@ -109,7 +109,7 @@ def test_bad_files_are_told_by_line_and_nothing_is_overwritten(tmp_path):
         with pytest.raises(UsageError, match=re.escape(said)):
             read_chat(file, "t")
     file.write_text("my notes")
-    with pytest.raises(UsageError, match="is no chat"):
+    with pytest.raises(UsageError, match="is there already"):
         write_chat(file, "t", [])
     assert file.read_text() == "my notes"
     with pytest.raises(UsageError, match="cannot be written"):
@@ -157,22 +157,26 @@ class Terminal:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             os.execve(argv[0], argv, environment(TERM="xterm-256color", **extra))
-        self.shown = ""
+        self.shown, self._read_to = "", 0
 
     def until(self, text, seconds=60):
-        deadline, begin = time.monotonic() + seconds, len(self.shown)
-        while text not in self.shown[begin:]:
+        deadline = time.monotonic() + seconds
+        while (at := self.shown.find(text, self._read_to)) < 0:
             assert time.monotonic() < deadline, self.shown
             if select.select([self.fd], [], [], 0.2)[0]:
                 self.shown += os.read(self.fd, 65536).decode("utf-8", "replace")
+        self._read_to = at + len(text)
 
     def type(self, keys):
         os.write(self.fd, keys.encode())
 
     def end(self):
-        _, status = os.waitpid(self.pid, 0)
+        deadline = time.monotonic() + 30
+        while (ended := os.waitpid(self.pid, os.WNOHANG)) == (0, 0):
+            assert time.monotonic() < deadline, self.shown
+            time.sleep(0.05)
         os.close(self.fd)
-        return os.waitstatus_to_exitcode(status)
+        return os.waitstatus_to_exitcode(ended[1])
 
 
 def test_on_a_terminal_ctrl_c_ends_the_answer_and_ctrl_d_the_chat(checkpoint, tmp_path):
@@ -225,3 +229,35 @@ def test_a_system_prompt_that_is_typed_wins_over_a_files(checkpoint, tmp_path):
     assert talked(checkpoint, ["hello", f"/save {file}"], "--system", "Old.").returncode == 0
     assert talked(checkpoint, [f"/save {tmp_path / 'd'}"], "--load", file, "--system", "New.").returncode == 0
     assert saved(tmp_path / "d")[1][0] == {"role": "system", "content": "New."}
+
+
+def test_another_chats_file_is_not_written_over(checkpoint, tmp_path):
+    file = tmp_path / "c"
+    assert talked(checkpoint, ["hello", f"/save {file}", "more", f"/save {file}"]).returncode == 0
+    before = file.read_text()
+    again = talked(checkpoint, ["another", f"/save {file}"])
+    assert (again.returncode, b"is there already" in again.stderr) == (2, True)
+    assert file.read_text() == before
+
+
+def test_a_turn_of_several_lines_can_be_given_up(checkpoint, tmp_path):
+    terminal = Terminal(command("chat", "-t", checkpoint, "-n", "5"), XDG_STATE_HOME=str(tmp_path))
+    terminal.until("›")
+    terminal.type('"""\r')
+    terminal.until("…")
+    terminal.type("line one\r")
+    terminal.until("…")
+    terminal.type("\x03")
+    terminal.until("given up")
+    terminal.until("›")
+    terminal.type("/stats\r")
+    terminal.until("nothing has been said yet")
+    terminal.until("›")
+    terminal.type("\x04")
+    assert terminal.end() == 0
+
+
+def test_the_templates_own_words_cannot_be_set(specdec, checkpoint):
+    result = specdec("chat", "-t", checkpoint, "--template-kwargs", '{"messages": []}')
+    assert (result.code, "cannot set messages" in result.err) == (2, True)
+    assert specdec("chat", "-t", checkpoint, "-n", "0").code == 2

@@ -70,7 +70,7 @@ class Against:
 
 
 def _title(frame: Frame) -> str:
-    k = frame.settings.get("k")
+    k = "auto" if frame.settings.get("adaptive") else frame.settings.get("k")
     return one_line(f"draft {plain(frame.settings.get('draft', '–'))}{'' if k is None else f' k {plain(k)}'}")
 
 

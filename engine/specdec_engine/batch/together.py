@@ -66,6 +66,7 @@ def _decode(lanes: Sequence[Lane], begins: Iterable[Begin], k: int | BestK) -> I
         while free and (job := next(waiting, None)) is not None:
             number, begin = job
             lane = free.pop()
+            forget(lane.target, lane.drafter)  # or what it says would depend, by rounding, on what ran here before
             try:
                 run, started = begin(lane)
                 yield number, started

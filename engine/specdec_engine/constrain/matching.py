@@ -39,6 +39,10 @@ class Matching:
             _vocabulary(tokenizer, vocab, tuple(sorted(e for e in ends if e < vocab))), grammar.compiled
         )
         self._check(UsageError, "mend it, or say it another way")
+        if self._matcher.is_stopped():
+            raise UsageError(
+                f"the {grammar.word} has no text that ends", "does it refer to itself, and to nothing else?"
+            )
         self.finished = False
         """Whether nothing may follow."""
 

@@ -94,8 +94,10 @@ def _checked(kind: Kind, text: str, compiled: str) -> Grammar:
 def in_a_line(said: str) -> str:
     """llguidance draws where an error is, on further lines."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    named = next((line for line in lines if line.startswith("error: ")), None)  # of the regex library
-    return lines[0] if named is None else f"{lines[0].rstrip(':')}: {named.removeprefix('error: ')}"
+    named = next(
+        (line for line in lines if line.startswith("error: ")), None
+    )  # of the regex library, which knows its place
+    return lines[0] if named is None else named.removeprefix("error: ")
 
 
 def _library() -> Any:

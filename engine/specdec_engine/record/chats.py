@@ -30,15 +30,11 @@ class _Head:
     target: str
 
 
-def write_chat(path: Path, target: str, messages: Sequence[Message]) -> None:
-    """Whole or not at all. Raises UsageError for a place that cannot be written, and for a file that holds something else."""
-    if _holds_something(path):
-        try:
-            other = _head(path).target
-        except UsageError as error:
-            raise UsageError(f"{path} is there already, and is no chat", "choose another name") from error
-        if other != target:
-            raise UsageError(f"{path} is there already, a chat with {other}", "choose another name")
+def write_chat(path: Path, target: str, messages: Sequence[Message], again: bool = False) -> None:
+    """Whole or not at all. again: over what is there. Raises UsageError for a place that cannot be written, and for a file
+    that is there already."""
+    if not again and _holds_something(path):
+        raise UsageError(f"{path} is there already", "choose another name")
     lines = [{"schema": SCHEMA, "target": target}, *map(asdict, messages)]
     try:
         replace_file(path, "".join(json.dumps(line) + "\n" for line in lines).encode())

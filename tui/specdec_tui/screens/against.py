@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from textual.binding import Binding, BindingType
 
+from specdec_engine.record.text import counted
 from specdec_tui.against import Against
 from specdec_tui.frame import View
 from specdec_tui.panels import Line, number
@@ -46,7 +47,10 @@ class AgainstScreen(LanesScreen):
             figures: Line = [
                 (f"{letter} ", "brand"),
                 (f"{lane.title}  ", "strong"),
-                (f"{s.emitted} tokens · {s.cycles} passes · {number(s.tokens_per_second, 1)} tok/s", ""),
+                (
+                    f"{counted(s.emitted, 'token')}, {counted(s.cycles, 'cycle')}, {number(s.tokens_per_second, 0)} tok/s",
+                    "",
+                ),
             ]
             shown.append((view, figures))
         state = f"▶ {self._speed:g} tokens a second" if self._playing else "‖ paused"
