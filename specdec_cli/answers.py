@@ -85,13 +85,22 @@ class Asking:
     grammar: Grammar | None
 
 
-def asking(many: Many, target: str, draft: str | None, k: str, how: opt.Decoding, structured: opt.Structured) -> Asking:
+def asking(
+    many: Many,
+    target: str,
+    draft: str | None,
+    k: str,
+    how: opt.Decoding,
+    penalties: opt.Penalties,
+    structured: opt.Structured,
+) -> Asking:
     """Raises UsageError for prompts that cannot be read, and for values that no run has."""
     assert many.prompts is not None
     questions, grammar = read_questions(many.prompts), structured.wanted
     if any(len(question.turns) > 1 for question in questions):
         output.note("of conversations the first turn is asked")
     settings = {"target": target, "draft": draft, **asdict(how), "k": k, "stop": list(how.stop or ())}
+    settings |= {**asdict(penalties), "logit_bias": {str(i): value for i, value in penalties.bias.items()}}
     settings["grammar"] = None if grammar is None else grammar.named()
     del settings["seed"]
     return Asking(many, questions, settings, how, opt.k_of(k), grammar)

@@ -21,6 +21,7 @@ from specdec_engine.record.files import decode
 if TYPE_CHECKING:
     from specdec_engine.constrain.wanted import Grammar
     from specdec_engine.models.options import LoadOptions
+    from specdec_engine.pair import Pair
 
 _MODELS, _SAMPLING, _PROMPT, _OUTPUT = "Models", "Sampling", "Prompt", "Output"
 
@@ -156,6 +157,29 @@ Coupling = Annotated[
     Literal["independent", "gumbel"],
     typer.Option(rich_help_panel=_SAMPLING, help="gumbel: in float32 a seed gives one text, with any draft and any k."),
 ]
+RepetitionPenalty = Annotated[
+    float | None,
+    typer.Option(rich_help_panel=_SAMPLING, help="Divide the logits of tokens that the text has, prompt too.",
+                 show_default="the checkpoint's own"),
+]  # fmt: skip
+PresencePenalty = Annotated[
+    float | None,
+    typer.Option(rich_help_panel=_SAMPLING, help="Less for every token that the answer has.", show_default="0"),
+]
+FrequencyPenalty = Annotated[
+    float | None,
+    typer.Option(rich_help_panel=_SAMPLING, help="Less again each time that it came.", show_default="0"),
+]
+LogitBias = Annotated[
+    list[str] | None,
+    typer.Option(rich_help_panel=_SAMPLING, metavar="ID=VALUE", help="Add to a token's logit; repeatable."),
+]
+MinTokens = Annotated[
+    int, typer.Option(rich_help_panel=_SAMPLING, min=0, help="No end token before so many emitted tokens.")
+]
+IgnoreEos = Annotated[
+    bool, typer.Option("--ignore-eos", rich_help_panel=_SAMPLING, help="End tokens end nothing: go on to --max-tokens.")
+]
 StopText = Annotated[
     list[str] | None, typer.Option("--stop", rich_help_panel=_SAMPLING, help="End before this text; repeatable.")
 ]
@@ -245,6 +269,48 @@ class Placement:
             tokens=tokens,
             report=report,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Penalties:
+    """What else changes the target's distribution, and when a run ends."""
+
+    repetition_penalty: RepetitionPenalty = None
+    presence_penalty: PresencePenalty = None
+    frequency_penalty: FrequencyPenalty = None
+    logit_bias: LogitBias = None
+    min_tokens: MinTokens = 0
+    ignore_eos: IgnoreEos = False
+
+    @property
+    def bias(self) -> dict[int, float]:
+        """Raises UsageError for what is no ID=VALUE."""
+        found = dict[int, float]()
+        for given in self.logit_bias or ():
+            token, _, value = given.partition("=")
+            try:
+                found[int(token)] = float(value)
+            except ValueError:
+                raise UsageError(f"--logit-bias {given} is no ID=VALUE", "for example 262=-100") from None
+        return found
+
+    def of(self, pair: Pair) -> Pair:
+        """The pair with them. Raises UsageError for values out of bounds."""
+        if self == Penalties():
+            return pair
+        return pair.asking(
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=self.bias,
+            min_tokens=self.min_tokens,
+            ignore_eos=self.ignore_eos,
+        )
+
+    def refuse_at_server(self) -> None:
+        """Raises UsageError for any of them."""
+        if self != Penalties():
+            raise UsageError("penalties and --ignore-eos are for our own engine", "leave out --attach or --engine")
 
 
 @dataclass(frozen=True, slots=True)

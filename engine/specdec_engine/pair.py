@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import secrets
 import sys
@@ -123,6 +124,38 @@ class Pair:
     ) -> Controls:
         """For the next `decode`; with `auto`, k follows what the pair's runs have shown."""
         return Controls(self.auto if k == "auto" else k, sampling, draft_temperature)
+
+    def asking(
+        self,
+        *,
+        repetition_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        min_tokens: int = 0,
+        ignore_eos: bool = False,
+    ) -> Pair:
+        """The same with penalties of one's own in the place of its config's; they are part of the target's distribution, and
+        every rule stays lossless. ignore_eos: an end token ends no run. Raises UsageError for values out of bounds."""
+        found = {"repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
+                 "frequency_penalty": frequency_penalty}  # fmt: skip
+        changes: dict[str, Any] = {name: value for name, value in found.items() if value is not None}
+        bias = dict(logit_bias or {})
+        vocab = self.target.runtime.vocab
+        if wrong := [i for i in bias if not 0 <= i < vocab]:
+            raise UsageError(f"the logit bias of {wrong[0]} is of no token", f"ids go from 0 to {vocab - 1}")
+        if not all(map(math.isfinite, (*changes.values(), *bias.values()))):
+            raise UsageError("a penalty or a bias is no finite number", "for example 1.1")
+        if changes.get("repetition_penalty", 1.0) <= 0:
+            raise UsageError(
+                f"repetition-penalty {repetition_penalty} is not above 0", "1 changes nothing, 1.1 is usual"
+            )
+        if min_tokens:
+            changes |= {"min_new_tokens": min_tokens, "ends": tuple(sorted(i for i in self.stop_ids if i < vocab))}
+        if bias:
+            changes["logit_bias"] = tuple(sorted(bias.items()))
+        stop_ids = frozenset[int]() if ignore_eos else self.stop_ids
+        return replace(self, asked=replace(self.asked, **changes), stop_ids=stop_ids)
 
     def synthetic(self, chance: float) -> Pair:
         """The same with a rule, `synthetic`, that accepts at this chance; what it emits is not the target's."""

@@ -40,6 +40,7 @@ def generate(
     draft: opt.Draft = None,
     server: ServerOptions,
     how: opt.Decoding,
+    penalties: opt.Penalties,
     structured: opt.Structured,
     many: Many,
     where: opt.Placement,
@@ -66,6 +67,7 @@ def generate(
         raise UsageError("--json and --jsonl exclude each other", "--json is one object, --jsonl one event a line")
     if server.wanted:
         structured.refuse_at_server()
+        penalties.refuse_at_server()
         many.refuse_at_server()
         text, recorder = read_prompt(prompt, file), Recorder(trace)
         with _begun_at(server, target, draft, how, where, text) as run:
@@ -78,7 +80,7 @@ def generate(
     one_alone = {"PROMPT": prompt is not None, "--file": file, "--json": json, "--jsonl": jsonl, "--trace": trace,
                  "--marks": marks}  # fmt: skip
     if many.wanted(one_alone):
-        _answer_many(many, target, draft, how, structured, where)
+        _answer_many(many, target, draft, how, penalties, structured, where)
         return
     sampling = how.sampling
     setting = profiles.chosen(target, draft, how.k, not sampling.greedy, where)
@@ -88,6 +90,7 @@ def generate(
     Controls(3 if drafted == "auto" else drafted, sampling, how.draft_temperature)
     stops = Stop(how.max_tokens, strings=tuple(how.stop or ())).strings
     grammar = structured.wanted
+    _check_penalties(penalties, grammar)
     text = read_prompt(prompt, file)
     recorder = Recorder(trace)
 
@@ -100,6 +103,7 @@ def generate(
 
         tokens = len(text + (how.system or "")) // 3 + how.max_tokens
         pair = load_pair(target, setting.draft, where.loading(tokens, report))
+    pair = penalties.of(pair)
     ids = pair.encode(text, chat=how.chat, system=how.system)
     _tell(pair, text, how.chat, grammar, verbose)
 
@@ -120,6 +124,13 @@ def generate(
     if (misfit := _misfit(pair, summary)) is not None:
         output.note(misfit)
     _leave(summary, recorder)
+
+
+def _check_penalties(penalties: opt.Penalties, grammar: Grammar | None) -> None:
+    """Before a model is loaded. Raises UsageError."""
+    _ = penalties.bias  # raises
+    if grammar is not None and (penalties.ignore_eos or penalties.min_tokens):
+        raise UsageError("a grammar says itself when a text ends", "leave out --ignore-eos and --min-tokens")
 
 
 def _tell(pair: Pair, text: str, chat: bool | None, grammar: Grammar | None, verbose: bool) -> None:
@@ -145,11 +156,12 @@ def _answer_many(
     target: str,
     draft: str | None,
     how: opt.Decoding,
+    penalties: opt.Penalties,
     structured: opt.Structured,
     where: opt.Placement,
 ) -> None:
     setting = profiles.chosen(target, draft, how.k, not how.sampling.greedy, where)
-    asked = asking(many, target, setting.draft, setting.k, how, structured)
+    asked = asking(many, target, setting.draft, setting.k, how, penalties, structured)
     if setting.said:
         output.note(setting.said)
     quieten(where.offline, where.debug)
@@ -160,7 +172,7 @@ def _answer_many(
         pair = load_pair(target, setting.draft, where.loading(longest // 3 + how.max_tokens, report))
     for sentence in pair.notes:
         output.note(sentence)
-    answer_all(pair, asked)
+    answer_all(penalties.of(pair), asked)
 
 
 def _run(events: Iterator[Event], sink: output.Output, recorder: Recorder, prompt_tokens: int) -> Summary:

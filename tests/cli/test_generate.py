@@ -382,3 +382,42 @@ def test_without_the_extra_it_says_what_to_install(specdec, checkpoint, monkeypa
     monkeypatch.setitem(sys.modules, "llguidance", None)
     result = specdec("generate", "hello", "-t", checkpoint, "--regex", "a")
     assert (result.code, "specdec-cli[structured]" in result.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--repetition-penalty", "0"),
+        ("--logit-bias", "x"),
+        ("--logit-bias", "99999999=1"),
+        ("--presence-penalty", "nan"),
+        ("--min-tokens", "-1"),
+        ("--regex", "a", "--ignore-eos"),
+        ("--attach", "x:1", "--min-tokens", "3"),
+    ],
+)
+def test_penalties_out_of_bounds_are_refused(specdec, checkpoint, options):
+    result = specdec("generate", "hello", "-t", checkpoint, *options)
+    assert (result.code, "Traceback" in result.err) == (2, False)
+
+
+def test_penalties_are_in_the_settings_and_a_batch_has_them(specdec, checkpoint, tmp_path):
+    file = tmp_path / "p.txt"
+    file.write_text("hello\nand then\n")
+    options = (
+        "--repetition-penalty",
+        "1.4",
+        "--logit-bias",
+        "9=3",
+        "--min-tokens",
+        "7",
+        "-n",
+        "9",
+        "--dtype",
+        "float32",
+    )
+    one = json.loads(specdec("generate", "hello", "-t", checkpoint, "--json", *options).out)
+    named = one["settings"]["generation_config"]
+    assert {"repetition_penalty": 1.4, "logit_bias": [[9, 3.0]], "min_new_tokens": 7}.items() <= named.items()
+    lines = specdec("generate", "-t", checkpoint, "--prompts", file, "--batch", "2", *options).out.splitlines()
+    assert next(json.loads(line) for line in lines if json.loads(line)["index"] == 0)["token_ids"] == one["token_ids"]

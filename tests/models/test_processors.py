@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 from specdec_engine.bench.measure import _gap
-from specdec_engine.errors import ModelUnavailable
+from specdec_engine.errors import ModelUnavailable, UsageError
 from specdec_engine.models.options import LoadOptions
 from specdec_engine.pair import load_pair
 from specdec_engine.record.events import Cycle, Started
@@ -139,3 +139,55 @@ def test_what_is_not_followed_is_named():
         num_beams=4, sequence_bias=[[[1], 2.0]], temperature=0.7, dola_layers="high", suppress_tokens=[1]
     )
     assert sorted(left_out_of(config)) == ["dola_layers 'high'", "num_beams 4", "sequence_bias [[[1], 2.0]]"]
+
+
+@pytest.mark.parametrize("draft", ["none", "ngram", "self:1"])
+@pytest.mark.parametrize(
+    "penalties",
+    [
+        {"repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": 0.2},
+        {"logit_bias": {9: 4.0, 12: -100.0}},
+        {"min_tokens": 20},
+    ],
+    ids=["penalties", "bias", "at least"],
+)
+def test_penalties_of_ones_own_give_plain_decodings_text_with_every_draft(penalties, draft, tmp_path):
+    folder = save_checkpoint(tmp_path, seed=3)
+    found = []
+    for name, k in (("none", 0), (draft, 4)):
+        pair = load_pair(str(folder), name, LoadOptions(dtype="float32")).asking(**penalties)
+        events = list(pair.decode(PROMPT, k=k, max_tokens=24))
+        found.append([token for e in events if isinstance(e, Cycle) for token in e.emitted])
+        assert events[0].settings["generation_config"]
+    assert found[0] == found[1]
+    if "logit_bias" in penalties:
+        assert 12 not in found[0]
+
+
+def test_a_bias_is_added_to_the_row_at_each_drafted_position():
+    logits = torch.randn(3, 20)
+    made = process(Asked(logit_bias=((3, 2.5), (7, -1.0))), 2, CPU)([1, 2], torch.tensor([5, 6]), logits)
+    expected = logits.clone()
+    expected[:, 3] += 2.5
+    expected[:, 7] -= 1.0
+    assert torch.allclose(made, expected)
+
+
+def test_an_end_that_is_ignored_ends_nothing(tmp_path):
+    pair = load_pair(str(save_checkpoint(tmp_path, seed=3)), "ngram", LoadOptions(dtype="float32"))
+    end = min(pair.stop_ids)
+    biased = {"logit_bias": {end: 100.0}}
+    assert len([e for e in pair.asking(**biased).decode(PROMPT, max_tokens=9) if isinstance(e, Cycle)]) == 1
+    events = list(pair.asking(**biased, ignore_eos=True).decode(PROMPT, max_tokens=9))
+    assert (events[-1].emitted, events[-1].reason) == (9, "length")
+    held = list(pair.asking(**biased, min_tokens=5).decode(PROMPT, max_tokens=9))
+    assert held[-1].emitted == 6
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"repetition_penalty": 0.0}, {"presence_penalty": float("nan")}, {"logit_bias": {10**9: 1.0}}], ids=str
+)
+def test_values_out_of_bounds_are_refused(wrong, tmp_path):
+    pair = load_pair(str(save_checkpoint(tmp_path, seed=3)), "none", LoadOptions(dtype="float32"))
+    with pytest.raises(UsageError):
+        pair.asking(**wrong)

@@ -40,6 +40,8 @@ class Asked:
     min_new_tokens: int = 0
     suppress_tokens: tuple[int, ...] = ()
     begin_suppress_tokens: tuple[int, ...] = ()
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """What is added to the logits of tokens, by id; no config has it."""
     ends: tuple[int, ...] = ()
     """Its own end-of-text ids, which minimum lengths hold back: of a run's other ends it knows nothing."""
 
@@ -194,6 +196,10 @@ def _steps(asked: Asked, prompt: int, device: torch.device) -> list[Process]:
     steps: list[Process] = [lambda ids, row, step=step: step(ids[None], row) for step in made]  # type: ignore[misc]
     if asked.presence_penalty or asked.frequency_penalty:
         steps.append(lambda ids, row: _penalised(ids[prompt:], row, asked))
+    if asked.logit_bias:
+        biased, more = zip(*asked.logit_bias, strict=True)
+        at, added = upload(torch.tensor(biased), device), upload(torch.tensor(more), device)
+        steps.append(lambda ids, row: row.index_add(1, at, added[None].to(row.dtype)))
     return steps
 
 
