@@ -23,7 +23,7 @@ from specdec_engine.runtime.generic import GenericRuntime
 from specdec_engine.runtime.lean import forward_together
 from specdec_engine.runtime.target import ModelTarget
 from tests.contracts.cases import CASES, TARGET, parts
-from tests.fakes import VOCAB, lean, run, tiny_llama
+from tests.fakes import VOCAB, graph, lean, run, tiny_llama
 from tests.unit.test_grammar import END, matching
 
 REPEATABLE = [case for case in CASES if not case.startswith("text@")]
@@ -165,3 +165,11 @@ def test_k_is_what_is_fastest_for_so_many_texts():
             rows = texts * (chosen + 1)
             k.saw(texts, chosen, round(texts * (1 + 0.6 * chosen) * 10), 1.0 if rows <= 8 else rows / 8)
         assert [k.choose(texts) for _ in range(20)].count(best) >= 19
+
+
+@pytest.mark.parametrize("spec", ["ngram", "head:HEAD", "self:1"])
+def test_a_recorded_runtime_is_one_of_several(spec):
+    """The first lane is the pair's own, whose passes are recorded; the others are not."""
+    jobs = jobs_of(4)
+    found = together(lanes_of(spec, 3, 3, target=graph(TARGET)), jobs, 3)
+    assert [told(events) for events in found] == [told(events) for events in together(lanes_of(spec, 3, 3), jobs, 3)]
