@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
 import re
 import select
+import sys
 import time
+from subprocess import CompletedProcess
 
 import pytest
 
+from specdec_cli.main import main
 from specdec_engine.errors import UsageError
 from specdec_engine.models.options import LoadOptions
 from specdec_engine.pair import load_pair
 from specdec_engine.record.chats import Message, read_chat, write_chat
 from specdec_engine.record.events import Cycle, known_ids
-from tests.cli.conftest import command, environment, process
+from tests.cli.conftest import command, environment
 from tests.fakes import CHAT_TEMPLATE, byte_tokenizer
 
 
-def talked(checkpoint, lines, *more, **extra):
-    typed = ("chat", "-t", checkpoint, "-n", "12", "--dtype", "float32", *more)
-    return process(*typed, stdin="\n".join(lines).encode(), **extra)
+@pytest.fixture
+def talked(monkeypatch, capsys):
+    """A chat whose lines come by a pipe, in this process: eight of them in a process each take half a minute."""
+
+    def call(checkpoint, lines, *more):
+        typed = ["specdec", "chat", "-t", checkpoint, "-n", "12", "--dtype", "float32", *more]
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "argv", [str(word) for word in typed])
+            patched.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode())))
+            with pytest.raises(SystemExit) as ended:
+                main()
+        shown = capsys.readouterr()
+        return CompletedProcess(typed, int(ended.value.code or 0), shown.out.encode(), shown.err.encode())
+
+    return call
 
 
 def saved(path):
@@ -31,7 +47,7 @@ def saved(path):
 
 
 @pytest.mark.parametrize("draft", ["ngram", "self:1"])
-def test_each_turn_is_what_a_fresh_reading_of_the_whole_says(checkpoint, tmp_path, draft):
+def test_each_turn_is_what_a_fresh_reading_of_the_whole_says(talked, checkpoint, tmp_path, draft):
     turns = ["the light", "a house in the night", '"""', "two lines", "of it", '"""']
     done = talked(
         checkpoint, [*turns, "/stats", f"/save {tmp_path / 'c'}"], "-d", draft, "-k", "3", "--system", "Be brief."
@@ -54,7 +70,7 @@ def test_each_turn_is_what_a_fresh_reading_of_the_whole_says(checkpoint, tmp_pat
     assert b"kept from before" in done.stdout
 
 
-def test_commands_change_what_follows_and_errors_do_not(checkpoint, tmp_path):
+def test_commands_change_what_follows_and_errors_do_not(talked, checkpoint, tmp_path):
     before, after = tmp_path / "before", tmp_path / "after"
     wrong = ["/undo", "/retry", "/watch", "/nothing", "/k x", "/k -1", "/temp hot", "/temp -1", "/draft nowhere/at-all"]
     wrong += ["/save", "/load", "/help me", f"/load {tmp_path / 'none'}"]
@@ -82,7 +98,7 @@ def test_commands_change_what_follows_and_errors_do_not(checkpoint, tmp_path):
     assert "2 turns forgotten" in said
 
 
-def test_a_saved_chat_goes_on_and_one_of_another_model_does_not(checkpoint, draft_checkpoint, tmp_path):
+def test_a_saved_chat_goes_on_and_one_of_another_model_does_not(talked, checkpoint, draft_checkpoint, tmp_path):
     file = tmp_path / "c"
     assert talked(checkpoint, ["hello", f"/save {file}"]).returncode == 0
     more = talked(checkpoint, ["go on", f"/save {file}"], "--load", file)
@@ -142,7 +158,7 @@ def test_the_template_is_told_whether_to_think():
     assert tokenizer.decode(told) == tokenizer.decode(plain) + "<think></think>"
 
 
-def test_a_full_context_is_said_and_the_turn_is_not_kept(checkpoint, tmp_path):
+def test_a_full_context_is_said_and_the_turn_is_not_kept(talked, checkpoint, tmp_path):
     long = "the light in the night " * 400
     done = talked(checkpoint, ["hello", long, f"/save {tmp_path / 'c'}"])
     assert done.returncode == 2
@@ -201,7 +217,7 @@ def test_on_a_terminal_ctrl_c_ends_the_answer_and_ctrl_d_the_chat(checkpoint, tm
     assert "hello" in (tmp_path / "specdec" / "chat_history").read_text()
 
 
-def test_a_file_that_cannot_be_named_does_not_end_the_chat(checkpoint, tmp_path):
+def test_a_file_that_cannot_be_named_does_not_end_the_chat(talked, checkpoint, tmp_path):
     long = "x" * 300
     lines = [
         "hello",
@@ -217,21 +233,21 @@ def test_a_file_that_cannot_be_named_does_not_end_the_chat(checkpoint, tmp_path)
     assert saved(tmp_path / "c")[1][0]["content"] == "hello"
 
 
-def test_what_is_kept_is_what_was_shown(checkpoint, tmp_path):
+def test_what_is_kept_is_what_was_shown(talked, checkpoint, tmp_path):
     shown = talked(checkpoint, ["hello", f"/save {tmp_path / 'c'}"], "--stop", "li")
     said = saved(tmp_path / "c")[1][1]["content"]
     assert "li" not in said
     assert shown.stdout.decode().rstrip("\n") == said
 
 
-def test_a_system_prompt_that_is_typed_wins_over_a_files(checkpoint, tmp_path):
+def test_a_system_prompt_that_is_typed_wins_over_a_files(talked, checkpoint, tmp_path):
     file = tmp_path / "c"
     assert talked(checkpoint, ["hello", f"/save {file}"], "--system", "Old.").returncode == 0
     assert talked(checkpoint, [f"/save {tmp_path / 'd'}"], "--load", file, "--system", "New.").returncode == 0
     assert saved(tmp_path / "d")[1][0] == {"role": "system", "content": "New."}
 
 
-def test_another_chats_file_is_not_written_over(checkpoint, tmp_path):
+def test_another_chats_file_is_not_written_over(talked, checkpoint, tmp_path):
     file = tmp_path / "c"
     assert talked(checkpoint, ["hello", f"/save {file}", "more", f"/save {file}"]).returncode == 0
     before = file.read_text()
