@@ -227,7 +227,7 @@ def test_a_full_acceptance_costs_no_extra_pass():
     passes = []
 
     class Counting(GenericRuntime):
-        def forward(self, tokens, rows):  # type: ignore[override]
+        def forward(self, tokens, rows, seldom=False):
             passes.append(len(tokens))
             return super().forward(tokens, rows)
 

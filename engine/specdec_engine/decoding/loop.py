@@ -258,9 +258,9 @@ class Run:
         k = min(settings.k, room)
         if (forced := self._forced(room)) is not None:
             return max(k, len(forced)), forced
-        if not k:
-            return k, empty_draft(self._target.device)
-        draft = _propose(self._drafter, self._context, k, settings, self._random)
+        draft = (
+            _propose(self._drafter, self._context, k, settings, self._random) if k else empty_draft(self._target.device)
+        )
         return k, replace(draft, cut=True) if k < settings.k else draft
 
     def _forced(self, room: int) -> Draft | None:

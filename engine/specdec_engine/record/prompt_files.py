@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from reprlib import repr as brief
 from typing import Any
@@ -35,7 +35,7 @@ class Question:
     """Of a prompt that came as token ids; it has one turn, whose text is not looked at."""
     system: str = ""
     """What the conversation begins with; empty for none."""
-    id: str = ""
+    id: str = field(default="", compare=False)
     """What its file calls it; empty for nothing."""
 
 
