@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from specdec_cli import options as opt
-from specdec_cli import output
+from specdec_cli import output, shaping
 from specdec_cli.exits import ExitCode
 from specdec_engine.bench.plan import digest_of
 from specdec_engine.errors import UsageError, reason
@@ -91,8 +91,8 @@ def asking(
     draft: str | None,
     k: str,
     how: opt.Decoding,
-    penalties: opt.Penalties,
-    structured: opt.Structured,
+    penalties: shaping.Penalties,
+    structured: shaping.Structured,
 ) -> Asking:
     """Raises UsageError for prompts that cannot be read, and for values that no run has."""
     assert many.prompts is not None

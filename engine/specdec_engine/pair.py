@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import math
-import platform
 import secrets
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal
-
-import torch
-import transformers
 
 from specdec_engine.adaptive.controller import AutoK
 from specdec_engine.adaptive.limits import DraftLimits
 from specdec_engine.batch.best_k import BestK
 from specdec_engine.batch.together import Begin, Lane, decode_together
+from specdec_engine.conditions import checkpoint_notes, environment_of, info_of, machine_notes, remark_on
 from specdec_engine.constrain.matching import Matching
 from specdec_engine.constrain.wanted import Grammar
 from specdec_engine.core.cycle_types import Sampling
@@ -26,29 +21,25 @@ from specdec_engine.decoding.control import Controls
 from specdec_engine.decoding.loop import Run, decode, forget, start
 from specdec_engine.decoding.stopping import Stop
 from specdec_engine.drafters import build_drafter
-from specdec_engine.drafters.base import Drafter, DraftSetup, LoadedDraft, ModelInfo, RunGrammar, another
+from specdec_engine.drafters.base import Drafter, DraftSetup, LoadedDraft, RunGrammar, another
 from specdec_engine.errors import PairIncompatible, UsageError
 from specdec_engine.models.chat import Turn, chat_ids, raw_ids, special_in, stop_id, turn_ids
 from specdec_engine.models.draft_files import found_draft, read_draft
 from specdec_engine.models.kinds import mask_of
 from specdec_engine.models.loading import Candidate, Loaded, find_model
-from specdec_engine.models.memory_needs import kv_bytes
 from specdec_engine.models.options import LoadOptions
 from specdec_engine.models.tokenizers import compare_tokenizers
 from specdec_engine.models.translation import Translation
 from specdec_engine.record.events import Event, Started
-from specdec_engine.record.text import counted
 from specdec_engine.runtime import Runtime
 from specdec_engine.runtime.graphs import GraphRuntime
 from specdec_engine.runtime.shape import Shape
 from specdec_engine.runtime.target import ModelTarget
-from specdec_engine.system.devices import idle_gpu, pick_device
-from specdec_engine.system.machine import instructions, usable_cores
+from specdec_engine.system.devices import pick_device
 from specdec_engine.system.threads import set_threads, use_fewer_threads
-from specdec_engine.verify.processors import Asked
+from specdec_engine.verify.processors import Asked, changed
 from specdec_engine.verify.rules import RULES, AcceptanceRule, SyntheticRule
 from specdec_engine.verify.verifier import Verifier, verifier_for
-from specdec_engine.version import VERSION
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,25 +128,14 @@ class Pair:
     ) -> Pair:
         """The same with penalties of one's own in the place of its config's; they are part of the target's distribution, and
         every rule stays lossless. ignore_eos: an end token ends no run. Raises UsageError for values out of bounds."""
-        found = {"repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
-                 "frequency_penalty": frequency_penalty}  # fmt: skip
-        changes: dict[str, Any] = {name: value for name, value in found.items() if value is not None}
-        bias = dict(logit_bias or {})
+        names = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+        named = zip(names, (repetition_penalty, presence_penalty, frequency_penalty), strict=True)
         vocab = self.target.runtime.vocab
-        if wrong := [i for i in bias if not 0 <= i < vocab]:
-            raise UsageError(f"the logit bias of {wrong[0]} is of no token", f"ids go from 0 to {vocab - 1}")
-        if not all(map(math.isfinite, (*changes.values(), *bias.values()))):
-            raise UsageError("a penalty or a bias is no finite number", "for example 1.1")
-        if changes.get("repetition_penalty", 1.0) <= 0:
-            raise UsageError(
-                f"repetition-penalty {repetition_penalty} is not above 0", "1 changes nothing, 1.1 is usual"
-            )
+        asked = changed(self.asked, {n: v for n, v in named if v is not None}, logit_bias or {}, vocab)
         if min_tokens:
-            changes |= {"min_new_tokens": min_tokens, "ends": tuple(sorted(i for i in self.stop_ids if i < vocab))}
-        if bias:
-            changes["logit_bias"] = tuple(sorted(bias.items()))
+            asked = replace(asked, min_new_tokens=min_tokens, ends=tuple(i for i in self.stop_ids if i < vocab))
         stop_ids = frozenset[int]() if ignore_eos else self.stop_ids
-        return replace(self, asked=replace(self.asked, **changes), stop_ids=stop_ids)
+        return replace(self, asked=asked, stop_ids=stop_ids)
 
     def synthetic(self, chance: float) -> Pair:
         """The same with a rule, `synthetic`, that accepts at this chance; what it emits is not the target's."""
@@ -317,7 +297,10 @@ class Loader:
 
 def _paired(models: Loader, draft: str | None) -> Pair:
     found, target = models.found, models.found.name
-    drafts, notes = dict[str, Loaded](), [*_machine_notes(models)]
+    drafts, notes = (
+        dict[str, Loaded](),
+        [*machine_notes(models.options.threads, models.options.device, models.found.device)],
+    )
     if draft is None and found.plain_only:
         notes.append(f"decoded without a draft: {found.plain_only}")
     draft = _default_draft(found) if draft is None else draft
@@ -333,7 +316,7 @@ def _paired(models: Loader, draft: str | None) -> Pair:
             made.check(found.tokenizer, target, found.vocab)
         translation = None if made is not None else _translation(found, small, notes)
         drafts[name] = models.draft(name)
-        setup.models[name] = replace(_model_info(drafts[name]), by_text=translation is not None)
+        setup.models[name] = replace(info_of(drafts[name]), by_text=translation is not None)
         return LoadedDraft(
             drafts[name].runtime, None if made is None else made.ids, translation, mask_of(small.config, name)
         )
@@ -363,7 +346,7 @@ def _paired(models: Loader, draft: str | None) -> Pair:
             notes.append(
                 f"{model.name} is used up to {model.runtime.limit} tokens: beyond that, LongRoPE changes all positions"
             )
-    notes += _checkpoint_notes(loaded)
+    notes += checkpoint_notes(loaded)
     return Pair(
         target=ModelTarget(loaded.runtime, target),
         drafter=drafter,
@@ -374,13 +357,13 @@ def _paired(models: Loader, draft: str | None) -> Pair:
         tokenizer=loaded.tokenizer,
         stop_ids=loaded.stop_ids,
         asked=loaded.asked,
-        environment=_environment(loaded, setup.models),
+        environment=environment_of(loaded, setup.models),
         notes=tuple(notes),
         remarks=(
-            _remark("target", _model_info(loaded), loaded.remark)
+            remark_on("target", info_of(loaded), loaded.remark)
             + (", by our own kernels" if loaded.kernels == "own" else ""),
             *(
-                _remark("draft", part, drafts[name].remark if name in drafts else "")
+                remark_on("draft", part, drafts[name].remark if name in drafts else "")
                 for name, part in setup.models.items()
             ),
         ),
@@ -403,28 +386,6 @@ def _translation(target: Candidate, draft: Candidate, notes: list[str]) -> Trans
     return None
 
 
-def _machine_notes(models: Loader) -> Iterator[str]:
-    asked, cores = models.options.threads, usable_cores()
-    if isinstance(asked, int) and asked > cores:
-        yield f"{asked} threads on {cores} cores wait for each other, and may take ten times as long"
-    if models.options.device == "auto" and (idle := idle_gpu(models.found.device)) is not None:
-        yield idle
-
-
-def _checkpoint_notes(target: Loaded) -> Iterator[str]:
-    """What of a target's files is followed, and what is not."""
-    name, vocab = target.name, target.runtime.vocab
-    if target.stop_ids and min(target.stop_ids) >= vocab:
-        yield f"no token of {name} ends a text: {min(target.stop_ids)} is beyond its {vocab:,} tokens"
-    if target.asked:
-        said = ", ".join(f"{key} {value}" for key, value in target.asked.named().items())
-        yield f"followed, of {name}'s generation_config.json: {said}"
-    if target.unused:
-        yield f"not used, of {name}'s weights: {counted(len(target.unused), 'tensor')}, the first {target.unused[0]}"
-    if target.left_out:
-        yield f"not followed, of {name}'s generation_config.json: {', '.join(target.left_out)}"
-
-
 def _verifier(rule: AcceptanceRule, target: Runtime) -> Verifier:
     """Recorded where the target is; apart from it, which forgets its recordings when its cache grows."""
     return verifier_for(rule, target.device, target.recorder.another() if isinstance(target, GraphRuntime) else None)
@@ -436,48 +397,3 @@ def _default_draft(target: Candidate) -> str:
     if target.plain_only:
         return "none"
     return "ngram,builtin" if target.name == "builtin" and isinstance(target.shape, Shape) else "ngram"
-
-
-def _remark(role: str, part: ModelInfo, why: str) -> str:
-    because = f", because {why}" if why else ""
-    return f"{role} {part.name} runs on the {part.runtime} runtime, {part.weights} weights{because}"
-
-
-def _environment(target: Loaded, drafts: Mapping[str, ModelInfo]) -> dict[str, Any]:
-    device = target.runtime.device
-    return {
-        "specdec": VERSION,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "platform": f"{sys.platform}-{platform.machine()}",
-        "device": str(device),
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-        "device_map": target.spread,
-        "threads": torch.get_num_threads(),
-        "cores": usable_cores(),
-        "dtype": target.dtype,
-        "weights": target.weights,
-        "kernels": target.kernels,
-        "instructions": instructions(),
-        "runtime": target.runtime.name,
-        "target": asdict(_model_info(target)),
-        "drafts": {name: asdict(draft) for name, draft in drafts.items()},
-    }
-
-
-def _model_info(loaded: Loaded) -> ModelInfo:
-    return ModelInfo(
-        name=loaded.name,
-        model_type=loaded.config.model_type,
-        parameters=loaded.parameters,
-        vocab=loaded.runtime.vocab,
-        context=loaded.runtime.limit,
-        runtime=loaded.runtime.name,
-        dtype=loaded.dtype,
-        weights=loaded.weights,
-        weight_bytes=loaded.weight_bytes,
-        token_bytes=getattr(loaded.runtime, "token_bytes", None)
-        or kv_bytes(loaded.config, getattr(torch, loaded.dtype), 1),
-        revision=loaded.revision,
-    )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import typer
 
 from specdec_cli import options as opt
-from specdec_cli import output, tables
+from specdec_cli import output, shaping, tables
 from specdec_cli.exits import ExitCode
 from specdec_cli.options import QUANTIZED
 from specdec_cli.servers.attached import ServerOptions
@@ -109,7 +109,7 @@ def bench(
     categories: Categories = None,
     limit: Limit = None,
     synthetic_acceptance: Synthetic = None,
-    json_schema: opt.JsonSchema = None,
+    json_schema: shaping.JsonSchema = None,
     server: ServerOptions,
     served: ServedOptions,
     repeats: Repeats = 2,
@@ -153,7 +153,7 @@ def bench(
         bench_server(wanted, given, out, format, fail_below)
         return
     served.refuse_without_server()
-    grammar = opt.Structured(json_schema).wanted
+    grammar = shaping.Structured(json_schema).wanted
     arms = _arms(draft, k, temperature, rule, _forms(where.quantize), synthetic_acceptance)
     arms = _also_under(grammar, arms, synthetic_acceptance)
     plan = Plan(

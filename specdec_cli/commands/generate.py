@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import typer
 
 from specdec_cli import options as opt
-from specdec_cli import output, profiles
+from specdec_cli import output, profiles, shaping
 from specdec_cli.answers import Many, answer_all, asking
 from specdec_cli.exits import ExitCode
 from specdec_cli.prompts import read_prompt
@@ -40,8 +40,8 @@ def generate(
     draft: opt.Draft = None,
     server: ServerOptions,
     how: opt.Decoding,
-    penalties: opt.Penalties,
-    structured: opt.Structured,
+    penalties: shaping.Penalties,
+    structured: shaping.Structured,
     many: Many,
     where: opt.Placement,
     json: opt.Json = False,
@@ -126,7 +126,7 @@ def generate(
     _leave(summary, recorder)
 
 
-def _check_penalties(penalties: opt.Penalties, grammar: Grammar | None) -> None:
+def _check_penalties(penalties: shaping.Penalties, grammar: Grammar | None) -> None:
     """Before a model is loaded. Raises UsageError."""
     _ = penalties.bias  # raises
     if grammar is not None and (penalties.ignore_eos or penalties.min_tokens):
@@ -156,8 +156,8 @@ def _answer_many(
     target: str,
     draft: str | None,
     how: opt.Decoding,
-    penalties: opt.Penalties,
-    structured: opt.Structured,
+    penalties: shaping.Penalties,
+    structured: shaping.Structured,
     where: opt.Placement,
 ) -> None:
     setting = profiles.chosen(target, draft, how.k, not how.sampling.greedy, where)

@@ -13,7 +13,7 @@ import typer
 from platformdirs import user_log_path
 
 from specdec_cli import options as opt
-from specdec_cli import output, profiles
+from specdec_cli import output, profiles, shaping
 from specdec_cli.commands.replay import replay
 from specdec_cli.exits import ExitCode
 from specdec_cli.prompts import read_prompt
@@ -41,7 +41,7 @@ def watch(
     draft: opt.Draft = None,
     server: ServerOptions,
     how: opt.Decoding,
-    structured: opt.Structured,
+    structured: shaping.Structured,
     where: opt.Placement,
     counters: Counters,
     demo: Annotated[bool, typer.Option("--demo", help="A recorded run of the built-in pair; loads no model.")] = False,

@@ -40,7 +40,7 @@ class BestK:
     _passes: int = 0
 
     def choose(self, texts: int) -> int:
-        """For the next pass over so many texts."""
+        """Choose for the next pass over so many texts."""
         rates = self._rates.setdefault(texts, {k: _Rate() for k in _TRIED})
         self._passes += 1
         if fresh := [k for k, rate in rates.items() if rate.passes < _FIRST]:
@@ -50,5 +50,5 @@ class BestK:
         return max(rates, key=lambda k: rates[k].value)
 
     def saw(self, texts: int, k: int, tokens: int, seconds: float) -> None:
-        """What a pass brought, and took."""
+        """Learn what a pass brought, and took."""
         self._rates[texts][k].add(tokens, seconds)

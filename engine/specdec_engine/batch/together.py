@@ -122,7 +122,7 @@ class _Pass:
         return len(cycle.emitted)
 
     def _guarded(self, one: _Running, work: Callable[[], T]) -> T | None:
-        """What it gives; None where it fails, and then this text is over, and no other."""
+        """Do it; give None where it fails, and then this text is over, and no other."""
         try:
             return work()
         except SpecdecError as error:
@@ -138,7 +138,7 @@ def _propose(one: _Running, k: int) -> Proposed:
 
 
 def _failed(error: SpecdecError, lane: Lane) -> Failed:
-    """Of one text alone. Raises OutOfMemory again: the others would fail as well."""
+    """Make it the failure of one text alone. Raises OutOfMemory again: the others would fail as well."""
     if isinstance(error, OutOfMemory):
         raise error
     forget(lane.target, lane.drafter)

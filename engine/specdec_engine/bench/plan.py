@@ -42,7 +42,7 @@ class Arm:
 
     @property
     def form(self) -> tuple[str, ...]:
-        """What else an arm shares with the plain decoding that it is held against, beside its temperature, in words."""
+        """Name what else an arm shares with the plain decoding that it is held against, beside its temperature."""
         return self.quantize, "structured" if self.structured else ""
 
 

@@ -8,8 +8,8 @@ own distribution is left as it is, and is none the less exact for being accepted
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from reprlib import repr as brief
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from specdec_engine.core.transfer import upload
-from specdec_engine.errors import ModelUnavailable
+from specdec_engine.errors import ModelUnavailable, UsageError
 
 Process = Callable[[Tensor, Tensor], Tensor]
 """[n] ids before a row, [1, V] logits of it -> [1, V] logits."""
@@ -109,6 +109,18 @@ _FOLLOWED_ELSEWHERE = frozenset(
     }
 )
 """What a command line says instead (the sampling), what is done anyway, and what says nothing without beams."""
+
+
+def changed(asked: Asked, penalties: Mapping[str, float], bias: Mapping[int, float], vocab: int) -> Asked:
+    """The same with a user's penalties, by name, and logit bias, by id. Raises UsageError for values out of bounds."""
+    if wrong := [i for i in bias if not 0 <= i < vocab]:
+        raise UsageError(f"the logit bias of {wrong[0]} is of no token", f"ids go from 0 to {vocab - 1}")
+    if not all(map(math.isfinite, (*penalties.values(), *bias.values()))):
+        raise UsageError("a penalty or a bias is no finite number", "for example 1.1")
+    if (repetition := penalties.get("repetition_penalty", 1.0)) <= 0:
+        raise UsageError(f"repetition-penalty {repetition} is not above 0", "1 changes nothing, 1.1 is usual")
+    biased = {"logit_bias": tuple(sorted(bias.items()))} if bias else {}
+    return replace(asked, **penalties, **biased)  # type: ignore[arg-type]
 
 
 def left_out_of(config: Any) -> list[str]:

@@ -11,7 +11,7 @@ from specdec_tui.against import Against
 from specdec_tui.frame import View
 from specdec_tui.panels import Line, number
 from specdec_tui.pieces import Name
-from specdec_tui.screens.lanes import LanesScreen
+from specdec_tui.screens.lanes import TICK_S, LanesScreen
 
 
 class AgainstScreen(LanesScreen):
@@ -30,7 +30,11 @@ class AgainstScreen(LanesScreen):
         super().__init__(names, 16.0)
         self._against = against
 
+    def on_mount(self) -> None:
+        self.set_interval(TICK_S, self.tick)
+
     def tick(self) -> None:
+        """Let time go by, hold where they part, and draw."""
         elapsed, before, parts = self._elapsed(), self._clock, self._against.parts_at
         if self._playing:
             self._clock = min(float(self._against.tokens), before + elapsed * self._speed)

@@ -18,7 +18,8 @@ from specdec_tui.pieces import Name
 from specdec_tui.theme import content
 from specdec_tui.widgets.stream import Stream
 
-_TICK_S = 1 / 15
+TICK_S = 1 / 15
+"""Between two draws."""
 
 
 class LanesScreen(Screen[Frame | None]):
@@ -59,13 +60,6 @@ class LanesScreen(Screen[Frame | None]):
                     yield Stream(name, id=f"stream-{place}")
         yield Static(id="lanes-verdict", markup=False)
         yield Static(self.KEYS, id="lanes-keys", markup=False)
-
-    def on_mount(self) -> None:
-        self.set_interval(_TICK_S, self.tick)
-
-    def tick(self) -> None:
-        """Let time go by, and draw."""
-        raise NotImplementedError
 
     def _elapsed(self) -> float:
         """Seconds since it was last asked."""

@@ -14,7 +14,7 @@ from specdec_tui.live import LiveStream, Request
 from specdec_tui.panels import Line, number
 from specdec_tui.pieces import one_line
 from specdec_tui.race import Lane, Race
-from specdec_tui.screens.lanes import LanesScreen
+from specdec_tui.screens.lanes import TICK_S, LanesScreen
 
 _RECORDING_S = 1.0
 
@@ -44,7 +44,7 @@ class RaceScreen(LanesScreen):
 
     def on_mount(self) -> None:
         self._next()
-        super().on_mount()
+        self.set_interval(TICK_S, self.tick)
 
     def tick(self) -> None:
         """Record, or let time go by, and draw."""

@@ -1,0 +1,91 @@
+"""The conditions of a pair's runs, and what a user should know of them, in sentences."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import transformers
+
+from specdec_engine.drafters.base import ModelInfo
+from specdec_engine.models.loading import Loaded
+from specdec_engine.models.memory_needs import kv_bytes
+from specdec_engine.record.text import counted
+from specdec_engine.system.devices import idle_gpu
+from specdec_engine.system.machine import instructions, usable_cores
+from specdec_engine.version import VERSION
+
+
+def machine_notes(asked: int | str | None, device: str, found: torch.device) -> Iterator[str]:
+    """What of the threads and the device that were asked for a user should know."""
+    cores = usable_cores()
+    if isinstance(asked, int) and asked > cores:
+        yield f"{asked} threads on {cores} cores wait for each other, and may take ten times as long"
+    if device == "auto" and (idle := idle_gpu(found)) is not None:
+        yield idle
+
+
+def checkpoint_notes(target: Loaded) -> Iterator[str]:
+    """What of a target's files is followed, and what is not."""
+    name, vocab = target.name, target.runtime.vocab
+    if target.stop_ids and min(target.stop_ids) >= vocab:
+        yield f"no token of {name} ends a text: {min(target.stop_ids)} is beyond its {vocab:,} tokens"
+    if target.asked:
+        said = ", ".join(f"{key} {value}" for key, value in target.asked.named().items())
+        yield f"followed, of {name}'s generation_config.json: {said}"
+    if target.unused:
+        yield f"not used, of {name}'s weights: {counted(len(target.unused), 'tensor')}, the first {target.unused[0]}"
+    if target.left_out:
+        yield f"not followed, of {name}'s generation_config.json: {', '.join(target.left_out)}"
+
+
+def remark_on(role: str, part: ModelInfo, why: str) -> str:
+    """Say which runtime it got, and why."""
+    because = f", because {why}" if why else ""
+    return f"{role} {part.name} runs on the {part.runtime} runtime, {part.weights} weights{because}"
+
+
+def environment_of(target: Loaded, drafts: Mapping[str, ModelInfo]) -> dict[str, Any]:
+    """The conditions of every run, as traces and records have them."""
+    device = target.runtime.device
+    return {
+        "specdec": VERSION,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "platform": f"{sys.platform}-{platform.machine()}",
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "device_map": target.spread,
+        "threads": torch.get_num_threads(),
+        "cores": usable_cores(),
+        "dtype": target.dtype,
+        "weights": target.weights,
+        "kernels": target.kernels,
+        "instructions": instructions(),
+        "runtime": target.runtime.name,
+        "target": asdict(info_of(target)),
+        "drafts": {name: asdict(draft) for name, draft in drafts.items()},
+    }
+
+
+def info_of(loaded: Loaded) -> ModelInfo:
+    """A model in use."""
+    return ModelInfo(
+        name=loaded.name,
+        model_type=loaded.config.model_type,
+        parameters=loaded.parameters,
+        vocab=loaded.runtime.vocab,
+        context=loaded.runtime.limit,
+        runtime=loaded.runtime.name,
+        dtype=loaded.dtype,
+        weights=loaded.weights,
+        weight_bytes=loaded.weight_bytes,
+        token_bytes=getattr(loaded.runtime, "token_bytes", None)
+        or kv_bytes(loaded.config, getattr(torch, loaded.dtype), 1),
+        revision=loaded.revision,
+    )
