@@ -249,7 +249,7 @@ def test_weights_can_be_packed(specdec, checkpoint, draft_checkpoint):
 
 
 def test_fewer_threads_than_cores_are_told(generate, monkeypatch):
-    for name in ("system.threads", "pair"):
+    for name in ("system.threads", "conditions"):
         monkeypatch.setattr(f"specdec_engine.{name}.usable_cores", lambda: 4)
     before = torch.get_num_threads()
     for room, said in ((2, "on cpu, 2 of 4 threads, lean runtime"), (4, "on cpu, lean runtime")):
@@ -261,7 +261,7 @@ def test_fewer_threads_than_cores_are_told(generate, monkeypatch):
 
 
 def test_more_threads_than_cores_are_told(generate, monkeypatch):
-    monkeypatch.setattr("specdec_engine.pair.usable_cores", lambda: 1)
+    monkeypatch.setattr("specdec_engine.conditions.usable_cores", lambda: 1)
     before = torch.get_num_threads()
     assert "2 threads on 1 cores wait for each other" in generate("-n", "3", "--threads", "2").err
     torch.set_num_threads(before)
