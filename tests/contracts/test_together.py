@@ -19,9 +19,10 @@ from specdec_engine.decoding.stopping import Stop
 from specdec_engine.drafters.base import another
 from specdec_engine.errors import OutOfMemory, UsageError
 from specdec_engine.record.events import Cycle, Failed, Finished, Started
+from specdec_engine.runtime import target as target_module
 from specdec_engine.runtime.generic import GenericRuntime
-from specdec_engine.runtime.lean import forward_together
-from specdec_engine.runtime.target import ModelTarget
+from specdec_engine.runtime.lean import forward_together, read_together
+from specdec_engine.runtime.target import ModelTarget, prefill_together
 from tests.contracts.cases import CASES, TARGET, parts
 from tests.fakes import VOCAB, graph, lean, run, tiny_llama
 from tests.unit.test_grammar import END, matching
@@ -153,6 +154,32 @@ def test_rows_of_several_texts_have_the_logits_that_they_have_alone(how):
     for text, own, rows, length in zip(texts, tokens, found, lengths, strict=True):
         text.rollback(length - len(own))
         assert torch.allclose(text.forward(own, len(own)), rows, atol=1e-4 if not how else 0.05)
+
+
+def test_prompts_read_together_leave_what_each_leaves_alone(monkeypatch):
+    """To the bit: long ones by chunks, short ones several in a pass, none and one token, with what a head reads."""
+    passes = list[int]()
+
+    def counted(runtimes, tokens):
+        passes.append(sum(map(len, tokens)))
+        read_together(runtimes, tokens)
+
+    monkeypatch.setattr(target_module, "read_together", counted)
+    first = lean(TARGET)
+    first.tap((0,))
+    rng = torch.Generator().manual_seed(0)
+    texts = [torch.randint(0, VOCAB, (n,), generator=rng).tolist() for n in (70, 0, 9, 66, 300, 1, 130, 600, 40, 50)]
+    lanes = [ModelTarget(first.another(), "tiny") for _ in texts]
+    lanes[3].prefill([*texts[3][:5], 7])  # of another text
+    prefill_together(list(zip(lanes, texts, strict=True)))
+    assert passes == [9 + 66 + 300 + 1 + 130, 40 + 50]
+    for lane, text in zip(lanes, texts, strict=True):
+        alone, n = ModelTarget(first.another(), "tiny"), len(text)
+        alone.prefill(text)
+        assert lane.cached == alone.cached == n
+        assert lane.runtime.known.common(text) == n
+        assert torch.equal(lane.runtime._cache[:, :, :n], alone.runtime._cache[:, :, :n])
+        assert torch.equal(lane.runtime.features(0, n), alone.runtime.features(0, n))
 
 
 def test_k_is_what_is_fastest_for_so_many_texts():

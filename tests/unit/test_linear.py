@@ -16,6 +16,7 @@ from specdec_engine.runtime.linear import (
     Joined,
     NativeDense,
     NativePacked,
+    multiply_texts,
     packing_block,
     project,
     quantized,
@@ -111,6 +112,10 @@ def test_own_kernels_unpack_for_a_prompt(monkeypatch, tmp_path, own, kind, at_on
     x = torch.randn(100, expected.shape[1])
     narrow = torch.cat([found(part) for part in x.split(10)])
     assert (found(x) - narrow).abs().max() < 0.02 * narrow.abs().max()
+    texts = torch.randn(240, expected.shape[1]).split([66, 9, 65, 100])
+    joined = Joined([found, found])
+    for one, y in ((found, multiply_texts(found, texts)), (joined, multiply_texts(joined, texts))):
+        assert all(torch.equal(one(x), of_it) for x, of_it in zip(texts, y, strict=True))
 
 
 @pytest.mark.parametrize("shape", [(47, 96), (64, 101), (960, 576)])

@@ -18,7 +18,7 @@ from specdec_engine.decoding.loop import InFlightCycle, Proposed, Run, forget
 from specdec_engine.drafters.base import Drafter
 from specdec_engine.errors import OutOfMemory, SpecdecError
 from specdec_engine.record.events import Event, Failed, Started
-from specdec_engine.runtime.target import ModelTarget, score_together
+from specdec_engine.runtime.target import ModelTarget, prefill_together, score_together
 from specdec_engine.system.timing import Mark
 
 T = TypeVar("T")
@@ -61,27 +61,61 @@ def decode_together(lanes: Sequence[Lane], begins: Iterable[Begin], k: int | Bes
 
 
 def _decode(lanes: Sequence[Lane], begins: Iterable[Begin], k: int | BestK) -> Iterator[tuple[int, Event]]:
-    waiting, free, running = enumerate(begins), list(lanes), list[_Running]()
+    batch = _Batch(lanes, begins)
     while True:
-        while free and (job := next(waiting, None)) is not None:
+        yield from batch.admit()
+        if not batch.running:
+            return
+        one_pass = _Pass(batch.running)
+        one_pass.run(k)
+        batch.end(one_pass.over)
+        yield from one_pass.events
+
+
+class _Batch:
+    """Which texts are being written, which wait, and which lanes are free."""
+
+    def __init__(self, lanes: Sequence[Lane], begins: Iterable[Begin]) -> None:
+        self._waiting, self._free = enumerate(begins), list(lanes)
+        self.running = list[_Running]()
+
+    def admit(self) -> Iterator[tuple[int, Event]]:
+        """Begin as many as there are lanes for, and read their prompts."""
+        while self._free:
+            begun = list[tuple[int, Lane, Run]]()
+            yield from self._begin(begun)
+            if not begun:
+                return
+            yield from self._read(begun)
+
+    def end(self, over: Sequence[_Running]) -> None:
+        """Make room in their lanes."""
+        for one in over:
+            self.running.remove(one)
+            self._free.append(one.lane)
+
+    def _begin(self, begun: list[tuple[int, Lane, Run]]) -> Iterator[tuple[int, Event]]:
+        while self._free and (job := next(self._waiting, None)) is not None:
             number, begin = job
-            lane = free.pop()
+            lane = self._free[-1]
             forget(lane.target, lane.drafter)  # or what it says would depend, by rounding, on what ran here before
             try:
                 run, started = begin(lane)
-                yield number, started
-                running.append(_Running(number, lane, run, run.begin()))
             except SpecdecError as error:
                 yield number, _failed(error, lane)
-                free.append(lane)
-        if not running:
-            return
-        one_pass = _Pass(running)
-        one_pass.run(k)
-        for over in one_pass.over:
-            running.remove(over)
-            free.append(over.lane)
-        yield from one_pass.events
+                continue
+            begun.append((number, self._free.pop(), run))
+            yield number, started
+
+    def _read(self, begun: Sequence[tuple[int, Lane, Run]]) -> Iterator[tuple[int, Event]]:
+        marks = [run.mark() for _, _, run in begun]
+        prefill_together([(lane.target, run.context[:-1]) for _, lane, run in begun])
+        for (number, lane, run), began in zip(begun, marks, strict=True):
+            try:
+                self.running.append(_Running(number, lane, run, (began, run.begin_draft())))
+            except SpecdecError as error:
+                yield number, _failed(error, lane)
+                self._free.append(lane)
 
 
 class _Pass:

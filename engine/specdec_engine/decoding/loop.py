@@ -219,10 +219,18 @@ class Run:
 
     def begin(self) -> tuple[Mark, Mark]:
         """Both caches filled; the marks before and after."""
-        began = self._timer.mark()
+        began = self.mark()
         self._kept = self._target.prefill(self._context[:-1])
-        self._drafter.begin(self._context)  # after it: some drafters read what the target computed
-        return began, self._timer.mark()
+        return began, self.begin_draft()
+
+    def begin_draft(self) -> Mark:
+        """The drafter's cache filled, after the target's: some drafters read what that computed."""
+        self._drafter.begin(self._context)
+        return self.mark()
+
+    def mark(self) -> Mark:
+        """The time now, of the device."""
+        return self._timer.mark()
 
     def _start_cycle(self) -> InFlightCycle:
         proposed = self.propose()

@@ -14,7 +14,7 @@ from specdec_engine.runtime.blocks import Blocks
 from specdec_engine.runtime.cpu import whole
 from specdec_engine.runtime.linear import Packing, Projection, Rows, head_packing, project
 from specdec_engine.runtime.native import Kernels
-from specdec_engine.runtime.ops import Layer, Ops, Pass, PassTogether
+from specdec_engine.runtime.ops import Layer, Ops, Pass, PassOfPrompts, PassTogether
 from specdec_engine.runtime.shape import Shape, Unsupported
 from specdec_engine.runtime.weights import Grouped, Unfused, Weights
 
@@ -110,15 +110,24 @@ class Decoder(Blocks):
     def together(self, sequences: Sequence[OneOfSeveral]) -> list[Tensor]:
         """Several sequences in one pass -> [n, V] logits of each, of all its tokens. They read the same layers for a head, or
         none does."""
+        last = self._read(sequences, PassTogether)
+        return list(torch.split(self._logits(last), [len(s.tokens) for s in sequences]))
+
+    @torch.inference_mode()
+    def read_together(self, sequences: Sequence[OneOfSeveral]) -> None:
+        """As `together`, of prompts: without logits, and with each one's own bits."""
+        self._read(sequences, PassOfPrompts)
+
+    def _read(self, sequences: Sequence[OneOfSeveral], kind: type[PassTogether]) -> Tensor:
+        """What leaves the last norm, of the rows of all."""
         parts = [self.begin(s.positions, s.cache, s.span, s.start) for s in sequences]
         taps = sequences[0].taps
-        tokens, sizes = torch.cat([s.tokens for s in sequences]), [len(s.tokens) for s in sequences]
-        last, features = self._through(PassTogether(parts), tokens, taps)
+        last, features = self._through(kind(parts), torch.cat([s.tokens for s in sequences]), taps)
         if taps is not None:
-            for s, own in zip(sequences, torch.split(features, sizes), strict=True):
+            for s, own in zip(sequences, torch.split(features, [len(s.tokens) for s in sequences]), strict=True):
                 assert s.taps is not None
                 s.taps.kept.index_copy_(0, s.positions, own)
-        return list(torch.split(self._logits(last), sizes))
+        return last
 
     def _through(self, step: Pass, tokens: Tensor, taps: Taps | None) -> tuple[Tensor, Tensor]:
         """What leaves the last norm, and what a head reads [n, taps + 1, hidden]; the same again without taps."""

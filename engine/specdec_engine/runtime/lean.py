@@ -197,5 +197,14 @@ def forward_together(runtimes: Sequence[LeanRuntime], tokens: Sequence[Tensor]) 
     return found
 
 
+def read_together(runtimes: Sequence[LeanRuntime], tokens: Sequence[Tensor]) -> None:
+    """The same of prompts, without logits."""
+    decoder = runtimes[0].decoder
+    assert isinstance(decoder, Decoder)
+    decoder.read_together([runtime.following(own) for runtime, own in zip(runtimes, tokens, strict=True)])
+    for runtime, own in zip(runtimes, tokens, strict=True):
+        runtime.took(len(own))
+
+
 _ROOM = 16
 """Tokens by which a cache is made larger at least."""

@@ -92,7 +92,8 @@ class Int8:
         if x.shape[0] < WIDE or not onednn_takes(torch.bfloat16):
             return _biased(torch._weight_int8pack_mm(x, self._q, self._scale), self._bias)
         parts = torch.split(self._q, max(1, _AT_ONCE // self._q.shape[1]))
-        return _biased(_product(x, (part.bfloat16().T for part in parts), len(self._q)).mul_(self._scale), self._bias)
+        product = _products([x], (part.bfloat16().T for part in parts), len(self._q))[0]
+        return _biased(product.mul_(self._scale), self._bias)
 
 
 class Int4:
@@ -123,7 +124,7 @@ class Int4:
         block = packing_block()
         unpacks = onednn_takes(torch.bfloat16)  # without, torch's bfloat16 product takes 200 times as long
         if x.shape[0] >= WIDE and unpacks and block is not None and self._q.shape[0] % block == 0:
-            return _biased(_product(x, self._unpacked(block), len(self._q)), self._bias)
+            return _biased(_products([x], self._unpacked(block), len(self._q))[0], self._bias)
         return _biased(torch._weight_int4pack_mm_for_cpu(x, self._q, GROUP, self._scale_and_zero), self._bias)
 
     def _unpacked(self, block: int) -> Iterator[Tensor]:
@@ -154,17 +155,25 @@ class NativePacked:
         self.matrices: tuple[Matrix, ...] = (Matrix(*weight.layout, *weight.q.shape, *data),)
 
     def __call__(self, x: Tensor) -> Tensor:
+        return self.of_texts([x])[0]
+
+    def of_texts(self, texts: Sequence[Tensor]) -> list[Tensor]:
+        """See `multiply_texts`."""
         matrix = self.matrices[0]
-        if x.shape[0] >= WIDE and self._kernels.unpacks_wide:
-            return _biased(_product(x.bfloat16(), self._unpacked(), matrix.N).float(), self._bias)
-        return self._kernels.multiply(x, matrix)
+        wide = [len(x) >= WIDE and self._kernels.unpacks_wide for x in texts]
+        long = [x.bfloat16() for x, is_wide in zip(texts, wide, strict=True) if is_wide]
+        products = iter(_products(long, self._unpacked(), matrix.N) if long else ())
+        return [
+            _biased(next(products).float(), self._bias) if is_wide else self._kernels.multiply(x, matrix)
+            for x, is_wide in zip(texts, wide, strict=True)
+        ]
 
     def _unpacked(self) -> Iterator[Tensor]:
         """[K, n] bfloat16 at a time, of all N columns."""
         matrix, lanes = self.matrices[0], self._kernels.lanes
         step = max(1, _AT_ONCE // (matrix.K * lanes)) * lanes
         for first in range(0, matrix.N, step):
-            yield self._kernels.unpack(range(first, min(first + step, matrix.N)), matrix).T
+            yield self._kernels.unpack(range(first, min(first + step, matrix.N)), matrix)
 
     def dense_rows(self, order: Tensor) -> Tensor:
         """[n] -> [n, K] float32: rows of the matrix, as an embedding that shares it wants them."""
@@ -195,10 +204,21 @@ class Joined:
     def __init__(self, parts: Sequence[Projection]) -> None:
         self.form = "+".join(sorted({part.form for part in parts}))
         self.matrices = () if any(not p.matrices for p in parts) else tuple(m for p in parts for m in p.matrices)
-        self._parts = parts
+        self.parts = parts
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.cat([part(x) for part in self._parts], -1)
+        return torch.cat([part(x) for part in self.parts], -1)
+
+
+def multiply_texts(projection: Projection, texts: Sequence[Tensor]) -> list[Tensor]:
+    """Each [n, K] times the matrix, with the bits that it has alone: torch's products depend on how many rows there are.
+    What is gained is that weights are unpacked once for all."""
+    if isinstance(projection, NativePacked):
+        return projection.of_texts(texts)
+    if isinstance(projection, Joined):
+        parts = [multiply_texts(part, texts) for part in projection.parts]
+        return [torch.cat(of_one, -1) for of_one in zip(*parts, strict=True)]
+    return [projection(x) for x in texts]
 
 
 def project(
@@ -370,13 +390,14 @@ _INT8_COLUMNS = 16
 """Of which torch's int8 kernel takes so many at a time, and none singly."""
 
 
-def _product(x: Tensor, parts: Iterable[Tensor], rows: int) -> Tensor:
-    """[n, K], and [K, N] in parts of some of its N columns -> [n, N]."""
-    out, done = x.new_empty(x.shape[0], rows), 0
+def _products(texts: Sequence[Tensor], parts: Iterable[Tensor], rows: int) -> list[Tensor]:
+    """[n, K] each, and [K, N] in parts of some of its N columns -> [n, N] each."""
+    found, done = [x.new_empty(x.shape[0], rows) for x in texts], 0
     for part in parts:
-        torch.mm(x, part, out=out[:, done : done + part.shape[1]])
+        for x, out in zip(texts, found, strict=True):
+            torch.mm(x, part, out=out[:, done : done + part.shape[1]])
         done += part.shape[1]
-    return out
+    return found
 
 
 def _biased(y: Tensor, bias: Tensor | None) -> Tensor:

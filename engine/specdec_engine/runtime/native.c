@@ -299,29 +299,33 @@ static void packed_products(matrix m, const float *x, long rows, char *room, flo
   }
 }
 
-/* Rows `first` to `first + rows` of the matrix in bfloat16, [rows, K]; both are multiples of LANES. */
-void unpack(int bits, int group, int offsets, const uint16_t *w, const half *constants, long first, long rows, long K,
+INLINE void unpack_group(const int bits, const int group, const int offsets, const uint16_t *w, const half *constants,
+                         long apart, uint16_t *out) {
+  const int per = 16 / bits;
+  const floats d = widened(constants), m = offsets ? widened(constants + LANES) : (floats){};
+  for (int j = 0; j < group / (2 * per); j++) {
+    lanes32 both;
+    memcpy(&both, w + j * LANES * 2, sizeof both);
+    UNROLLED for (int t = 0; t < per; t++)
+      UNROLLED for (int e = 0; e < 2; e++) {
+        const lanes32 up = both << (32 - bits - bits * t - 16 * e);
+        const floats q = __builtin_convertvector(bits == 4 ? (ints)(up >> 28) : (ints)up >> 24, floats);
+        store(out, (2 * (per * j + t) + e) * apart, 1, LANES, offsets ? plus_product(m, q, d) : q * d);
+      }
+  }
+}
+
+/* Rows `first` to `first + n` of the matrix as columns, in bfloat16, [K, n]; both are multiples of LANES. A vector is stored
+at once: by rows its numbers lie K apart, and a prompt's weights took twice as long. */
+void unpack(int bits, int group, int offsets, const uint16_t *w, const half *constants, long first, long n, long K,
             uint16_t *out, int threads) {
   const long G = K / group, step = words(bits, group), sets = 1 + offsets;
-  const int per = 16 / bits;
 #pragma omp parallel for num_threads(threads)
-  for (long b = 0; b < rows / LANES; b++)
+  for (long b = 0; b < n / LANES; b++)
     for (long g = 0; g < G; g++) {
       const long at = (first / LANES + b) * G + g;
-      const floats d = widened(constants + at * sets * LANES);
-      const floats m = offsets ? widened(constants + (at * sets + 1) * LANES) : (floats){};
-      for (int j = 0; j < group / (2 * per); j++) {
-        lanes32 both;
-        memcpy(&both, w + at * step + j * LANES * 2, sizeof both);
-        for (int t = 0; t < per; t++)
-          for (int e = 0; e < 2; e++) {
-            const lanes32 up = both << (32 - bits - bits * t - 16 * e);
-            const ints q = bits == 4 ? (ints)(up >> 28) : (ints)up >> 24;
-            const lanes32 value = rounded(plus_product(m, __builtin_convertvector(q, floats), d));
-            for (int c = 0; c < LANES; c++)
-              out[(b * LANES + c) * K + g * group + 2 * (per * j + t) + e] = (uint16_t)value[c];
-          }
-      }
+      BY_FORM(bits, group, offsets, unpack_group(S, P, O, w + at * step, constants + at * sets * LANES, n,
+                                                 out + g * group * n + b * LANES))
     }
 }
 

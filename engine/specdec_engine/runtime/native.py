@@ -127,9 +127,9 @@ class Kernels:
         return out
 
     def unpack(self, rows: range, matrix: Matrix) -> Tensor:
-        """[n, K] bfloat16: so many rows of a packed matrix, from a multiple of `lanes` on."""
+        """[K, n] bfloat16: so many rows of a packed matrix as columns, from a multiple of `lanes` on."""
         padded = -(-len(rows) // self.lanes) * self.lanes
-        out = torch.empty(padded, matrix.K, dtype=torch.bfloat16)
+        out = torch.empty(matrix.K, padded, dtype=torch.bfloat16)
         self._library.unpack(
             matrix.bits,
             matrix.group,
@@ -142,7 +142,7 @@ class Kernels:
             out.data_ptr(),
             torch.get_num_threads(),
         )
-        return out[: len(rows)]
+        return out[:, : len(rows)]
 
     def rows(self, order: Tensor, matrix: Matrix) -> Tensor:
         """[n] -> [n, K] float32: those rows of a packed matrix."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, rms_norm, scaled_dot_product_attention, silu
 
-from specdec_engine.runtime.linear import Projection
+from specdec_engine.runtime.linear import Projection, multiply_texts
 from specdec_engine.runtime.native import Kernels, LayerFields, of_texts, pass_fields
 from specdec_engine.runtime.shape import Growth, Shape
 
@@ -140,11 +140,15 @@ class Pass:
             self.kernels.block(layer.fields, self.fields[layer.rotation], self.x, inputs, self.layer_caches(i))
             return
         inputs = self._read(layer.attention_norm) if inputs is None else inputs
-        attended = self.attention(i, layer, layer.qkv(inputs))
-        self._add(layer.out(attended), layer.attention_after)
-        gated = layer.gate_up(inputs if self.shape.parallel else self._read(layer.mlp_norm))
+        multiply = self._multiply
+        attended = self.attention(i, layer, multiply(layer.qkv, inputs))
+        self._add(multiply(layer.out, attended), layer.attention_after)
+        gated = multiply(layer.gate_up, inputs if self.shape.parallel else self._read(layer.mlp_norm))
         gated = gelu_gate(gated) if self.shape.gelu else self.ops.gate(gated)
-        self._add(layer.down(gated), layer.mlp_after)
+        self._add(multiply(layer.down, gated), layer.mlp_after)
+
+    def _multiply(self, projection: Projection, x: Tensor) -> Tensor:
+        return projection(x)
 
     def layer_caches(self, i: int) -> Sequence[Tensor]:
         """Of layer i, of each text."""
@@ -231,6 +235,13 @@ class PassTogether(Pass):
     def attention(self, i: int, layer: Layer, qkv: Tensor) -> Tensor:
         rows = zip(self._parts, torch.split(qkv, self._sizes), strict=True)
         return torch.cat([part.attention(i, layer, own) for part, own in rows])
+
+
+class PassOfPrompts(PassTogether):
+    """The same of whole prompts, each with the bits that it has alone."""
+
+    def _multiply(self, projection: Projection, x: Tensor) -> Tensor:
+        return torch.cat(multiply_texts(projection, torch.split(x, self._sizes)))
 
 
 def causal_mask(positions: Tensor, span: int, window: int | None, dtype: torch.dtype) -> Tensor:
