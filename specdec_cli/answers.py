@@ -7,7 +7,7 @@ import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -20,11 +20,11 @@ from specdec_cli import output, shaping
 from specdec_cli.exits import ExitCode
 from specdec_engine.bench.plan import digest_of
 from specdec_engine.errors import UsageError, reason
-from specdec_engine.record.events import Cycle, Event, Failed, Finished, Started, known_ids
+from specdec_engine.record.events import Cycle, Event, Failed, Finished, Started, TokenLogprobs, known_ids
 from specdec_engine.record.files import decode, lock, parse_record, replace_file
 from specdec_engine.record.prompt_files import Question, read_questions
 from specdec_engine.record.stats import Summary
-from specdec_engine.record.text import TextStream, counted
+from specdec_engine.record.text import TextStream, TokenText, counted
 
 if TYPE_CHECKING:
     from specdec_engine.constrain.wanted import Grammar
@@ -52,11 +52,24 @@ class Many:
     resume: Annotated[
         bool, typer.Option("--resume", rich_help_panel=_MANY, help="Go on where --out was interrupted.")
     ] = False
+    samples: Annotated[
+        int,
+        typer.Option(
+            rich_help_panel=_MANY, min=1, metavar="N", help="So many answers to each prompt, which is read once."
+        ),
+    ] = 1
 
     def refuse_at_server(self) -> None:
-        """Raises UsageError for a file of prompts."""
+        """Raises UsageError for a file of prompts, and for several answers."""
         if self.prompts is not None:
             raise UsageError("--prompts is for our own engine", "specdec bench --attach URL asks a server many prompts")
+        if self.samples > 1:
+            raise UsageError("--samples is for our own engine", "ask the server again for another answer")
+
+    def check_samples(self, greedy: bool) -> None:
+        """Raises UsageError for several answers that would all be the same."""
+        if self.samples > 1 and greedy:
+            raise UsageError("at temperature 0 all samples are the same answer", "add for example --temperature 0.8")
 
     def wanted(self, others: Mapping[str, object]) -> bool:
         """others: options of one prompt alone, by name. Raises UsageError for what does not go together."""
@@ -83,6 +96,16 @@ class Asking:
     how: opt.Decoding
     k: int | Literal["auto"]
     grammar: Grammar | None
+    logprobs: int | None
+
+    @property
+    def answers(self) -> int:
+        """How many there will be: those to one prompt have numbers in a row."""
+        return len(self.questions) * self.many.samples
+
+    def question(self, number: int) -> Question:
+        """The one that this answer is to."""
+        return self.questions[number // self.many.samples]
 
 
 def asking(
@@ -93,6 +116,7 @@ def asking(
     how: opt.Decoding,
     penalties: shaping.Penalties,
     structured: shaping.Structured,
+    logprobs: int | None = None,
 ) -> Asking:
     """Raises UsageError for prompts that cannot be read, and for values that no run has."""
     assert many.prompts is not None
@@ -101,18 +125,21 @@ def asking(
         output.note("of conversations the first turn is asked")
     settings = {"target": target, "draft": draft, **asdict(how), "k": k, "stop": list(how.stop or ())}
     settings |= {**asdict(penalties), "logit_bias": {str(i): value for i, value in penalties.bias.items()}}
-    settings["grammar"] = None if grammar is None else grammar.named()
+    settings |= {"grammar": None if grammar is None else grammar.named(), "samples": many.samples, "logprobs": logprobs}
     del settings["seed"]
-    return Asking(many, questions, settings, how, opt.k_of(k), grammar)
+    return Asking(many, questions, settings, how, opt.k_of(k), grammar, logprobs)
 
 
 def answer_all(pair: Pair, asked: Asking) -> None:
     """Every prompt that is not answered yet. Ends with exit code 1 where one failed, and with 130 where it was interrupted.
     Raises UsageError for a file that cannot be gone on with."""
     with _Answers.begun(asked) as answers:
-        todo = [number for number in range(len(asked.questions)) if number not in answers.done]
+        todo = [number for number in range(asked.answers) if number not in answers.done]
         if answers.done:
-            output.note(f"{len(answers.done)} of {counted(len(asked.questions), 'prompt')} are answered already")
+            what = counted(asked.answers, "prompt" if asked.many.samples == 1 else "answer")
+            output.note(
+                f"{len(answers.done)} of {what} are {'answered' if asked.many.samples == 1 else 'there'} already"
+            )
         whole, began = True, perf_counter()
         try:
             with _told(len(todo)) as tell:
@@ -132,7 +159,7 @@ def _events(pair: Pair, asked: Asking, todo: Sequence[int], seed: int) -> Iterat
     how = asked.how
 
     def ids(number: int) -> Sequence[int]:
-        question = asked.questions[number]
+        question = asked.question(number)
         system = question.system or how.system
         return question.ids or pair.encode(question.turns[0], chat=how.chat, system=system)
 
@@ -140,7 +167,7 @@ def _events(pair: Pair, asked: Asking, todo: Sequence[int], seed: int) -> Iterat
         [partial(ids, number) for number in todo],
         min(asked.many.batch, max(1, len(todo))),
         k=asked.k,
-        sampling=how.sampling,
+        sampling=replace(how.sampling, logprobs=asked.logprobs),
         rule=how.rule,
         max_tokens=how.max_tokens,
         stop=how.stop or (),
@@ -154,6 +181,7 @@ class _Answer:
     """One that is being written."""
 
     ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
     summary: Summary = field(default_factory=Summary)
 
 
@@ -182,7 +210,7 @@ class _Answers:
         head = {"schema": SCHEMA, "prompts": digest_of(asked.questions), "seed": seed, "settings": asked.settings}
         kept = [line for line in lines if "error" not in line]  # one that failed is tried again
         with _ours(path, [head, *kept]) as file:
-            yield cls(asked, file, seed, {line["index"] for line in kept})
+            yield cls(asked, file, seed, {line["index"] * asked.many.samples + line.get("sample", 0) for line in kept})
 
     def take(self, number: int, event: Event, pair: Pair) -> int | None:
         """The tokens of an answer that ends here; None where none does. Writes its line then."""
@@ -193,11 +221,15 @@ class _Answers:
                 self._open[number] = _Answer(summary=answer.summary)
             case Cycle():
                 answer.ids += known_ids(event.emitted)
+                answer.logprobs += event.logprobs or ()
             case Finished():
                 stream = TextStream(pair.tokenizer, self._asked.how.stop or ())
                 text = "".join(map(stream.feed, answer.ids)) + stream.flush()
                 figures = {name: value for name, value in answer.summary.figures().items() if name in _FIGURES}
-                self._write(number, {"text": text, "token_ids": answer.ids, **figures})
+                said = {"text": text, "token_ids": answer.ids, **figures}
+                if self._asked.logprobs is not None:
+                    said["logprobs"] = output.told_logprobs(answer.logprobs, TokenText(pair.tokenizer))
+                self._write(number, said)
                 self.answered, self.tokens = self.answered + 1, self.tokens + len(answer.ids)
                 return len(self._open.pop(number).ids)
             case Failed():
@@ -209,7 +241,9 @@ class _Answers:
 
     def _write(self, number: int, said: Mapping[str, Any]) -> None:
         """Raises UsageError for a disk that is full: what was written stays, and --resume goes on."""
-        line = {"index": number, "id": self._asked.questions[number].id or None, **said}
+        index, sample = divmod(number, self._asked.many.samples)
+        place = {"sample": sample} if self._asked.many.samples > 1 else {}
+        line = {"index": index, **place, "id": self._asked.question(number).id or None, **said}
         if self._file is None:
             output.record(line)
             return

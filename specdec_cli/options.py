@@ -186,7 +186,40 @@ Stats = Annotated[bool, typer.Option("--stats/--no-stats", rich_help_panel=_OUTP
 Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", rich_help_panel=_OUTPUT, help="Say which runtime each model got, and why.")
 ]
+Logprobs = Annotated[
+    int | None,
+    typer.Option(
+        rich_help_panel=_OUTPUT, min=0, metavar="N",
+        help="Log-probabilities of emitted tokens, and of the N likeliest, in --json, --jsonl, --trace or --prompts.",
+    ),
+]  # fmt: skip
 Debug = Annotated[bool, typer.Option("--debug", rich_help_panel=_OUTPUT, help="Tracebacks for errors.")]
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What a run says, and where."""
+
+    json: Json = False
+    jsonl: JsonLines = False
+    trace: Trace = None
+    logprobs: Logprobs = None
+    color: Color = "auto"
+    marks: Marks = False
+    stats: Stats = True
+    verbose: Verbose = False
+
+    def check(self, many: bool) -> None:
+        """Raises UsageError for what does not go together; many: prompts of a file are answered."""
+        if self.json and self.jsonl:
+            raise UsageError("--json and --jsonl exclude each other", "--json is one object, --jsonl one event a line")
+        if self.logprobs is not None and not (many or self.json or self.jsonl or self.trace):
+            raise UsageError("--logprobs has no place in plain text", "add --json, --jsonl or --trace FILE")
+
+    @property
+    def of_one_prompt(self) -> dict[str, object]:
+        """What is for one prompt alone, by name."""
+        return {"--json": self.json, "--jsonl": self.jsonl, "--trace": self.trace, "--marks": self.marks}
 
 
 @dataclass(frozen=True, slots=True)

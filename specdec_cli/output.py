@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from time import monotonic
 from typing import IO, Any, Literal, Protocol
 
@@ -16,7 +16,7 @@ from rich.style import Style
 from rich.text import Text
 
 from specdec_engine.models.progress import Progress, Report
-from specdec_engine.record.events import Cycle, Event, Started, TokenId
+from specdec_engine.record.events import Cycle, Event, Logprob, Started, TokenId, TokenLogprobs
 from specdec_engine.record.stats import Summary
 from specdec_engine.record.text import counted, printable
 from specdec_engine.record.trace import Records
@@ -191,8 +191,8 @@ class TextOutput:
 
     def __init__(self, stream: TextSource, color: Color, marks: bool) -> None:
         self._stream = stream
-        self._terminal = sys.stdout.isatty()
-        self.styled = color == "always" or (color == "auto" and self._terminal)
+        self.terminal = sys.stdout.isatty()
+        self.styled = color == "always" or (color == "auto" and self.terminal)
         self._codes = _codes() if self.styled else dict.fromkeys(STYLES, ("", ""))
         self.marks = marks
         self._origin = "plain"
@@ -207,17 +207,17 @@ class TextOutput:
 
     def end(self, summary: Summary) -> None:
         self._write(self._stream.flush())
-        if self._terminal:
+        if self.terminal:
             sys.stdout.write("\n")
         sys.stdout.flush()
 
     def separate(self) -> None:
         """A line of its own for what follows on stderr, where both streams show in one place and only one ended its line."""
-        if not self._terminal and (sys.stderr.isatty() or _same_place(sys.stdout, sys.stderr)):
+        if not self.terminal and (sys.stderr.isatty() or _same_place(sys.stdout, sys.stderr)):
             print(file=sys.stderr)  # noqa: T201
 
     def _write(self, text: str) -> None:
-        if self._terminal or self.styled:
+        if self.terminal or self.styled:
             text = printable(text)
         word = text.lstrip(" \n\t")
         space = text[: len(text) - len(word)]
@@ -241,13 +241,26 @@ class JsonLinesOutput:
         pass
 
 
+def told_logprobs(logprobs: Sequence[TokenLogprobs], text_of: Callable[[int], str]) -> list[dict[str, Any]]:
+    """As `--json` and answers have them: with the tokens' texts."""
+
+    def one(found: Logprob) -> dict[str, Any]:
+        return {"id": found.id, "text": text_of(found.id), **asdict(found)}
+
+    return [{**one(told.token), "likeliest": list(map(one, told.likeliest))} for told in logprobs]
+
+
 class JsonOutput:
     """One object at the end."""
 
-    def __init__(self, stream: TextSource) -> None:
-        self._stream = stream
+    def __init__(
+        self, stream: TextSource, text_of: Callable[[int], str], give: Callable[[Mapping[str, Any]], None] = record
+    ) -> None:
+        """give: takes the object."""
+        self._stream, self._text_of, self._give = stream, text_of, give
         self._text: list[str] = []
         self._token_ids: list[TokenId] = []
+        self._logprobs: list[dict[str, Any]] | None = None
         self._started: dict[str, Any] = {"settings": None, "environment": None}
 
     def show(self, event: Event) -> None:
@@ -257,20 +270,19 @@ class JsonOutput:
             case Cycle():
                 self._token_ids += event.emitted
                 self._text += [self._stream.feed(token) for token in event.emitted]
+                if event.logprobs is not None:
+                    self._logprobs = (self._logprobs or []) + told_logprobs(event.logprobs, self._text_of)
 
     def end(self, summary: Summary) -> None:
         text = "".join([*self._text, self._stream.flush()])
-        record = {"schema": "specdec.generate/1", "text": text, **summary.figures(), "token_ids": self._token_ids}
-        print(json.dumps({**record, **self._started}), flush=True)  # noqa: T201
+        said = {"schema": "specdec.generate/1", "text": text, **summary.figures(), "token_ids": self._token_ids}
+        logprobs = {} if self._logprobs is None else {"logprobs": self._logprobs}
+        self._give({**said, **logprobs, **self._started})
 
 
-def choose(
-    json: bool, jsonl: bool, stream: TextSource, text_of: Callable[[int], str], color: Color, marks: bool
-) -> Output:
-    """What the user asked stdout to be."""
-    if jsonl:
-        return JsonLinesOutput(text_of)
-    return JsonOutput(stream) if json else TextOutput(stream, color, marks)
+def between(shown: TextOutput) -> None:
+    """A line between two answers to one prompt."""
+    sys.stdout.write("---\n" if shown.terminal else "\n---\n")
 
 
 def summary_line(summary: Summary, ending: str, state: str) -> str:

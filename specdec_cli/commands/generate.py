@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
@@ -44,13 +46,7 @@ def generate(
     structured: shaping.Structured,
     many: Many,
     where: opt.Placement,
-    json: opt.Json = False,
-    jsonl: opt.JsonLines = False,
-    trace: opt.Trace = None,
-    color: opt.Color = "auto",
-    marks: opt.Marks = False,
-    stats: opt.Stats = True,
-    verbose: opt.Verbose = False,
+    told: opt.Told,
 ) -> None:
     """Generate text from a draft/target pair, losslessly.
 
@@ -63,25 +59,52 @@ def generate(
     specdec generate --attach http://localhost:8000 "Explain how a lighthouse works."
     """
     # All that can be wrong without a model is found out before one is loaded.
-    if json and jsonl:
-        raise UsageError("--json and --jsonl exclude each other", "--json is one object, --jsonl one event a line")
+    told.check(many.prompts is not None)
     if server.wanted:
         structured.refuse_at_server()
         penalties.refuse_at_server()
         many.refuse_at_server()
-        text, recorder = read_prompt(prompt, file), Recorder(trace)
-        with _begun_at(server, target, draft, how, where, text) as run:
-            sink = output.choose(json, jsonl, run.texts, run.name, color, marks)
-            recorder.describe(run.name)
-            summary = _run(run.events(), sink, recorder, len(run.prompt.ids))
-        _say(summary, sink, stats, _ending(summary, how.max_tokens, run.asked.stop), state_at(run))
-        _leave(summary, recorder)
+        if told.logprobs is not None:
+            raise UsageError("--logprobs is for our own engine", "leave out --attach or --engine")
+        _ask_server(server, target, draft, how, where, told, read_prompt(prompt, file))
         return
-    one_alone = {"PROMPT": prompt is not None, "--file": file, "--json": json, "--jsonl": jsonl, "--trace": trace,
-                 "--marks": marks}  # fmt: skip
-    if many.wanted(one_alone):
-        _answer_many(many, target, draft, how, penalties, structured, where)
-        return
+    many.check_samples(how.sampling.greedy)
+    if many.wanted({"PROMPT": prompt is not None, "--file": file, **told.of_one_prompt}):
+        _answer_many(many, target, draft, how, penalties, structured, where, told.logprobs)
+    else:
+        _answer_one(prompt, file, target, draft, how, penalties, structured, where, told, many.samples)
+
+
+def _ask_server(
+    server: ServerOptions,
+    target: str,
+    draft: str | None,
+    how: opt.Decoding,
+    where: opt.Placement,
+    told: opt.Told,
+    text: str,
+) -> None:
+    recorder = Recorder(told.trace)
+    with _begun_at(server, target, draft, how, where, text) as run, closing(recorder):
+        sink = _sink(told, run.texts, run.name)
+        recorder.describe(run.name)
+        summary = _run(run.events(), sink, recorder, len(run.prompt.ids))
+    _say(summary, sink, told.stats, _ending(summary, how.max_tokens, run.asked.stop), state_at(run))
+    _leave(summary, recorder)
+
+
+def _answer_one(
+    prompt: str | None,
+    file: Path | None,
+    target: str,
+    draft: str | None,
+    how: opt.Decoding,
+    penalties: shaping.Penalties,
+    structured: shaping.Structured,
+    where: opt.Placement,
+    told: opt.Told,
+    samples: int,
+) -> None:
     sampling = how.sampling
     setting = profiles.chosen(target, draft, how.k, not sampling.greedy, where)
     drafted = opt.k_of(setting.k)
@@ -92,7 +115,7 @@ def generate(
     grammar = structured.wanted
     _check_penalties(penalties, grammar)
     text = read_prompt(prompt, file)
-    recorder = Recorder(trace)
+    recorder = Recorder(told.trace)
 
     if setting.said:  # before its draft is looked for: who has not typed it must know where the name is from
         output.note(setting.said)
@@ -105,25 +128,67 @@ def generate(
         pair = load_pair(target, setting.draft, where.loading(tokens, report))
     pair = penalties.of(pair)
     ids = pair.encode(text, chat=how.chat, system=how.system)
-    _tell(pair, text, how.chat, grammar, verbose)
+    _tell(pair, text, how.chat, grammar, told.verbose)
 
-    stream = TextStream(pair.tokenizer, stops)
     text_of = TokenText(pair.tokenizer)
-    sink = output.choose(json, jsonl, stream, text_of, color, marks)
     recorder.describe(text_of)
-    told = replace(sampling, raw=trace is not None or jsonl)
-    controls = pair.controls(drafted, told, how.draft_temperature)
-    events = pair.decode(
-        ids, controls=controls, rule=how.rule, max_tokens=how.max_tokens, stop=stops, seed=how.seed, grammar=grammar
-    )
-    summary = _run(events, sink, recorder, len(ids))
-    state = _state(pair, summary, drafted, controls, named=setting.draft is not None)
-    _say(summary, sink, stats, _ending(summary, how.max_tokens, stops), state)
-    if grammar is not None and summary.finish_reason == "length":
-        output.note(f"cut, and so not whole by its {grammar.word}: give more --max-tokens")
+    telling = replace(sampling, raw=told.trace is not None or told.jsonl, logprobs=told.logprobs)
+    seed = secrets.randbits(32) if how.seed is None else how.seed
+
+    def answer(number: int, give: Callable[[Mapping[str, Any]], None]) -> Summary:
+        sink = _sink(told, TextStream(pair.tokenizer, stops), text_of, give)
+        if number and isinstance(sink, output.TextOutput):
+            output.between(sink)
+        controls = pair.controls(drafted, telling, how.draft_temperature)
+        events = pair.decode(
+            ids,
+            controls=controls,
+            rule=how.rule,
+            max_tokens=how.max_tokens,
+            stop=stops,
+            seed=seed + number,
+            grammar=grammar,
+        )
+        summary = _run(events, sink, recorder, len(ids) if number == 0 else 0)
+        state = _state(pair, summary, drafted, controls, named=setting.draft is not None)
+        _say(summary, sink, told.stats, _ending(summary, how.max_tokens, stops), state)
+        if grammar is not None and summary.finish_reason == "length":
+            output.note(f"cut, and so not whole by its {grammar.word}: give more --max-tokens")
+        return summary
+
+    with closing(recorder):
+        summary = _each_sample(answer, samples, told.json)
     if (misfit := _misfit(pair, summary)) is not None:
         output.note(misfit)
     _leave(summary, recorder)
+
+
+def _each_sample(
+    answer: Callable[[int, Callable[[Mapping[str, Any]], None]], Summary], samples: int, json: bool
+) -> Summary:
+    """The last answer's summary; an interrupt ends all. Several objects are given as one."""
+    given, summary = list[Mapping[str, Any]](), Summary()
+    try:
+        for number in range(samples):
+            summary = answer(number, output.record if samples == 1 else given.append)
+            if summary.finish_reason == "cancelled":
+                break
+    finally:
+        if json and samples > 1 and given:
+            output.record({"schema": "specdec.samples/1", "samples": given})
+    return summary
+
+
+def _sink(
+    told: opt.Told,
+    stream: output.TextSource,
+    text_of: Callable[[int], str],
+    give: Callable[[Mapping[str, Any]], None] = output.record,
+) -> output.Output:
+    """What the user asked stdout to be."""
+    if told.jsonl:
+        return output.JsonLinesOutput(text_of)
+    return output.JsonOutput(stream, text_of, give) if told.json else output.TextOutput(stream, told.color, told.marks)
 
 
 def _check_penalties(penalties: shaping.Penalties, grammar: Grammar | None) -> None:
@@ -159,9 +224,10 @@ def _answer_many(
     penalties: shaping.Penalties,
     structured: shaping.Structured,
     where: opt.Placement,
+    logprobs: int | None,
 ) -> None:
     setting = profiles.chosen(target, draft, how.k, not how.sampling.greedy, where)
-    asked = asking(many, target, setting.draft, setting.k, how, penalties, structured)
+    asked = asking(many, target, setting.draft, setting.k, how, penalties, structured, logprobs)
     if setting.said:
         output.note(setting.said)
     quieten(where.offline, where.debug)
@@ -182,8 +248,6 @@ def _run(events: Iterator[Event], sink: output.Output, recorder: Recorder, promp
         # Here and not in main: Typer would turn it into exit code 1. The reader has had enough, and that is no failure.
         output.silence_stdout()
         raise typer.Exit(ExitCode.OK) from None
-    finally:
-        recorder.close()
 
 
 def _say(summary: Summary, sink: output.Output, stats: bool, ending: str, state: str) -> None:

@@ -35,6 +35,8 @@ class Sampling:
     raw: bool = False
     """Whether cycles tell too what p and q were before all this: a softmax over the vocabulary a row, and a search for its
     largest entries."""
+    logprobs: int | None = None
+    """Cycles tell how likely each emitted token was, and so many of the likeliest in its place; None: they do not."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
@@ -45,6 +47,8 @@ class Sampling:
             raise UsageError(f"top-p {self.top_p} is not above 0 and at most 1", "1 turns it off, 0.9 is usual")
         if not 0.0 <= self.min_p <= 1.0:
             raise UsageError(f"min-p {self.min_p} is not between 0 and 1", "0 turns it off, 0.05 is usual")
+        if self.logprobs is not None and self.logprobs < 0:
+            raise UsageError(f"logprobs {self.logprobs} is negative", "0 tells of the emitted tokens alone")
 
     @property
     def greedy(self) -> bool:

@@ -32,11 +32,13 @@ from specdec_engine.record.events import (
     FinishReason,
     SettingChanged,
     Started,
+    TokenLogprobs,
 )
 from specdec_engine.record.text import Tokenizer
 from specdec_engine.runtime.target import Target
 from specdec_engine.system.memory import peak_bytes, ran_out
 from specdec_engine.system.timing import Mark, Timer, timer_for
+from specdec_engine.verify.logprobs import logprobs_of
 from specdec_engine.verify.processors import Asked, Processed, process
 from specdec_engine.verify.rules import TokenRule
 from specdec_engine.verify.verifier import PendingVerdict, Verifier, verifier_for
@@ -159,6 +161,10 @@ class InFlightCycle:
 
     proposed: Proposed
     pending: PendingVerdict
+    logits: Tensor
+    """[k + 1, V], as the target gave them."""
+    shaped: Tensor
+    """The same after penalties and a grammar."""
 
 
 class Run:
@@ -251,14 +257,14 @@ class Run:
 
     def verify(self, proposed: Proposed, logits: Tensor) -> InFlightCycle:
         """Start to hold the draft against the target's logits, [k + 1, V]."""
-        draft, context = proposed.draft, self._context
+        draft, context, shaped = proposed.draft, self._context, logits
         if self.process is not None:
-            logits = self.process(context, draft.tokens, logits)
+            shaped = self.process(context, draft.tokens, shaped)
         if self.grammar is not None:
-            logits = logits.masked_fill(~self.grammar.allowed(proposed.drafted), -torch.inf)
-        pending = self._verifier.start(logits, draft, self.settings.sampling, self._random, len(context))
+            shaped = shaped.masked_fill(~self.grammar.allowed(proposed.drafted), -torch.inf)
+        pending = self._verifier.start(shaped, draft, self.settings.sampling, self._random, len(context))
         proposed.marks.append(self._timer.mark())
-        return InFlightCycle(proposed, pending)
+        return InFlightCycle(proposed, pending, logits, shaped)
 
     def _draft(self) -> tuple[int, Draft]:
         """Of so many tokens at most. The last token of the budget is the target's own."""
@@ -288,6 +294,7 @@ class Run:
         marks.append(self._timer.mark())  # the time before this mark is the consumer's: no phase counts it
         verdict = in_flight.pending()
         clipped = self._clipped(verdict)
+        logprobs = self._logprobs(in_flight, clipped.emitted)  # now: the next pass may write over its logits
         context += clipped.emitted
         self._target.rollback(to=len(context) - 1)
         if len(draft) and draft.drafter != FORCED_BY:
@@ -296,7 +303,7 @@ class Run:
         started, drafted, verified, resumed, done = marks
         phases = ((started, drafted), (drafted, verified), (resumed, done))
         seconds = [self._timer.seconds(*phase) for phase in phases]
-        cycle = _cycle(self._cycles_done, proposed.k, draft, verdict, clipped, seconds, position)
+        cycle = _cycle(self._cycles_done, proposed.k, draft, verdict, clipped, seconds, position, logprobs)
         self._cycles_done += 1
         if not cycle.forced:  # how tokens fare that must come says nothing of drafts
             self._controls.observe(cycle)
@@ -309,6 +316,10 @@ class Run:
             return clipped
         count = self.grammar.advance(clipped.emitted)
         return Clipped(clipped.emitted[:count], "stop") if self.grammar.finished else clipped
+
+    def _logprobs(self, of: InFlightCycle, emitted: Sequence[int]) -> tuple[TokenLogprobs, ...] | None:
+        sampling = self.settings.sampling
+        return None if sampling.logprobs is None else logprobs_of(of.logits, of.shaped, sampling, emitted)
 
     def finished(self, reason: FinishReason, prefill: tuple[Mark, Mark]) -> Finished:
         """The last event; prefill: what `begin` returned."""
@@ -327,7 +338,14 @@ def _propose(drafter: Drafter, context: Sequence[int], k: int, settings: Setting
 
 
 def _cycle(
-    index: int, k: int, draft: Draft, verdict: Verdict, clipped: Clipped, seconds: Sequence[float], position: int
+    index: int,
+    k: int,
+    draft: Draft,
+    verdict: Verdict,
+    clipped: Clipped,
+    seconds: Sequence[float],
+    position: int,
+    logprobs: tuple[TokenLogprobs, ...] | None,
 ) -> Cycle:
     end: End = clipped.reason or (verdict.origin if verdict.drafted else "plain")
     draft_s, verify_s, other_s = seconds
@@ -351,6 +369,7 @@ def _cycle(
         verify_s=verify_s,
         other_s=other_s,
         context=position,
+        logprobs=logprobs,
     )
 
 

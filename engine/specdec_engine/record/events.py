@@ -27,6 +27,8 @@ Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Seconds = Annotated[float, Meta(ge=0, lt=2**63)]
 Probability = Annotated[float, Meta(ge=-1e-3, le=1 + 1e-3)]
 """A sum of bfloat16 probabilities may pass 1 by as much."""
+Logarithm = Annotated[float, Meta(le=1e-3)]
+"""Of a probability; of a sum of float32 ones, which may pass 1."""
 TokenId = Count | None
 """None where the observer does not tell it."""
 
@@ -93,6 +95,26 @@ class Raw:
 
 
 @dataclass(frozen=True, slots=True)
+class Logprob:
+    """The natural logarithm of a token's probability; None where that is 0."""
+
+    id: Count
+    logprob: Logarithm | None
+    """By the target's own logits."""
+    warped_logprob: Logarithm | None
+    """By the distribution that was drawn from: after penalties, a grammar, temperature and filters."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Of an emitted token, and of the likeliest ones in its place."""
+
+    token: Logprob
+    likeliest: tuple[Logprob, ...]
+    """Largest first, by the target's own logits."""
+
+
+@dataclass(frozen=True, slots=True)
 class Cycle:
     """One draft, one target pass, one verdict. Lists by position have one entry a drafted token."""
 
@@ -140,6 +162,8 @@ class Cycle:
     """The target's distributions before temperature and filters; None where the run was not asked for them."""
     raw_q: Raw | None = None
     """The draft's; None also for one that has none."""
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    """One entry an emitted token; None where the run was not asked for them."""
     kind: Literal["cycle"] = "cycle"
 
     @property

@@ -132,6 +132,8 @@ def _check_lengths(cycle: Cycle, k: int) -> None:
     for name, values in (*lists, *((n, r.drafted) for n, r in raw), *((n, r.likeliest) for n, r in raw)):
         if len(values) != k:
             raise ValueError(f"{name}: {len(values)} entries for {k} drafted tokens")
+    if cycle.logprobs is not None and len(cycle.logprobs) != len(cycle.emitted):
+        raise ValueError(f"logprobs: {len(cycle.logprobs)} entries for {len(cycle.emitted)} emitted tokens")
     if beyond := [place for place in cycle.guessed if place >= k]:
         raise ValueError(f"guessed: there is no place {beyond[0]} among {k} drafted tokens")
 
@@ -176,8 +178,10 @@ class Records:
                 tokens = {token for token in event.prompt if token is not None}
             case Cycle():
                 rows = [row for raw in (event.raw_p, event.raw_q) if raw is not None for row in raw.likeliest]
+                told = [one for of in event.logprobs or () for one in (of.token, *of.likeliest)]
                 tokens = {token for token in (*event.drafted, *event.emitted) if token is not None}
                 tokens |= {token for token, _ in event.residual} | {token for row in rows for token, _, _ in row}
+                tokens |= {one.id for one in told}
             case _:
                 tokens = set()
         new = tokens - self._named
