@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from specdec_cli import output
+from specdec_engine.record.events import Started
 from specdec_engine.record.trace import from_json, read_trace
 from specdec_engine.system.threads import free_threads
 from tests.fakes import cycles, emitted
@@ -421,3 +422,29 @@ def test_penalties_are_in_the_settings_and_a_batch_has_them(specdec, checkpoint,
     assert {"repetition_penalty": 1.4, "logit_bias": [[9, 3.0]], "min_new_tokens": 7}.items() <= named.items()
     lines = specdec("generate", "-t", checkpoint, "--prompts", file, "--batch", "2", *options).out.splitlines()
     assert next(json.loads(line) for line in lines if json.loads(line)["index"] == 0)["token_ids"] == one["token_ids"]
+
+
+def test_several_answers_are_those_of_their_seeds_and_the_prompt_is_read_once(generate, tmp_path):
+    options = ("--temperature", "1", "-n", "6", "-k", "2")
+    alone = [json.loads(generate(*options, "--seed", str(seed), "--json").out) for seed in (5, 6, 7)]
+    trace = tmp_path / "t.jsonl"
+    found = json.loads(generate(*options, "--seed", "5", "--samples", "3", "--json", "--trace", trace).out)
+    assert found["schema"] == "specdec.samples/1"
+    assert [one["text"] for one in found["samples"]] == [one["text"] for one in alone]
+    assert [one["cached_tokens"] for one in found["samples"]][1:] == [found["samples"][0]["prompt_tokens"] - 1] * 2
+    assert sum(isinstance(event, Started) for event in read_trace(trace)) == 3
+    plain = generate(*options, "--seed", "5", "--samples", "3")
+    assert plain.out == "\n---\n".join(one["text"] for one in alone)
+    assert plain.err.count("tok/s") == 3
+
+
+def test_json_tells_how_likely_tokens_were_before_and_after_warping(generate):
+    found = json.loads(generate("-n", "4", "--json", "--logprobs", "2").out)
+    assert [one["id"] for one in found["logprobs"]] == found["token_ids"]
+    for one in found["logprobs"]:
+        assert one["warped_logprob"] == 0.0  # greedy: all mass is on it
+        assert one["logprob"] < 0.0
+        likeliest, second = one["likeliest"]
+        assert likeliest == {key: one[key] for key in ("id", "text", "logprob", "warped_logprob")}
+        assert second["warped_logprob"] is None
+    assert "logprobs" not in json.loads(generate("-n", "4", "--json").out)

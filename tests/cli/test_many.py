@@ -188,6 +188,11 @@ def test_two_runs_on_one_file_are_refused(generate, tmp_path):
         (("--prompts", "P", "--json"), "--json is of one prompt"),
         (("--prompts", "P", "--resume"), "--resume needs --out"),
         (("--prompts", "nowhere"), "nowhere"),
+        (("--prompts", "P", "--samples", "2"), "all samples are the same answer"),
+        (("hello", "--samples", "2", "--temperature", "0.0"), "all samples are the same answer"),
+        (("hello", "--samples", "2", "--temperature", "1", "--attach", "x:1"), "our own engine"),
+        (("hello", "--logprobs", "2"), "no place in plain text"),
+        (("hello", "--logprobs", "2", "--json", "--attach", "x:1"), "our own engine"),
         (("--prompts", "P", "--attach", "x:1"), "our own engine"),
         (("--prompts", "P", "--out", "/nowhere/x"), "cannot be written"),
     ],
@@ -219,3 +224,30 @@ def test_ctrl_c_keeps_what_is_answered(checkpoint, prompts, tmp_path):
     assert running.returncode == 130
     assert b"--resume goes on" in err
     assert len(answers(out)[2]) >= 2
+
+
+@pytest.mark.parametrize("batch", ["1", "3"])
+def test_several_answers_to_each_prompt_are_those_of_their_seeds_and_resumed(generate, tmp_path, batch):
+    out, options = tmp_path / "out.jsonl", ("--temperature", "1", "-k", "2", "-d", "self:1", "--samples", "3")
+    assert generate(*options, "--seed", "7", "--batch", batch, "--out", out).code == 0
+    whole = [json.loads(line) for line in out.read_text().splitlines()]
+    lines = {(line["index"], line["sample"]): line for line in whole[1:]}
+    assert lines.keys() == {(i, j) for i in range(24) for j in range(3)}
+    assert [lines[i, j]["seed"] for i, j in ((0, 0), (0, 2), (23, 2))] == [7, 9, 7 + 71]
+    assert len({lines[4, j]["text"] for j in range(3)}) == 3
+    out.write_text("".join(json.dumps(line) + "\n" for line in whole[:40]))
+    resumed = generate(*options, "--batch", batch, "--out", out, "--resume")
+    assert "39 of 72 answers are there already" in resumed.err
+    again = [json.loads(line) for line in out.read_text().splitlines()][1:]
+    assert {(line["index"], line["sample"]): line for line in again} == lines
+    other = generate(*options[:-1], "2", "--out", out, "--resume")
+    assert (other.code, "was begun with samples 3, not 2" in other.err) == (2, True)
+
+
+def test_answers_tell_how_likely_their_tokens_were(generate):
+    told = [json.loads(line) for line in generate("--logprobs", "1", "--batch", "4").out.splitlines()]
+    for line in told:
+        assert [one["id"] for one in line["logprobs"]] == line["token_ids"]
+        assert [[other["id"] for other in one["likeliest"]] for one in line["logprobs"]] == [
+            [i] for i in line["token_ids"]
+        ]

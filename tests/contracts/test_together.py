@@ -8,7 +8,9 @@ from functools import partial
 import pytest
 import torch
 
+from specdec_engine.batch import prompts
 from specdec_engine.batch.best_k import BestK
+from specdec_engine.batch.prompts import read_prompts
 from specdec_engine.batch.together import Lane, decode_together
 from specdec_engine.constrain.wanted import by_regex
 from specdec_engine.core.cycle_types import Sampling
@@ -19,10 +21,9 @@ from specdec_engine.decoding.stopping import Stop
 from specdec_engine.drafters.base import another
 from specdec_engine.errors import OutOfMemory, UsageError
 from specdec_engine.record.events import Cycle, Failed, Finished, Started
-from specdec_engine.runtime import target as target_module
 from specdec_engine.runtime.generic import GenericRuntime
 from specdec_engine.runtime.lean import forward_together, read_together
-from specdec_engine.runtime.target import ModelTarget, prefill_together
+from specdec_engine.runtime.target import ModelTarget
 from tests.contracts.cases import CASES, TARGET, parts
 from tests.fakes import VOCAB, graph, lean, run, tiny_llama
 from tests.unit.test_grammar import END, matching
@@ -164,16 +165,24 @@ def test_prompts_read_together_leave_what_each_leaves_alone(monkeypatch):
         passes.append(sum(map(len, tokens)))
         read_together(runtimes, tokens)
 
-    monkeypatch.setattr(target_module, "read_together", counted)
+    monkeypatch.setattr(prompts, "read_together", counted)
     first = lean(TARGET)
     first.tap((0,))
     rng = torch.Generator().manual_seed(0)
     texts = [torch.randint(0, VOCAB, (n,), generator=rng).tolist() for n in (70, 0, 9, 66, 300, 1, 130, 600, 40, 50)]
     lanes = [ModelTarget(first.another(), "tiny") for _ in texts]
     lanes[3].prefill([*texts[3][:5], 7])  # of another text
-    prefill_together(list(zip(lanes, texts, strict=True)))
-    assert passes == [9 + 66 + 300 + 1 + 130, 40 + 50]
-    for lane, text in zip(lanes, texts, strict=True):
+    jobs = list(zip(lanes, texts, strict=True))
+    read_prompts(jobs, lanes)
+    assert passes == [70 + 9 + 66 + 300 + 1, 40 + 50]
+    for lane in lanes[2:4]:  # which say something, and are asked for one and the same
+        lane.runtime.forward(torch.tensor([1, 2]), 1)
+        lane.runtime.known.note([*texts[lanes.index(lane)], 1, 2], lane.cached)
+    read_prompts([(lanes[2], texts[4]), (lanes[3], texts[4]), (lanes[4], texts[4])], lanes)
+    read_prompts([(lanes[0], texts[4]), (lanes[1], texts[7]), (lanes[7], texts[6]), (lanes[6], texts[9])], lanes)
+    assert len(passes) == 2
+    swapped = [(lanes[at], texts[of]) for at, of in enumerate((4, 7, 4, 4, 4, 5, 9, 6, 8, 9))]
+    for lane, text in swapped:
         alone, n = ModelTarget(first.another(), "tiny"), len(text)
         alone.prefill(text)
         assert lane.cached == alone.cached == n

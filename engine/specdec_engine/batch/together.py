@@ -13,12 +13,13 @@ from time import perf_counter
 from typing import TypeVar
 
 from specdec_engine.batch.best_k import BestK
+from specdec_engine.batch.prompts import read_prompts
 from specdec_engine.decoding.control import Controls
 from specdec_engine.decoding.loop import InFlightCycle, Proposed, Run, forget
 from specdec_engine.drafters.base import Drafter
 from specdec_engine.errors import OutOfMemory, SpecdecError
 from specdec_engine.record.events import Event, Failed, Started
-from specdec_engine.runtime.target import ModelTarget, prefill_together, score_together
+from specdec_engine.runtime.target import ModelTarget, score_together
 from specdec_engine.system.timing import Mark
 
 T = TypeVar("T")
@@ -77,6 +78,7 @@ class _Batch:
 
     def __init__(self, lanes: Sequence[Lane], begins: Iterable[Begin]) -> None:
         self._waiting, self._free = enumerate(begins), list(lanes)
+        self._targets = [lane.target for lane in lanes]
         self.running = list[_Running]()
 
     def admit(self) -> Iterator[tuple[int, Event]]:
@@ -98,18 +100,19 @@ class _Batch:
         while self._free and (job := next(self._waiting, None)) is not None:
             number, begin = job
             lane = self._free[-1]
-            forget(lane.target, lane.drafter)  # or what it says would depend, by rounding, on what ran here before
             try:
                 run, started = begin(lane)
             except SpecdecError as error:
                 yield number, _failed(error, lane)
                 continue
+            if not lane.target.holds(run.context[:-1]):  # else it may keep it, and what its drafter has of it
+                forget(lane.target, lane.drafter)  # or what it says would depend, by rounding, on what ran here before
             begun.append((number, self._free.pop(), run))
             yield number, started
 
     def _read(self, begun: Sequence[tuple[int, Lane, Run]]) -> Iterator[tuple[int, Event]]:
         marks = [run.mark() for _, _, run in begun]
-        prefill_together([(lane.target, run.context[:-1]) for _, lane, run in begun])
+        read_prompts([(lane.target, run.context[:-1]) for _, lane, run in begun], self._targets)
         for (number, lane, run), began in zip(begun, marks, strict=True):
             try:
                 self.running.append(_Running(number, lane, run, (began, run.begin_draft())))

@@ -85,6 +85,17 @@ class LeanRuntime:
         """So many tokens were cached by a pass over several texts."""
         self._cached += tokens
 
+    @torch.inference_mode()
+    def take(self, other: LeanRuntime, tokens: int) -> None:
+        """Cache the first so many tokens of another runtime of this model, and no others."""
+        self.rollback(0)
+        self._make_room(tokens)
+        self._cache[:, :, :tokens] = other._cache[:, :, :tokens]
+        if self._taps is not None:
+            assert other._taps is not None
+            self._taps.kept[:tokens] = other._taps.kept[:tokens]
+        self._cached = tokens
+
     def _passed(self, tokens: Tensor, positions: Tensor, span: int, rows: int, start: int | None = None) -> Tensor:
         if isinstance(self.decoder, Decoder):
             return self.decoder(tokens, positions, self._cache, span, rows, self._taps, start)

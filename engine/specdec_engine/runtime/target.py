@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol, cast
 
 import torch
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from specdec_engine.core.cycle_types import Draft
 from specdec_engine.core.transfer import upload
-from specdec_engine.runtime import PREFILL_CHUNK, Runtime, prefill
+from specdec_engine.runtime import Runtime, prefill
 from specdec_engine.runtime.decoder import Decoder
-from specdec_engine.runtime.lean import LeanRuntime, forward_together, read_together
+from specdec_engine.runtime.lean import LeanRuntime, forward_together
 
 
 class Target(Protocol):
@@ -47,6 +47,7 @@ class ModelTarget:
         self.runtime = runtime
         self.limit = runtime.limit
         self.device = runtime.device
+        self._read = tuple[int, ...]()
 
     @property
     def cached(self) -> int:
@@ -58,8 +59,27 @@ class ModelTarget:
         kept = min(common, self.runtime.ready)
         if common < len(tokens):
             prefill(self.runtime, upload(torch.tensor(tokens[common:]), self.device))
+            self._read = tuple(tokens) if common == 0 else ()
         self.runtime.known.note(tokens, len(tokens))
         return kept
+
+    def has_read(self, tokens: Sequence[int]) -> None:
+        """Another has had the runtime read these, from the first on, and it had cached none."""
+        self._read = tuple(tokens)
+        self.runtime.known.note(tokens, len(tokens))
+
+    def holds(self, prompt: Sequence[int]) -> bool:
+        """Whether these tokens are cached as they are when they are read alone and from the first on."""
+        return self._read == tuple(prompt) and self.runtime.known.common(prompt) == len(prompt)
+
+    def take(self, other: ModelTarget, prompt: Sequence[int]) -> None:
+        """Cache a prompt that the other one, of the same model, holds: a copy, where both run on our own forward."""
+        self.rollback(0)
+        if len(lean_runtimes([self, other])) < 2:
+            self.prefill(prompt)
+            return
+        cast(LeanRuntime, self.runtime).take(cast(LeanRuntime, other.runtime), len(prompt))
+        self.has_read(prompt)
 
     def score(self, context: Sequence[int], draft: Draft) -> Tensor:
         tokens = torch.cat([upload(torch.tensor([context[-1]]), self.device), draft.tokens])
@@ -71,36 +91,7 @@ class ModelTarget:
         self.runtime.rollback(to)
 
 
-def prefill_together(asked: Sequence[tuple[ModelTarget, Sequence[int]]]) -> None:
-    """As `Target.prefill` of each, from the first token on; where they share a decoder of ours, short prompts by one pass
-    over several: what a pass takes whatever its rows is most of what 80 of them take (`WIDE`)."""
-    for target, _ in asked:
-        target.rollback(0)
-    for group in _passes(asked):
-        if len(group) > 1:
-            texts = [upload(torch.tensor(tokens), target.device) for target, tokens in group]
-            read_together([cast(LeanRuntime, target.runtime) for target, _ in group], texts)
-            for target, tokens in group:
-                target.runtime.known.note(tokens, len(tokens))
-        else:
-            group[0][0].prefill(group[0][1])
-
-
-def _passes(asked: Sequence[tuple[ModelTarget, Sequence[int]]]) -> Iterator[list[tuple[ModelTarget, Sequence[int]]]]:
-    """Those that are read in one pass: as many as are no more than a chunk of a long prompt."""
-    group, rows = list[tuple[ModelTarget, Sequence[int]]](), 0
-    shares = len(_lean([target for target, _ in asked])) == len(asked)
-    for target, tokens in asked:
-        if group and (not shares or not tokens or rows + len(tokens) > PREFILL_CHUNK):
-            yield group
-            group, rows = [], 0
-        group.append((target, tokens))
-        rows += len(tokens) if tokens else PREFILL_CHUNK
-    if group:
-        yield group
-
-
-def _lean(targets: Sequence[ModelTarget]) -> list[LeanRuntime]:
+def lean_runtimes(targets: Sequence[ModelTarget]) -> list[LeanRuntime]:
     """The runtimes of those that run on a decoder of ours, which can read several texts in one pass."""
     runtimes = [target.runtime for target in targets]
     return [r for r in runtimes if isinstance(r, LeanRuntime) and isinstance(r.decoder, Decoder)]
@@ -108,7 +99,7 @@ def _lean(targets: Sequence[ModelTarget]) -> list[LeanRuntime]:
 
 def score_together(asked: Sequence[tuple[ModelTarget, Sequence[int], Draft]]) -> list[Tensor]:
     """As `Target.score` of each, in one pass where they share a decoder of ours, and else one after the other."""
-    lean = _lean([target for target, _, _ in asked])
+    lean = lean_runtimes([target for target, _, _ in asked])
     if len(lean) < max(2, len(asked)):
         return [target.score(context, draft) for target, context, draft in asked]
     tokens = [torch.cat([upload(torch.tensor([c[-1]]), t.device), draft.tokens]) for t, c, draft in asked]

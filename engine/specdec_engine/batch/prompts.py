@@ -1,0 +1,65 @@
+"""The prompts of texts that begin together: each is read once, by as few passes as can be.
+
+Whichever way a prompt came into a cache, it has the bits that it has alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import cast
+
+import torch
+
+from specdec_engine.core.transfer import upload
+from specdec_engine.runtime import PREFILL_CHUNK
+from specdec_engine.runtime.lean import LeanRuntime, read_together
+from specdec_engine.runtime.target import ModelTarget, lean_runtimes
+
+_Prompts = Mapping[tuple[int, ...], ModelTarget]
+
+
+def read_prompts(asked: Sequence[tuple[ModelTarget, Sequence[int]]], lanes: Sequence[ModelTarget]) -> None:
+    """Cache the tokens of each, and no others. lanes: all targets, of which some may have read such a prompt before."""
+    fresh = dict[tuple[int, ...], ModelTarget]()
+    for target, tokens in asked:
+        if not any(lane.holds(tokens) for lane in lanes):
+            fresh.setdefault(tuple(tokens), target)
+    _read(fresh)
+    for target, tokens in asked:
+        if target.holds(tokens):
+            target.rollback(len(tokens))
+        elif (source := next((lane for lane in lanes if lane.holds(tokens)), None)) is not None:
+            target.take(source, tokens)
+        else:
+            target.rollback(0)
+            target.prefill(tokens)
+
+
+def _read(prompts: _Prompts) -> None:
+    """Where they share a decoder of ours, short prompts by one pass over several: what a pass takes whatever its rows is most
+    of what 80 of them take (`linear.WIDE`)."""
+    for group in _passes(prompts):
+        for target in group.values():
+            target.rollback(0)
+        if len(group) == 1:
+            for tokens, target in group.items():
+                target.prefill(tokens)
+            continue
+        runtimes = [cast(LeanRuntime, target.runtime) for target in group.values()]
+        read_together(runtimes, [upload(torch.tensor(tokens), target.device) for tokens, target in group.items()])
+        for tokens, target in group.items():
+            target.has_read(tokens)
+
+
+def _passes(prompts: _Prompts) -> Iterator[_Prompts]:
+    """Those that are read in one pass: as many as are no more than a chunk of a long prompt."""
+    shares = len(lean_runtimes(list(prompts.values()))) == len(prompts)
+    group, rows = dict[tuple[int, ...], ModelTarget](), 0
+    for tokens, target in prompts.items():
+        if group and (not shares or rows + len(tokens) > PREFILL_CHUNK):
+            yield group
+            group, rows = {}, 0
+        group[tokens] = target
+        rows += len(tokens)
+    if group:
+        yield group
