@@ -112,16 +112,19 @@ def working() -> Iterator[Callable[[str], None]]:
         yield lambda text: doing.say(text, text.partition(",")[0])
 
 
-def reading(events: Iterator[Event], prompt_tokens: int) -> Iterator[Event]:
-    """The events; while a long prompt is read, before the first cycle, a line says so."""
-    doing = f"reading the prompt, {prompt_tokens:,} tokens"
-    if prompt_tokens < _LONG_PROMPT:
+def reading(events: Iterator[Event], tokens: int, read: Callable[[], int] | None = None) -> Iterator[Event]:
+    """The events; while so many tokens of a long prompt are read, before the first cycle, a line says so, and how many of
+    them are: what `read` says, from any thread."""
+    whole = f"reading the prompt, {tokens:,} tokens"
+    if tokens < _LONG_PROMPT:
         yield from events
     elif not live():
-        note(doing)
+        note(whole)
         yield from events
     else:
-        with _spinner(doing):
+        with _spinner(whole) as doing:
+            if read is not None:
+                doing.text = lambda: f"reading the prompt, {min(max(read(), 0), tokens):,} of {tokens:,} tokens"
             for event in events:
                 if isinstance(event, Cycle):
                     break
@@ -140,7 +143,7 @@ _LONG_PROMPT = 512
 class _Doing:
     """A line that says what is being done, and for how many seconds already: it is drawn anew while the work goes on."""
 
-    text: str
+    text: str | Callable[[], str]
     step: str
     since: float
 
@@ -151,7 +154,8 @@ class _Doing:
         self.text = text
 
     def __rich__(self) -> Text:
-        return Text(f"{printable(self.text)} · {monotonic() - self.since:.0f} s", overflow="ellipsis", no_wrap=True)
+        text = self.text if isinstance(self.text, str) else self.text()
+        return Text(f"{printable(text)} · {monotonic() - self.since:.0f} s", overflow="ellipsis", no_wrap=True)
 
 
 @contextmanager

@@ -89,7 +89,7 @@ class Conversation:
         kept = pair.target.runtime.known.common(ids)
         try:
             with _CtrlC() as asked:
-                for event in output.reading(run, len(ids) - kept):
+                for event in output.reading(run, len(ids) - kept, lambda: pair.target.cached - kept):
                     asked.soon = isinstance(event, Cycle)
                     summary = self._take(event, summary, sink)
                     if asked.ends:

@@ -149,7 +149,7 @@ def _answer_one(
             seed=seed + number,
             grammar=grammar,
         )
-        summary = _run(events, sink, recorder, len(ids) if number == 0 else 0)
+        summary = _run(events, sink, recorder, len(ids) if number == 0 else 0, lambda: pair.target.cached)
         state = _state(pair, summary, drafted, controls, named=setting.draft is not None)
         _say(summary, sink, told.stats, _ending(summary, how.max_tokens, stops), state)
         if grammar is not None and summary.finish_reason == "length":
@@ -241,9 +241,15 @@ def _answer_many(
     answer_all(penalties.of(pair), asked)
 
 
-def _run(events: Iterator[Event], sink: output.Output, recorder: Recorder, prompt_tokens: int) -> Summary:
+def _run(
+    events: Iterator[Event],
+    sink: output.Output,
+    recorder: Recorder,
+    prompt_tokens: int,
+    read: Callable[[], int] | None = None,
+) -> Summary:
     try:
-        return _consume(output.reading(events, prompt_tokens), sink, recorder)
+        return _consume(output.reading(events, prompt_tokens, read), sink, recorder)
     except BrokenPipeError:
         # Here and not in main: Typer would turn it into exit code 1. The reader has had enough, and that is no failure.
         output.silence_stdout()

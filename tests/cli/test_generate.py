@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from itertools import pairwise
+from time import monotonic
 
 import pytest
 import torch
@@ -277,6 +279,30 @@ def test_while_a_long_prompt_is_read_a_line_says_so(capsys, monkeypatch, live):
     assert live or capsys.readouterr().err == 2 * "specdec: reading the prompt, 5,143 tokens\n"
     assert list(output.reading(iter(["started", 1]), 40)) == ["started", 1]
     assert "reading" not in capsys.readouterr().err.replace("reading the prompt, 5,143 tokens", "")
+
+
+def test_how_much_of_a_long_prompt_is_read_is_told(monkeypatch):
+    shown, read = [], 0
+
+    @contextmanager
+    def spinner(text):
+        shown.append(output._Doing(text, text, monotonic()))
+        yield shown[0]
+
+    def events():
+        nonlocal read
+        for tokens in (-3, 512, 9000):
+            read = tokens
+            yield str(shown[0].__rich__())
+        yield 1  # a cycle
+
+    monkeypatch.setattr(output, "live", lambda: True)
+    monkeypatch.setattr(output, "_spinner", spinner)
+    monkeypatch.setattr(output, "Cycle", int)
+    *said, _ = output.reading(events(), 5143, lambda: read)
+    assert [line.partition(" tokens")[0] for line in said] == [
+        f"reading the prompt, {n} of 5,143" for n in ("0", "512", "5,143")
+    ]
 
 
 def test_version_and_bare_command(specdec):

@@ -12,6 +12,7 @@ from specdec_engine.errors import ModelUnavailable
 from specdec_engine.models.progress import Progress
 from specdec_engine.record.events import Cycle, Event, Finished, Started
 from specdec_tui.live import LiveStream, Request
+from specdec_tui.streams import Stage
 from tests.fakes import byte_tokenizer, save_checkpoint
 from tests.tui.conftest import on_screen, screen_of
 
@@ -79,6 +80,13 @@ def test_a_run_comes_with_its_plain_speed(source):
     assert sum(len(c.emitted) for c in cycles(found)) == found[-1].emitted
     assert source.stage is None
     assert source.name(cycles(found)[0].emitted[0])
+
+
+def test_how_much_of_the_prompt_is_read_is_told():
+    stage = Stage("reading the prompt", so_far=lambda: f", {next(count):,} of 9 tokens")
+    count = iter((3, 9))
+    assert [stage.text, stage.text] == ["reading the prompt, 3 of 9 tokens", "reading the prompt, 9 of 9 tokens"]
+    assert Stage("loading").text == "loading"
 
 
 def test_the_engine_waits_between_cycles_and_runs_as_many_as_it_may(source):

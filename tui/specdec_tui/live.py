@@ -182,10 +182,10 @@ class LiveStream(Threaded):
             return None if self._closing else request
 
     def _run(self, pair: Pair, request: Request) -> None:
-        said = [f"{PLAIN_TOKENS} tokens", *pair.notes, pair.marks_in(request.prompt, request.chat)]
-        self.stage = Stage("measuring plain decoding", "; ".join(filter(None, said)))
         ids = pair.encode(request.prompt, chat=request.chat, system=request.system)
-        plain = self._plain(pair, ids)
+        said = "; ".join(filter(None, [*pair.notes, pair.marks_in(request.prompt, request.chat)]))
+        self.stage = Stage("reading the prompt", said, so_far=lambda: _read(pair, len(ids)))
+        plain = self._plain(pair, ids, said)
         controls = self._controls = pair.controls(request.k, request.sampling, request.draft_temperature)
         how: dict[str, Any] = {"rule": request.rule, "max_tokens": request.max_tokens, "stop": request.stop}
         how["grammar"] = request.grammar
@@ -201,13 +201,14 @@ class LiveStream(Threaded):
                 self._events.append(Finished("cancelled", emitted, done, None))
                 return
 
-    def _plain(self, pair: Pair, ids: list[int]) -> float | None:
+    def _plain(self, pair: Pair, ids: list[int], hint: str) -> float | None:
         """Tokens a second without a draft, the first left out: it finds everything cold."""
         seconds = list[float]()
         for event in pair.decode(ids, k=0, max_tokens=PLAIN_TOKENS, seed=0):
             if self._closing:
                 raise _Closed
             if isinstance(event, Cycle):
+                self.stage = Stage(f"measuring plain decoding, {PLAIN_TOKENS} tokens", hint)
                 phases = known_phases(event)
                 seconds.append(phases.verify_s + phases.other_s)
         del seconds[:1]
@@ -220,6 +221,10 @@ class LiveStream(Threaded):
                 lambda: self._closing or self._wanted is not None or self._allowed is None or done < self._allowed
             )
             return not self._closing and self._wanted is None
+
+
+def _read(pair: Pair, tokens: int) -> str:
+    return f", {min(pair.target.cached, tokens):,} of {tokens:,} tokens"
 
 
 class _Closed(BaseException):

@@ -24,9 +24,15 @@ DEMO = Path(__file__).parent / "demo.jsonl"
 class Stage:
     """What happens before the first event, or why there will be none."""
 
-    text: str
+    what: str
     hint: str = ""
     failed: bool = False
+    so_far: Callable[[], str] = str
+    """How far it is now: asked each time that it is shown."""
+
+    @property
+    def text(self) -> str:
+        return self.what + self.so_far()
 
 
 class EventStream(Protocol):
