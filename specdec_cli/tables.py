@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ def _row(arm: Mapping[str, Any]) -> list[str]:
     low = arm["speedup_low"]  # None of one prompt, which says nothing about others
     said = [*([] if arm["rule"] == "token" else [arm["rule"]]), *filter(None, [arm.get("quantize")])]
     said += ["structured"] if arm.get("structured") else []
+    said += [f"context {arm['context']:,}"] if arm.get("context") else []
     rule = f" ({', '.join(said)})" if said else ""
     return [
         f"{arm['draft']}{rule}",
@@ -92,35 +93,49 @@ def notes(found: Mapping[str, Any]) -> Iterator[str]:
         f"{counted(found['prompts']['count'], 'prompt')} ({', '.join(kinds)}), {plan['max_tokens']} tokens, "
         f"{counted(plan['repeats'], 'round')}"
     )
-    if base.get("by_weights"):
-        rates = (f"{form} {rate:.1f}" for form, rate in base["by_weights"].items() if rate is not None)
-        yield f"plain decoding by weights, tok/s: {', '.join(rates)}"
-    if (structured := base.get("structured")) is not None:
-        forced = sum(arm.get("forced", 0) for arm in found["arms"])
-        yield f"plain decoding under the grammar {structured:.1f} tok/s; of its arms' tokens it forced {forced}"
+    yield from _of_forms(base, found["arms"])
     if (roof := base["roofline"]) is not None:
         yield (
             f"a plain pass takes {1e3 * roof['pass_s']:.1f} ms and reads {1e-9 * roof['bytes_per_second']:.1f} GB/s: "
             f"{roof['share_of_bandwidth']:.0%} of what this memory gives"
         )
     for arm in found["arms"]:
-        if arm["speedup"] > _DISTURBED * arm["mean_emitted_per_cycle"]:
-            yield (
-                f"{arm['draft']} k {arm['k']}: {arm['speedup']:.2f}× from {arm['mean_emitted_per_cycle']:.2f} tokens a cycle "
-                "is more than these explain: plain decoding may have been disturbed; measure again, with nothing else running"
-            )
-        for d in arm["first_divergences"]:
-            gap = "" if d["gap"] is None else f", logits {d['gap']:.3f} apart"
-            yield (
-                f"{arm['draft']} k {arm['k']}: prompt {d['question']} differs from token {d['position']} on, "
-                f"{d['plain']!r} and {d['arm']!r}{gap}: {d['verdict']}"
-            )
+        yield from _of_arm(arm)
     if (best := max(found["arms"], key=lambda arm: float(arm["speedup"]), default=None)) is not None:
         yield f"{best['draft']} k {best['k']}: {best['cause']}"
         kinds_said = ", ".join(f"{kind} {found_['mean']:.2f}×" for kind, found_ in best["categories"].items())
         yield f"by category: {kinds_said}"
     if found["recommendation"] is not None:
         yield f"→ {found['recommendation']['reason']}"
+
+
+def _of_forms(base: Mapping[str, Any], arms: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What plain decoding did where arms are held against several."""
+    if base.get("by_weights"):
+        rates = (f"{form} {rate:.1f}" for form, rate in base["by_weights"].items() if rate is not None)
+        yield f"plain decoding by weights, tok/s: {', '.join(rates)}"
+    if (structured := base.get("structured")) is not None:
+        forced = sum(arm.get("forced", 0) for arm in arms)
+        yield f"plain decoding under the grammar {structured:.1f} tok/s; of its arms' tokens it forced {forced}"
+    for context, at in (base.get("by_context") or {}).items():
+        if at["token_s"] is not None:
+            took = f"read in {at['prefill_s']:.2f} s, {1e3 * at['token_s']:.1f} ms a token"
+            yield f"plain decoding after {int(context):,} tokens: {took}"
+
+
+def _of_arm(arm: Mapping[str, Any]) -> Iterator[str]:
+    name = f"{arm['draft']} k {arm['k']}" + (f" after {arm['context']:,} tokens" if arm.get("context") else "")
+    if arm["speedup"] > _DISTURBED * arm["mean_emitted_per_cycle"]:
+        yield (
+            f"{name}: {arm['speedup']:.2f}× from {arm['mean_emitted_per_cycle']:.2f} tokens a cycle "
+            "is more than these explain: plain decoding may have been disturbed; measure again, with nothing else running"
+        )
+    for d in arm["first_divergences"]:
+        gap = "" if d["gap"] is None else f", logits {d['gap']:.3f} apart"
+        yield (
+            f"{name}: prompt {d['question']} differs from token {d['position']} on, "
+            f"{d['plain']!r} and {d['arm']!r}{gap}: {d['verdict']}"
+        )
 
 
 def _table(found: Mapping[str, Any]) -> None:
@@ -184,7 +199,8 @@ def compared(older: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str
 
 
 def _key(arm: Mapping[str, Any]) -> tuple[Any, ...]:
-    return arm["draft"], arm["k"], arm["temperature"], arm["rule"], arm.get("quantize"), bool(arm.get("structured"))
+    form = arm.get("quantize"), bool(arm.get("structured")), arm.get("context")
+    return arm["draft"], arm["k"], arm["temperature"], arm["rule"], *form
 
 
 def check_plot(path: Path) -> None:
@@ -206,10 +222,11 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
     series = dict[tuple[Any, ...], list[Mapping[str, Any]]]()
     for arm in found["arms"]:
         series.setdefault(_key(arm)[:1] + _key(arm)[2:], []).append(arm)
-    for (draft, temperature, _, form, structured), arms in series.items():
+    for (draft, temperature, _, form, structured, context), arms in series.items():
         fixed = [arm for arm in arms if isinstance(arm["k"], int)]
         ks = [arm["k"] for arm in fixed]
-        label = ", ".join(filter(None, [draft, f"T {temperature:g}", form, "structured" if structured else ""]))
+        more = [form, "structured" if structured else "", f"context {context:,}" if context else ""]
+        label = ", ".join(filter(None, [draft, f"T {temperature:g}", *more]))
         speeds = [arm["speedup"] for arm in fixed]
         below = [speed - (arm["speedup_low"] or speed) for speed, arm in zip(speeds, fixed, strict=True)]
         above = [(arm["speedup_high"] or speed) - speed for speed, arm in zip(speeds, fixed, strict=True)]

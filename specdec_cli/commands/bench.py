@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -19,18 +17,16 @@ from specdec_cli.exits import ExitCode
 from specdec_cli.options import QUANTIZED
 from specdec_cli.servers.attached import ServerOptions
 from specdec_cli.servers.bench import ServedOptions, Wanted, bench_server
-from specdec_cli.startup import interruptible, quieten
+from specdec_cli.sessions import load_session
+from specdec_cli.startup import quieten
 from specdec_engine.bench import report
 from specdec_engine.bench.plan import Arm, Plan, Run, builtin_questions, chosen, ks_of
 from specdec_engine.core.cycle_types import Sampling
-from specdec_engine.errors import OutOfMemory, UsageError
+from specdec_engine.errors import UsageError
 from specdec_engine.record.prompt_files import read_questions
 
 if TYPE_CHECKING:
-    from specdec_engine.bench.session import Session
     from specdec_engine.constrain.wanted import Grammar
-    from specdec_engine.pair import Pair
-    from specdec_engine.runtime.linear import Quantize
 
 ALL_K = "1,2,4,8,auto"
 _WHAT, _HOW, _OUT = "What is run", "How", "Output"
@@ -61,6 +57,11 @@ Prompts = Annotated[
         show_default="12 of our own",
     ),
 ]
+Contexts = Annotated[
+    str | None,
+    _option(_WHAT, "Lengthen prompts to so many tokens, by commas: each length is held against plain decoding after it.",
+            "--context", metavar="N"),
+]  # fmt: skip
 Categories = Annotated[str | None, _option(_WHAT, "Only prompts of these categories, by commas.")]
 Limit = Annotated[int | None, _option(_WHAT, "At most so many prompts, evenly spread.", min=1)]
 Synthetic = Annotated[
@@ -108,6 +109,7 @@ def bench(
     prompts: Prompts = None,
     categories: Categories = None,
     limit: Limit = None,
+    context: Contexts = None,
     synthetic_acceptance: Synthetic = None,
     json_schema: shaping.JsonSchema = None,
     server: ServerOptions,
@@ -134,7 +136,7 @@ def bench(
     questions = builtin_questions() if prompts is None else read_questions(prompts)
     if server.wanted:
         given = {"--rule": rule != "token", "--synthetic-acceptance": synthetic_acceptance, "--resume": resume,
-                 "--json-schema": json_schema, "--plot": plot,
+                 "--json-schema": json_schema, "--plot": plot, "--context": context,
                  "several drafts": draft is not None and len(draft) > 1}  # fmt: skip
         wanted = Wanted(
             server=server,
@@ -155,7 +157,7 @@ def bench(
     served.refuse_without_server()
     grammar = shaping.Structured(json_schema).wanted
     arms = _arms(draft, k, temperature, rule, _forms(where.quantize), synthetic_acceptance)
-    arms = _also_under(grammar, arms, synthetic_acceptance)
+    arms = _also_after(context, _also_under(grammar, arms, synthetic_acceptance))
     plan = Plan(
         target=target,
         arms=arms,
@@ -197,6 +199,16 @@ def _also_under(grammar: Grammar | None, arms: tuple[Arm, ...], synthetic: float
     for warning in grammar.warnings:
         output.note(f"not followed, of the {grammar.word}: {warning}")
     return (*arms, *(replace(arm, structured=True) for arm in arms))
+
+
+def _also_after(contexts: str | None, arms: tuple[Arm, ...]) -> tuple[Arm, ...]:
+    """The arms after each of these lengths. Raises UsageError for what is no list of numbers."""
+    if contexts is None:
+        return arms
+    lengths = [int(part) if part.strip().isdecimal() else 0 for part in contexts.split(",")]
+    if not all(lengths):
+        raise UsageError(f"--context {contexts} is no list of lengths", "for example 512,4096")
+    return tuple(replace(arm, context=length) for length in dict.fromkeys(lengths) for arm in arms)
 
 
 def _one(temperature: str) -> float:
@@ -254,7 +266,7 @@ def _measured(
     grammar: Grammar | None,
 ) -> tuple[dict[str, Any], bool]:
     """Run what is missing of the plan; after Ctrl-C what there is, and False."""
-    session, whole = _session(plan, begun, where, synthetic, grammar), True
+    session, whole = load_session(plan, begun, where, synthetic, grammar), True
     kept.begin(session.record())
     runs = session.runs()
     if not runs:
@@ -276,54 +288,6 @@ def _measured(
     found = session.compared()
     kept.write(found)
     return found, whole
-
-
-def _session(
-    plan: Plan,
-    begun: dict[str, Any] | None,
-    where: opt.Placement,
-    synthetic: float | None,
-    grammar: Grammar | None,
-) -> Session:
-    """All pairs loaded; an arm whose draft does not fit into memory beside the others is left out."""
-    plain: dict[str, Pair] = {}
-    pairs: dict[tuple[str | None, str], Pair] = {}
-    too_large = dict[tuple[str | None, str], OutOfMemory]()
-    with interruptible(), output.narrated() as narrated:
-        from specdec_engine.bench.measure import bandwidth
-        from specdec_engine.bench.session import Session
-        from specdec_engine.pair import Loader
-
-        longest = max(sum(map(len, q.turns)) // 3 + plan.max_tokens * len(q.turns) for q in plan.questions)
-        options = where.loading(longest, narrated)
-        for form in dict.fromkeys(arm.quantize for arm in plan.arms):
-            loader = Loader(plan.target, replace(options, quantize=cast("Quantize", form)) if form else options)
-            if any(arm.draft != "none" for arm in plan.arms):
-                loader.check_drafts()
-            plain[form] = loader.pair("none")
-            for draft in dict.fromkeys(arm.draft for arm in plan.arms if arm.quantize == form):
-                try:
-                    pairs[draft, form] = loader.pair(draft)
-                except OutOfMemory as error:
-                    too_large[draft, form] = error
-    if not pairs:
-        raise next(iter(too_large.values()))
-    for (draft, _), reason in too_large.items():
-        output.note(f"the draft {draft} is left out: {reason.message}")
-    for sentence in dict.fromkeys(note for pair in pairs.values() for note in pair.notes):
-        output.note(sentence)
-    if synthetic is not None:
-        pairs = {key: pair.synthetic(synthetic) for key, pair in pairs.items()}
-    named = {key: key[0] or pair.drafter.name for key, pair in pairs.items()}
-    left = (arm for arm in plan.arms if (arm.draft, arm.quantize) in named)
-    plan = replace(plan, arms=tuple(replace(arm, draft=named[arm.draft, arm.quantize]) for arm in left))
-    first = plain[plan.arms[0].quantize]
-    environment = {**first.environment, **_machine(bandwidth(first.target.device))}
-    environment["drafts"] = {name: part for pair in pairs.values() for name, part in pair.environment["drafts"].items()}
-    environment["by_weights"] = {form: pair.environment["target"] for form, pair in plain.items() if form}
-    before = [] if begun is None else report.samples_of(begun, plan, environment["threads"])
-    by_name: dict[tuple[str | None, str], Pair] = {(named[key], key[1]): pair for key, pair in pairs.items()}
-    return Session(plan, plain, by_name, environment, synthetic, before, grammar)
 
 
 class _Kept:
@@ -365,19 +329,6 @@ def _followed(runs: Sequence[Run], plan: Plan) -> Iterator[Run]:
             bar.update(task, description=f"{label}, {plan.questions[run.question].category}")
             yield run
             bar.advance(task)
-
-
-def _machine(bandwidth: float | None) -> dict[str, Any]:
-    from specdec_engine.system.machine import cpu_name, gpu_driver
-
-    return {
-        "bandwidth_bytes_per_second": bandwidth,
-        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
-        "cpu": cpu_name(),
-        "gpu_driver": gpu_driver(),
-        "utc": datetime.now(UTC).isoformat(timespec="seconds"),
-        "argv": sys.argv[1:],
-    }
 
 
 def _judge(found: dict[str, Any], fail_below: float | None) -> None:

@@ -12,10 +12,13 @@ from xml.etree import ElementTree
 import pytest
 
 from specdec_engine.bench import report
+from specdec_engine.bench.lengthened import lengthened
 from specdec_engine.decoding import loop
 from specdec_engine.drafters.ngram import NgramDrafter
 from specdec_engine.errors import OutOfMemory, UsageError
-from specdec_engine.pair import Loader
+from specdec_engine.models.options import LoadOptions
+from specdec_engine.pair import Loader, load_pair
+from specdec_engine.record.prompt_files import Question
 from specdec_engine.verify.rules import TokenRule
 from tests import fakes
 
@@ -242,6 +245,10 @@ def test_conversations_have_all_their_turns(bench, tmp_path):
         (("--plot", "p.docx"), "p.docx"),
         (("--quantize", "auto,int3"), "int3"),
         (("--resume",), "--out"),
+        (("--context", "512,long"), "--context 512,long is no list of lengths"),
+        (("--context", "0"), "--context 0 is no list"),
+        (("--context", "100000"), "context ends"),
+        (("--context", "512", "--attach", "x:1"), "--context"),
         (("--categories", "nothing"), "nothing"),
         (("--prompts", "nowhere.jsonl"), "in nowhere.jsonl cannot be read: No such file or directory"),
         (("--compare", "nowhere.json"), "nowhere.json"),
@@ -376,3 +383,33 @@ def test_a_schema_makes_each_arm_twice_each_against_plain_decoding_of_its_kind(b
     other = bench("--json-schema", '{"enum": [1]}', "-k", "3", "--out", out, "--resume")
     assert other.code == 2
     assert bench("--json-schema", "{").code == 2
+
+
+def test_prompts_are_lengthened_and_each_length_is_held_against_its_own_plain_decoding(bench, tmp_path):
+    out, asked = tmp_path / "r.json", tmp_path / "q.txt"
+    asked.write_text("the light in the night\n\non and on\n\na house\n")
+    how = ("-d", "ngram", "--prompts", asked, "-n", "6")
+    result = bench("--context", "150,90", "--out", out, *how)
+    assert result.code == 0, result.err
+    found = json.loads(out.read_text())
+    assert [arm["context"] for arm in found["arms"]] == [150, 90]
+    assert all(arm["identical"] == arm["compared"] == 2 and arm["prefill_s"] > 0 for arm in found["arms"])
+    assert found["baseline"]["by_context"].keys() == {"150", "90"}
+    assert {s["context"] for s in found["baseline"]["samples"]} == {150, 90}
+    assert "plain decoding after 150 tokens: read in" in result.out
+    assert "(context 90)" in result.out
+    assert "nothing is left to run" in bench("--context", "150,90", "--out", out, "--resume", *how).err
+    assert bench("--context", "90", "--out", out, "--resume", *how).code == 2
+    short = bench("--context", "9,90", "--format", "json", *how)
+    assert "prompt 0 at 9 tokens is left out: it has" in short.err
+    assert {s["context"] for s in json.loads(short.out)["baseline"]["samples"]} == {90}
+
+
+@pytest.mark.parametrize("question", [Question("a", ("the light",)), Question("a", ("x",), ids=(1, 2, 3))])
+def test_a_lengthened_prompt_has_the_tokens_that_were_asked_for(checkpoint, question):
+    pair = load_pair(str(checkpoint), "none", LoadOptions(dtype="float32"))
+    others = [Question("b", ("a night in the inn", "on")), Question("c", ("ten",))]
+    for tokens in range(40, 200, 7):
+        made = lengthened(pair, question, others, tokens)
+        assert len(made.ids or pair.encode(made.turns[0])) == tokens
+        assert made.turns[0].endswith(question.turns[0])

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
+from specdec_engine.bench.plan import Form
 from specdec_engine.record.cycle_stats import lost_to
 
 RESAMPLES = 2000
@@ -47,6 +48,11 @@ class Sample:
     structured: bool = False
     forced: int = 0
     """Tokens that had to come by the grammar, in no count of drafts."""
+    context: int = 0
+
+    @property
+    def form(self) -> Form:
+        return Form(self.temperature, self.quantize, self.structured, self.context)
 
     @property
     def decode_s(self) -> float:

@@ -45,11 +45,11 @@ def measure_run(
         for event in pair.decode(
             question.ids or asked(pair, question, turn, history),
             k=0 if arm is None else arm.k,
-            sampling=Sampling(run.temperature),
+            sampling=Sampling(run.form.temperature),
             rule="token" if arm is None else arm.rule,
             max_tokens=max_tokens,
             seed=seed,
-            grammar=grammar if run.structured else None,
+            grammar=grammar if run.form.structured else None,
         ):
             if isinstance(event, Cycle):
                 _check(event)
@@ -68,7 +68,7 @@ def measure_run(
         Sample(
             question=run.question,
             repeat=run.repeat,
-            temperature=run.temperature,
+            temperature=run.form.temperature,
             arm=run.arm,
             seed=seed,
             emitted=total.emitted,
@@ -81,8 +81,9 @@ def measure_run(
             passes=passes,
             token_ids=tuple(ids),
             turns=tuple(turns),
-            quantize=run.quantize,
-            structured=run.structured,
+            quantize=run.form.quantize,
+            structured=run.form.structured,
+            context=run.form.context,
             forced=total.forced,
         )
     ]

@@ -20,9 +20,32 @@ BUILTIN_PROMPTS = Path(__file__).parent / "prompts.json"
 MOST_K = 64
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Form:
+    """What an arm shares with the plain decoding that it is held against."""
+
+    temperature: float
+    quantize: str = ""
+    """The target's weights, where arms differ in them."""
+    structured: bool = False
+    """Under the plan's grammar."""
+    context: int = 0
+    """Tokens that prompts are lengthened to; 0 for prompts as they are."""
+
+    @property
+    def label(self) -> str:
+        """All but the temperature; empty for the usual."""
+        parts = (
+            self.quantize,
+            "structured" if self.structured else "",
+            f"context {self.context:,}" if self.context else "",
+        )
+        return " · ".join(filter(None, parts))
+
+
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One way of decoding, held against plain decoding at the same temperature."""
+    """One way of decoding, held against plain decoding of the same form."""
 
     draft: str | None
     """As after --draft; None for the best that need not be named."""
@@ -30,32 +53,28 @@ class Arm:
     temperature: float
     rule: str = "token"
     quantize: str = ""
-    """The target's weights, where arms differ in them; then plain decoding is run in each form, and each arm held against
-    its own."""
     structured: bool = False
-    """Under the plan's grammar, and held against plain decoding under it."""
+    context: int = 0
+    """These three as in `Form`."""
 
     @property
     def label(self) -> str:
         parts = [self.draft or "default", f"k {self.k}", f"T {self.temperature:g}"]
-        return " · ".join([*parts, *([] if self.rule == "token" else [self.rule]), *filter(None, self.form)])
+        return " · ".join(filter(None, [*parts, "" if self.rule == "token" else self.rule, self.form.label]))
 
     @property
-    def form(self) -> tuple[str, ...]:
-        """Name what else an arm shares with the plain decoding that it is held against, beside its temperature."""
-        return self.quantize, "structured" if self.structured else ""
+    def form(self) -> Form:
+        return Form(self.temperature, self.quantize, self.structured, self.context)
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run: a prompt, a repeat, and an arm; None for plain decoding at this temperature, with these weights."""
+    """One run: a prompt, a repeat, and an arm; None for plain decoding of this form."""
 
     question: int
     repeat: int
-    temperature: float
+    form: Form
     arm: int | None
-    quantize: str = ""
-    structured: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +93,10 @@ class Plan:
     def runs(self) -> Iterator[Run]:
         """Prompt by prompt, plain decoding and all arms in shuffled order: a machine that slows down slows all alike."""
         order = random.Random(self.seed)
-        against = sorted({(arm.temperature, arm.quantize, arm.structured) for arm in self.arms})
+        against = sorted({arm.form for arm in self.arms})
         for repeat, question in product(range(self.repeats), range(len(self.questions))):
-            plain = [Run(question, repeat, t, None, form, under) for t, form, under in against]
-            arms = [Run(question, repeat, a.temperature, i, a.quantize, a.structured) for i, a in enumerate(self.arms)]
+            plain = [Run(question, repeat, form, None) for form in against]
+            arms = [Run(question, repeat, arm.form, i) for i, arm in enumerate(self.arms)]
             yield from order.sample(plain + arms, len(plain + arms))
 
     @property
@@ -101,7 +120,7 @@ def _named(part: Question | Arm) -> dict[str, Any]:
     return {key: value for key, value in asdict(part).items() if key != "id" and (key not in _LATER or value)}
 
 
-_LATER = ("ids", "quantize", "structured", "system")
+_LATER = ("ids", "quantize", "structured", "context", "system")
 """Left out where they are empty; and a prompt's own name always."""
 
 

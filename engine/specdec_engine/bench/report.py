@@ -54,8 +54,7 @@ def figures_of(plan: Plan, samples: Sequence[Sample]) -> list[ArmFigures]:
 
 def _of(samples: Sequence[Sample], number: int | None, arm: Arm) -> tuple[Sample, ...]:
     """The arm's own, or those of the plain decoding that it is held against."""
-    form = (arm.temperature, arm.quantize, arm.structured)
-    return tuple(s for s in samples if s.arm == number and (s.temperature, s.quantize, s.structured) == form)
+    return tuple(s for s in samples if s.arm == number and s.form == arm.form)
 
 
 def _figures(plan: Plan, arm: Arm, runs: tuple[Sample, ...], plain: tuple[Sample, ...]) -> ArmFigures | None:
@@ -112,7 +111,8 @@ def record(
     plain = [s for s in samples if s.arm is None]
     free = [s for s in plain if not s.structured]
     forms = list(dict.fromkeys(arm.quantize for arm in plan.arms))
-    first = [s for s in free if s.quantize == forms[0]]
+    contexts = list(dict.fromkeys(arm.context for arm in plan.arms))
+    first = [s for s in free if (s.quantize, s.context) == (forms[0], contexts[0])]
     advised = advice(alike(arms))
     found = {
         "schema": SCHEMA,
@@ -125,6 +125,7 @@ def record(
             "tokens_per_second": _rate(first),
             "by_weights": {form: _rate([s for s in free if s.quantize == form]) for form in forms if form},
             "structured": _rate([s for s in plain if s.structured]),
+            "by_context": {str(n): _at(n, [s for s in free if s.context == n]) for n in contexts if n},
             "roofline": roofline(first, environment),
             "samples": [asdict(s) for s in plain],
         },
@@ -133,6 +134,18 @@ def record(
         "recommendation": None if advised is None else _advised(advised, alike(arms)),
     }
     return {key: _finite(value) for key, value in found.items()}
+
+
+def _at(context: int, samples: Sequence[Sample]) -> dict[str, float | None]:
+    rate = _rate(samples)
+    per_token = None if rate is None else 1 / rate
+    return {"tokens_per_second": rate, "token_s": per_token, "prefill_s": _prefill(samples)}
+
+
+def _prefill(samples: Sequence[Sample]) -> float | None:
+    """Seconds until prompts were read, in the mean."""
+    known = [s.prefill_s for s in samples if s.prefill_s is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _rate(samples: Sequence[Sample]) -> float | None:
@@ -151,6 +164,8 @@ def _arm(
         "rule": a.arm.rule,
         "quantize": a.arm.quantize or None,
         "structured": a.arm.structured,
+        "context": a.arm.context or None,
+        "prefill_s": _prefill(a.samples),
         "forced": sum(s.forced for s in a.samples),
         "tokens_per_second": a.tokens_per_second,
         "speedup": a.speedup.mean,
@@ -185,6 +200,7 @@ def _advised(advised: Recommendation, arms: Sequence[ArmFigures]) -> dict[str, A
         "rule": None if arm is None else arm.rule,
         "quantize": None if arm is None else arm.quantize or None,
         "structured": arm is not None and arm.structured,
+        "context": None if arm is None else arm.context or None,
         "speedup": advised.speedup,
         "reason": advised.reason,
     }
@@ -250,6 +266,7 @@ class _Arm(_Measured):
     rule: str
     quantize: NotRequired[str | None]
     structured: NotRequired[bool]
+    context: NotRequired[int | None]
     speedup: float
     speedup_low: float | None
     speedup_high: float | None

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
 from specdec_engine.adaptive.controller import AutoK
 from specdec_engine.bench import report
 from specdec_engine.bench.figures import Sample
-from specdec_engine.bench.measure import explained, measure_run
-from specdec_engine.bench.plan import Plan, Run
+from specdec_engine.bench.lengthened import lengthened
+from specdec_engine.bench.measure import Divergence, explained, measure_run
+from specdec_engine.bench.plan import Form, Plan, Run, builtin_questions
 from specdec_engine.constrain.wanted import Grammar
 from specdec_engine.errors import OutOfMemory, UsageError
 from specdec_engine.pair import Pair
+from specdec_engine.record.prompt_files import Question
 
 _WARM_TOKENS = 16
 
@@ -40,16 +42,17 @@ class Session:
         # What `-k auto` has learnt belongs to its arm: others with the same draft and seeds would make it begin anew.
         self._own = [replace(pairs[arm.draft, arm.quantize], auto=AutoK()) for arm in plan.arms]
         self._failed = set[int]()
+        self._lengthened = dict[tuple[int, int], Question]()
 
     def runs(self) -> list[Run]:
         """Those that are not measured yet."""
-        done = {Run(s.question, s.repeat, s.temperature, s.arm, s.quantize, s.structured) for s in self.samples}
+        done = {Run(s.question, s.repeat, s.form, s.arm) for s in self.samples}
         return [run for run in self.plan.runs() if run not in done]
 
     def warm_up(self) -> None:
         """A short run of every arm, dropped: kernels set themselves up, pages come in."""
-        plain = [Run(0, -1, 0.0, None, form) for form in self._plain]
-        arms = [Run(0, -1, a.temperature, number, a.quantize, a.structured) for number, a in enumerate(self.plan.arms)]
+        plain = [Run(0, -1, Form(0.0, quantize), None) for quantize in self._plain]
+        arms = [Run(0, -1, replace(arm.form, context=0), number) for number, arm in enumerate(self.plan.arms)]
         for run in (*plain, *arms):
             self._run(run, min(_WARM_TOKENS, self.plan.max_tokens), self.plan.seed - 1)
 
@@ -62,18 +65,30 @@ class Session:
         if run.arm in self._failed:
             return []
         arm = None if run.arm is None else self.plan.arms[run.arm]
-        pair = self._plain[run.quantize] if run.arm is None else self._own[run.arm]
+        pair = self._plain[run.form.quantize] if run.arm is None else self._own[run.arm]
         try:
-            question = self.plan.questions[run.question]
+            question = self._question(run.question, run.form.context)
             return measure_run(pair, arm, run, question, max_tokens, seed, self._grammar)
         except UsageError as error:
-            self.left_out.setdefault(f"prompt {run.question}", error.message)
+            what = f"prompt {run.question}" + (f" at {run.form.context:,} tokens" if run.form.context else "")
+            self.left_out.setdefault(what, error.message)
         except OutOfMemory as error:
             if arm is None or run.arm is None:
                 raise
             self._failed.add(run.arm)
             self.left_out[arm.label] = error.message
         return []
+
+    def _question(self, number: int, context: int) -> Question:
+        """Lengthened to so many tokens, or as it is. Raises UsageError."""
+        if not context:
+            return self.plan.questions[number]
+        if (number, context) not in self._lengthened:
+            questions = self.plan.questions
+            others = [*questions[number + 1 :], *questions[:number]] or builtin_questions()
+            pair = next(iter(self._plain.values()))
+            self._lengthened[number, context] = lengthened(pair, questions[number], others, context)
+        return self._lengthened[number, context]
 
     def record(self) -> dict[str, Any]:
         """What there is now."""
@@ -83,26 +98,21 @@ class Session:
         """The same, with greedy texts held against plain decoding's, which takes a pass for each that differs."""
         if self._synthetic is not None:
             return self.record()
-        looked = _compared(self.plan, self.samples, self._plain)
-        return report.record(self.plan, self.samples, self.environment, looked, None)
+        return report.record(self.plan, self.samples, self.environment, self._looked(), None)
 
+    def _looked(self) -> dict[int, tuple[int, list[dict[str, Any]]]]:
+        """By greedy arm: how many of its texts were compared, and where they differ."""
+        first = [s for s in self.samples if s.temperature == 0 and s.repeat == 0]
+        plain = {(s.question, s.form): s for s in first if s.arm is None}
+        found = dict[int, tuple[int, list[dict[str, Any]]]]()
+        for number, arm in enumerate(self.plan.arms):
+            if arm.temperature:
+                continue
+            texts = [s for s in first if s.arm == number and (s.question, s.form) in plain]
+            looked = (self._explained(plain[s.question, s.form], s) for s in texts)
+            found[number] = len(texts), [asdict(d) for d in looked if d is not None]
+        return found
 
-def _compared(
-    plan: Plan, samples: Sequence[Sample], pairs: Mapping[str, Pair]
-) -> dict[int, tuple[int, list[dict[str, Any]]]]:
-    """By greedy arm: how many of its texts were compared, and where they differ."""
-    first = [s for s in samples if s.temperature == 0 and s.repeat == 0]
-    plain = {_form(s): s for s in first if s.arm is None}
-    found = dict[int, tuple[int, list[dict[str, Any]]]]()
-    for number, arm in enumerate(plan.arms):
-        if arm.temperature:
-            continue
-        texts = [s for s in first if s.arm == number and _form(s) in plain]
-        looked = (explained(pairs[s.quantize], plan.questions[s.question], plain[_form(s)], s) for s in texts)
-        found[number] = len(texts), [asdict(d) for d in looked if d is not None]
-    return found
-
-
-def _form(sample: Sample) -> tuple[int, str, bool]:
-    """What a text shares with the plain one that it is compared with."""
-    return sample.question, sample.quantize, sample.structured
+    def _explained(self, plain: Sample, arm: Sample) -> Divergence | None:
+        question = self._question(arm.question, arm.context)
+        return explained(self._plain[arm.quantize], question, plain, arm)
