@@ -85,3 +85,31 @@ def test_it_is_the_surer_the_more_is_alike(context, sure):
 def test_a_bad_spec_is_a_usage_error(spec):
     with pytest.raises(UsageError):
         build_drafter(spec, host())
+
+
+@given(
+    st.lists(st.integers(0, 2), min_size=1, max_size=20),
+    st.lists(st.integers(0, 2), max_size=5),
+    st.integers(1, 9),
+    st.integers(1, 4),
+)
+def test_a_guess_is_what_followed_the_longest_suffix_of_both_texts(context, said, k, longest):
+    """Of those that end before the context's last token; running into its own copy where both end."""
+    found = NgramDrafter(host(3), longest=longest).guess(context, said, k)
+    text, expected = [*context, *said], []
+    for n in range(min(longest, len(text) - 1), 1, -1):
+        ends = [end for end in range(n, len(context)) if text[end - n : end] == text[-n:]]
+        if ends:
+            following = text[ends[-1] :]
+            expected = [following[i % len(following)] for i in range(k)]
+            break
+    assert found == expected
+
+
+def test_a_suffix_draft_has_read_the_prompt_before_its_first_cycle():
+    """Which in a long one takes longer than many drafts."""
+    drafter = build_drafter("suffix", host(9))
+    drafter.begin([1, 2, 3, 1, 2])
+    assert drafter._known == 5
+    draft = drafter.propose([1, 2, 3, 1, 2], 1, Sampling(), KeyedRandomness(0))
+    assert draft.tokens.tolist() == [3]

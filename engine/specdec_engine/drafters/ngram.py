@@ -62,11 +62,12 @@ class NgramDrafter:
     def guess(self, context: Sequence[int], said: Sequence[int], k: int) -> list[int]:
         """See `Guesser`. A match of one token is no guess: a row for it costs more than it is right."""
         self._index(context)
-        text = [*context, *said]
+        recent = [*context[-self._lengths[0] :], *said]  # of a long context no copy: it took 0.15 ms of 65,536 tokens
         for n in self._lengths:
-            start = self._after.get(tuple(text[-n:])) if len(text) > n > 1 else None
+            start = self._after.get(tuple(recent[-n:])) if len(context) + len(said) > n > 1 else None
             if start is not None:
-                return _copy(text, start, k)
+                found = [*context[start : start + k], *said]
+                return [found[i % len(found)] for i in range(k)]
         return []
 
     def observe(self, draft: Draft, verdict: Verdict) -> None:
