@@ -8,8 +8,9 @@ from statistics import fmean
 
 import pytest
 
-from specdec_engine.adaptive.controller import MOST, AutoK
-from specdec_engine.adaptive.cost import Drafting, Drift, Staircase, Times, best_k, expected_emitted
+from specdec_engine.adaptive.controller import AutoK
+from specdec_engine.adaptive.cost import CostsByLength, Drafting, Drift, Staircase, Times, best_k, expected_emitted
+from specdec_engine.adaptive.history import MOST
 from specdec_engine.adaptive.limits import DraftLimits
 from specdec_engine.decoding.control import Controls
 from specdec_engine.models.options import LoadOptions
@@ -333,3 +334,51 @@ def test_a_member_that_never_drafts_does_no_harm(spec):
     found = run(TableTarget(vocab=5), build_drafter(spec, about), [1, 2], max_tokens=80, controls=Controls(auto))
     assert emitted(found) == emitted(run(TableTarget(vocab=5), build_drafter("none", host()), [1, 2], max_tokens=80))
     assert {c.drafter for c in cycles(found)} <= {"ngram", "none"}
+
+
+AFTER_MANY = {width: 2.0 + 1.5 * (width - 1) for width in PACKED}
+"""A pass over a long context: each row looks at all of it."""
+
+
+def alternating(short, long, alpha):
+    """Shares of the best rate of runs after short contexts and after long ones, in turns; whether k is right at once."""
+    shares, right = [], []
+    for seed in range(4):
+        auto = AutoK()
+        worlds = World(alpha, 0.05, seed=seed), World(alpha, 0.05, passes=AFTER_MANY, seed=seed + 10)
+        for number in range(30):
+            world, context = (worlds[0], short) if number % 2 == 0 else (worlds[1], long)
+            auto.begin(number, context=context)
+            right += [(number % 2 == 0) == (auto.k > 0)] if number >= 8 else []
+            for _ in range(40):
+                auto.observe(replace(world.cycle(auto.k), context=context))
+        shares.append([world.tokens / world.seconds / max(map(world.rate, range(MOST + 1))) for world in worlds])
+    return [fmean(share) for share in zip(*shares, strict=True)], fmean(right)
+
+
+@pytest.mark.parametrize("alpha", [0.4, 0.6])
+def test_what_passes_cost_is_learnt_by_length(alpha):
+    """Where lengths take turns; as one length it would lose a fifth."""
+    shares, right = alternating(100, 5000, alpha)
+    assert min(shares) > 0.95
+    assert right > 0.95
+    as_one, wrong = alternating(100, 1000, alpha)
+    assert min(as_one) < 0.9
+    assert wrong < 0.8
+
+
+def test_a_length_that_is_new_begins_with_what_the_nearest_one_takes():
+    costs = CostsByLength()
+    assert not costs.go_to(100)
+    for context, seconds in ((100, 1.0), (3000, 2.0)):
+        assert not costs.go_to(context)
+        for width in (1, 1, 1, 3, 3, 3):
+            costs.now.passes.add(width, width * seconds)
+        costs.now.cycles += 6
+    assert costs.go_to(900)
+    assert [costs.now.passes(width) for width in (1, 2, 3)] == [1.0, 2.0, 3.0]
+    assert not costs.go_to(20_000)
+    assert [costs.now.passes(width) for width in (1, 2, 3)] == [2.0, 4.0, 6.0]
+    assert (costs.now.cycles, costs.now.plain) == (0, 0)
+    costs.now.passes.add(1, 4.0)  # what was carried over counts once
+    assert costs.now.passes(1) == 3.0

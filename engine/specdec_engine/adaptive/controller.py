@@ -12,174 +12,30 @@ Nothing here looks at the value of a drawn token before it is in the draft, so n
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from itertools import accumulate
-from math import inf, sqrt
-from operator import mul
 
-from specdec_engine.adaptive.cost import Choice, Drafting, Drift, Staircase, Times, best_k, cycle_of
+from specdec_engine.adaptive.cost import Choice, Costs, CostsByLength, best_k, cycle_of
+from specdec_engine.adaptive.history import FIRST, FIRST_PROBE, MEMORY, MOST, DrafterHistory
 from specdec_engine.record.events import Cycle, known_phases
 
-MOST = 7
-"""The largest k that is tried: passes of up to 8 rows. A ninth costs as much as a quarter of all eight in int4 on a CPU (2.3
-plain passes against 1.85), and one drafted token rarely brings that."""
-_FIRST = 3
-"""k until something is known."""
 _PLAIN_AT = (2, 8, 16, 32, 64, 128, 256)
 """The cycles that measure a plain pass, which every comparison needs: one alone, on a shared machine, was so far off that
 a draft with α 0.4 was switched off for a sixth of the cycles."""
-_MEMORY = 0.975
-"""The weight that evidence keeps from one cycle (for acceptance, from one draft of the drafter) to the next: some 40 are
-remembered, two paragraphs. With 25 a draft with
-α 0.4 looked like one with 0.3 every few prompts, and was switched off."""
 _FADES_EVERY = 8
-_LONG_MEMORY = 0.92
-"""The weight that what is known of a drafter's confidences keeps, every so many cycles."""
+_LAST_PROBE = 128
+"""The longest such pause, which doubles where it lost clearly."""
 _AGED = 0.6
 """The weight that what was seen before a drafter was off keeps when it is tried again."""
-_LOOKS = 8
-"""Every so many drafts one goes further."""
-_BINS = 10
-"""Confidences are told apart in tenths."""
-_FIRST_PROBE, _LAST_PROBE = 16, 128
-"""Cycles after which a drafter that was switched off is tried once more; the pause doubles where it lost clearly."""
 _CLEARLY = 1.07
 """How much faster plain decoding must be for that: in simulated runs, whose texts and machine changed as real ones do, drafts
 near the break-even so gained up to 1.4 %, and hopeless ones lost 0.2."""
 _PROBE_SHARE = 0.01
 """Share of the time that a drafter's probes may take, but for the first two: `self:8` reads 100 tokens in 4 plain passes, and
 ran at 0.96 of plain decoding."""
-_OPTIMISM = 0.5
-"""Standard deviations by which a first token's chance may be better than it looks before its drafter is switched off. Three
-misses say little: without, drafts with α 0.15 to 0.4 and c 0.09 were off for a third of simulated greedy runs, which lost 3
-to 4 %; hopeless ones cost half a per cent more so."""
 _BETTER = 1.02
 """A new k must promise this much more than the one in force, or it would change with every breath of noise."""
 _BETTER_OFF = 1.03
 """The same for none at all, after which nothing more is learnt."""
-
-
-@dataclass(slots=True)
-class _Odds:
-    """Discounted successes and trials."""
-
-    hits: float = 0.0
-    trials: float = 0.0
-
-    def fade(self, kept: float = _MEMORY) -> None:
-        self.hits *= kept
-        self.trials *= kept
-
-    def add(self, hit: float) -> None:
-        self.hits += hit
-        self.trials += 1
-
-    def value(self, prior: float) -> float:
-        """The rate, with a prior worth two trials."""
-        return (self.hits + 2 * prior) / (self.trials + 2)
-
-    def at_best(self) -> float:
-        """What the rate may well be, going by so few trials: mean and deviation if at first every rate was as likely."""
-        rate = (self.hits + 1) / (self.trials + 2)
-        return rate + _OPTIMISM * sqrt(rate * (1 - rate) / (self.trials + 3))
-
-
-@dataclass(slots=True)
-class _DrafterHistory:
-    """What is known of one drafter."""
-
-    k: int = _FIRST
-    by_position: list[_Odds] = field(default_factory=lambda: [_Odds() for _ in range(MOST)])
-    by_confidence: list[_Odds] = field(default_factory=lambda: [_Odds() for _ in range(2 * _BINS)])
-    """Of first tokens, then of later ones: where a lookup was right once, it mostly goes on to be right."""
-    draft: Drafting = field(default_factory=Drafting)
-    confidences: list[float] = field(default_factory=list)
-    """Of the draft in flight."""
-    sure_before: bool = False
-    """Knows how sure it is before it drafts, and at no cost: then that decides, and it is never switched off as a whole."""
-    drafts: int = 0
-    probe_pause: int = _FIRST_PROBE
-    cycles_off: int = 0
-    """Cycles since it was switched off."""
-    backlog: int = 0
-    """Cycles of the newest run in which it was not asked: the text that a probe has to read first."""
-    least_s: float = inf
-    """Of a draft."""
-    catch_up: float = inf
-    """Least seconds beyond that, for each missed cycle, that a probe took to catch up."""
-    probes: int = 0
-    probe_drafts: int = 0
-    """Drafts in all probes."""
-    probing: bool = False
-    """It has been switched on again, and has not yet been found to pay."""
-    backlog_read: int = 0
-    """Missed cycles that all probes had to read."""
-
-    @property
-    def alpha(self) -> float:
-        """Chance of a tested token, wherever it stands."""
-        hits, trials = sum(odds.hits for odds in self.by_position), sum(odds.trials for odds in self.by_position)
-        return (hits + 1) / (trials + 2)
-
-    def reach(self) -> list[float]:
-        """By position: the chance that it and all before are accepted."""
-        alpha = self.alpha
-        return list(accumulate((odds.value(alpha) for odds in self.by_position), mul))
-
-    def optimistic_reach(self) -> list[float]:
-        """The same, if the first token is what it may well be."""
-        reach = self.reach()
-        more = self.by_position[0].at_best() / reach[0]
-        return [one * more for one in reach]
-
-    def chance(self, confidence: float, position: int) -> float:
-        """Of a token that the drafter is this sure of, given that all before it are right; until there is evidence, the
-        drafter is believed."""
-        return self._odds(confidence, position).value(confidence)
-
-    def next_chance(self, confidence: float, position: int) -> float:
-        """Of a token not drafted yet, after one that the drafter was this sure of."""
-        if self.sure_before:
-            return self.chance(confidence, position)
-        return self.by_position[min(position, MOST - 1)].value(self.alpha)
-
-    def _odds(self, confidence: float, position: int) -> _Odds:
-        return self.by_confidence[min(int(confidence * _BINS), _BINS - 1) + (_BINS if position else 0)]
-
-    def forget_a_little(self) -> None:
-        """Fade what is known of confidences, so that old failures stop counting."""
-        for odds in self.by_confidence:
-            odds.fade(_LONG_MEMORY)
-
-    @property
-    def looks_further(self) -> bool:
-        """Whether the next draft goes one token further than pays: else what that would cost and bring is never seen again,
-        and one slow draft in a run's first cycles holds k down for good."""
-        return not self.sure_before and 0 < self.k < MOST and self.drafts % _LOOKS == _LOOKS - 1
-
-    @property
-    def probes_s(self) -> float:
-        """Seconds of all probes, and of one more now."""
-        drafts = self.probe_drafts * (self.probes + 1) / max(1, self.probes)
-        return self.least_s * drafts + self.catch_up * (self.backlog_read + self.backlog)
-
-    def learn(self, cycle: Cycle, draft_s: float, kept: Sequence[float]) -> None:
-        """draft_s: the cycle's own, evened out; kept: of each tested token 1 or 0, or its acceptance probability."""
-        self.drafts += 1
-        self.least_s = min(self.least_s, draft_s)
-        if self.backlog:  # mostly that: held to be what a draft costs, it kept a drafter off for good
-            self.catch_up = min(self.catch_up, (draft_s - self.least_s) / self.backlog)
-            draft_s -= self.catch_up * self.backlog
-            self.backlog_read, self.backlog = self.backlog_read + self.backlog, 0
-        self.draft.add(len(cycle.drafted), draft_s)
-        self.probe_drafts += self.probing
-        for odds in self.by_position:
-            odds.fade()
-        for odds, hit in zip(self.by_position, kept, strict=False):
-            odds.add(hit)
-        for position, (confidence, hit) in enumerate(zip(self.confidences, kept, strict=False)):
-            self._odds(confidence, position).add(hit)
-        self.confidences = []
 
 
 class AutoK:
@@ -190,34 +46,49 @@ class AutoK:
         self._forget()
 
     def _forget(self) -> None:
-        self._passes, self._other, self._drift = Staircase(), Times(), Drift()
-        self._histories: dict[str, _DrafterHistory] = {}
+        self._lengths = CostsByLength()
+        self._histories: dict[str, DrafterHistory] = {}
         self._seeds: set[int] = set()  # of the runs it has learnt from
-        self._cycles = 0
-        self._tokens = self._seconds = self._elapsed = 0.0
+        self._elapsed = 0.0
 
-    def begin(self, seed: int, *, tokenwise: bool = False) -> None:
+    @property
+    def _costs(self) -> Costs:
+        return self._lengths.now
+
+    def begin(self, seed: int, *, tokenwise: bool = False, context: int = 0) -> None:
         """A run begins. What an earlier run with the same seed has taught is forgotten: it was tested with the very numbers
         that this one will be, and k must not depend on them.
 
-        tokenwise: the rule keeps each token that it tests with chance Σ min(p, q), the `overlap` of its cycle.
+        tokenwise: the rule keeps each token that it tests with chance Σ min(p, q), the `overlap` of its cycle. context: of
+        the prompt, in tokens.
         """
         if seed in self._seeds:
             self._forget()
         for history in self._histories.values():  # drafters read a prompt before the run
             history.backlog = 0
         self._seed, self._tokenwise = seed, tokenwise
+        self._go_to(context)
+
+    def _go_to(self, context: int) -> None:
+        """What cycles take, and so how far to draft, depends on how long the context is."""
+        known = self._lengths.go_to(context)
+        for name, history in self._histories.items():
+            history.draft = self._costs.draft(name)
+            if known and self._knows(history) and not history.sure_before:
+                history.k = self._best_choice(history, history.optimistic_reach()).k
+                history.cycles_off = 0
 
     @property
     def k(self) -> int:
         """For the next cycle: the most that any drafter may propose."""
         if self._measuring:
             return 0
-        return max((history.k + history.looks_further for history in self._histories.values()), default=_FIRST)
+        return max((history.k + history.looks_further for history in self._histories.values()), default=FIRST)
 
     @property
     def _measuring(self) -> bool:
-        return self._cycles in _PLAIN_AT and self._passes.measured(1) <= _PLAIN_AT.index(self._cycles)
+        costs = self._costs
+        return costs.cycles in _PLAIN_AT and costs.plain <= _PLAIN_AT.index(costs.cycles)
 
     @property
     def off(self) -> bool:
@@ -259,24 +130,27 @@ class AutoK:
         """Learn from a cycle. Returns why `k` is another now; empty if it is not."""
         before, reasons = self.k, list[str]()
         self._seeds.add(self._seed)
-        self._cycles += 1
+        self._go_to(cycle.context or 0)
+        costs = self._costs
+        costs.cycles += 1
         width = len(cycle.drafted) + 1
+        costs.plain += width == 1
         phases = known_phases(cycle)
-        self._drift.saw(width, phases.verify_s)
-        draft_s, verify_s, other_s = map(self._drift.evened, (phases.draft_s, phases.verify_s, phases.other_s))
-        self._passes.add(width, verify_s)
-        self._other.add(other_s)
-        self._tokens = _MEMORY * self._tokens + len(cycle.emitted)
-        self._seconds = _MEMORY * self._seconds + draft_s + verify_s + other_s
+        costs.drift.saw(width, phases.verify_s)
+        draft_s, verify_s, other_s = map(costs.drift.evened, (phases.draft_s, phases.verify_s, phases.other_s))
+        costs.passes.add(width, verify_s)
+        costs.other.add(other_s)
+        costs.tokens = MEMORY * costs.tokens + len(cycle.emitted)
+        costs.seconds = MEMORY * costs.seconds + draft_s + verify_s + other_s
         self._elapsed += draft_s + verify_s + other_s
-        if self._cycles % _FADES_EVERY == 0:
+        if costs.cycles % _FADES_EVERY == 0:
             for history in self._histories.values():
                 history.forget_a_little()
         if cycle.drafted:
             self._history(cycle.drafter).learn(cycle, draft_s, self._kept(cycle))
         if self._measuring:
             reasons = ["a plain pass is measured, which all else is held against"]
-        elif self._passes.measured(1):
+        elif costs.passes.measured(1):
             reasons = [
                 self._set_k(name, history, bool(cycle.drafted) and name == cycle.drafter)
                 for name, history in self._histories.items()
@@ -295,7 +169,7 @@ class AutoK:
             kept = [hit if told is None else told for hit, told in zip(kept, cycle.overlap, strict=False)]
         return kept
 
-    def _set_k(self, name: str, history: _DrafterHistory, drafted: bool) -> str:
+    def _set_k(self, name: str, history: DrafterHistory, drafted: bool) -> str:
         """Set the drafter's k for the next cycle; why, if it changed."""
         if not history.k:
             history.cycles_off += 1
@@ -328,30 +202,30 @@ class AutoK:
                 history.probe_pause = min(2 * history.probe_pause, _LAST_PROBE)
             cost = now.seconds * best.rate
             return f"{name} does not pay: {now.emitted:.2f} tokens a cycle expected for {cost:.2f} plain cycles"
-        history.probe_pause = _FIRST_PROBE
+        history.probe_pause = FIRST_PROBE
         if history.sure_before:
             return f"{name} drafts as far as it is sure"
         return f"{name}: {best.emitted:.2f} tokens expected for {best.seconds / self._plain:.2f} plain cycles"
 
-    def _best_choice(self, history: _DrafterHistory, reach: Sequence[float]) -> Choice:
-        return best_k(reach, history.draft, self._passes, self._other.seconds)
+    def _best_choice(self, history: DrafterHistory, reach: Sequence[float]) -> Choice:
+        return best_k(reach, history.draft, self._costs.passes, self._costs.other.seconds)
 
-    def _choice_at(self, history: _DrafterHistory, reach: Sequence[float], k: int) -> Choice:
-        return cycle_of(reach[:k], history.draft, self._passes, self._other.seconds)
+    def _choice_at(self, history: DrafterHistory, reach: Sequence[float], k: int) -> Choice:
+        return cycle_of(reach[:k], history.draft, self._costs.passes, self._costs.other.seconds)
 
     @property
     def _plain(self) -> float:
         """Seconds of a plain cycle."""
-        return self._passes(1) + self._other.seconds
+        return self._costs.passes(1) + self._costs.other.seconds
 
-    def _pays(self, history: _DrafterHistory, reach: float, drafted: int, first: float, later: float) -> bool:
+    def _pays(self, history: DrafterHistory, reach: float, drafted: int, first: float, later: float) -> bool:
         """Whether drafting on adds more than it costs."""
-        return self._net_gain(history, reach, drafted, first, later) > 0 if self._knows(history) else drafted < _FIRST
+        return self._net_gain(history, reach, drafted, first, later) > 0 if self._knows(history) else drafted < FIRST
 
-    def _knows(self, history: _DrafterHistory) -> bool:
-        return self._passes.measured(1) > 0 and history.draft.known
+    def _knows(self, history: DrafterHistory) -> bool:
+        return self._costs.passes.measured(1) > 0 and history.draft.known
 
-    def _net_gain(self, history: _DrafterHistory, reach: float, drafted: int, first: float, later: float) -> float:
+    def _net_gain(self, history: DrafterHistory, reach: float, drafted: int, first: float, later: float) -> float:
         """The best net gain in tokens of drafting 1, 2, … more: tokens added, less the draft's and the pass's extra
         seconds at this run's tokens a second.
 
@@ -359,30 +233,31 @@ class AutoK:
         chances of the next token and of those after it.
         """
         rate, gain, nets = self._rate, 0.0, list[float]()
-        now = history.draft(drafted) + self._passes(drafted + 1)
+        now = history.draft(drafted) + self._costs.passes(drafted + 1)
         for k in range(drafted + 1, MOST + 1):
             reach *= first if k == drafted + 1 else later
             gain += reach
-            nets.append(gain - rate * (history.draft(k) + self._passes(k + 1) - now))
+            nets.append(gain - rate * (history.draft(k) + self._costs.passes(k + 1) - now))
         return max(nets, default=0.0)
 
-    def _net_gain_of_draft(self, history: _DrafterHistory) -> float:
+    def _net_gain_of_draft(self, history: DrafterHistory) -> float:
         """The same for a whole draft of a drafter that is sure of nothing before; 0 for one that is off, or not known yet."""
         if history.sure_before or not history.k or not self._knows(history):
             return 0.0
-        rate, plain = self._rate, self._passes(1)
+        rate, plain = self._rate, self._costs.passes(1)
         gains = accumulate(history.reach()[: history.k])
         return max(
-            gain - rate * (history.draft(k) + self._passes(k + 1) - plain) for k, gain in enumerate(gains, start=1)
+            gain - rate * (history.draft(k) + self._costs.passes(k + 1) - plain)
+            for k, gain in enumerate(gains, start=1)
         )
 
     @property
     def _rate(self) -> float:
         """Tokens a second, not below plain decoding's."""
-        return max(self._tokens / self._seconds, 1 / self._plain)
+        return max(self._costs.tokens / self._costs.seconds, 1 / self._plain)
 
-    def _history(self, name: str) -> _DrafterHistory:
+    def _history(self, name: str) -> DrafterHistory:
         history = self._histories.get(name)
         if history is None:  # setdefault makes one every time, 7 µs
-            history = self._histories[name] = _DrafterHistory()
+            history = self._histories[name] = DrafterHistory(draft=self._costs.draft(name))
         return history

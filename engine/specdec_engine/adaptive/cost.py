@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from statistics import median
 
@@ -28,6 +28,13 @@ class Times:
     def add(self, seconds: float) -> None:
         self._last.append(seconds)
         self._median = None
+
+    def aged(self) -> Times:
+        """As if it had been measured once: the next measurements soon outweigh it."""
+        made = Times()
+        if self._last:
+            made.add(self.seconds)
+        return made
 
     def __len__(self) -> int:
         return len(self._last)
@@ -54,6 +61,12 @@ class Drift:
     def evened(self, seconds: float) -> float:
         """As long as it would have taken at first."""
         return seconds / self._factor
+
+    def afresh(self) -> Drift:
+        """As slow a machine, whose passes begin to be other ones."""
+        made = Drift()
+        made._factor = self._factor
+        return made
 
     def saw(self, tokens: int, seconds: float) -> None:
         """A pass over so many tokens took so long. Held against the first few of that width, which stay what they are: a
@@ -86,6 +99,13 @@ class Drafting:
         lengths = sorted(self._by_length)
         times = accumulate((self._by_length[n].seconds for n in lengths), max)  # more tokens never take less
         self._points, self._seconds = list(zip(lengths, times, strict=True)), [0.0]
+
+    def aged(self) -> Drafting:
+        """See `Times.aged`."""
+        made = Drafting()
+        for tokens, times in self._by_length.items():
+            made.add(tokens, times.seconds)
+        return made
 
     @property
     def known(self) -> bool:
@@ -137,6 +157,70 @@ class Staircase:
     def measured(self, tokens: int) -> int:
         """How often, of late."""
         return len(self._by_width.get(tokens, ()))
+
+    def aged(self) -> Staircase:
+        """See `Times.aged`."""
+        made = Staircase()
+        for width, times in self._by_width.items():
+            made.add(width, times.seconds)
+        return made
+
+
+@dataclass(slots=True)
+class Costs:
+    """What cycles take after contexts of about one length: attention over more makes passes dearer, wide ones most of all,
+    and a model draft too."""
+
+    passes: Staircase = field(default_factory=Staircase)
+    other: Times = field(default_factory=Times)
+    drift: Drift = field(default_factory=Drift)
+    drafts: dict[str, Drafting] = field(default_factory=dict)
+    """By drafter."""
+    cycles: int = 0
+    plain: int = 0
+    """Plain passes among them."""
+    tokens: float = 0.0
+    seconds: float = 0.0
+    """Of late, for a rate."""
+
+    def draft(self, name: str) -> Drafting:
+        return self.drafts.setdefault(name, Drafting())
+
+    def carried(self) -> Costs:
+        """For another length, until it is measured."""
+        drafts = {name: times.aged() for name, times in self.drafts.items()}
+        made = Costs(self.passes.aged(), self.other.aged(), self.drift.afresh(), drafts)
+        made.tokens, made.seconds = _CARRIED * self.tokens, _CARRIED * self.seconds
+        return made
+
+
+_CARRIED = 0.1
+"""What a rate at another length weighs, against one that was measured for long."""
+
+
+class CostsByLength:
+    """Those of the length that contexts have now, and of others."""
+
+    def __init__(self) -> None:
+        self.now = Costs()
+        self._known: dict[int, Costs] = {}
+
+    def go_to(self, context: int) -> bool:
+        """Contexts have so many tokens from now on. Whether other costs hold, which were measured before."""
+        length = max(0, context.bit_length() - _SHORT_BITS)
+        if self._known.get(length) is self.now:
+            return False
+        if not self.now.cycles and not self._known:
+            self._known[length] = self.now
+        elif length not in self._known:
+            nearest = min(self._known, key=lambda other: abs(other - length))
+            self._known[length] = self._known[nearest].carried()
+        before, self.now = self.now, self._known[length]
+        return self.now is not before and self.now.cycles > 0
+
+
+_SHORT_BITS = 10
+"""Contexts of less than 1,024 tokens are alike, and from there on those of each power of two."""
 
 
 @dataclass(frozen=True, slots=True)
