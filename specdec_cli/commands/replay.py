@@ -16,7 +16,14 @@ def replay(
     trace: Annotated[Path, typer.Argument(help="A file that --trace wrote.", show_default=False)],
     plain: Annotated[bool, typer.Option("--plain", help="The run in sentences, on stdout.")] = False,
     export: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write it as .gif, .png, .svg, .html or .md instead.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write it as .html, a page that can be stepped and sent, .gif, .png, .svg or .md instead.",
+        ),
+    ] = None,
+    cycle: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="The cycle that a picture shows, or a page first.")
     ] = None,
     against: Annotated[
         Path | None,
@@ -32,7 +39,11 @@ def replay(
     specdec replay run.jsonl
 
     specdec replay run.jsonl --against other.jsonl
+
+    specdec replay run.jsonl --export run.html
     """
+    if cycle is not None and export is None:
+        raise UsageError("--cycle needs --export", "for example --export run.png")
     for path in filter(None, (trace, against)):
         if not path.exists() or path.is_dir():
             raise UsageError(f"{path} is not a file", "give a file that --trace wrote")
@@ -51,15 +62,7 @@ def replay(
             output.say(line)
         return
     if export is not None:
-        from specdec_tui.export import export as write
-        from specdec_tui.streams import read_frame
-
-        frame, name = read_frame(trace)
-        _several(trace, frame.run)
-        try:
-            write(frame, name, export)
-        except OSError as error:
-            raise UsageError(f"{export} cannot be written: {reason(error)}", "choose another --export") from error
+        _export(trace, export, cycle)
         return
     _needs_terminal("the run")
     from specdec_tui.app import SpecdecApp
@@ -72,6 +75,19 @@ def replay(
     if stream.error is not None:
         raise stream.error
     _several(trace, stream.runs)
+
+
+def _export(trace: Path, path: Path, cycle: int | None) -> None:
+    """Raises UsageError for a file that cannot be written."""
+    from specdec_tui.export import export
+    from specdec_tui.streams import read_frame
+
+    frame, name = read_frame(trace)
+    _several(trace, frame.run)
+    try:
+        export(frame, name, path, cycle)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {reason(error)}", "choose another --export") from error
 
 
 def _needs_terminal(what: str) -> None:

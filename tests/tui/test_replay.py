@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 
+from specdec_engine.errors import UsageError
 from specdec_engine.record.events import Counters, Failed, SettingChanged
 from specdec_engine.record.trace import TraceWriter
 from specdec_tui import export
@@ -161,6 +162,19 @@ def test_a_run_is_exported(tmp_path, monkeypatch, ending):
         assert content.startswith(b"\x89PNG")
     else:
         assert b"lantern" in content or b"20 target passes" in content
+
+
+@pytest.mark.parametrize("ending", ["svg", "png", "html"])
+def test_a_picture_is_of_the_cycle_that_was_asked_for(tmp_path, ending):
+    files = [tmp_path / f"{cycle}.{ending}" for cycle in (2, 5)]
+    for cycle, path in zip((2, 5), files, strict=True):
+        export.export(frame(20), name, path, cycle)
+    assert files[0].read_bytes() != files[1].read_bytes()
+    if ending == "svg":
+        assert ["cycle&#160;2/20" in path.read_text() for path in files] == [True, False]
+    for path, cycle, said in ((files[0], 21, "there is no cycle 21"), (tmp_path / "run.gif", 2, "of the whole run")):
+        with pytest.raises(UsageError, match=said):
+            export.export(frame(20), name, path, cycle)
 
 
 def test_other_endings_are_refused(tmp_path):

@@ -247,7 +247,8 @@ def test_runs_are_saved(tmp_path, monkeypatch, kind):
     (file,) = tmp_path.iterdir()
     assert f"saved {file.name}" in said
     assert file.suffix == f".{KINDS[kind]}"
-    begins = {"bitmap": b"\x89PNG", "animation": b"GIF8", "picture": b"<svg", "trace": b'{"ki', "narration": b"- Ta"}
+    begins = {"bitmap": b"\x89PNG", "animation": b"GIF8", "picture": b"<svg", "trace": b'{"ki', "narration": b"- Ta",
+              "page": b"<!doctype html>"}  # fmt: skip
     assert file.read_bytes().startswith(begins.get(kind, b" "))
     if kind == "trace":
         from specdec_tui.streams import read_frame

@@ -1,4 +1,4 @@
-"""A run as a file that anyone can look at: GIF, SVG, HTML, Markdown. PanelContent by the same screens, without a terminal."""
+"""A run as a file that anyone can look at: a page, GIF, PNG, SVG, Markdown; pictures by the screens, without a terminal."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ import asyncio
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from io import StringIO
 from pathlib import Path
-
-from rich.console import Console
 
 from specdec_engine.errors import SpecdecError, UsageError
 from specdec_engine.record.files import replace_file
 from specdec_tui.app import SpecdecApp
 from specdec_tui.frame import Frame, View, steps
+from specdec_tui.page import html, telling
 from specdec_tui.pieces import Name
 from specdec_tui.saving import markdown
 from specdec_tui.screens.watch import WatchScreen
@@ -27,19 +25,27 @@ MOST_CYCLES = 48
 """Shown in an animation; a longer run is cut."""
 
 
-def export(frame: Frame, name: Name, path: Path) -> None:
-    """Written as the ending says. Raises UsageError for another ending, OSError where it cannot be written."""
-    writers: dict[str, Callable[[Frame, Name], bytes]] = {
-        ".gif": _gif, ".svg": _svg, ".png": _png, ".html": _html, ".md": _markdown,
-    }  # fmt: skip
-    if path.suffix not in writers:
-        raise UsageError(f"{path} has no ending that can be exported", f"one of {', '.join(writers)}")
-    replace_file(path, writers[path.suffix](frame, name))
+def export(frame: Frame, name: Name, path: Path, cycle: int | None = None) -> None:
+    """Written as the ending says. cycle: the one that a picture shows, or a page first; by default a picture shows the end,
+    and a page a cycle with much to see. Raises UsageError for another ending, or a cycle that there is not, OSError where it
+    cannot be written."""
+    of_all: dict[str, Callable[[Frame, Name], bytes]] = {".gif": _gif, ".md": _markdown}
+    of_one: dict[str, Callable[[Frame, Name, int | None], bytes]] = {".svg": _svg, ".png": _png, ".html": _html}
+    if path.suffix not in (endings := [*of_one, *of_all]):
+        raise UsageError(f"{path} has no ending that can be exported", f"one of {', '.join(endings)}")
+    if cycle is not None and not 1 <= cycle <= len(frame.cycles):
+        raise UsageError(f"there is no cycle {cycle}", f"the run has {len(frame.cycles)}")
+    if path.suffix in of_one:
+        replace_file(path, of_one[path.suffix](frame, name, cycle))
+    elif cycle is not None:
+        raise UsageError(f"{path} is of the whole run", f"one cycle is shown by {', '.join(of_one)}")
+    else:
+        replace_file(path, of_all[path.suffix](frame, name))
 
 
 def shots(frame: Frame) -> list[tuple[View, int]]:
     """Views and their milliseconds: cycle by cycle, one with a kept and a rejected token step by step."""
-    view, slow = View(frame), _telling(frame)
+    view, slow = View(frame), telling(frame, MOST_CYCLES)
     found = [(view.to(0), _STEP_MS)]
     for shown in range(1, min(len(frame.cycles), MOST_CYCLES) + 1):
         if shown - 1 == slow:
@@ -49,13 +55,6 @@ def shots(frame: Frame) -> list[tuple[View, int]]:
         else:
             found.append((view.to(shown), _CYCLE_MS))
     return [*found[:-1], (found[-1][0], _LONG_MS)]
-
-
-def _telling(frame: Frame) -> int:
-    """A cycle after the first few in which tokens were kept and one rejected; -1 if there is none."""
-    several = [i for i, c in enumerate(frame.cycles[:MOST_CYCLES]) if i >= 3 and 0 < c.accepted < len(c.drafted)]
-    sampled = [i for i in several if any(u is not None for u in frame.cycles[i].u)]
-    return next(iter(sampled or several), -1)
 
 
 def drawn(frame: Frame, name: Name, views: Iterable[View], take: Callable[[SpecdecApp], None]) -> None:
@@ -94,34 +93,26 @@ def _gif(frame: Frame, name: Name) -> bytes:
     return raster.gif(frames)
 
 
-def _png(frame: Frame, name: Name) -> bytes:
+def _png(frame: Frame, name: Name, cycle: int | None) -> bytes:
     from specdec_tui import raster
 
     found = list[bytes]()
-    drawn(frame, name, [View(frame).end()], lambda app: found.append(raster.png(app.screen)))
+    drawn(frame, name, [_view(frame, cycle)], lambda app: found.append(raster.png(app.screen)))
     return found[0]
 
 
-def _svg(frame: Frame, name: Name) -> bytes:
+def _svg(frame: Frame, name: Name, cycle: int | None) -> bytes:
     found = list[str]()
-    drawn(frame, name, [View(frame).end()], lambda app: found.append(app.export_screenshot(simplify=True)))
+    drawn(frame, name, [_view(frame, cycle)], lambda app: found.append(app.export_screenshot(simplify=True)))
     return found[0].encode()
 
 
-def _html(frame: Frame, name: Name) -> bytes:
-    from specdec_tui import raster
+def _view(frame: Frame, cycle: int | None) -> View:
+    return View(frame).end() if cycle is None else View(frame).to(cycle)
 
-    console = Console(record=True, file=StringIO(), width=SIZE[0], color_system="truecolor", force_terminal=True)
 
-    def take(app: SpecdecApp) -> None:
-        for strip in raster.drawn(app.screen):
-            console.print(*[], end="")
-            for segment in strip:
-                console.out(segment.text, style=segment.style, end="", highlight=False)
-            console.out("")
-
-    drawn(frame, name, [View(frame).end()], take)
-    return console.export_html(inline_styles=True).encode()
+def _html(frame: Frame, name: Name, cycle: int | None) -> bytes:
+    return html(frame, name, begin=telling(frame) + 1 if cycle is None else cycle).encode()
 
 
 def _markdown(frame: Frame, name: Name) -> bytes:

@@ -15,9 +15,12 @@ from specdec_engine.record.text import as_markdown
 from specdec_engine.record.trace import TraceWriter
 from specdec_tui.frame import Frame
 from specdec_tui.narrate import script
+from specdec_tui.page import html, telling
 from specdec_tui.pieces import UNKNOWN, Name, as_bytes
 
-KINDS = {"trace": "jsonl", "text": "txt", "narration": "md", "picture": "svg", "bitmap": "png", "animation": "gif"}
+KINDS = {
+    "trace": "jsonl", "page": "html", "text": "txt", "narration": "md", "picture": "svg", "bitmap": "png", "animation": "gif",
+}  # fmt: skip
 
 
 def fresh_path(folder: Path, kind: str) -> Path:
@@ -37,6 +40,8 @@ def save(frame: Frame, name: Name, kind: str, path: Path) -> None:
         tokens = (token for cycle in frame.cycles for token in cycle.emitted)
         text = b"".join(UNKNOWN.encode() if token is None else as_bytes(name(token)) for token in tokens)
         replace_file(path, text)
+    elif kind == "page":
+        replace_file(path, html(frame, name, begin=telling(frame) + 1).encode())
     else:
         replace_file(path, markdown(frame, name).encode())
 

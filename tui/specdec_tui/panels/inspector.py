@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from specdec_engine.record.events import Cycle
 from specdec_tui.bars import bar, dart
+from specdec_tui.decision import draw, left_after, left_title, scales, verdict
 from specdec_tui.frame import View
-from specdec_tui.narrate import held
 from specdec_tui.panels import Line, PanelContent, PanelContext, fitted, number, padded
 from specdec_tui.panels.warping import in_full, in_short
 from specdec_tui.pieces import alone
@@ -56,14 +56,8 @@ def _draft(cycle: Cycle, at: int, width: int) -> list[Line]:
 
 def _scales(cycle: Cycle, at: int, width: int, rule: str, thrown: bool) -> list[Line]:
     """thrown: whether the test was shown; the draw is, where it decided something."""
-    p, q, u = cycle.p[at], cycle.q[at], cycle.u[at]
-    lines = [_scale("q draft", q, "draft", width), _scale("p target", p, "target", width)]
-    if (
-        rule != "token" or cycle.fate(at) == "untested"
-    ):  # another test, or none: p then follows a token that was given up
-        return lines
-    lines.append(_scale("min(1, p/q)", None if p is None or not q else min(1.0, p / q), "ratio", width))
-    if u is not None and thrown and p is not None and q and p < q and not (p == 0.0 and q == 1.0):
+    lines = [_scale(scale.label, scale.value, scale.style, width) for scale in scales(cycle, at, rule)]
+    if thrown and (u := draw(cycle, at, rule)) is not None:
         cells = max(1, width - _LABEL - _NUMBER - 1)
         lines.append(
             [("u the draw".ljust(_LABEL + 1), "muted"), (dart(u, cells).ljust(cells), "strong"), (_right(u), "")]
@@ -81,32 +75,28 @@ def _right(value: float | None) -> str:
 
 
 def _verdict(cycle: Cycle, at: int, rule: str) -> list[Line]:
-    kept = cycle.fate(at) == "accepted"
-    verdict = ("✓ kept", "accepted") if kept else ("× rejected", "refused")
+    said, why = verdict(cycle, at, rule)
+    mark = (said, "accepted" if cycle.fate(at) == "accepted" else "refused")
     if rule != "token":
-        return [[verdict], [(f"{rule} verification weighs the whole draft", "muted")]]
+        return [[mark], [(why, "muted")]]
     if cycle.fate(at) == "untested":
-        return [[("never tested: ", "strong"), ("a token before it was rejected", "muted")]]
-    return [[(f"{held(cycle, at)}  →  ", ""), verdict]]
+        return [[(f"{said}: ", "strong"), (why, "muted")]]
+    return [[(f"{why}  →  ", ""), mark]]
 
 
 def _residual(cycle: Cycle, context: PanelContext, rule: str) -> list[Line]:
-    if cycle.rejected is None or not cycle.residual:
-        return []
-    drawn = cycle.emitted[-1] if len(cycle.emitted) > cycle.accepted else None
-    lines: list[Line] = [
-        [("what is left: max(0, p − q), normalised" if rule == "token" else "what is left of p", "muted")],
-    ]
-    known = [entry for entry in cycle.residual if entry[0] == drawn]
-    others = [entry for entry in cycle.residual if entry[0] != drawn]
-    entries = sorted([*others[: 4 - len(known)], *known], key=lambda entry: -entry[1])
-    rest, width = 1.0 - sum(mass for _, mass in entries), max(6, context.width - 32)
-    if drawn is not None and not known:
-        lines.append([("  ↳ drawn: ", "muted"), (fitted(alone(drawn, context.name), 20), "recovered")])
-    for token, mass in entries:
-        name = padded(alone(token, context.name), 13)
-        mark = ("↳ drawn", "recovered") if token == drawn else ("", "")
-        lines.append([(f"  {name}", ""), (bar(mass, width), "target"), (f"{mass:.2f} ".rjust(6), ""), mark])
-    if rest > 0.005:
-        lines.append([("  others".ljust(15), "muted"), (bar(rest, width), "muted"), (f"{rest:.2f} ".rjust(6), "")])
+    entries, width = left_after(cycle, most=4), max(6, context.width - 32)
+    lines: list[Line] = [[(left_title(rule), "muted")]] if entries else []
+    for left in entries:
+        if left.token is None:
+            lines.append(
+                [("  others".ljust(15), "muted"), (bar(left.mass, width), "muted"), (f"{left.mass:.2f} ".rjust(6), "")]
+            )
+        elif left.drawn and not left.mass:
+            lines.append([("  ↳ drawn: ", "muted"), (fitted(alone(left.token, context.name), 20), "recovered")])
+        else:
+            name = padded(alone(left.token, context.name), 13)
+            mark = ("↳ drawn", "recovered") if left.drawn else ("", "")
+            of_it = (bar(left.mass, width), "target"), (f"{left.mass:.2f} ".rjust(6), "")
+            lines.append([(f"  {name}", ""), *of_it, mark])
     return lines

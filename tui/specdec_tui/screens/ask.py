@@ -72,14 +72,16 @@ class AskWord(Ask):
 class AskKind(Ask):
     """What to save."""
 
-    def __init__(self, kinds: dict[str, str]) -> None:
+    def __init__(self, kinds: dict[str, str], folder: str) -> None:
+        """folder: where it goes."""
         super().__init__()
-        self._kinds = kinds
+        self._kinds, self._folder = kinds, folder
 
     def compose(self) -> ComposeResult:
         with Vertical() as box:
             box.border_title = "save"
             yield OptionList(*(Option(f"{kind} (.{ending})", id=kind) for kind, ending in self._kinds.items()))
+            yield Static(f"into {self._folder}", classes="hint", markup=False)
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
         self.dismiss(event.option.id)

@@ -206,7 +206,7 @@ class WatchScreen(Screen[None]):
 
     @work
     async def action_save(self) -> None:
-        if (kind := await self.app.push_screen_wait(AskKind(KINDS))) is None:
+        if (kind := await self.app.push_screen_wait(AskKind(KINDS, str(Path.cwd())))) is None:
             return
         frame, name = self._player.view.frame, self._stream.name
         self.app.clear_notifications()  # a picture would show them
