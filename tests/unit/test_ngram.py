@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 from hypothesis import given
@@ -113,3 +114,26 @@ def test_a_suffix_draft_has_read_the_prompt_before_its_first_cycle():
     assert drafter._known == 5
     draft = drafter.propose([1, 2, 3, 1, 2], 1, Sampling(), KeyedRandomness(0))
     assert draft.tokens.tolist() == [3]
+
+
+class Tokenizer:
+    """With a token 7 that begins a turn, and 8 that ends it."""
+
+    all_special_ids: ClassVar = [7, 8]
+    all_special_tokens: ClassVar = ["<begin>", "<end>"]
+    added_tokens_decoder: ClassVar = {}
+    eos_token_id, chat_template = 8, None
+
+
+@pytest.mark.parametrize("spec", ["ngram", "suffix"])
+def test_no_lookup_drafts_what_begins_a_turn(spec):
+    """`assistant` and a line's end were followed by a system prompt and another turn. An answer may end, and not begin one."""
+
+    def drafted(context, k):
+        drafter = build_drafter(spec, host(9, tokenizer=Tokenizer))
+        drafter.begin(context)
+        return drafter.propose(context, k, Sampling(), KeyedRandomness(0)).tokens.tolist()
+
+    assert drafted([7, 1, 2, 7, 3, 2], 3) == []
+    assert drafted([1, 2, 3, 8, 7, 4, 1, 2], 4) == [3, 8]
+    assert NgramDrafter(host(9, tokenizer=Tokenizer)).guess([1, 2, 3, 7, 4, 1, 2], [], 4) == [3]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
+from itertools import takewhile
 
 import torch
 
@@ -16,6 +17,7 @@ from specdec_engine.core.randomness import Randomness
 from specdec_engine.core.transfer import upload
 from specdec_engine.drafters.base import DraftSetup, empty_draft
 from specdec_engine.errors import UsageError
+from specdec_engine.models.chat import between_turns
 from specdec_engine.runtime import Runtime, StopDrafting
 
 _LARGEST_N = 64
@@ -36,6 +38,7 @@ class NgramDrafter:
                 f"ngram:{longest} is not from {shortest} to {_LARGEST_N}", "the number is the longest n-gram to look up"
             )
         self._device, self._limits = setup.device, setup.draft_limits
+        self._never = between_turns(setup.tokenizer)
         self._lengths = range(longest, shortest - 1, -1)
         self._after: dict[tuple[int, ...], int] = {}  # n-gram -> where what followed its last occurrence begins
         self._indexed = 0
@@ -54,10 +57,17 @@ class NgramDrafter:
         self._index(context)
         for n in self._lengths:
             start = self._after.get(tuple(context[-n:])) if len(context) > n else None
-            if start is not None and self._limits.should_draft(self.name, sure := _confidence_at(context, start)):
+            if start is None or context[start] in self._never:
+                continue
+            if self._limits.should_draft(self.name, sure := _confidence_at(context, start)):
                 kept = _draft_length(k, sure, self._limits.early_stop(self.name))
-                return Draft(upload(torch.tensor(_copy(context, start, kept)), self._device), None, self.name)
+                found = self._of_an_answer(_copy(context, start, kept))
+                return Draft(upload(torch.tensor(found), self._device), None, self.name)
         return empty_draft(self._device, self.name)
+
+    def _of_an_answer(self, tokens: Sequence[int]) -> list[int]:
+        """Those before one that only the template has: no answer goes on as the next turn begins."""
+        return list(takewhile(lambda token: token not in self._never, tokens))
 
     def guess(self, context: Sequence[int], said: Sequence[int], k: int) -> list[int]:
         """See `Guesser`. A match of one token is no guess: a row for it costs more than it is right."""
@@ -67,7 +77,7 @@ class NgramDrafter:
             start = self._after.get(tuple(recent[-n:])) if len(context) + len(said) > n > 1 else None
             if start is not None:
                 found = [*context[start : start + k], *said]
-                return [found[i % len(found)] for i in range(k)]
+                return self._of_an_answer([found[i % len(found)] for i in range(k)])
         return []
 
     def observe(self, draft: Draft, verdict: Verdict) -> None:

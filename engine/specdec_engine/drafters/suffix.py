@@ -18,6 +18,7 @@ from specdec_engine.core.randomness import Randomness
 from specdec_engine.core.transfer import upload
 from specdec_engine.drafters.base import DraftSetup, empty_draft
 from specdec_engine.errors import UsageError
+from specdec_engine.models.chat import between_turns
 from specdec_engine.runtime import Runtime
 
 DEPTH = 16
@@ -48,6 +49,7 @@ class SuffixDrafter:
 
     def __init__(self, setup: DraftSetup) -> None:
         self._device, self._limits = setup.device, setup.draft_limits
+        self._never = between_turns(setup.tokenizer)
         self._root, self._known = _Node(), 0
         self._ends: list[_Node] = []
 
@@ -72,6 +74,8 @@ class SuffixDrafter:
             if node is None:
                 break
             token, chance = node.likeliest()
+            if token in self._never:  # no answer goes on as the next turn begins
+                break
             reach *= chance
             if not tokens and (node is self._root or not self._limits.should_draft(self.name, chance)):
                 break  # nothing but how common a token is

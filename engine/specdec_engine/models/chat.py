@@ -78,6 +78,14 @@ def special_in(tokenizer: Any, text: str) -> list[str]:
     return [token for token in _specials(tokenizer) if token and token in text]
 
 
+def between_turns(tokenizer: Any) -> frozenset[int]:
+    """Special tokens that no answer has in it, only a template around answers: all but those that end one. None for no
+    tokenizer."""
+    if tokenizer is None:
+        return frozenset()
+    return frozenset(tokenizer.all_special_ids) - turn_ends(tokenizer) - {tokenizer.eos_token_id}
+
+
 def turn_ends(tokenizer: Any) -> frozenset[int]:
     """The special tokens that end an assistant's turn: by its template, and by their names."""
     known = _specials(tokenizer)
