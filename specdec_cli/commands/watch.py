@@ -14,7 +14,6 @@ from platformdirs import user_log_path
 
 from specdec_cli import options as opt
 from specdec_cli import output, profiles, shaping
-from specdec_cli.commands.replay import replay
 from specdec_cli.exits import ExitCode
 from specdec_cli.prompts import read_prompt
 from specdec_cli.servers.attached import At, ServerOptions, asked_of, server_at
@@ -203,9 +202,20 @@ def _start(target: str, draft: str | None) -> Choice:
 
 
 def _demonstrate() -> None:
-    from specdec_tui.streams import DEMO
+    """The run waits for a key. Raises UsageError where there is no terminal to press one."""
+    if not (sys.stdout.isatty() and sys.stdin.isatty()):
+        raise UsageError("the demo needs a terminal", "specdec watch --lesson says what happens in sentences")
+    from specdec_tui.app import SpecdecApp
+    from specdec_tui.leaving import show
+    from specdec_tui.player import REPLAY_SPEED
+    from specdec_tui.screens.watch import Guide
+    from specdec_tui.streams import DEMO, ReplayStream
 
-    replay(DEMO)
+    guide = Guide(
+        "A recorded run of the built-in pair. Space plays it, → shows the next cycle, . a single step, ? all keys.",
+        'Next: specdec watch --lesson says why nothing is lost; specdec watch "your prompt" runs it here.',
+    )
+    show(SpecdecApp(ReplayStream(DEMO), speed=REPLAY_SPEED, guide=guide))
 
 
 def _teach() -> None:

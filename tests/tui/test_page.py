@@ -19,6 +19,7 @@ from specdec_tui.frame import Frame
 from specdec_tui.narrate import narrate
 from specdec_tui.page import RunPage, html
 from specdec_tui.page.told import told
+from specdec_tui.pieces import StreamDecoder
 from specdec_tui.streams import DEMO, read_frame
 
 HOSTILE = ["</script><script>document.title = 'owned'</script>", "<img src=x onerror=\"document.title = 'owned'\">",
@@ -53,7 +54,7 @@ def test_figures_and_sentences_are_those_of_the_screens(demo):
     speedup = budget(frame.summary(), frame.plain_s).speedup
     assert made["headline"][0] == f"{speedup:.2f}×" == made["cycles"][-1]["figures"][0][1]
     text = "".join(text for cycle in made["cycles"] for text, _ in cycle["text"])
-    assert text.startswith("class Lighthouse:\n    def __init__")
+    assert text == "".join(map(StreamDecoder(name), (token for c in frame.cycles for token in c.emitted)))
 
 
 def test_a_page_is_one_small_file_that_allows_nothing_but_itself(demo, tmp_path):
@@ -176,7 +177,7 @@ def test_it_steps_by_key_mouse_slider_and_touch(page, demo):
     assert page.cycle() == 9
     page.press("END")
     assert page.cycle() == len(frame.cycles)
-    assert page.said("words").startswith("class Lighthouse:")
+    assert page.said("words").startswith(name(frame.cycles[0].emitted[0]))
     page.press("ARROW_RIGHT")
     assert page.cycle() == len(frame.cycles)
     page.run(

@@ -286,7 +286,7 @@ def test_an_engine_that_tells_totals_alone_has_figures_of_them(trace):
     found, _ = read_frame(path)
     assert (found.summary().mean_emitted_per_cycle, found.summary().acceptance_rate) == (3.1, 0.7)
     screen = replayed(path)
-    for shown in ("vllm, counted", "3.10 a cycle", "210 of 300 drafted tokens were kept"):
+    for shown in ("vllm, counted", "3.10 tokens a cycle", "210 of 300 drafted tokens were kept"):
         assert shown in screen
 
 

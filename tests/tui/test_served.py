@@ -35,16 +35,17 @@ def test_a_servers_cycles_are_on_the_screen_with_who_tells_them(name, who, size,
         await pilot.press("K")
         await pilot.pause()
         assert ["the server keeps" in note.message for note in app._notifications] == [True]
-        await pilot.press("R")  # the same once more
+        await pilot.press("R", "o")  # the same once more, and its prompt
         await pilot.pause(0.1)
         await until(app, "finished")
+        assert ("quick" if name == "llama_cpp_draft" else "sentence") in screen_of(app)
         return found
 
     with replayed(name) as state:
         found = shown(state, act, size, tmp_path)
         assert len([path for path, *_ in state.requests if "completion" in path]) == 2
     assert who in found
-    assert ("quick" if name == "llama_cpp_draft" else "sentence") in found
+    assert "▶ prompt," in found
 
 
 def test_a_run_that_breaks_off_is_said_on_the_screen(tmp_path):

@@ -31,17 +31,21 @@ def test_the_stream_shows_every_emitted_token_once(width):
     ids = [*run.prompt, *(token for cycle in run.cycles for token in cycle.emitted)]
     decode = StreamDecoder(name)
     whole = "".join(map(decode, ids))
-    lines = TextLayout(name).lines(View(run).end(), width)
-    assert squeezed(text_of(lines)) == squeezed(whole)
+    layout = TextLayout(name)
+    lines = layout.lines(View(run, unfolded=True).end(), width)
+    assert squeezed(text_of(lines)) == squeezed(f"▼ prompt, {len(run.prompt)} tokens{whole}")
+    answer = whole[len("".join(map(StreamDecoder(name), run.prompt))) :]
+    folded = layout.lines(View(run).end(), width)
+    assert squeezed(text_of(folded)) == squeezed(f"▶ prompt, {len(run.prompt)} tokens{answer}")
     assert all(sum(cell_len(word.text) for word in line) <= width + 1 for line in lines)  # ⏎ may stand past the edge
 
 
-@given(moves=st.lists(st.integers(0, 40), max_size=30), width=st.integers(8, 90))
+@given(moves=st.lists(st.integers(0, 40), max_size=30), width=st.integers(8, 90), fold=st.sets(st.integers(0, 40)))
 @settings(deadline=None, max_examples=60)
-def test_however_one_moves_there_a_view_looks_the_same(moves, width):
+def test_however_one_moves_there_a_view_looks_the_same(moves, width, fold):
     run, layout = frame(40), TextLayout(name)
     for shown in moves:
-        view = View(run).to(shown)
+        view = View(run, unfolded=shown in fold).to(shown)
         fresh = TextLayout(name).lines(view, width)
         assert layout.lines(view, width) == fresh
 

@@ -127,7 +127,7 @@ class Tokenizer:
 
 @pytest.mark.parametrize("spec", ["ngram", "suffix"])
 def test_no_lookup_drafts_what_begins_a_turn(spec):
-    """`assistant` and a line's end were followed by a system prompt and another turn. An answer may end, and not begin one."""
+    """`assistant` and a line's end were followed by a prompt and another turn. An answer may end, and not begin one."""
 
     def drafted(context, k):
         drafter = build_drafter(spec, host(9, tokenizer=Tokenizer))

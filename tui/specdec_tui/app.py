@@ -13,7 +13,7 @@ from specdec_tui.lesson import Lesson
 from specdec_tui.player import Player
 from specdec_tui.screens.help import HelpScreen
 from specdec_tui.screens.lesson import LessonScreen
-from specdec_tui.screens.watch import WatchScreen
+from specdec_tui.screens.watch import Guide, WatchScreen
 from specdec_tui.streams import EventStream
 
 INTERRUPTED = 130
@@ -35,21 +35,29 @@ class SpecdecApp(TerminalApp[None]):
     ]
 
     def __init__(
-        self, stream: EventStream, *, speed: float, lesson: Lesson | None = None, instead: Screen[Any] | None = None
+        self,
+        stream: EventStream,
+        *,
+        speed: float,
+        lesson: Lesson | None = None,
+        instead: Screen[Any] | None = None,
+        guide: Guide | None = None,
     ) -> None:
-        """instead: the screen to show in place of the run's own."""
+        """instead: the screen to show in place of the run's own; guide: what is said before it and after it, and then the run
+        waits for a key."""
         super().__init__()
-        self._lesson, self._instead = lesson, instead
+        self._lesson, self._instead, self._guide = lesson, instead, guide
         self.stream = stream
         self._stopped = -_TWICE_S
         self.player = Player(speed, live=stream.live)
+        self.player.playing = guide is None
 
     def on_mount(self) -> None:
         lesson = self._lesson
         if self._instead is not None:
             self.push_screen(self._instead)
         elif lesson is None:
-            self.push_screen(WatchScreen(self.stream, self.player))
+            self.push_screen(WatchScreen(self.stream, self.player, self._guide))
         else:
             self.push_screen(LessonScreen(self.stream, self.player, lesson))
         self.stream.start()

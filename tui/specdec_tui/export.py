@@ -44,9 +44,10 @@ def export(frame: Frame, name: Name, path: Path, cycle: int | None = None) -> No
 
 
 def shots(frame: Frame) -> list[tuple[View, int]]:
-    """Views and their milliseconds: cycle by cycle, one with a kept and a rejected token step by step."""
+    """Views and their milliseconds: how it ends, for who sees no other, then cycle by cycle, one with a kept and a rejected
+    token step by step."""
     view, slow = View(frame), telling(frame, MOST_CYCLES)
-    found = [(view.to(0), _STEP_MS)]
+    found = [(view.to(min(len(frame.cycles), MOST_CYCLES)), _LONG_MS), (view.to(0), _STEP_MS)]
     for shown in range(1, min(len(frame.cycles), MOST_CYCLES) + 1):
         if shown - 1 == slow:
             parts = range(1, steps(frame.cycles[slow]))

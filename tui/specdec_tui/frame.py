@@ -157,6 +157,8 @@ class View:
     """Drafted token inspected, in the last cycle shown; None for the one that decided the cycle."""
     warping: bool = False
     """Whether the inspector tells what temperature and filters did, instead of the decision."""
+    unfolded: bool = False
+    """Whether the prompt stands before the text."""
 
     @property
     def past(self) -> Frame:
@@ -188,6 +190,12 @@ class View:
         if (partial := self.partial) is not None and not partial.final:
             return max(0, min(partial.tested, cycle.tested) - 1) if partial.verified else max(0, partial.drafted - 1)
         return len(cycle.drafted) - 1 if cycle.rejected is None else cycle.rejected
+
+    @property
+    def last_draft(self) -> View | None:
+        """After the last cycle before this one that drafted; None where none did."""
+        drafted = (i for i in range(self.shown - 1, 0, -1) if self._drafts(i - 1))
+        return None if (shown := next(drafted, None)) is None else replace(self, shown=shown, step=None, position=None)
 
     # -- moving ------------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from specdec_tui.panels import Line
 from specdec_tui.pieces import Name, alone
 
 MARKS = {"accepted": "✓", "rejected": "×", "untested": "·", "recovered": "↳", "bonus": "+", "plain": "", "drafted": "?"}
+LEGEND = "✓ kept × rejected · untested ↳ recovered + bonus"
 GUESSED, FORCED = "»", "≡"
 """Before a token that a lookup had expected of the draft model."""
 

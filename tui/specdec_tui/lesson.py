@@ -96,8 +96,8 @@ def pages(frame: Frame) -> tuple[Page, ...]:
         Page(
             "A draft guesses ahead",
             "Something small and fast guesses the next few tokens: a little model, or a lookup of what followed "
-            "the same words before. It may be wrong; nothing is decided yet. Guesses stand in the text in "
-            "italics.",
+            "the same words before. It may be wrong; nothing is decided yet. Guesses stand dim "
+            "in the text.",
             f"press . until all {k} guesses are there",
             reached(shown, k),
             within(shown, 1),

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
 from specdec_engine.core.cycle_types import Sampling
@@ -202,7 +203,8 @@ class LiveStream(Threaded):
                 return
 
     def _plain(self, pair: Pair, ids: list[int], hint: str) -> float | None:
-        """Tokens a second without a draft, the first left out: it finds everything cold."""
+        """Tokens a second without a draft, the first left out: it finds everything cold. By the median: on a shared machine the
+        mean of one in ten runs was 1.4 times what their own plain passes took."""
         seconds = list[float]()
         for event in pair.decode(ids, k=0, max_tokens=PLAIN_TOKENS, seed=0):
             if self._closing:
@@ -212,7 +214,7 @@ class LiveStream(Threaded):
                 phases = known_phases(event)
                 seconds.append(phases.verify_s + phases.other_s)
         del seconds[:1]
-        return len(seconds) / sum(seconds) if seconds and sum(seconds) else None
+        return 1 / median(seconds) if seconds and median(seconds) else None
 
     def _may_go_on(self, done: int) -> bool:
         """Wait until the next cycle is allowed; False where it is not wanted any more."""

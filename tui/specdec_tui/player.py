@@ -39,7 +39,7 @@ class Player:
         if frame.run != self.view.frame.run:
             if self.view.frame.run:  # another run was asked for
                 self.playing, self._awaiting = True, None
-            self.view, self._due = View(), 0.0
+            self.view, self._due = View(unfolded=self.view.unfolded), 0.0
         more = len(frame.cycles) > len(self.view.frame.cycles)
         self.view = self.view.known(frame)
         if self._awaiting and more:
@@ -126,6 +126,10 @@ class Player:
     def warp(self) -> None:
         """The inspector's other side."""
         self.view = replace(self.view, warping=not self.view.warping)
+
+    def unfold(self) -> None:
+        """The prompt, or fold it again."""
+        self.view = replace(self.view, unfolded=not self.view.unfolded)
 
     def find(self, wanted: Literal["rejection", "acceptance"]) -> bool:
         """Whether there was one."""

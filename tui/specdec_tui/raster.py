@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 CELL = (8, 17)
-"""Pixels of a cell."""
+"""Pixels of a cell of an animation; of a picture twice as many each way."""
 _SIZE = 13
+_FINE = 2
 _EIGHTHS = "▁▂▃▄▅▆▇█"
 _LEFTS = "▏▎▍▌▋▊▉█"
 _SHADES = {"░": 0.3, "▒": 0.5, "▓": 0.75}
@@ -52,7 +53,7 @@ def png(screen: Screen[Any]) -> bytes:
     from io import BytesIO
 
     out = BytesIO()
-    picture(drawn(screen)).save(out, "PNG")
+    picture(drawn(screen), _FINE).save(out, "PNG")
     return out.getvalue()
 
 
@@ -76,69 +77,82 @@ def gif(frames: Sequence[Shot]) -> bytes:
     return out.getvalue()
 
 
-def picture(strips: Sequence[Strip]) -> Image:
-    """One screen. Raises UsageError without the extra."""
+def picture(strips: Sequence[Strip], scale: int = 1) -> Image:
+    """One screen, with `CELL` times scale pixels a cell. Raises UsageError without the extra."""
     image_module, draw_module, _ = _pillow()
-    width, height = CELL
+    width, height = CELL[0] * scale, CELL[1] * scale
     columns = max((strip.cell_length for strip in strips), default=1)
     image: Image = image_module.new("RGB", (columns * width, len(strips) * height), _BACKGROUND)
-    canvas = draw_module.Draw(image)
+    canvas = _Canvas(draw_module.Draw(image), scale)
     for row, strip in enumerate(strips):
         column = 0
         for segment in strip:
-            column = _segment(canvas, segment, column, row)
+            column = canvas.segment(segment, column, row)
     return image
 
 
-def _segment(canvas: Any, segment: Segment, column: int, row: int) -> int:
-    """Draw it; the column after it."""
-    width, height = CELL
-    style = segment.style
-    ink = _hex(None if style is None else style.color) or _FOREGROUND
-    paper = _hex(None if style is None else style.bgcolor) or _BACKGROUND
-    if style is not None and style.reverse:
-        ink, paper = paper, ink
-    cells = cell_len(segment.text)
-    if not cells:
-        return column
-    x, y = column * width, row * height
-    canvas.rectangle((x, y, x + cells * width - 1, y + height - 1), paper)
-    bold, italic = bool(style and style.bold), bool(style and style.italic)
-    for char in segment.text:
-        _glyph(canvas, char, (x, y), ink, paper, bold=bold or italic)
-        x += cell_len(char) * width
-    left = column * width
-    if style is not None and style.underline:
-        canvas.line((left, y + height - 2, x - 1, y + height - 2), ink)
-    if style is not None and style.strike:
-        canvas.line((left, y + height // 2 + 1, x - 1, y + height // 2 + 1), ink)
-    return column + cells
+class _Canvas:
+    """Draws cells, so many pixels wide and high."""
+
+    def __init__(self, draw: Any, scale: int) -> None:
+        self._draw, self._scale = draw, scale
+        self._width, self._height = CELL[0] * scale, CELL[1] * scale
+
+    def segment(self, segment: Segment, column: int, row: int) -> int:
+        """Draw it; the column after it."""
+        style, scale = segment.style, self._scale
+        ink = _hex(None if style is None else style.color) or _FOREGROUND
+        paper = _hex(None if style is None else style.bgcolor) or _BACKGROUND
+        if style is not None and style.reverse:
+            ink, paper = paper, ink
+        cells = cell_len(segment.text)
+        if not cells:
+            return column
+        x, y = column * self._width, row * self._height
+        self._box(x, y, cells * self._width, self._height, paper)
+        bold, italic = bool(style and style.bold), bool(style and style.italic)
+        if style is not None and style.dim:
+            ink = f"#{bytes(_mixed(ink, paper, 0.6)).hex()}"
+        for char in segment.text:
+            self._glyph(char, x, y, ink, paper, bold=bold or italic)
+            x += cell_len(char) * self._width
+        left = column * self._width
+        if style is not None and style.underline:
+            self._box(left, y + self._height - 2 * scale, x - left, scale, ink)
+        if style is not None and style.strike:
+            self._box(left, y + self._height // 2 + scale, x - left, scale, ink)
+        return column + cells
+
+    def _box(self, x: int, y: int, width: int, height: int, ink: str | tuple[int, ...]) -> None:
+        self._draw.rectangle((x, y, x + width - 1, y + height - 1), ink)
+
+    def _glyph(self, char: str, x: int, y: int, ink: str, paper: str, *, bold: bool) -> None:
+        width, height, scale = self._width, self._height, self._scale
+        if char in " \u00a0":
+            return
+        if char in _LEFTS:
+            self._box(x, y, round(width * (_LEFTS.index(char) + 1) / 8), height, ink)
+        elif char in _EIGHTHS:
+            high = round(height * (_EIGHTHS.index(char) + 1) / 8)
+            self._box(x, y + height - high, width, high, ink)
+        elif char in _SHADES:
+            self._box(x, y, width, height, _mixed(ink, paper, _SHADES[char]))
+        elif char in _LINES:
+            middle, centre, thick = x + width // 2, y + height // 2, scale * (2 if char == "━" else 1)
+            ends = {"l": (x, centre), "r": (x + width - 1, centre), "u": (middle, y), "d": (middle, y + height - 1)}
+            for way in _LINES[char]:
+                ex, ey = ends[way]
+                left, top = min(ex, middle), min(ey, centre)
+                across = way in "lr"
+                self._box(
+                    left, top, abs(ex - middle) + 1 if across else scale, thick if across else abs(ey - centre) + 1, ink
+                )
+        else:
+            self._draw.text((x, y + scale), char, ink, _font(bold, scale))
 
 
 def _hex(color: Color | None) -> str | None:
     return None if color is None or color.triplet is None else color.triplet.hex
-
-
-def _glyph(canvas: Any, char: str, at: tuple[int, int], ink: str, paper: str, *, bold: bool) -> None:
-    (x, y), (width, height) = at, CELL
-    if char in " \u00a0":
-        return
-    if char in _LEFTS:
-        canvas.rectangle((x, y, x + round(width * (_LEFTS.index(char) + 1) / 8) - 1, y + height - 1), ink)
-    elif char in _EIGHTHS:
-        canvas.rectangle(
-            (x, y + height - round(height * (_EIGHTHS.index(char) + 1) / 8), x + width - 1, y + height - 1), ink
-        )
-    elif char in _SHADES:
-        canvas.rectangle((x, y, x + width - 1, y + height - 1), _mixed(ink, paper, _SHADES[char]))
-    elif char in _LINES:
-        middle, centre, thick = x + width // 2, y + height // 2, 1 if char == "━" else 0
-        ends = {"l": (x, centre), "r": (x + width - 1, centre), "u": (middle, y), "d": (middle, y + height - 1)}
-        for way in _LINES[char]:
-            ex, ey = ends[way]
-            canvas.rectangle((min(ex, middle), min(ey, centre), max(ex, middle), max(ey, centre) + thick), ink)
-    else:
-        canvas.text((x, y + 1), char, ink, _font(bold))
 
 
 def _mixed(ink: str, paper: str, share: float) -> tuple[int, ...]:
@@ -158,10 +172,10 @@ def _palette(images: Sequence[Image]) -> Image:
 
 
 @cache
-def _font(bold: bool) -> Any:
+def _font(bold: bool, scale: int) -> Any:
     _, _, font_module = _pillow()
     path = files("fontpkg_fira_code") / "files" / "FiraCode[wght].ttf"
-    font = font_module.truetype(str(path), _SIZE)
+    font = font_module.truetype(str(path), _SIZE * scale)
     font.set_variation_by_axes([650 if bold else 420])
     return font
 

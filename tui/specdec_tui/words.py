@@ -10,6 +10,7 @@ from typing import Literal
 from rich.cells import cell_len
 
 from specdec_engine.record.events import Cycle, Origin
+from specdec_engine.record.text import counted
 from specdec_tui.frame import Frame, View
 from specdec_tui.pieces import Name, StreamDecoder, alone
 
@@ -60,6 +61,11 @@ class Lines:
                 self._break()
             if rest:
                 self._put(replace(word, text=rest))
+
+    def line(self, word: Word) -> None:
+        """A line of its own."""
+        self._put(word)
+        self._break()
 
     def mark(self) -> Mark:
         """Where the text ends now."""
@@ -118,16 +124,16 @@ class TextLayout:
     def __init__(self, name: Name) -> None:
         self._name = name
         self._begin(Frame())
-        self._wrap(1)
+        self._wrap(1, unfolded=False)
 
     def lines(self, view: View, width: int) -> list[list[Word]]:
         """All lines up to the view's last cycle, and of that what it shows."""
         frame = view.frame
         if frame.run != self._run or frame.cycles[:1] != self._first:
             self._begin(frame)
-            self._wrap(width)
-        elif width != self._lines.width:
-            self._wrap(width)
+            self._wrap(width, view.unfolded)
+        elif (width, view.unfolded) != (self._lines.width, self._unfolded):
+            self._wrap(width, view.unfolded)
         before = max(0, view.shown - 1)
         for index in range(len(self._marks) - 1, before):
             self._lines.extend(self._emitted(frame.cycles[index], index))
@@ -140,12 +146,19 @@ class TextLayout:
         """Another run."""
         self._run, self._first = frame.run, frame.cycles[:1]
         self._decode = StreamDecoder(self._name)
-        self._beginning = [Word(self._decode(token), "prompt", position=i) for i, token in enumerate(frame.prompt)]
+        self._prompt = [Word(self._decode(token), "prompt", position=i) for i, token in enumerate(frame.prompt)]
         self._texts = list[list[Word]]()
 
-    def _wrap(self, width: int) -> None:
-        """Another width: all that was decoded is laid out again."""
-        self._lines = Lines(width, self._beginning)
+    def _wrap(self, width: int, unfolded: bool) -> None:
+        """Another width, or the prompt unfolded: all that was decoded is laid out again."""
+        self._unfolded = unfolded
+        self._lines = Lines(width)
+        if self._prompt:
+            self._lines.line(
+                Word(f"{'▼' if unfolded else '▶'} prompt, {counted(len(self._prompt), 'token')}", "prompt")
+            )
+        if unfolded:
+            self._lines.extend(self._prompt)
         self._marks = [self._lines.mark()]
 
     def _emitted(self, cycle: Cycle, index: int) -> list[Word]:

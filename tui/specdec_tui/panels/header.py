@@ -29,25 +29,27 @@ def _observed(frame: Frame) -> str:
 
 
 def figures(view: View, context: PanelContext) -> Line:
-    """Figures of what is shown: the same that `stats` gives for those events."""
+    """Figures of what is shown, the same that `stats` gives for those events: the speedup, then speed, drafts, and how far
+    the run is. As many as there is room for, whole ones."""
     past = view.past
     s = past.summary()
-    made = None if past.plain_s is None else budget(s, past.plain_s)
-    speedup, now = None if made is None else made.speedup, rate(past.cycles[-16:])
+    made = None if past.plain_s is None or not s.drafted else budget(s, past.plain_s)
+    speedup = None if made is None else made.speedup
     most = past.settings.get("max_tokens")
-    parts = [
-        (f" {number(s.tokens_per_second, 1)} tok/s", "strong"),
-        (f"  {number(speedup)}× plain", "muted" if speedup is None else "strong" if speedup >= 1 else "refused"),
-        (f"  α {number(s.alpha)}", ""),
-        (f"  {number(s.mean_emitted_per_cycle)} a cycle", ""),
-        (f"  cycle {s.cycles}", ""),
-        (f"  {s.emitted}{'/' + str(most) if most else ''} tokens", ""),
-        (f"  last 16: {number(now, 0)} tok/s", "muted"),
+    headline = "muted" if speedup is None else "headline" if speedup >= 1 else "refused"
+    groups: list[Line] = [
+        [(f" {number(speedup)}× plain ", headline)],
+        [(f"{number(s.tokens_per_second, 1)} tok/s", "strong")],
+        [(f"{number(s.mean_emitted_per_cycle)} tokens a cycle", ""), (f", α {number(s.alpha)}", "")],
+        [(f"cycle {s.cycles}", ""), (f", {s.emitted}{'/' + str(most) if most else ''} tokens", "")],
+        [(f"last 16: {number(rate(past.cycles[-16:]), 0)} tok/s", "muted")],
     ]
     line, used = list[tuple[str, str]](), 0
-    for text, style in parts:
-        if used + len(text) > context.width:
-            break
-        line.append((text, style))
-        used += len(text)
+    for parts in groups:
+        for part, (text, style) in enumerate(parts):
+            shown = f"   {text}" if line and not part else text
+            if used + len(shown) > context.width:
+                break
+            line.append((shown, style))
+            used += len(shown)
     return line

@@ -19,14 +19,11 @@ def inspector(view: View, context: PanelContext) -> PanelContent | None:
     if cycle is None:
         return None
     if at is None:
-        lines: list[Line] = [
-            [(f"cycle {cycle.index + 1}: nothing drafted", "strong")],
-            [],
-            [("the pass gave the target's own token", "muted")],
-        ]
-        return PanelContent("inspector", lines)
+        return _without_draft(view, cycle, context)
     token = fitted(f"“{alone(cycle.drafted[at], context.name)}”", context.width - 22)
-    lines = [[(f"cycle {cycle.index + 1} · token {at + 1} of {len(cycle.drafted)} · ", "muted"), (token, "strong")]]
+    lines: list[Line] = [
+        [(f"cycle {cycle.index + 1} · token {at + 1} of {len(cycle.drafted)} · ", "muted"), (token, "strong")]
+    ]
     if at in cycle.guessed:
         lines.append([("» a lookup expected it; the draft model chose it too", "muted")])
     if cycle.forced:
@@ -48,6 +45,15 @@ def inspector(view: View, context: PanelContext) -> PanelContent | None:
     if overlap is not None and cycle.fate(at) != "untested":
         lines += [[("overlap Σ min(p, q) ", "muted"), (number(overlap), "")]]
     return PanelContent("inspector", lines)
+
+
+def _without_draft(view: View, cycle: Cycle, context: PanelContext) -> PanelContent:
+    """The last decision that there was."""
+    said: Line = [(f"cycle {cycle.index + 1}: nothing drafted", "muted")]
+    before = view.last_draft
+    if before is None or (found := inspector(before, context)) is None:
+        return PanelContent("inspector", [said, [], [("the pass gave the target's own token", "muted")]])
+    return PanelContent(found.title, [said, *found.lines])
 
 
 def _draft(cycle: Cycle, at: int, width: int) -> list[Line]:

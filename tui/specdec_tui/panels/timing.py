@@ -54,8 +54,8 @@ def made_of(view: View, context: PanelContext) -> PanelContent | None:
     if found is None:
         return None
     lines: list[Line] = [
-        [(f"{found.speedup:.2f}×", "strong"), (f" measured · {number(found.at_constant_alpha)}× by α alone", "")],
-        [(f"{found.emitted:.2f} tokens a cycle of {found.cost:.2f} plain ones", "muted")],
+        [(f"{found.emitted:.2f} tokens a cycle ÷ {found.cost:.2f} plain passes", "")],
+        [(f"= {found.speedup:.2f}×", "strong"), (f" · {number(found.at_constant_alpha)}× by α alone", "muted")],
     ]
     lost = found.lost
     if found.speedup < 0.97:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from asyncio import sleep
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic, thread_time
 from typing import ClassVar, Literal
@@ -39,6 +39,16 @@ TICK_S = 1 / 15
 """Screens are drawn so often, or less where an engine runs at full speed (`display.py`); the engine never waits for them."""
 
 
+@dataclass(frozen=True, slots=True)
+class Guide:
+    """What is said to somebody who sees this for the first time."""
+
+    first: str
+    """Before the first cycle."""
+    last: str
+    """After the last."""
+
+
 class WatchScreen(Screen[None]):
     """Draws a player's view, and turns keys into its commands."""
 
@@ -59,6 +69,7 @@ class WatchScreen(Screen[None]):
         Binding("minus", "faster(-1)", "Slower", id="slower"),
         Binding("i", "inspect", "Inspect", id="inspect"),
         Binding("w", "warp", "Before and after warping", id="warp"),
+        Binding("o", "unfold", "Prompt: fold or unfold", id="unfold"),
         Binding("tab", "app.focus_next", "Next panel", id="focus", show=False),
         Binding("slash", "search", "Find text", id="search"),
         Binding("N", "search_again(1)", "Next match", id="search-next"),
@@ -76,9 +87,9 @@ class WatchScreen(Screen[None]):
         Binding("h", "aim(-1)", "Previous token of the cycle", id="aim-back"),
     ]
 
-    def __init__(self, stream: EventStream, player: Player) -> None:
+    def __init__(self, stream: EventStream, player: Player, guide: Guide | None = None) -> None:
         super().__init__()
-        self._stream, self._player = stream, player
+        self._stream, self._player, self._guide = stream, player, guide
         self._live = stream if isinstance(stream, LiveStream) else None
         self._asked = stream if isinstance(stream, LiveStream | ServerStream) else None
         self._word = ""
@@ -135,9 +146,11 @@ class WatchScreen(Screen[None]):
             self.query_one(Board).show(view, said)
 
     def _narration(self) -> str:
-        view = self._player.view
+        view, guide = self._player.view, self._guide
+        if guide is not None and not view.shown:
+            return guide.first
         if view.at_end and view.frame.over and view.shown:
-            return f"{ending(view.frame)} {step_words(view, self._stream.name)}"
+            return f"{ending(view.frame)} {step_words(view, self._stream.name) if guide is None else guide.last}"
         return step_words(view, self._stream.name)
 
     def _state(self) -> str:
@@ -186,6 +199,9 @@ class WatchScreen(Screen[None]):
             self.add_class("-inspecting")
         self.call_after_refresh(self.draw)
 
+    def action_unfold(self) -> None:
+        self._do(self._player.unfold)
+
     # -- questions -----------------------------------------------------------------------------------------------------
 
     @work
@@ -206,13 +222,18 @@ class WatchScreen(Screen[None]):
 
     @work
     async def action_save(self) -> None:
-        if (kind := await self.app.push_screen_wait(AskKind(KINDS, str(Path.cwd())))) is None:
+        try:
+            folder = Path.cwd()
+        except OSError as error:  # it is gone
+            self.notify(f"not saved: {error}", severity="error", markup=False)
+            return
+        if (kind := await self.app.push_screen_wait(AskKind(KINDS, str(folder)))) is None:
             return
         frame, name = self._player.view.frame, self._stream.name
         self.app.clear_notifications()  # a picture would show them
         await sleep(0.1)
         try:
-            path = fresh_path(Path.cwd(), kind)
+            path = fresh_path(folder, kind)
             if kind == "picture":
                 path.write_text(self.app.export_screenshot(simplify=True), "utf-8")
             elif kind == "bitmap":

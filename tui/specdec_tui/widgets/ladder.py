@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from specdec_tui.frame import View
-from specdec_tui.ladder import row
+from specdec_tui.ladder import LEGEND, row
 from specdec_tui.pieces import Name
 from specdec_tui.widgets.view_lines import Cell, ViewLines
 
@@ -33,4 +33,4 @@ class Ladder(ViewLines):
     )
 
     def __init__(self, name: Name) -> None:
-        super().__init__(_Cycles(name), id="ladder", title="cycles")
+        super().__init__(_Cycles(name), id="ladder", title=f"cycles  {LEGEND}")
