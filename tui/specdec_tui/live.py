@@ -203,8 +203,8 @@ class LiveStream(Threaded):
                 return
 
     def _plain(self, pair: Pair, ids: list[int], hint: str) -> float | None:
-        """Tokens a second without a draft, the first left out: it finds everything cold. By the median: on a shared machine the
-        mean of one in ten runs was 1.4 times what their own plain passes took."""
+        """Tokens a second without a draft, the first left out: it finds everything cold. By the median: on a shared machine
+        the mean was 1.4 times what the run's own plain passes took, in one run of ten."""
         seconds = list[float]()
         for event in pair.decode(ids, k=0, max_tokens=PLAIN_TOKENS, seed=0):
             if self._closing:
