@@ -25,6 +25,7 @@ def replay(
     cycle: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="The cycle that a picture shows, or a page first.")
     ] = None,
+    lesson: Annotated[bool, typer.Option("--lesson", help="The lesson, on this run.")] = False,
     against: Annotated[
         Path | None,
         typer.Option(
@@ -42,28 +43,45 @@ def replay(
 
     specdec replay run.jsonl --export run.html
     """
+    _check(trace, against, plain, export, cycle, lesson)
+    if lesson:
+        teach(trace)
+    elif against is not None:
+        _against(trace, against, plain)
+    elif plain:
+        _narrate(trace)
+    elif export is not None:
+        _export(trace, export, cycle)
+    else:
+        _show(trace)
+
+
+def _check(
+    trace: Path, against: Path | None, plain: bool, export: Path | None, cycle: int | None, lesson: bool
+) -> None:
+    """Raises UsageError for what is no file, and for what does not go together."""
     if cycle is not None and export is None:
         raise UsageError("--cycle needs --export", "for example --export run.png")
+    if lesson and (export is not None or against is not None or plain):
+        raise UsageError("--lesson is a screen of its own", "leave out --export, --against and --plain")
+    if against is not None and export is not None:
+        raise UsageError("--export is of one run", "leave out --against, or give --plain")
     for path in filter(None, (trace, against)):
         if not path.exists() or path.is_dir():
             raise UsageError(f"{path} is not a file", "give a file that --trace wrote")
-    if against is not None:
-        if export is not None:
-            raise UsageError("--export is of one run", "leave out --against, or give --plain")
-        _against(trace, against, plain)
-        return
-    if plain:
-        from specdec_tui.narrate import script
-        from specdec_tui.streams import read_frame
 
-        frame, name = read_frame(trace)
-        _several(trace, frame.run)
-        for line in script(frame, name):
-            output.say(line)
-        return
-    if export is not None:
-        _export(trace, export, cycle)
-        return
+
+def _narrate(trace: Path) -> None:
+    from specdec_tui.narrate import script
+    from specdec_tui.streams import read_frame
+
+    frame, name = read_frame(trace)
+    _several(trace, frame.run)
+    for line in script(frame, name):
+        output.say(line)
+
+
+def _show(trace: Path) -> None:
     _needs_terminal("the run")
     from specdec_tui.app import SpecdecApp
     from specdec_tui.leaving import show
@@ -75,6 +93,27 @@ def replay(
     if stream.error is not None:
         raise stream.error
     _several(trace, stream.runs)
+
+
+def teach(trace: Path) -> None:
+    """The lesson on a run: on a terminal the pages, else what they say. Raises UsageError for a run that will not do."""
+    from specdec_tui.lesson import Lesson, script
+    from specdec_tui.player import REPLAY_SPEED
+    from specdec_tui.streams import FrameStream, read_frame
+
+    frame, name = read_frame(trace)
+    try:
+        lesson = Lesson(frame)
+    except ValueError as error:
+        raise UsageError(f"{trace}: {error}", "record one at a temperature, with -d ngram,MODEL and -k auto") from error
+    if sys.stdout.isatty() and sys.stdin.isatty():
+        from specdec_tui.app import SpecdecApp
+        from specdec_tui.leaving import show
+
+        show(SpecdecApp(FrameStream(frame, name), speed=REPLAY_SPEED, lesson=lesson))
+        return
+    for line in script(frame, name):
+        output.say(line)
 
 
 def _export(trace: Path, path: Path, cycle: int | None) -> None:

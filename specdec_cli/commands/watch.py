@@ -14,6 +14,7 @@ from platformdirs import user_log_path
 
 from specdec_cli import options as opt
 from specdec_cli import output, profiles, shaping
+from specdec_cli.commands.replay import teach
 from specdec_cli.exits import ExitCode
 from specdec_cli.prompts import read_prompt
 from specdec_cli.servers.attached import At, ServerOptions, asked_of, server_at
@@ -184,7 +185,7 @@ def _start(target: str, draft: str | None) -> Choice:
     entries = [
         Entry("the built-in pair", "SmolLM2-135M-Instruct with a lookup and a draft made for it; 98 MB, fetched once"),
         Entry("a recorded run", "of the built-in pair, step by step; loads no model", "demo"),
-        Entry("the lesson", "ten pages: what happens, why nothing is lost, when it pays", "lesson"),
+        Entry("the lesson", "thirteen pages with questions: what happens, why nothing is lost, when it pays", "lesson"),
     ]
     if target != "builtin" or draft is not None:
         entries.insert(0, Entry("what you named", f"{target}, draft {draft or 'ngram'}", "run", target, draft))
@@ -219,20 +220,9 @@ def _demonstrate() -> None:
 
 
 def _teach() -> None:
-    """On a terminal the pages, else what they say."""
-    from specdec_tui.lesson import Lesson, script
-    from specdec_tui.player import REPLAY_SPEED
-    from specdec_tui.streams import DEMO, FrameStream, read_frame
+    from specdec_tui.streams import DEMO
 
-    frame, name = read_frame(DEMO)
-    if sys.stdout.isatty() and sys.stdin.isatty():
-        from specdec_tui.app import SpecdecApp
-        from specdec_tui.leaving import show
-
-        show(SpecdecApp(FrameStream(frame, name), speed=REPLAY_SPEED, lesson=Lesson(frame)))
-        return
-    for line in script(frame, name):
-        output.say(line)
+    teach(DEMO)
 
 
 def _left(stream: LiveStream | ServerStream, code: int = ExitCode.OK) -> NoReturn:

@@ -249,3 +249,18 @@ def test_a_closed_standard_stream_is_survived(closed, checkpoint):
     )
     assert done.returncode == 0, done.stderr
     assert closed == "1>&-" or json.loads(done.stdout)["emitted"] > 0
+
+
+def test_the_lesson_on_a_run_of_ones_own_is_text_without_a_terminal(tmp_path):
+    told = process("replay", DEMO, "--lesson")
+    assert (told.returncode, b"13 of 13. What there is to remember" in told.stdout) == (0, True)
+    short = tmp_path / "short.jsonl"
+    short.write_text("\n".join(DEMO.read_text().splitlines()[:3]) + "\n")
+    refused = process("replay", short, "--lesson")
+    assert (refused.returncode, b"the run has no cycle that a page could show" in refused.stderr) == (2, True)
+    for wrong, said in (
+        (("--lesson", "--plain"), b"a screen of its own"),
+        (("--cycle", "3"), b"--cycle needs --export"),
+    ):
+        found = process("replay", DEMO, *wrong)
+        assert (found.returncode, said in found.stderr) == (2, True)

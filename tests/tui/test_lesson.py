@@ -7,8 +7,11 @@ import random
 
 import pytest
 
+from specdec_tui import questions
 from specdec_tui.app import SpecdecApp
 from specdec_tui.lesson import ENOUGH, Lesson, pages, script
+from specdec_tui.panels.toy import stacks
+from specdec_tui.questions import Question
 from specdec_tui.streams import DEMO, FrameStream, read_frame
 from specdec_tui.toy import TOKENS, Draws, P, Q, WhatIf, left
 from tests.tui.conftest import screen_of
@@ -33,9 +36,9 @@ def taught(demo, act, size=(120, 40)):
 
 DO = (
     ("right",), ("full_stop",) * 8, ("full_stop",), ("full_stop",), ("full_stop",), ("full_stop",) * 2, ("full_stop",) * 12,
-    ("space",), (), ("T",) * 6,
+    ("space",), ("space",), ("end",), (), ("T",) * 6,
 )  # fmt: skip
-"""What each page asks for; the ninth wants the best k found."""
+"""What each page but the last asks for; the eleventh wants the best k found."""
 
 
 @pytest.mark.parametrize("size", [(80, 24), (120, 40), (200, 60)])
@@ -50,7 +53,7 @@ def test_every_page_is_ticked_when_its_thing_is_done_and_not_before(demo, size):
             for key in keys:
                 await pilot.press(key)
                 await pilot.pause()
-            if number == 8:
+            if number == 10:
                 for _ in range(8):
                     if number not in lesson.ticked:
                         await pilot.press("K")
@@ -62,9 +65,26 @@ def test_every_page_is_ticked_when_its_thing_is_done_and_not_before(demo, size):
             await pilot.pause(0.1)
             assert number in lesson.ticked, page.title
             assert page.task not in screen_of(app)
+            question = page.question
+            await pilot.press("1")  # before it is asked: not an answer
+            await pilot.press("enter")
+            await pilot.pause(0.1)
+            assert "press 1, 2 or 3" in screen_of(app)
+            assert lesson.at not in lesson.answers
+            given = question.right if number % 3 else (question.right + 1) % 3
+            await pilot.press(str(given + 1), "1", "2", "3")  # the first counts
+            await pilot.pause(0.1)
+            assert lesson.answers[number] == given
+            assert f"✓ {question.right + 1}  " in screen_of(app)
+            assert ("× " in screen_of(app)[:2000]) or given == question.right
             await pilot.press("enter")
             await pilot.pause(0.1)
         assert lesson.at == len(lesson.pages) - 1
+        assert lesson.score == (8, 12)
+        shown = " ".join(screen_of(app).replace("│", " ").split())
+        assert "8 of 12 questions answered right" in shown
+        for page in lesson.pages[:-1]:
+            assert page.question.recap in shown
 
     taught(demo, act, size)
 
@@ -72,9 +92,10 @@ def test_every_page_is_ticked_when_its_thing_is_done_and_not_before(demo, size):
 def test_pages_turn_back_and_stay_ticked(demo):
     async def act(app, pilot, lesson):
         await pilot.press("right")
-        await pilot.press("enter")
+        await pilot.press("enter", "enter")  # on, without an answer
         await pilot.pause(0.1)
         assert lesson.at == 1
+        assert lesson.answers == {}
         await pilot.press("backspace")
         await pilot.pause(0.1)
         assert lesson.at == 0
@@ -99,7 +120,7 @@ def test_a_page_that_is_not_done_is_skipped_only_on_purpose(demo):
 
 def test_pages_are_short(demo):
     found = pages(demo[0])
-    assert len(found) == 10
+    assert len(found) == 13
     for page in found:
         assert len(page.text.split()) <= 60, page.title
 
@@ -107,7 +128,7 @@ def test_pages_are_short(demo):
 def test_without_a_terminal_the_lesson_is_text(demo):
     said = list(script(*demo))
     for number, page in enumerate(pages(demo[0]), 1):
-        assert f"{number} of 10. {page.title}" in said
+        assert f"{number} of 13. {page.title}" in said
         assert page.text in said
 
 
@@ -124,6 +145,26 @@ def test_the_two_histograms_meet_and_the_careless_one_does_not():
         assert abs(draws.target[i] / draws.made - P[i]) < 0.005
     careless = max(abs(draws.careless[i] / draws.made - P[i]) for i in range(len(TOKENS)))
     assert careless > 0.05
+
+
+def test_kept_guesses_and_corrections_make_p(demo):
+    draws = Draws(random.Random(3))
+    assert draws.distance(draws.kept) is None
+    draws.more(100_000)
+    for i, p in enumerate(P):
+        assert abs(draws.kept[i] / draws.made - min(p, Q[i])) < 0.005
+        assert abs(draws.corrected[i] / draws.made - max(0.0, p - Q[i])) < 0.005
+    assert draws.distance(draws.speculative) < 0.01 < 0.08 < draws.distance(draws.careless)
+    shown = "".join(text for line in stacks(draws, 110).lines for text, _ in line)
+    assert "█" in shown
+    assert "min(p, q)" in shown
+
+
+def test_each_question_has_one_right_answer_and_all_places_occur():
+    asked = [value for value in vars(questions).values() if isinstance(value, Question)]
+    assert len(asked) == 12
+    assert {question.right for question in asked} == {0, 1, 2}
+    assert all(len(set(question.choices)) == 3 and question.text.endswith("?") for question in asked)
 
 
 def test_the_toy_rule_is_exact_by_enumeration():

@@ -1,6 +1,7 @@
-"""Ten pages on a recorded run: what a cycle does, why nothing is lost, and when it pays. Pure, without Textual.
+"""Thirteen pages on a recorded run: what a cycle does, why nothing is lost, when it pays, and what was learnt. Pure, without
+Textual.
 
-A page puts the view somewhere, asks for one thing, and knows when it was done.
+A page puts the view somewhere, wants one thing done, knows when it was, and ends with a question.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ from functools import partial
 from typing import Literal
 
 from specdec_engine.record.events import Cycle
+from specdec_tui import questions
 from specdec_tui.frame import Frame, View, steps
 from specdec_tui.narrate import step_words
+from specdec_tui.panels import number
 from specdec_tui.pieces import Name
+from specdec_tui.questions import Question
 from specdec_tui.toy import Draws, WhatIf
 
 ENOUGH = 2000
@@ -39,7 +43,9 @@ class Page:
     task: str
     done: Callable[[State], bool]
     view: Callable[[Frame], View]
-    shows: Literal["run", "draws", "curve"] = "run"
+    question: Question | None = None
+    """After its thing was done; None on the last page."""
+    shows: Literal["run", "stacks", "draws", "curve", "recap"] = "run"
     inspects: bool = False
     """Whether the decision is what to look at."""
     what: WhatIf | None = None
@@ -54,6 +60,10 @@ class Lesson:
         self.pages = pages(frame)
         self.at = 0
         self.ticked = set[int]()
+        self.answers = dict[int, int]()
+        """By page: the index of the choice."""
+        self.asking = False
+        """Whether the page's question is shown."""
 
     @property
     def page(self) -> Page:
@@ -61,6 +71,19 @@ class Lesson:
 
     def turn(self, by: int) -> None:
         self.at = max(0, min(len(self.pages) - 1, self.at + by))
+        self.asking = False
+
+    def answer(self, choice: int) -> None:
+        """The first answer counts."""
+        if self.asking:
+            self.answers.setdefault(self.at, choice)
+
+    @property
+    def score(self) -> tuple[int, int]:
+        """Questions that were answered right, and all there are."""
+        asked = [page.question for page in self.pages]
+        right = sum(q is not None and self.answers.get(at) == q.right for at, q in enumerate(asked))
+        return right, sum(q is not None for q in asked)
 
     def look(self, state: State) -> None:
         """Tick the page if its thing was done; once ticked it stays so."""
@@ -74,7 +97,7 @@ def pages(frame: Frame) -> tuple[Page, ...]:
     shown = _first(frame, _begins_well)
     refused = _first(frame, lambda c: _ends_badly(c) and c.accepted < len(c.drafted) - 1, _ends_badly)
     whole = _first(frame, lambda c: len(c.drafted) > 1 and c.end == "bonus")
-    k, at = len(frame.cycles[shown].drafted), frame.cycles[refused].accepted
+    k, at, s = len(frame.cycles[shown].drafted), frame.cycles[refused].accepted, frame.summary()
     before_throw = len(frame.cycles[refused].drafted) + 1 + at
 
     def within(index: int, step: int) -> Callable[[Frame], View]:
@@ -92,15 +115,17 @@ def pages(frame: Frame) -> tuple[Page, ...]:
             "press → for the next cycle",
             lambda state: state.view.shown > plain + 1,
             lambda f: View(f).to(plain + 1),
+            question=questions.ONE_PASS,
         ),
         Page(
             "A draft guesses ahead",
             "Something small and fast guesses the next few tokens: a little model, or a lookup of what followed "
-            "the same words before. It may be wrong; nothing is decided yet. Guesses stand dim "
-            "in the text.",
+            "the same words before. It may be wrong; nothing is decided yet. A model draws its guess from a "
+            "distribution q; a lookup names one token, so its q is 1. Guesses stand dim in the text.",
             f"press . until all {k} guesses are there",
             reached(shown, k),
             within(shown, 1),
+            question=questions.DRAFT,
         ),
         Page(
             "One pass reads them all",
@@ -110,6 +135,7 @@ def pages(frame: Frame) -> tuple[Page, ...]:
             "press . for the pass",
             reached(shown, k + 1),
             within(shown, k),
+            question=questions.READS,
         ),
         Page(
             "Likely enough: always kept",
@@ -119,6 +145,7 @@ def pages(frame: Frame) -> tuple[Page, ...]:
             reached(shown, k + 2),
             within(shown, k + 1),
             inspects=True,
+            question=questions.KEPT,
         ),
         Page(
             "Too sure: a throw decides",
@@ -129,16 +156,18 @@ def pages(frame: Frame) -> tuple[Page, ...]:
             reached(refused, before_throw + 1),
             within(refused, before_throw),
             inspects=True,
+            question=questions.THROWN,
         ),
         Page(
             "Rejected: drawn from what is left",
-            "The guesses after it are dropped; they stood on a token that is not there. In its place comes a "
+            "The guesses after it are untested: they stood on a token that is not there. In its place comes a "
             "token drawn from what the target still has coming: max(0, p − q), the part of p that the draft's "
             "guesses did not cover. So the cycle still gives a token of the target's own.",
             "press . for the correction",
             reached(refused, steps(frame.cycles[refused])),
             within(refused, before_throw + 1),
             inspects=True,
+            question=questions.LEFT,
         ),
         Page(
             "All kept: one more for nothing",
@@ -147,16 +176,41 @@ def pages(frame: Frame) -> tuple[Page, ...]:
             "press . until the bonus is there",
             reached(whole, steps(frame.cycles[whole])),
             within(whole, len(frame.cycles[whole].drafted) + 1),
+            question=questions.BONUS,
         ),
         Page(
             "Why nothing is lost",
-            "Draw one of five tokens: from the target alone, and by draft, test and correction. The draft is bad, "
-            "and yet the two histograms meet: kept guesses and corrections add up to p exactly. The careless way "
-            "draws again from p after a rejection, and never gets there.",
+            "Take one of five tokens. It comes out as a kept guess as often as both want it: min(p, q). It comes "
+            "out as a correction as often as q had too little of it: p − min(p, q). The two together are p, for "
+            "every token, however bad the draft. Watch them add up.",
             f"press space, until {ENOUGH:,} are drawn",
             lambda state: state.draws.made >= ENOUGH,
             View,
-            "draws",
+            shows="stacks",
+            question=questions.PARTS,
+        ),
+        Page(
+            "The careless way",
+            "The same draws beside the target's own, and beside a careless rule, which after a rejection draws "
+            "from p again instead of from what is left of it. It never gets there: what the draft likes comes too "
+            "often. The distance to p says it in one number; chance alone leaves about 0.01.",
+            f"press space, until {ENOUGH:,} more are drawn",
+            lambda state: state.draws.made >= 2 * ENOUGH,
+            View,
+            shows="draws",
+            question=questions.CARELESS,
+        ),
+        Page(
+            "Two ways to count",
+            f"In this run {s.drafted} tokens were drafted and {s.accepted} kept: an acceptance rate of "
+            f"{number(s.acceptance_rate)}. But a rejection leaves those after it untested: {s.tested} were tested, and "
+            "of them "
+            f"{number(s.alpha)} were kept. That is α, the chance that a guess holds: it says how good a draft is, whatever "
+            "k is.",
+            "press end for the whole run",
+            lambda state: state.view.at_end,
+            lambda f: View(f).to(refused + 1),
+            question=questions.COUNTED,
         ),
         Page(
             "How far to guess",
@@ -166,8 +220,9 @@ def pages(frame: Frame) -> tuple[Page, ...]:
             "press K and k to find the best k",
             lambda state: state.what.k == state.what.best,
             View,
-            "curve",
+            shows="curve",
             what=WhatIf(),
+            question=questions.BEST_K,
         ),
         Page(
             "When it loses",
@@ -177,8 +232,17 @@ def pages(frame: Frame) -> tuple[Page, ...]:
             "press T, which lowers α here, until plain decoding is best",
             lambda state: state.what.best == 0,
             View,
-            "curve",
+            shows="curve",
             what=WhatIf(alpha=0.6, k=4),
+            question=questions.LOSES,
+        ),
+        Page(
+            "What there is to remember",
+            "One line a page; ✓ where you answered right.",
+            "",
+            lambda state: True,
+            View,
+            shows="recap",
         ),
     )
 
@@ -186,11 +250,15 @@ def pages(frame: Frame) -> tuple[Page, ...]:
 def script(frame: Frame, name: Name) -> Iterator[str]:
     """The lesson in sentences."""
     found = pages(frame)
-    for number, page in enumerate(found, 1):
-        yield f"{number} of {len(found)}. {page.title}"
+    for place, page in enumerate(found, 1):
+        yield f"{place} of {len(found)}. {page.title}"
         yield page.text
         if page.shows == "run":
             yield step_words(_whole(page.view(frame)), name)
+        if (asked := page.question) is not None:
+            yield f"Question: {asked.text} {asked.choices[asked.right].capitalize()}. {asked.why}"
+        if page.shows == "recap":
+            yield from (page.question.recap for page in found if page.question is not None)
         yield ""
 
 

@@ -26,8 +26,10 @@ class Draws:
     chance: random.Random = field(default_factory=lambda: random.Random(1))
     target: list[int] = field(default_factory=lambda: [0] * len(P))
     """Drawn from the target alone."""
-    speculative: list[int] = field(default_factory=lambda: [0] * len(P))
-    """Drawn from the draft, tested, and drawn again from what is left where rejected."""
+    kept: list[int] = field(default_factory=lambda: [0] * len(P))
+    """Drawn from the draft, tested, and kept."""
+    corrected: list[int] = field(default_factory=lambda: [0] * len(P))
+    """Drawn from what is left where they were rejected."""
     careless: list[int] = field(default_factory=lambda: [0] * len(P))
     """The same, but drawn again from the target after a rejection: what is easily got wrong."""
 
@@ -36,12 +38,26 @@ class Draws:
             self.target[self._draw(P)] += 1
             guess = self._draw(Q)
             kept = self.chance.random() < P[guess] / Q[guess]
-            self.speculative[guess if kept else self._draw(left(P, Q))] += 1
+            if kept:
+                self.kept[guess] += 1
+            else:
+                self.corrected[self._draw(left(P, Q))] += 1
             self.careless[guess if kept else self._draw(P)] += 1
 
     @property
     def made(self) -> int:
         return sum(self.target)
+
+    @property
+    def speculative(self) -> list[int]:
+        """Kept guesses and corrections together."""
+        return [a + b for a, b in zip(self.kept, self.corrected, strict=True)]
+
+    def distance(self, counts: Sequence[int]) -> float | None:
+        """Between shares of the draws and p: total variation, half the sum of the differences. None before the first draw."""
+        if not self.made:
+            return None
+        return sum(abs(count / self.made - p) for count, p in zip(counts, P, strict=True)) / 2
 
     def _draw(self, probs: Sequence[float]) -> int:
         return self.chance.choices(range(len(probs)), probs)[0]

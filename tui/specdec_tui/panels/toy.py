@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from specdec_tui.bars import bar
-from specdec_tui.panels import Line, PanelContent
+from specdec_tui.bars import bar, dart
+from specdec_tui.panels import Line, PanelContent, number
 from specdec_tui.toy import MOST, TOKENS, Draws, P, Q, WhatIf
 
 _ARMS = (
@@ -28,7 +28,40 @@ def histograms(draws: Draws, width: int) -> PanelContent:
                     (f" {share:.3f}", ""),
                 ]
             )
+    far = [f"{label} {number(draws.distance(getattr(draws, name)), 3)}" for label, name, _ in _ARMS]
+    lines.append([("distance to p: ", "strong"), (" · ".join(far), "")])
     return PanelContent(f"one token, drawn {draws.made:,} times in each way", lines)
+
+
+def stacks(draws: Draws, width: int) -> PanelContent:
+    """A bar a token: the share of draws that were kept guesses, and on it the corrections; under it where p is."""
+    cells, made = max(8, width - 44), max(1, draws.made)
+    lines: list[Line] = [
+        [
+            ("█ kept: min(p, q)   ", "draft"),
+            ("▓ corrected: what is left of p", "target"),
+            ("   ▲ p, the target", "muted"),
+        ],
+        [],
+    ]
+    for i, token in enumerate(TOKENS):
+        kept, corrected = draws.kept[i] / made, draws.corrected[i] / made
+        first, both = round(kept / 0.5 * cells), round((kept + corrected) / 0.5 * cells)
+        sums = f"{kept:.3f} + {corrected:.3f} = {kept + corrected:.3f}"
+        lines += [
+            [
+                (f"“{token}” q {Q[i]:.2f}".ljust(16), "strong"),
+                ("█" * min(first, cells), "draft"),
+                ("▓" * (min(both, cells) - min(first, cells)), "target"),
+                (" " * (cells - min(both, cells)), ""),
+                (f" {sums}", ""),
+            ],
+            [(" " * 16, ""), (dart(P[i] / 0.5, cells), "muted"), (f" p {P[i]:.2f}", "muted")],
+        ]
+    said = "kept q · min(1, p/q) = min(p, q), corrected p − min(p, q): together p, for every token and every q"
+    return PanelContent(
+        f"one token, drawn {draws.made:,} times by draft, test and correction", [*lines, [(said, "strong")]]
+    )
 
 
 def curve(what: WhatIf, width: int) -> PanelContent:

@@ -11,8 +11,9 @@ from textual.widgets import Static
 
 from specdec_tui.lesson import ENOUGH, Lesson, State
 from specdec_tui.panels import Line, PanelContent, flowed
-from specdec_tui.panels.toy import curve, histograms
+from specdec_tui.panels.toy import curve, histograms, stacks
 from specdec_tui.player import Player
+from specdec_tui.questions import Question
 from specdec_tui.screens.watch import WatchScreen
 from specdec_tui.streams import EventStream
 from specdec_tui.theme import content
@@ -24,6 +25,35 @@ _AT_ONCE = 100
 """Draws a tick, so that the histograms are seen to meet."""
 
 
+def _asked(question: Question, answer: int | None, width: int) -> list[Line]:
+    """The question; with an answer, which was right, and why."""
+    lines = flowed(question.text, width, "strong")
+    for number, choice in enumerate(question.choices):
+        right, chosen = number == question.right, number == answer
+        mark = "  " if answer is None else "✓ " if right else "× " if chosen else "  "
+        style = "" if answer is None else "accepted" if right else "refused" if chosen else "muted"
+        lines.append([(f"{mark}{number + 1}  {choice}", style)])
+    if answer is None:
+        return [*lines, [("□ ", "muted"), ("press 1, 2 or 3; enter goes on without", "key")]]
+    return [*lines, *flowed(question.why, width), [("enter for the next page", "key")]]
+
+
+def recap(lesson: Lesson, width: int) -> PanelContent:
+    """What to remember of each page, and how many questions were answered right."""
+    lines = list[Line]()
+    for at, page in enumerate(lesson.pages):
+        if (question := page.question) is None:
+            continue
+        answer = lesson.answers.get(at)
+        mark = (
+            ("· ", "muted") if answer is None else ("✓ ", "accepted") if answer == question.right else ("× ", "refused")
+        )
+        first, *more = flowed(question.recap, max(20, width - 6))
+        lines += [[mark, *first], *([("  ", ""), *line] for line in more)]
+    right, asked = lesson.score
+    return PanelContent(f"{right} of {asked} questions answered right", lines)
+
+
 class LessonScreen(WatchScreen):
     """Pages; each is ticked when its thing is done."""
 
@@ -31,6 +61,10 @@ class LessonScreen(WatchScreen):
         Binding("enter", "done", "Next page, when this one is done", id="lesson.done", priority=True),
         Binding("pagedown", "turn(1)", "Next page", id="lesson.next", priority=True),
         Binding("backspace,pageup", "turn(-1)", "Previous page", id="lesson.previous", priority=True),
+        *(
+            Binding(str(n), f"answer({n - 1})", f"Answer {n}", id=f"lesson.answer-{n}", priority=True)
+            for n in (1, 2, 3)
+        ),
     ]
     DEFAULT_CSS = """
     LessonScreen #page { height: auto; padding: 0 1; background: $panel; border-left: thick $accent; }
@@ -58,8 +92,8 @@ class LessonScreen(WatchScreen):
 
     def tick(self) -> None:
         if self._drawing:
-            self._seen.draws.more(min(_AT_ONCE, ENOUGH - self._seen.draws.made))
-            self._drawing = self._seen.draws.made < ENOUGH
+            self._seen.draws.more(min(_AT_ONCE, self._enough - self._seen.draws.made))
+            self._drawing = self._seen.draws.made < self._enough
             self._drawn = None
         super().tick()
 
@@ -72,8 +106,20 @@ class LessonScreen(WatchScreen):
         if page.shows == "run":
             super().draw()
             return
-        drawn = histograms(self._seen.draws, width) if page.shows == "draws" else curve(self._seen.what, width)
-        self._experiment(drawn)
+        match page.shows:
+            case "stacks":
+                self._experiment(stacks(self._seen.draws, width))
+            case "draws":
+                self._experiment(histograms(self._seen.draws, width))
+            case "curve":
+                self._experiment(curve(self._seen.what, width))
+            case _:
+                self._experiment(recap(self._lesson, width))
+
+    @property
+    def _enough(self) -> int:
+        """Draws in all, after this page."""
+        return ENOUGH if self._lesson.page.shows == "stacks" else 2 * ENOUGH
 
     def _experiment(self, drawn: PanelContent) -> None:
         box = self.query_one("#experiment", Static)
@@ -82,26 +128,37 @@ class LessonScreen(WatchScreen):
 
     def _page(self, width: int) -> list[Line]:
         lesson, page = self._lesson, self._lesson.page
-        ticked = lesson.at in lesson.ticked
-        last = lesson.at == len(lesson.pages) - 1
-        onward = "q leaves; specdec watch shows a run of your own" if last else "enter for the next page"
-        skip = [("; enter again skips this", "muted")] if self._unsure else []
-        task: Line = [("✓ ", "accepted"), (onward, "key")] if ticked else [("□ ", "muted"), (page.task, "key"), *skip]
         where = f"{lesson.at + 1} of {len(lesson.pages)}  "
         gap = width - len(where) - len(page.title) - len(_KEYS)
         keys = " " * gap + _KEYS if gap > 1 else ""
         title: Line = [(where, "muted"), (page.title, "strong"), (keys, "muted")]
-        return [title, *flowed(page.text, width), task]
+        if lesson.asking and page.question is not None:
+            return [title, *_asked(page.question, lesson.answers.get(lesson.at), width)]
+        if lesson.at not in lesson.ticked:
+            skip = [("; enter again skips this", "muted")] if self._unsure else []
+            return [title, *flowed(page.text, width), [("□ ", "muted"), (page.task, "key"), *skip]]
+        last = "q leaves; specdec watch shows a run of your own"
+        onward = last if page.question is None else "enter for a question about it"
+        return [title, *flowed(page.text, width), [("✓ ", "accepted"), (onward, "key")]]
 
     # -- keys --------------------------------------------------------------------------------------------------------
 
     def action_done(self) -> None:
-        """The next page; before this one is done only if it is said twice."""
-        if self._lesson.at in self._lesson.ticked or self._unsure:
+        """The page's question, and then the next page; before this one is done only if it is said twice."""
+        lesson = self._lesson
+        if lesson.at in lesson.ticked and not lesson.asking and lesson.page.question is not None:
+            lesson.asking, self._drawn = True, None
+            self.draw()
+        elif lesson.at in lesson.ticked or self._unsure:
             self.action_turn(1)
         else:
             self._unsure, self._drawn = True, None
             self.draw()
+
+    def action_answer(self, choice: int) -> None:
+        self._lesson.answer(choice)
+        self._drawn = None
+        self.draw()
 
     def action_turn(self, by: int) -> None:
         """Another page, at its beginning."""
@@ -124,8 +181,8 @@ class LessonScreen(WatchScreen):
         return super().check_action(action, parameters)
 
     def action_play(self) -> None:
-        if self._lesson.page.shows == "draws":
-            self._drawing = self._seen.draws.made < ENOUGH
+        if self._lesson.page.shows in ("stacks", "draws"):
+            self._drawing = self._seen.draws.made < self._enough
         elif self._lesson.page.shows == "run":
             super().action_play()
 
