@@ -193,6 +193,10 @@ Logprobs = Annotated[
         help="Log-probabilities of emitted tokens, and of the N likeliest, in --json, --jsonl, --trace or --prompts.",
     ),
 ]  # fmt: skip
+Theme = Annotated[
+    Literal["auto", "dark", "light", "high-contrast"],
+    typer.Option(rich_help_panel=_OUTPUT, help="The screen's colours; auto asks the terminal for its background."),
+]
 Debug = Annotated[bool, typer.Option("--debug", rich_help_panel=_OUTPUT, help="Tracebacks for errors.")]
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from specdec_cli import options as opt
 from specdec_cli import output
 from specdec_engine.errors import UsageError, reason
 
@@ -25,6 +26,7 @@ def replay(
     cycle: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="The cycle that a picture shows, or a page first.")
     ] = None,
+    theme: opt.Theme = "auto",
     lesson: Annotated[bool, typer.Option("--lesson", help="The lesson, on this run.")] = False,
     against: Annotated[
         Path | None,
@@ -44,6 +46,10 @@ def replay(
     specdec replay run.jsonl --export run.html
     """
     _check(trace, against, plain, export, cycle, lesson)
+    if not plain:
+        from specdec_tui.theme import want  # Textual takes 0.3 s
+
+        want(theme)
     if lesson:
         teach(trace)
     elif against is not None:

@@ -47,8 +47,11 @@ def watch(
     demo: Annotated[bool, typer.Option("--demo", help="A recorded run of the built-in pair; loads no model.")] = False,
     lesson: Annotated[
         bool,
-        typer.Option("--lesson", help="Ten pages on a recorded run: what happens, why nothing is lost, when it pays."),
+        typer.Option(
+            "--lesson", help="Thirteen pages on a recorded run: what happens, why nothing is lost, when it pays."
+        ),
     ] = False,
+    theme: opt.Theme = "auto",
 ) -> None:
     """Watch a run live: each draft, what was kept, what was not and why.
 
@@ -65,6 +68,9 @@ def watch(
     if counters.wanted(server.attach, prompt is not None or file is not None):
         show_counters(server.attach or "", counters)
         return
+    from specdec_tui.theme import want  # Textual takes 0.3 s
+
+    want(theme)
     if demo or lesson:
         if server.wanted:
             raise UsageError("--demo and --lesson show a recorded run, and no server", "leave one of them out")

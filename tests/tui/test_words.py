@@ -99,6 +99,10 @@ def test_text_is_found_in_the_cycle_that_completes_it():
     run = frame(60)
     found = containing(run, name, "lantern", 0, 1)
     assert found is not None
-    assert any("lantern" in name(token) for token in run.cycles[found - 1].emitted)
-    assert containing(run, name, "lantern", found, 1) != found
+    assert any("lantern" in name(token) for token in run.cycles[found.shown - 1].emitted)
+    hits = [found]
+    while (following := containing(run, name, "lantern", hits[-1].shown, 1)) != found:
+        hits.append(following)
+    assert [(hit.number, hit.total) for hit in hits] == [(i + 1, len(hits)) for i in range(len(hits))]
+    assert containing(run, name, "lantern", found.shown, -1) == hits[-1]
     assert containing(run, name, "no such text", 0, 1) is None

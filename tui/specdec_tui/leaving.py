@@ -16,8 +16,9 @@ from typing import Any, TextIO, TypeVar
 
 from textual.app import App
 
+from specdec_tui.background import is_light
 from specdec_tui.pieces import one_line
-from specdec_tui.theme import DARK, LIGHT
+from specdec_tui.theme import THEMES, theme_of
 
 SOON_S = 1.0
 """A screen that cannot be left by then is left as it is."""
@@ -30,9 +31,9 @@ class TerminalApp(App[T]):
 
     def __init__(self) -> None:
         super().__init__()
-        for theme in (DARK, LIGHT):
+        for theme in THEMES.values():
             self.register_theme(theme)
-        self.theme = DARK.name
+        self.theme = theme_of(lambda: None).name
         self.left = Event()
         """Set when the app has ended: its writer may wait for a reader until then."""
         self.modes = _modes()
@@ -72,6 +73,7 @@ class TerminalApp(App[T]):
 
 def show(app: TerminalApp[T]) -> T | None:
     """What it returns, once it is left. Raises what broke a screen, and SystemExit with a code where there was a signal."""
+    app.theme = theme_of(is_light).name
     result = app.run()
     app.left.set()
     if app.failure is not None:

@@ -3,7 +3,7 @@ target orange. Weight, underline, strike and a glyph say it again, for greyscale
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from textual.content import Content
 from textual.style import Style
@@ -61,6 +61,37 @@ LIGHT = Theme(
     dark=False,
     variables={**_LIGHT, "text-muted": "#646B72", "border": "#C4C8CC", "border-blurred": "#C4C8CC"},
 )
+
+HIGH_CONTRAST = Theme(
+    name="specdec-high-contrast",
+    primary="#FFFFFF",
+    accent="#FFE54A",
+    foreground="#FFFFFF",
+    background="#000000",
+    surface="#000000",
+    panel="#000000",
+    boost="#000000",
+    dark=True,
+    variables={
+        "draft": "#7CCBFF", "target": "#FFB52E", "bonus": "#FF9BD8", "refused": "#FF8A5C", "ratio": "#FFF25C",
+        "text-muted": "#D0D0D0", "border": "#FFFFFF", "border-blurred": "#FFFFFF",
+    },
+)  # fmt: skip
+THEMES = {"dark": DARK, "light": LIGHT, "high-contrast": HIGH_CONTRAST}
+_wanted = "auto"
+
+
+def want(theme: str) -> None:
+    """For every screen of this process, which has one terminal: a name of `THEMES`, or auto."""
+    global _wanted
+    _wanted = theme
+
+
+def theme_of(light: Callable[[], bool | None]) -> Theme:
+    """The one that is wanted; light: asks whether the terminal's background is, where auto is wanted."""
+    if _wanted in THEMES:
+        return THEMES[_wanted]
+    return LIGHT if light() else DARK
 
 
 def content(lines: list[Line]) -> Content:

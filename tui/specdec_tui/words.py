@@ -189,9 +189,20 @@ class TextLayout:
         return [*tested, *drafted[len(tested) : partial.drafted]]
 
 
-def containing(frame: Frame, name: Name, wanted: str, shown: int, direction: int) -> int | None:
-    """Cycles to show, so that the next (or last) one with this text ends the view, from the other end where there is no more
-    this way; None if there is none at all."""
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A cycle in which a text that was looked for ends."""
+
+    shown: int
+    """Cycles to show, so that it ends the view."""
+    number: int
+    """Of those there are, from 1."""
+    total: int
+
+
+def containing(frame: Frame, name: Name, wanted: str, shown: int, direction: int) -> Hit | None:
+    """The next (or last) cycle with this text, from the other end where there is no more this way; None if there is none at
+    all."""
     decode, text, ends = StreamDecoder(name), "", list[int]()
     for token in frame.prompt:
         decode(token)
@@ -202,4 +213,7 @@ def containing(frame: Frame, name: Name, wanted: str, shown: int, direction: int
     places = [at + len(wanted) for at in range(len(text)) if text.startswith(wanted, at)]
     cycles = sorted({bisect_left(ends, place) + 1 for place in places})
     later = [c for c in cycles if (c > shown if direction > 0 else c < shown)] or cycles
-    return None if not later else later[0] if direction > 0 else later[-1]
+    if not later:
+        return None
+    found = later[0] if direction > 0 else later[-1]
+    return Hit(found, cycles.index(found) + 1, len(cycles))

@@ -218,7 +218,8 @@ class WatchScreen(Screen[None]):
         if found is None:
             self._say(f"“{printable(self._word)}” is not in the text")
         else:
-            self._do(lambda: self._player.to(found))
+            self._do(lambda: self._player.to(found.shown))
+            self._say(f"“{printable(self._word)}”: {found.number} of {found.total}")
 
     @work
     async def action_save(self) -> None:

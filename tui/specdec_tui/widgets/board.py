@@ -95,9 +95,10 @@ class Board(Vertical):
         style = "refused" if troubled else ""
         said_now = f"{status.stage.text}. {status.stage.hint}" if status.stage is not None else status.narration
         told = flowed(one_line(said_now), max(1, self.size.width - 2), style)
-        if len(told) > 2:  # what is cut must be seen to be
-            rest = " ".join(text for line in told[1:] for text, _ in line)
-            told = [told[0], [(fitted(rest, self.size.width - 2), style)]]
+        rows = max(1, self.query_one("#narration").size.height or 2)
+        if len(told) > rows:  # what is cut must be seen to be
+            rest = " ".join(text for line in told[rows - 1 :] for text, _ in line)
+            told = [*told[: rows - 1], [(fitted(rest, self.size.width - 2), style)]]
         self._static("narration", told)
         for lines in self.query(ViewLines):
             lines.show(view)

@@ -8,8 +8,9 @@ from textual.widget import Widget
 from specdec_tui.theme import STYLES
 
 _KEYS = (
-    ("space", "Pause"), ("← →", "Cycle"), (", .", "Step"), ("!", "Rejection"), ("i", "Inspect"), ("?", "Help"), ("q", "Quit"),
+    ("space", "Pause"), ("← →", "Cycle"), ("?", "Help"), ("q", "Quit"), (", .", "Step"), ("!", "Rejection"), ("i", "Inspect"),
 )  # fmt: skip
+"""In this order: where it is narrow, one must still find help and the way out."""
 _LIVE = (("b", "Race"), ("k K", "k"), ("t T", "Temperature"), ("r", "Prompt"))
 _MORE = (("+ -", "Speed"), ("s", "Save"), ("/", "Find"))
 
