@@ -171,7 +171,7 @@ def _events(pair: Pair, asked: Asking, todo: Sequence[int], seed: int) -> Iterat
         rule=how.rule,
         max_tokens=how.max_tokens,
         stop=how.stop or (),
-        seeds=[seed + number for number in todo],
+        seeds=[(seed + number) % 2**64 for number in todo],
         grammar=asked.grammar,
     )
 
@@ -292,11 +292,15 @@ def _before(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
     return head, rest
 
 
+_BEFORE = {"samples": 1}
+"""Of files from before there was such a setting."""
+
+
 def _same(path: Path, head: Mapping[str, Any] | None, asked: Asking) -> int:
     """The seed of a file that can be gone on with. Raises UsageError for another one."""
     assert head is not None
     now = json.loads(json.dumps(asked.settings))
-    other = [name for name in now if head["settings"].get(name) != now[name]]
+    other = [name for name in now if head["settings"].get(name, _BEFORE.get(name)) != now[name]]
     if head["prompts"] != digest_of(asked.questions):
         raise UsageError(f"{path} is of other prompts", "give the same file, or another --out")
     if other:

@@ -20,6 +20,7 @@ from specdec_engine.record.events import Cycle, Event, Logprob, Started, TokenId
 from specdec_engine.record.stats import Summary
 from specdec_engine.record.text import counted, printable
 from specdec_engine.record.trace import Records
+from specdec_tui.pieces import as_bytes
 
 Color = Literal["auto", "always", "never"]
 
@@ -119,8 +120,10 @@ def reading(events: Iterator[Event], tokens: int, read: Callable[[], int] | None
     if tokens < _LONG_PROMPT:
         yield from events
     elif not live():
-        note(whole)
-        yield from events
+        for event in events:
+            yield event
+            if isinstance(event, Started):  # a prompt that does not fit is refused before
+                note(whole)
     else:
         with _spinner(whole) as doing:
             if read is not None:
@@ -249,7 +252,10 @@ def told_logprobs(logprobs: Sequence[TokenLogprobs], text_of: Callable[[int], st
     """As `--json` and answers have them: with the tokens' texts."""
 
     def one(found: Logprob) -> dict[str, Any]:
-        return {"id": found.id, "text": text_of(found.id), **asdict(found)}
+        raw = as_bytes(text_of(found.id))
+        text = raw.decode("utf-8", "replace")
+        parts = {} if text.encode() == raw else {"bytes": list(raw)}  # a part of a character
+        return {"id": found.id, "text": text, **parts, **asdict(found)}
 
     return [{**one(told.token), "likeliest": list(map(one, told.likeliest))} for told in logprobs]
 

@@ -75,10 +75,12 @@ def load_session(
 def _check_contexts(plan: Plan, pair: Pair) -> None:
     """Raises UsageError for a length that the target has no room for."""
     longest, limit = max(arm.context for arm in plan.arms), pair.target.limit
-    if longest and limit is not None and longest + plan.max_tokens > limit:
+    later = max(sum(map(len, question.turns[1:])) // 3 for question in plan.questions)
+    more = later + plan.max_tokens * max(len(question.turns) for question in plan.questions)
+    if longest and limit is not None and longest + more > limit:
         raise UsageError(
-            f"--context {longest} and {plan.max_tokens} tokens more are beyond {limit}, where {plan.target}'s context ends",
-            f"choose at most {limit - plan.max_tokens}",
+            f"--context {longest} and some {more} tokens more are beyond {limit}, where {plan.target}'s context ends",
+            f"choose at most {limit - more}",
         )
 
 

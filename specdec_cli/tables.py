@@ -88,6 +88,7 @@ def notes(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"NOT LOSSLESS: drafted tokens were accepted at a chosen chance of {found['synthetic_acceptance']:g}."
     kinds = dict.fromkeys(q["category"] for q in plan["questions"])
     rate = f"{base['tokens_per_second']:.1f} tok/s" if base["tokens_per_second"] else "not run"
+    rate += f" after {base['context']:,} tokens" if base.get("context") else ""
     yield (
         f"plain decoding {rate} · {plan['target']}, {made['weights']} on {made['device']}, {threads(made)} · "
         f"{counted(found['prompts']['count'], 'prompt')} ({', '.join(kinds)}), {plan['max_tokens']} tokens, "
@@ -102,7 +103,7 @@ def notes(found: Mapping[str, Any]) -> Iterator[str]:
     for arm in found["arms"]:
         yield from _of_arm(arm)
     if (best := max(found["arms"], key=lambda arm: float(arm["speedup"]), default=None)) is not None:
-        yield f"{best['draft']} k {best['k']}: {best['cause']}"
+        yield f"{_named(best)}: {best['cause']}"
         kinds_said = ", ".join(f"{kind} {found_['mean']:.2f}×" for kind, found_ in best["categories"].items())
         yield f"by category: {kinds_said}"
     if found["recommendation"] is not None:
@@ -123,8 +124,12 @@ def _of_forms(base: Mapping[str, Any], arms: Sequence[Mapping[str, Any]]) -> Ite
             yield f"plain decoding after {int(context):,} tokens: {took}"
 
 
+def _named(arm: Mapping[str, Any]) -> str:
+    return f"{arm['draft']} k {arm['k']}" + (f" after {arm['context']:,} tokens" if arm.get("context") else "")
+
+
 def _of_arm(arm: Mapping[str, Any]) -> Iterator[str]:
-    name = f"{arm['draft']} k {arm['k']}" + (f" after {arm['context']:,} tokens" if arm.get("context") else "")
+    name = _named(arm)
     if arm["speedup"] > _DISTURBED * arm["mean_emitted_per_cycle"]:
         yield (
             f"{name}: {arm['speedup']:.2f}× from {arm['mean_emitted_per_cycle']:.2f} tokens a cycle "

@@ -146,7 +146,7 @@ def _answer_one(
             rule=how.rule,
             max_tokens=how.max_tokens,
             stop=stops,
-            seed=seed + number,
+            seed=(seed + number) % 2**64,
             grammar=grammar,
         )
         summary = _run(events, sink, recorder, len(ids) if number == 0 else 0, lambda: pair.target.cached)

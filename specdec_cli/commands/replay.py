@@ -72,6 +72,8 @@ def _check(
         raise UsageError("--lesson is a screen of its own", "leave out --export, --against and --plain")
     if against is not None and export is not None:
         raise UsageError("--export is of one run", "leave out --against, or give --plain")
+    if plain and export is not None:
+        raise UsageError("--plain and --export exclude each other", "--export run.md writes the sentences")
     for path in filter(None, (trace, against)):
         if not path.exists() or path.is_dir():
             raise UsageError(f"{path} is not a file", "give a file that --trace wrote")
@@ -131,6 +133,7 @@ def _export(trace: Path, path: Path, cycle: int | None) -> None:
     _several(trace, frame.run)
     try:
         export(frame, name, path, cycle)
+        output.note(f"wrote {path}, {-(-path.stat().st_size // 1000):,} kB")
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {reason(error)}", "choose another --export") from error
 

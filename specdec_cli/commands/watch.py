@@ -72,6 +72,10 @@ def watch(
 
     want(theme)
     if demo or lesson:
+        if (demo and lesson) or prompt is not None or file is not None:
+            raise UsageError(
+                "--demo and --lesson show a recorded run of their own", "leave out the prompt, or the other"
+            )
         if server.wanted:
             raise UsageError("--demo and --lesson show a recorded run, and no server", "leave one of them out")
         _show_recorded(lesson)
@@ -219,7 +223,8 @@ def _demonstrate() -> None:
     from specdec_tui.streams import DEMO, ReplayStream
 
     guide = Guide(
-        "A recorded run of the built-in pair. Space plays it, → shows the next cycle, . a single step, ? all keys.",
+        "A recorded run: a lookup (ngram) and a small head (builtin) draft for SmolLM2-135M. Space plays it, "
+        "→ shows the next cycle, . a single step, ? all keys.",
         'Next: specdec watch --lesson says why nothing is lost; specdec watch "your prompt" runs it here.',
     )
     show(SpecdecApp(ReplayStream(DEMO), speed=REPLAY_SPEED, guide=guide))

@@ -245,6 +245,7 @@ def test_conversations_have_all_their_turns(bench, tmp_path):
         (("--plot", "p.docx"), "p.docx"),
         (("--quantize", "auto,int3"), "int3"),
         (("--resume",), "--out"),
+        (("-d", "none"), "-d none is plain decoding"),
         (("--context", "512,long"), "--context 512,long is no list of lengths"),
         (("--context", "0"), "--context 0 is no list"),
         (("--context", "100000"), "context ends"),
@@ -403,6 +404,8 @@ def test_prompts_are_lengthened_and_each_length_is_held_against_its_own_plain_de
     short = bench("--context", "9,90", "--format", "json", *how)
     assert "prompt 0 at 9 tokens is left out: it has" in short.err
     assert {s["context"] for s in json.loads(short.out)["baseline"]["samples"]} == {90}
+    none = bench("--context", "9", *how)
+    assert (none.code, "no prompt could be run" in none.err) == (2, True)
 
 
 @pytest.mark.parametrize("question", [Question("a", ("the light",)), Question("a", ("x",), ids=(1, 2, 3))])
@@ -413,3 +416,11 @@ def test_a_lengthened_prompt_has_the_tokens_that_were_asked_for(checkpoint, ques
         made = lengthened(pair, question, others, tokens)
         assert len(made.ids or pair.encode(made.turns[0])) == tokens
         assert made.turns[0].endswith(question.turns[0])
+    own = len(question.ids or pair.encode(question.turns[0]))
+    for more in range(3):  # no room for anything before it
+        assert (
+            len((made := lengthened(pair, question, others, own + more)).ids or pair.encode(made.turns[0]))
+            <= own + more
+        )
+    with pytest.raises(UsageError, match=f"it has {own} tokens already"):
+        lengthened(pair, question, others, own - 1)

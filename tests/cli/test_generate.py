@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from specdec_cli import output
-from specdec_engine.record.events import Started
+from specdec_engine.record.events import Logprob, Started, TokenLogprobs
 from specdec_engine.record.trace import from_json, read_trace
 from specdec_engine.system.threads import free_threads
 from tests.fakes import cycles, emitted
@@ -274,10 +274,12 @@ def test_more_threads_than_cores_are_told(generate, monkeypatch):
 def test_while_a_long_prompt_is_read_a_line_says_so(capsys, monkeypatch, live):
     monkeypatch.setattr(output, "live", lambda: live)
     monkeypatch.setattr(output, "Cycle", int)
-    for events in (["started", 1, 2, "finished"], ["started", "failed"]):
+    monkeypatch.setattr(output, "Started", tuple)
+    for events in ([("started",), 1, 2, "finished"], [("started",), "failed"]):
         assert list(output.reading(iter(events), 5143)) == events
     assert live or capsys.readouterr().err == 2 * "specdec: reading the prompt, 5,143 tokens\n"
-    assert list(output.reading(iter(["started", 1]), 40)) == ["started", 1]
+    assert list(output.reading(iter([("started",), 1]), 40)) == [("started",), 1]
+    assert list(output.reading(iter(["refused"]), 5143)) == ["refused"]
     assert "reading" not in capsys.readouterr().err.replace("reading the prompt, 5,143 tokens", "")
 
 
@@ -464,6 +466,14 @@ def test_several_answers_are_those_of_their_seeds_and_the_prompt_is_read_once(ge
     assert plain.err.count("tok/s") == 3
 
 
+def test_a_part_of_a_character_is_told_by_its_bytes():
+    told = [TokenLogprobs(Logprob(i, -1.0, None), ()) for i in range(3)]
+    found = output.told_logprobs(told, ["light", "\udcf0\udc9f", "\ud83d"].__getitem__)
+    assert [one["text"] for one in found] == ["light", "\ufffd", "?"]
+    assert [one.get("bytes") for one in found] == [None, [0xF0, 0x9F], None]
+    assert json.dumps(found, ensure_ascii=False).encode()
+
+
 def test_json_tells_how_likely_tokens_were_before_and_after_warping(generate):
     found = json.loads(generate("-n", "4", "--json", "--logprobs", "2").out)
     assert [one["id"] for one in found["logprobs"]] == found["token_ids"]
@@ -471,6 +481,6 @@ def test_json_tells_how_likely_tokens_were_before_and_after_warping(generate):
         assert one["warped_logprob"] == 0.0  # greedy: all mass is on it
         assert one["logprob"] < 0.0
         likeliest, second = one["likeliest"]
-        assert likeliest == {key: one[key] for key in ("id", "text", "logprob", "warped_logprob")}
+        assert likeliest == {key: value for key, value in one.items() if key != "likeliest"}
         assert second["warped_logprob"] is None
     assert "logprobs" not in json.loads(generate("-n", "4", "--json").out)

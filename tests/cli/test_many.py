@@ -244,6 +244,24 @@ def test_several_answers_to_each_prompt_are_those_of_their_seeds_and_resumed(gen
     assert (other.code, "was begun with samples 3, not 2" in other.err) == (2, True)
 
 
+def test_parts_of_characters_among_the_likeliest_are_written_too(generate, tmp_path):
+    """Of a tokenizer of bytes most tokens are parts of characters."""
+    out = tmp_path / "out.jsonl"
+    assert generate("--logprobs", "200", "-n", "2", "--batch", "4", "--out", out).code == 0
+    lines = [json.loads(line) for line in out.read_text("utf-8").splitlines()[1:]]
+    assert len(lines) == 24
+    assert any("bytes" in other for line in lines for one in line["logprobs"] for other in one["likeliest"])
+
+
+def test_a_file_from_before_there_were_samples_is_gone_on_with(generate, tmp_path):
+    out = tmp_path / "out.jsonl"
+    assert generate("--seed", "3", "--out", out).code == 0
+    head, *lines = [json.loads(line) for line in out.read_text().splitlines()]
+    del head["settings"]["samples"], head["settings"]["logprobs"]
+    out.write_text("".join(json.dumps(line) + "\n" for line in [head, *lines[:20]]))
+    assert "20 of 24 prompts are answered already" in generate("--out", out, "--resume").err
+
+
 def test_answers_tell_how_likely_their_tokens_were(generate):
     told = [json.loads(line) for line in generate("--logprobs", "1", "--batch", "4").out.splitlines()]
     for line in told:

@@ -251,6 +251,12 @@ def test_a_closed_standard_stream_is_survived(closed, checkpoint):
     assert closed == "1>&-" or json.loads(done.stdout)["emitted"] > 0
 
 
+@pytest.mark.parametrize("words", [("--demo", "hello"), ("--lesson", "hello"), ("--demo", "--lesson")])
+def test_a_recorded_run_takes_no_prompt(words):
+    found = process("watch", *words)
+    assert (found.returncode, b"a recorded run of their own" in found.stderr) == (2, True)
+
+
 def test_the_lesson_on_a_run_of_ones_own_is_text_without_a_terminal(tmp_path):
     told = process("replay", DEMO, "--lesson")
     assert (told.returncode, b"13 of 13. What there is to remember" in told.stdout) == (0, True)
@@ -261,6 +267,7 @@ def test_the_lesson_on_a_run_of_ones_own_is_text_without_a_terminal(tmp_path):
     for wrong, said in (
         (("--lesson", "--plain"), b"a screen of its own"),
         (("--cycle", "3"), b"--cycle needs --export"),
+        (("--plain", "--export", tmp_path / "x.md"), b"exclude each other"),
     ):
         found = process("replay", DEMO, *wrong)
         assert (found.returncode, said in found.stderr) == (2, True)

@@ -179,9 +179,11 @@ def test_prompts_read_together_leave_what_each_leaves_alone(monkeypatch):
         lane.runtime.forward(torch.tensor([1, 2]), 1)
         lane.runtime.known.note([*texts[lanes.index(lane)], 1, 2], lane.cached)
     read_prompts([(lanes[2], texts[4]), (lanes[3], texts[4]), (lanes[4], texts[4])], lanes)
+    read_prompts([(lanes[0], []), (lanes[9], [1, 2, 3])], lanes)  # one token, whose lane has read another prompt
+    assert (lanes[0].cached, lanes[9].cached) == (0, 3)
     read_prompts([(lanes[0], texts[4]), (lanes[1], texts[7]), (lanes[7], texts[6]), (lanes[6], texts[9])], lanes)
     assert len(passes) == 2
-    swapped = [(lanes[at], texts[of]) for at, of in enumerate((4, 7, 4, 4, 4, 5, 9, 6, 8, 9))]
+    swapped = [(lanes[at], texts[of]) for at, of in enumerate((4, 7, 4, 4, 4, 5, 9, 6, 8))]
     for lane, text in swapped:
         alone, n = ModelTarget(first.another(), "tiny"), len(text)
         alone.prefill(text)

@@ -7,10 +7,12 @@ from dataclasses import replace
 import pytest
 
 from specdec_engine.record.events import Failed, SettingChanged
+from specdec_tui.frame import View
+from specdec_tui.panels import PanelContext, header
 from specdec_tui.saving import KINDS
 from specdec_tui.streams import Stage
 from tests.tui.conftest import Told, lines_of, on_screen, screen_of
-from tests.tui.scenes import events, frame
+from tests.tui.scenes import events, frame, name
 
 SIZES = [(80, 24), (120, 40), (200, 60)]
 
@@ -83,6 +85,31 @@ def test_figures_on_screen_are_those_of_stats(size):
     assert f"cycle {s.cycles}" in row
 
 
+def test_figures_grow_with_the_screen():
+    """What a narrow one has, a wider one has, too, in its place."""
+    view, shown = View(frame(60)).end(), ""
+    for width in range(20, 140):
+        line = "".join(text for text, _ in header.figures(view, PanelContext(width, name)))
+        assert line.startswith(shown)
+        assert len(line) <= width
+        shown = line
+    assert "last 16" in shown
+
+
+def test_a_click_on_the_prompt_unfolds_it():
+    async def act(app, pilot):
+        before = screen_of(app)
+        await pilot.click("#stream", offset=(6, 1))
+        await pilot.pause(0.2)
+        opened = screen_of(app)
+        await pilot.press("o")
+        await pilot.pause(0.2)
+        return before, opened, screen_of(app)
+
+    before, opened, folded = on_screen(Told(events(20)), act)
+    assert ("▶ prompt" in before, "▼ prompt" in opened, "▶ prompt" in folded) == (True, True, True)
+
+
 def test_figures_go_back_with_the_view():
     shown, _ = pressed(Told(events(60)), "home", "n", "n")
     s = frame(60).upto(2).summary()
@@ -138,6 +165,11 @@ def test_speed_goes_up_and_down_and_stays_in_its_bounds():
     assert player.speed == 1 / 64
     _, player = pressed(Told(events(60)), *["plus"] * 9)
     assert player.speed == float("inf")
+
+
+def test_what_is_looked_for_is_seen_while_it_is_typed():
+    shown, _ = pressed(Told(events(60)), "home", "slash", *"lant")
+    assert any(" lant " in line for line in shown.splitlines())
 
 
 def test_text_is_searched():

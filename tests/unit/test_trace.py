@@ -106,6 +106,24 @@ def test_a_cycle_line_has_the_contracts_keys():
     assert (started["schema"], started["observer"]) == ("specdec.trace/2", "specdec")
 
 
+@pytest.mark.parametrize("other", ["a,b\n1,2\n", '{"prompt": "x"}\n', "kind", "\x00\x01"])
+def test_a_file_that_holds_something_else_is_left_as_it_is(tmp_path, other):
+    path = tmp_path / "t"
+    path.write_text(other)
+    with pytest.raises(TraceError, match="something else than a trace"):
+        TraceWriter(path)
+    assert path.read_text() == other
+
+
+@pytest.mark.parametrize("begun", ["", '{"ki', json.dumps({"kind": "cycle", "a": 1})])
+def test_what_a_killed_run_has_left_is_gone_on_with(tmp_path, begun):
+    path = tmp_path / "t"
+    path.write_text(begun)
+    with TraceWriter(path) as writer:
+        writer.write(EVENTS[0])
+    assert path.read_text().startswith(begun)
+
+
 def test_a_trace_of_the_first_schema_is_read():
     first = Path(__file__).parent / "trace_v1.jsonl"
     events = list(read_trace(first))

@@ -10,7 +10,14 @@ from specdec_tui.panels import Line
 from specdec_tui.pieces import Name, alone
 
 MARKS = {"accepted": "✓", "rejected": "×", "untested": "·", "recovered": "↳", "bonus": "+", "plain": "", "drafted": "?"}
-LEGEND = "✓ kept × rejected · untested ↳ recovered + bonus"
+LEGEND = " ".join(
+    f"{MARKS[kind]} {word}"
+    for kind, word in zip(
+        ("accepted", "rejected", "untested", "recovered", "bonus"),
+        ("kept", "rejected", "untested", "recovered", "bonus"),
+        strict=True,
+    )
+)
 GUESSED, FORCED = "»", "≡"
 """Before a token that a lookup had expected of the draft model."""
 

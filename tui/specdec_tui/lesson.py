@@ -111,7 +111,7 @@ def pages(frame: Frame) -> tuple[Page, ...]:
             "One pass, one token",
             "A language model reads the text so far and says how likely each next token is. One is drawn, and "
             "everything begins again. Each pass reads all of the model's weights, so one pass for four tokens "
-            "costs far less than four passes. This cycle was a pass for one: nothing was drafted, one token came.",
+            f"costs far less than four passes. Cycle {plain + 1} was a pass for one: nothing was drafted, one token came.",
             "press → for the next cycle",
             lambda state: state.view.shown > plain + 1,
             lambda f: View(f).to(plain + 1),
@@ -140,7 +140,7 @@ def pages(frame: Frame) -> tuple[Page, ...]:
         Page(
             "Likely enough: always kept",
             "Now each guess is tested, left to right. Where the target finds the guess at least as likely as the "
-            "draft did, p ≥ q, it is kept. No coin is thrown: min(1, p/q) is 1.",
+            "draft did, p ≥ q, it is kept. Nothing is left to chance: min(1, p/q) is 1.",
             "press . to test the first guess",
             reached(shown, k + 2),
             within(shown, k + 1),
@@ -149,9 +149,9 @@ def pages(frame: Frame) -> tuple[Page, ...]:
         ),
         Page(
             "Too sure: a throw decides",
-            "Where the draft was surer than the target, p < q, the guess is kept with probability p/q only. A "
-            "number u between 0 and 1 is drawn, the dart on the line. Left of the end of the bar min(1, p/q): "
-            "kept. Right of it: rejected.",
+            "Where the draft was surer than the target, p < q, the guess would come too often. It is kept with "
+            "probability p/q only: q · p/q is p. A number u between 0 and 1 is drawn, the mark ▲ on the line. Left of "
+            "the end of the bar min(1, p/q): kept. Right of it: rejected.",
             "press . to throw",
             reached(refused, before_throw + 1),
             within(refused, before_throw),
@@ -171,7 +171,7 @@ def pages(frame: Frame) -> tuple[Page, ...]:
         ),
         Page(
             "All kept: one more for nothing",
-            "Here every guess held. The pass has read them all, so it also says what comes after the last: a "
+            "In this cycle every guess holds. The pass has read them all, so it also says what comes after the last: a "
             "bonus token. With k guesses a cycle gives up to k + 1 tokens for one pass of the target.",
             "press . until the bonus is there",
             reached(whole, steps(frame.cycles[whole])),
@@ -214,10 +214,10 @@ def pages(frame: Frame) -> tuple[Page, ...]:
         ),
         Page(
             "How far to guess",
-            "With chance α a guess is kept, so k guesses give 1 + α + α² + … tokens a pass. But each costs a "
+            "With chance α a guess is kept, so k guesses give 1 + α + α² + … + α^k tokens a pass. But each costs a "
             "draft step, and widens the pass. The best k is where one more guess is no longer worth its cost. "
             "This is what `-k auto` learns while it runs.",
-            "press K and k to find the best k",
+            "press K for more, k for fewer, until you have found the best k",
             lambda state: state.what.k == state.what.best,
             View,
             shows="curve",
@@ -229,7 +229,7 @@ def pages(frame: Frame) -> tuple[Page, ...]:
             "A draft that is often wrong, or too large a k, makes more work than it saves. Then the best k is 0, "
             "plain decoding, and an honest tool says so. A temperature can do either: it flattens p and q alike, so "
             "α may fall or rise with it; only a measurement tells.",
-            "press T, which lowers α here, until plain decoding is best",
+            "in this toy T lowers α: press it until plain decoding is best",
             lambda state: state.what.best == 0,
             View,
             shows="curve",

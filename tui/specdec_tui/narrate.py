@@ -21,14 +21,15 @@ def narrate(cycle: Cycle, name: Name, rule: str = "token") -> str:
         return f"Cycle {number}: {counted(k, 'token')} had to come by the grammar{and_last}.{_ended(cycle)}"
     if at is None:
         free = "" if _clipped(cycle) else f", and {last} comes free from the same pass"
-        all_of = "the one guess" if k == 1 else f"all {k}" if kept == k else f"{kept} of {k}"
+        whole = {1: "the one guess", 2: "both guesses"}.get(k, f"all {k}")
+        all_of = whole if kept == k else f"{kept} of {k}"
         return f"Cycle {number}: kept {all_of}{free}.{_ended(cycle)}"
     refused = repr_of(cycle.drafted[at], name)
     drawn = "" if _clipped(cycle) else f", {last} {_drawn(cycle, rule)} instead"
     if rule != "token":
         return f"Cycle {number}: kept {kept} of {k} by {rule} verification{drawn}.{_ended(cycle)}"
     untested = sum(cycle.fate(place) == "untested" for place in range(k))
-    dropped = f"; the {untested} after it untested" if untested else ""
+    dropped = f"; the {'one' if untested == 1 else untested} after it untested" if untested else ""
     return f"Cycle {number}: kept {kept} of {k}. {refused} rejected ({held(cycle, at)}){drawn}{dropped}.{_ended(cycle)}"
 
 
@@ -60,7 +61,7 @@ def _clipped(cycle: Cycle) -> bool:
 
 
 def _ended(cycle: Cycle) -> str:
-    return {"stop": " Here the text ends.", "length": " Here the room for tokens ends."}.get(cycle.end, "")
+    return {"stop": " Here the text ends.", "length": " Here the token budget ends."}.get(cycle.end, "")
 
 
 def repr_of(token: TokenId, name: Name) -> str:
@@ -73,7 +74,7 @@ def step_words(view: View, name: Name) -> str:
     if cycle is None:
         return ending(view.frame) if view.frame.counters is not None else "Nothing is decoded yet."
     if partial is None or partial.final:
-        return narrate(cycle, name, rule)
+        return narrate(cycle, name, rule) + _why_nothing(view.frame, cycle)
     number, k = cycle.index + 1, len(cycle.drafted)
     if not partial.verified:
         token = repr_of(cycle.drafted[partial.drafted - 1], name) if partial.drafted else "nothing"
@@ -91,6 +92,16 @@ def step_words(view: View, name: Name) -> str:
     verdict = "kept" if cycle.fate(at) == "accepted" else "rejected"
     why = held(cycle, at) if rule == "token" else f"{rule} verification weighs the whole draft"
     return f"Cycle {number}: {repr_of(cycle.drafted[at], name)} is {verdict} ({why})."
+
+
+def _why_nothing(frame: Frame, cycle: Cycle) -> str:
+    """Why a cycle drafted nothing, where that is known."""
+    if cycle.drafted or cycle.k is None:
+        return ""
+    if cycle.k:
+        return " The draft was sure enough of nothing."
+    turned = next((c for c in reversed(frame.changes) if c.name == "k" and c.cycle <= cycle.index), None)
+    return f" k is 0: {one_line(turned.reason)}." if turned is not None and turned.reason else ""
 
 
 def changed(change: SettingChanged) -> str:

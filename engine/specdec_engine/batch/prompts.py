@@ -1,6 +1,7 @@
 """The prompts of texts that begin together: each is read once, by as few passes as can be.
 
-Whichever way a prompt came into a cache, it has the bits that it has alone.
+On a CPU a prompt has the bits that it has alone, whichever way it came into a cache. A recorded runtime pads passes, so that
+rounding may differ.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def read_prompts(asked: Sequence[tuple[ModelTarget, Sequence[int]]], lanes: Sequ
     """Cache the tokens of each, and no others. lanes: all targets, of which some may have read such a prompt before."""
     fresh = dict[tuple[int, ...], ModelTarget]()
     for target, tokens in asked:
-        if not any(lane.holds(tokens) for lane in lanes):
+        if tokens and not any(lane.holds(tokens) for lane in lanes):
             fresh.setdefault(tuple(tokens), target)
     _read(fresh)
     for target, tokens in asked:
@@ -46,7 +47,10 @@ def _read(prompts: _Prompts) -> None:
                 target.prefill(tokens)
             continue
         runtimes = [cast(LeanRuntime, target.runtime) for target in group.values()]
-        read_together(runtimes, [upload(torch.tensor(tokens), target.device) for tokens, target in group.items()])
+        read_together(
+            runtimes,
+            [upload(torch.tensor(tokens, dtype=torch.long), target.device) for tokens, target in group.items()],
+        )
         for tokens, target in group.items():
             target.has_read(tokens)
 

@@ -35,11 +35,13 @@ def lengthened(pair: Pair, question: Question, others: Sequence[Question], token
     if (least := length(question)) > tokens:
         raise UsageError(f"it has {least} tokens already, more than {tokens}", "choose a longer --context")
     many = tokens - length(made(0))
+    if many <= 0:  # it has no room for more, or has just as many
+        return question
     for _ in range(_TRIES):
         if (missing := tokens - length(found := made(many))) == 0:
             break
         many += missing
-    while length(found) > tokens:
+    while length(found) > tokens and many > 0:
         many -= 1
         found = made(many)
-    return found
+    return found if many > 0 else question

@@ -18,7 +18,7 @@ from specdec_engine.bench.figures import (
     costs,
     recommend,
 )
-from specdec_engine.bench.plan import Arm, Plan
+from specdec_engine.bench.plan import Arm, Form, Plan
 from specdec_engine.errors import UsageError, reason
 from specdec_engine.record.files import parse_record, replace_file, typed
 
@@ -112,7 +112,8 @@ def record(
     free = [s for s in plain if not s.structured]
     forms = list(dict.fromkeys(arm.quantize for arm in plan.arms))
     contexts = list(dict.fromkeys(arm.context for arm in plan.arms))
-    first = [s for s in free if (s.quantize, s.context) == (forms[0], contexts[0])]
+    usual = replace(plan.arms[0].form, structured=False)
+    first = _in_form(free, usual)
     advised = advice(alike(arms))
     found = {
         "schema": SCHEMA,
@@ -123,9 +124,10 @@ def record(
         "prompts": {"count": len(plan.questions), "digest": plan.prompts_digest},
         "baseline": {
             "tokens_per_second": _rate(first),
-            "by_weights": {form: _rate([s for s in free if s.quantize == form]) for form in forms if form},
+            "by_weights": {form: _rate(_in_form(free, replace(usual, quantize=form))) for form in forms if form},
             "structured": _rate([s for s in plain if s.structured]),
-            "by_context": {str(n): _at(n, [s for s in free if s.context == n]) for n in contexts if n},
+            "context": usual.context or None,
+            "by_context": {str(n): _after(_in_form(free, replace(usual, context=n))) for n in contexts if n},
             "roofline": roofline(first, environment),
             "samples": [asdict(s) for s in plain],
         },
@@ -136,7 +138,11 @@ def record(
     return {key: _finite(value) for key, value in found.items()}
 
 
-def _at(context: int, samples: Sequence[Sample]) -> dict[str, float | None]:
+def _in_form(samples: Sequence[Sample], form: Form) -> list[Sample]:
+    return [sample for sample in samples if sample.form == form]
+
+
+def _after(samples: Sequence[Sample]) -> dict[str, float | None]:
     rate = _rate(samples)
     per_token = None if rate is None else 1 / rate
     return {"tokens_per_second": rate, "token_s": per_token, "prefill_s": _prefill(samples)}

@@ -79,8 +79,8 @@ def special_in(tokenizer: Any, text: str) -> list[str]:
 
 
 def between_turns(tokenizer: Any) -> frozenset[int]:
-    """Special tokens that no answer has in it, only a template around answers: all but those that end one. None for no
-    tokenizer."""
+    """Special tokens that no answer has in it, only a template around answers: all but those that end one; none
+    where there is no tokenizer."""
     if tokenizer is None:
         return frozenset()
     return frozenset(tokenizer.all_special_ids) - turn_ends(tokenizer) - {tokenizer.eos_token_id}

@@ -270,7 +270,8 @@ class Finished:
     emitted: Count
     cycles: Count
     prefill_s: Seconds | None
-    """Seconds to read the prompt into both caches, before the first cycle; None when it is not known."""
+    """Seconds to read the prompt into both caches, before the first cycle, with the prompts that are read together with it;
+    None when it is not known."""
     peak_bytes: Count | None = None
     """The most memory until then: allocated on the GPU, elsewhere the process's own; None when it is not known."""
     recording_s: Seconds | None = None

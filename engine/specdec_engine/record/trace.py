@@ -107,14 +107,16 @@ class TraceWriter:
     """Appends events to a file, one flushed line each, which is locked meanwhile, so that no line of another
     program comes between the parts of one.
 
-    Raises TraceError when the file cannot be opened, another process writes to it, or a line cannot be written (no such
-    folder, disk full).
+    Raises TraceError when the file cannot be opened, holds something else, another process writes to it, or a line cannot be
+    written (no such folder, disk full).
     """
 
     def __init__(self, path: Path | str, describe: Callable[[int], str] | None = None) -> None:
         self.path = Path(path)
         self.records = Records(describe)
         try:
+            if self.path.is_file() and not _begins_as_a_trace(self.path):
+                raise TraceError(f"{self.path} holds something else than a trace", "choose another file for --trace")
             self._file: IO[str] = self.path.open("a", encoding="utf-8")
             if not lock(self._file):
                 raise TraceError(f"another run is writing to {self.path}", "give each a --trace of its own")
@@ -307,6 +309,14 @@ def _unwritable(path: Path, error: OSError) -> TraceError:
     return TraceError(
         f"cannot write the trace {path}: {reason(error)}", "choose another path with --trace, or free some space"
     )
+
+
+def _begins_as_a_trace(path: Path) -> bool:
+    """Whether the file is empty, or its first line is an event, or what a killed run has left of one."""
+    beginning = b'{"kind": "'
+    with path.open("rb") as file:
+        first = file.read(len(beginning) + 64).lstrip()[: len(beginning)]
+    return beginning.startswith(first)
 
 
 def _ends_inside_a_line(path: Path) -> bool:

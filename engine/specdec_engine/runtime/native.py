@@ -146,6 +146,7 @@ class Kernels:
 
     def rows(self, order: Tensor, matrix: Matrix) -> Tensor:
         """[n] -> [n, K] float32: those rows of a packed matrix."""
+        assert order.dtype == torch.long  # read as such
         order = order.contiguous()
         out = torch.empty(len(order), matrix.K)
         self._library.rows(ctypes.byref(matrix), order.data_ptr(), len(order), out.data_ptr())

@@ -34,7 +34,7 @@ def told(frame: Frame, name: Name) -> dict[str, Any]:
         }
         cycles.append(_cycle(frame.upto(number_), cycle, name) | made)
     return {
-        "title": f"{plain(frame.settings.get('draft'))} → {plain(frame.settings.get('target'))}",
+        "title": f"{plain(frame.settings.get('draft'))} drafts, {plain(frame.settings.get('target'))} decides",
         "facts": _facts(frame),
         "headline": _headline(frame),
         "prompt": {"tokens": len(frame.prompt), "text": prompt},
@@ -54,9 +54,13 @@ _LEGEND = {
 
 
 def _facts(frame: Frame) -> list[str]:
-    most = plain(frame.settings.get("k"))
+    ks = [k for k in (frame.settings.get("k"), *(c.new for c in frame.changes if c.name == "k")) if isinstance(k, int)]
     auto = frame.settings.get("adaptive")
-    facts = [f"k up to {most}, chosen by what pays" if auto else f"k {most}"]
+    facts = [
+        f"k up to {plain(max(ks, default=None))}, chosen by what pays"
+        if auto
+        else f"k {plain(frame.settings.get('k'))}"
+    ]
     facts += [f"temperature {plain(frame.settings.get('temperature'))}", f"seed {plain(frame.seed)}"]
     if frame.observer != "specdec":
         facts.append(f"{plain(frame.observer)}, {frame.summary().exactness}")
@@ -71,7 +75,7 @@ def _headline(frame: Frame) -> list[str]:
         return [number(s.mean_emitted_per_cycle), "tokens a cycle"]
     return [
         f"{made.speedup:.2f}×",
-        f"plain decoding = {made.emitted:.2f} tokens a cycle ÷ {made.cost:.2f} plain passes",
+        f"as fast as plain decoding: {made.emitted:.2f} tokens a cycle ÷ {made.cost:.2f} plain passes",
     ]
 
 
@@ -80,7 +84,7 @@ def _figures(past: Frame) -> list[list[str]]:
     s = past.summary()
     made = None if past.plain_s is None or not s.drafted else budget(s, past.plain_s)
     return [
-        ["speedup so far", f"{number(None if made is None else made.speedup)}×"],
+        ["speedup so far", "–" if made is None else f"{number(made.speedup)}×"],
         ["tokens a second", number(s.tokens_per_second, 1)],
         ["tokens a cycle", number(s.mean_emitted_per_cycle)],
         ["tested tokens kept, α", number(s.alpha)],

@@ -16,7 +16,7 @@ def header(view: View, context: PanelContext, state: str) -> Line:
     most = plain(frame.setting("k"))
     k = f"k ≤ {most} auto" if frame.setting("adaptive") else f"k {most}"
     facts = f"{k}  T {plain(frame.setting('temperature'))}  seed {plain(frame.seed)}{_observed(view.frame)}"
-    models = f"{plain(frame.settings.get('draft'))} → {plain(frame.settings.get('target'))}"
+    models = f"draft {plain(frame.settings.get('draft'))} → target {plain(frame.settings.get('target'))}"
     models = fitted(models, max(8, context.width - len(facts) - len(state) - 14))
     return [(" specdec ", "brand"), (f" {models}  ", "strong"), (f"{facts}  ", ""), (state, "key")]
 
@@ -38,18 +38,21 @@ def figures(view: View, context: PanelContext) -> Line:
     most = past.settings.get("max_tokens")
     headline = "muted" if speedup is None else "headline" if speedup >= 1 else "refused"
     groups: list[Line] = [
-        [(f" {number(speedup)}× plain ", headline)],
+        [(f" {number(speedup)}{'' if speedup is None else '×'} plain ", headline)],
         [(f"{number(s.tokens_per_second, 1)} tok/s", "strong")],
         [(f"{number(s.mean_emitted_per_cycle)} tokens a cycle", ""), (f", α {number(s.alpha)}", "")],
         [(f"cycle {s.cycles}", ""), (f", {s.emitted}{'/' + str(most) if most else ''} tokens", "")],
         [(f"last 16: {number(rate(past.cycles[-16:]), 0)} tok/s", "muted")],
     ]
+    texts = [
+        (f"   {text}" if group and not part else text, style)
+        for group, parts in enumerate(groups)
+        for part, (text, style) in enumerate(parts)
+    ]
     line, used = list[tuple[str, str]](), 0
-    for parts in groups:
-        for part, (text, style) in enumerate(parts):
-            shown = f"   {text}" if line and not part else text
-            if used + len(shown) > context.width:
-                break
-            line.append((shown, style))
-            used += len(shown)
+    for text, style in texts:
+        if used + len(text) > context.width:
+            break
+        line.append((text, style))
+        used += len(text)
     return line

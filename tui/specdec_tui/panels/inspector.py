@@ -8,7 +8,7 @@ from specdec_tui.decision import draw, left_after, left_title, scales, verdict
 from specdec_tui.frame import View
 from specdec_tui.panels import Line, PanelContent, PanelContext, fitted, number, padded
 from specdec_tui.panels.warping import in_full, in_short
-from specdec_tui.pieces import alone
+from specdec_tui.pieces import alone, plain
 
 _LABEL, _NUMBER = 11, 7
 
@@ -24,10 +24,7 @@ def inspector(view: View, context: PanelContext) -> PanelContent | None:
     lines: list[Line] = [
         [(f"cycle {cycle.index + 1} · token {at + 1} of {len(cycle.drafted)} · ", "muted"), (token, "strong")]
     ]
-    if at in cycle.guessed:
-        lines.append([("» a lookup expected it; the draft model chose it too", "muted")])
-    if cycle.forced:
-        lines.append([("≡ the grammar allows nothing else here: a free token", "muted")])
+    lines += _remarks(cycle, at)
     if view.warping:
         return PanelContent("before and after · ▒ gained ░ lost", [*lines, *in_full(view, cycle, at, context)])
     seen = view.partial
@@ -54,6 +51,18 @@ def _without_draft(view: View, cycle: Cycle, context: PanelContext) -> PanelCont
     if before is None or (found := inspector(before, context)) is None:
         return PanelContent("inspector", [said, [], [("the pass gave the target's own token", "muted")]])
     return PanelContent(found.title, [said, *found.lines])
+
+
+def _remarks(cycle: Cycle, at: int) -> list[Line]:
+    """Where the token is from, where that is not simply drawn from q."""
+    lines = list[Line]()
+    if cycle.q[at] == 1.0 and cycle.raw_q is None and not cycle.forced:
+        lines.append([(f"by {plain(cycle.drafter)}, a lookup: it names one token, so q is 1", "muted")])
+    if at in cycle.guessed:
+        lines.append([("» a lookup expected it; the draft model chose it too", "muted")])
+    if cycle.forced:
+        lines.append([("≡ the grammar allows nothing else here: a free token", "muted")])
+    return lines
 
 
 def _draft(cycle: Cycle, at: int, width: int) -> list[Line]:

@@ -15,14 +15,14 @@ _ARMS = (
 
 def histograms(draws: Draws, width: int) -> PanelContent:
     """Three bars a token, of the share of the draws, beside what target and draft say of it."""
-    cells, lines = max(8, width - 34), list[Line]()
+    cells, lines = max(8, width - 35), list[Line]()
     for i, token in enumerate(TOKENS):
         for n, (label, name, style) in enumerate(_ARMS):
             share = getattr(draws, name)[i] / draws.made if draws.made else 0.0
-            what = f"“{token}” {P[i]:.2f}" if n == 0 else f"  draft {Q[i]:.2f}" if n == 1 else ""
+            what = f"“{token}” p {P[i]:.2f}" if n == 0 else f"q {Q[i]:.2f}".rjust(12) if n == 1 else ""
             lines.append(
                 [
-                    (what.ljust(13), "strong" if n == 0 else "muted"),
+                    (what.ljust(14), "strong" if n == 0 else "muted"),
                     (label.ljust(14), "muted"),
                     (bar(share / 0.5, cells), style),
                     (f" {share:.3f}", ""),

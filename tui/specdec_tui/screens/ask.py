@@ -20,7 +20,6 @@ class Ask(ModalScreen[str | None]):
     Ask > Vertical { width: 76; max-width: 96%; height: auto; max-height: 80%; }
     Ask > Vertical { border: round $accent; padding: 0 1; background: $panel; }
     Ask TextArea { height: 9; border: none; }
-    Ask Input { border: none; height: 1; }
     Ask OptionList { border: none; height: auto; background: $panel; }
     Ask .hint { color: $text-muted; height: 1; }
     """
@@ -63,7 +62,7 @@ class AskWord(Ask):
     def compose(self) -> ComposeResult:
         with Vertical() as box:
             box.border_title = "find in the text"
-            yield Input(id="word")
+            yield Input(id="word", compact=True)
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
         self.dismiss(event.value or None)

@@ -72,6 +72,9 @@ class LessonScreen(WatchScreen):
     LessonScreen.-experiment #experiment { display: block; }
     LessonScreen.-experiment #board { display: none; }
     LessonScreen #header, LessonScreen #figures { display: none; }
+    LessonScreen.-medium #middle, LessonScreen.-wide #middle, LessonScreen #right { display: none; }
+    LessonScreen #middle .aside { display: none; }
+    LessonScreen.-medium.-inspecting #middle, LessonScreen.-wide.-inspecting #middle { display: block; }
     LessonScreen.-narrow.-inspecting #left, LessonScreen.-narrow.-inspecting #scrubber { display: none; }
     """
 

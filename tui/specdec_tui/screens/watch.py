@@ -320,7 +320,10 @@ class WatchScreen(Screen[None]):
         self.call_after_refresh(self.draw)
 
     def on_view_lines_pointed(self, event: ViewLines.Pointed) -> None:
-        self._do(lambda: self._player.point(event.cycle, event.position))
+        if event.cycle < 0:  # the prompt
+            self.action_unfold()
+        else:
+            self._do(lambda: self._player.point(event.cycle, event.position))
 
     def on_scrubber_moved(self, event: Scrubber.Moved) -> None:
         self._do(lambda: self._player.to(event.shown))

@@ -26,7 +26,7 @@ class _Text:
 
 def _cells(word: Word, view: View) -> Iterator[Cell]:
     """The word alone is styled: a struck or underlined space before it looks like a fault."""
-    token = None if word.cycle < 0 else (word.cycle, word.position)
+    token = word.cycle, word.position
     bare = word.text.lstrip()
     if space := word.text[: len(word.text) - len(bare)]:
         yield space, "", token
@@ -38,7 +38,7 @@ def _cells(word: Word, view: View) -> Iterator[Cell]:
 class Stream(ViewLines):
     """Text by provenance."""
 
-    HELP = "Text by where each token came from. Click a token to inspect it."
+    HELP = "Text by where each token came from. Click a token to inspect it, the prompt to unfold it."
 
     def __init__(self, name: Name, id: str = "stream") -> None:
         super().__init__(_Text(name), id=id, title="text")
