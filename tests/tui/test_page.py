@@ -9,6 +9,7 @@ from base64 import b64encode
 from dataclasses import replace
 from hashlib import sha256
 from html import escape
+from itertools import combinations
 
 import pytest
 
@@ -249,4 +250,8 @@ def test_no_width_cuts_anything(page, size):
     page.browser.set_window_size(*size)
     page.press("END")
     assert page.run("return document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    boxes = page.run("""return [...document.querySelectorAll('section')].map((section) => {
+      const box = section.getBoundingClientRect(); return [box.left, box.top, box.right, box.bottom]; })""")
+    for (left, top, right, bottom), other in combinations(boxes, 2):  # none lies on another
+        assert right <= other[0] or other[2] <= left or bottom <= other[1] or other[3] <= top
     page.browser.set_window_size(1200, 900)
