@@ -20,7 +20,6 @@ from specdec_engine.record.events import Cycle, Event, Logprob, Started, TokenId
 from specdec_engine.record.stats import Summary
 from specdec_engine.record.text import counted, printable
 from specdec_engine.record.trace import Records
-from specdec_tui.pieces import as_bytes
 
 Color = Literal["auto", "always", "never"]
 
@@ -250,6 +249,7 @@ class JsonLinesOutput:
 
 def told_logprobs(logprobs: Sequence[TokenLogprobs], text_of: Callable[[int], str]) -> list[dict[str, Any]]:
     """As `--json` and answers have them: with the tokens' texts."""
+    from specdec_tui.pieces import as_bytes  # `--help` of any command imports this file, and no screen
 
     def one(found: Logprob) -> dict[str, Any]:
         raw = as_bytes(text_of(found.id))
