@@ -109,7 +109,7 @@ def pages(frame: Frame) -> tuple[Page, ...]:
     return (
         Page(
             "One pass, one token",
-            "A language model reads the text so far and says how likely each next token is. One is drawn, and "
+            "A language model, the target, reads the text so far and says how likely each next token is. One is drawn, and "
             "everything begins again. Each pass reads all of the model's weights, so one pass for four tokens "
             f"costs far less than four passes. Cycle {plain + 1} was a pass for one: nothing was drafted, one token came.",
             "press → for the next cycle",
@@ -130,8 +130,8 @@ def pages(frame: Frame) -> tuple[Page, ...]:
         Page(
             "One pass reads them all",
             "The target reads all guesses in a single pass. At each place it says what it would have said there "
-            "itself: a whole distribution p, beside the draft's q. That is the only expensive step of the cycle, "
-            "and it costs far less than a pass for each guess.",
+            "itself: a whole distribution p, beside the draft's q. That is the dear step of the cycle, and it costs "
+            "far less than a pass for each guess.",
             "press . for the pass",
             reached(shown, k + 1),
             within(shown, k),
@@ -180,9 +180,9 @@ def pages(frame: Frame) -> tuple[Page, ...]:
         ),
         Page(
             "Why nothing is lost",
-            "Take one of five tokens. It comes out as a kept guess as often as both want it: min(p, q). It comes "
-            "out as a correction as often as q had too little of it: p − min(p, q). The two together are p, for "
-            "every token, however bad the draft. Watch them add up.",
+            "A token is guessed and kept with chance q · min(1, p/q), which is min(p, q): what both want of it. Where q "
+            "had too little, corrections bring the rest, p − min(p, q). Together that is p, for each token here and any "
+            "other, however bad the draft. Watch the two add up.",
             f"press space, until {ENOUGH:,} are drawn",
             lambda state: state.draws.made >= ENOUGH,
             View,
@@ -191,7 +191,7 @@ def pages(frame: Frame) -> tuple[Page, ...]:
         ),
         Page(
             "The careless way",
-            "The same draws beside the target's own, and beside a careless rule, which after a rejection draws "
+            "More draws, beside the target's own, and beside a careless rule, which after a rejection draws "
             "from p again instead of from what is left of it. It never gets there: what the draft likes comes too "
             "often. The distance to p says it in one number; chance alone leaves about 0.01.",
             f"press space, until {ENOUGH:,} more are drawn",
@@ -226,9 +226,9 @@ def pages(frame: Frame) -> tuple[Page, ...]:
         ),
         Page(
             "When it loses",
-            "A draft that is often wrong, or too large a k, makes more work than it saves. Then the best k is 0, "
-            "plain decoding, and an honest tool says so. A temperature can do either: it flattens p and q alike, so "
-            "α may fall or rise with it; only a measurement tells.",
+            "Where few guesses hold, or guessing is dear, no k saves what it costs. Then the best k is 0, plain "
+            "decoding, and an honest tool says so. Another temperature changes p and q alike, so α may fall or rise "
+            "with it; only a measurement tells.",
             "in this toy T lowers α: press it until plain decoding is best",
             lambda state: state.what.best == 0,
             View,

@@ -20,11 +20,11 @@ class Question:
 
 
 ONE_PASS = Question(
-    "Why may one pass over four tokens cost little more than a pass over one?",
+    "Why may one pass over four tokens cost far less than four passes?",
     ("four tokens need a quarter of the layers", "the weights are read once for all four", "the tokens are shorter"),
     1,
-    "Reading the weights is what takes the time; the arithmetic for a few tokens more is nearly free.",
-    "A pass reads all weights; more tokens in it cost little.",
+    "Reading the weights takes most of a pass's time, and one reading does for all its tokens.",
+    "A pass reads all weights once, for all tokens in it.",
 )
 DRAFT = Question(
     "What may a draft be?",
@@ -41,10 +41,10 @@ READS = Question(
     "One pass of the target gives p at every place of the draft.",
 )
 KEPT = Question(
-    "p is 0.6 and q is 0.3. When is the guess rejected?",
-    ("when u is above 0.6", "when u is above 0.3", "never"),
+    "p is 0.6 and q is 0.3. How often is the guess rejected?",
+    ("four times in ten", "half of the time", "never"),
     2,
-    "p/q is 2, so min(1, p/q) is 1, and every u is below 1.",
+    "p/q is 2, so min(1, p/q) is 1: it is kept for sure.",
     "p ≥ q: always kept, because the target wants it at least as often as it is guessed.",
 )
 THROWN = Question(
@@ -76,7 +76,7 @@ PARTS = Question(
     "A token has q above p. How much of p must its corrections add?",
     ("nothing: kept guesses alone make p", "q − p", "half of p"),
     0,
-    "It is kept with chance min(p, q), which is p there. Corrections go only where q had too little.",
+    "It is guessed and then kept with chance q · p/q, which is p. Corrections go only where q had too little.",
     "Kept guesses give min(p, q), corrections the rest of p: together p, whatever q is.",
 )
 CARELESS = Question(

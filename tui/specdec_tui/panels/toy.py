@@ -47,7 +47,7 @@ def stacks(draws: Draws, width: int) -> PanelContent:
     for i, token in enumerate(TOKENS):
         kept, corrected = draws.kept[i] / made, draws.corrected[i] / made
         first, both = round(kept / 0.5 * cells), round((kept + corrected) / 0.5 * cells)
-        sums = f"{kept:.3f} + {corrected:.3f} = {kept + corrected:.3f}"
+        sums = f"{kept:.3f} + {corrected:.3f} = {round(kept, 3) + round(corrected, 3):.3f}"
         lines += [
             [
                 (f"“{token}” q {Q[i]:.2f}".ljust(16), "strong"),
@@ -77,7 +77,7 @@ def curve(what: WhatIf, width: int) -> PanelContent:
         speed = what.speedup(k)
         style = "refused" if speed < 0.995 else "draft"
         said = (
-            "  plain decoding"
+            "  plain decoding" + (", best" if what.best == 0 else "")
             if k == 0
             else "  slower!"
             if speed < 0.995
