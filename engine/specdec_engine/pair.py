@@ -172,9 +172,8 @@ class Pair:
             controls = self.controls(k, sampling)
         matching = self.run_grammar.matching = None if grammar is None else self.matching(grammar)
         self.draft_limits.controller = controls.auto
-        self.auto.begin(
-            seed, tokenwise=rule == "token", context=len(prompt)
-        )  # always: it may be switched on in the middle of the run
+        # Always: it may be switched on in the middle of the run.
+        self.auto.begin(seed, tokenwise=rule == "token", context=len(prompt))
         if controls.auto is not None:
             controls.adapt(controls.auto)  # k as it is now: what an earlier run with this seed has taught is forgotten
         return decode(

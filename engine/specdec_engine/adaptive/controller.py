@@ -70,7 +70,7 @@ class AutoK:
         self._go_to(context)
 
     def _go_to(self, context: int) -> None:
-        """What cycles take, and so how far to draft, depends on how long the context is."""
+        """Take the costs of contexts so long, and draft as far as those say."""
         known = self._lengths.go_to(context)
         for name, history in self._histories.items():
             history.draft = self._costs.draft(name)

@@ -30,7 +30,7 @@ class Times:
         self._median = None
 
     def aged(self) -> Times:
-        """As if it had been measured once: the next measurements soon outweigh it."""
+        """The same median, as if measured once: the next measurements soon outweigh it."""
         made = Times()
         if self._last:
             made.add(self.seconds)
@@ -63,7 +63,7 @@ class Drift:
         return seconds / self._factor
 
     def afresh(self) -> Drift:
-        """As slow a machine, whose passes begin to be other ones."""
+        """The same slowness, for passes that are other ones from now on."""
         made = Drift()
         made._factor = self._factor
         return made
@@ -168,7 +168,7 @@ class Staircase:
 
 @dataclass(slots=True)
 class Costs:
-    """What cycles take after contexts of about one length: attention over more makes passes dearer, wide ones most of all,
+    """Times of cycles after contexts of about one length: attention over more makes passes dearer, wide ones most of all,
     and a model draft too."""
 
     passes: Staircase = field(default_factory=Staircase)
@@ -187,7 +187,7 @@ class Costs:
         return self.drafts.setdefault(name, Drafting())
 
     def carried(self) -> Costs:
-        """For another length, until it is measured."""
+        """A copy for another length, until that is measured."""
         drafts = {name: times.aged() for name, times in self.drafts.items()}
         made = Costs(self.passes.aged(), self.other.aged(), self.drift.afresh(), drafts)
         made.tokens, made.seconds = _CARRIED * self.tokens, _CARRIED * self.seconds
@@ -195,7 +195,7 @@ class Costs:
 
 
 _CARRIED = 0.1
-"""What a rate at another length weighs, against one that was measured for long."""
+"""Weight of a rate at another length, against one that was measured for long."""
 
 
 class CostsByLength:
@@ -206,7 +206,7 @@ class CostsByLength:
         self._known: dict[int, Costs] = {}
 
     def go_to(self, context: int) -> bool:
-        """Contexts have so many tokens from now on. Whether other costs hold, which were measured before."""
+        """Take the costs of contexts with so many tokens. True where those are others than before, and measured."""
         length = max(0, context.bit_length() - _SHORT_BITS)
         if self._known.get(length) is self.now:
             return False
