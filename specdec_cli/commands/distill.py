@@ -35,9 +35,22 @@ def distill(
         ),
     ] = "head",
     size: Annotated[
-        Literal["small", "medium", "large"],
-        typer.Option(rich_help_panel=_PANEL, help="4096, 6144 or 8192 draft tokens, and wider layers."),
-    ] = "medium",
+        Literal["small", "medium", "large"] | None,
+        typer.Option(
+            rich_help_panel=_PANEL,
+            help="4096, 6144 or 8192 draft tokens, and wider layers; medium by default.",
+            show_default=False,
+        ),
+    ] = None,
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            "--draft",
+            "-d",
+            rich_help_panel=_PANEL,
+            help="Go on from this head (builtin, or a folder of distill's) instead of beginning anew.",
+        ),
+    ] = None,
     minutes: Annotated[
         float | None, typer.Option(rich_help_panel=_PANEL, help="Time for all of it; 60 by default.")
     ] = None,
@@ -46,6 +59,18 @@ def distill(
         Path | None,
         typer.Option(
             rich_help_panel=_PANEL, help="Prompts, one a line or as JSONL; without it the target writes them too."
+        ),
+    ] = None,
+    documents: Annotated[
+        Path | None,
+        typer.Option(rich_help_panel=_PANEL, help="Text file or folder; half of the prompts ask about passages in it."),
+    ] = None,
+    traces: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--from",
+            rich_help_panel=_PANEL,
+            help="Learn from your own runs: a trace, or a folder of them; may be repeated.",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(rich_help_panel=_PANEL, help="Of the text and the training.")] = 0,
@@ -76,12 +101,10 @@ def distill(
         from specdec_engine.system.machine import usable_cores
         from specdec_engine.system.threads import set_threads
 
-        recipe = Recipe(out, kind, size, minutes, tokens, data, seed)
-        # Dense weights: many sequences at once are bound by arithmetic, and packed ones are slower there.
+        recipe = Recipe(out, kind, size, minutes, tokens, data, documents, tuple(traces or ()), draft, seed)
         options = LoadOptions(
             device=device,
             dtype=dtype,
-            quantize="none",
             offline=offline,
             trust_remote_code=trust_remote_code,
             report=report,

@@ -108,7 +108,8 @@ def test_proposals_keep_the_contract(spec, sampling):
             assert torch.allclose(draft.probs.sum(-1), torch.ones(len(draft)), atol=1e-5)
             assert (draft.probs.gather(1, draft.tokens[:, None]) > 0).all()
             numbers = KeyedRandomness(1).uniforms(len(context), "draft", len(draft))
-            drawn = [draw_on_host(row, u) for row, u in zip(draft.probs, numbers, strict=True)]
+            ids = torch.arange(VOCAB) if draft.raw_ids is None else draft.raw_ids
+            drawn = [int(ids[draw_on_host(row[ids], u)]) for row, u in zip(draft.probs, numbers, strict=True)]
             assert draft.tokens.tolist() == drawn
         accepted = rng.randint(0, len(draft))
         drafter.observe(draft, verdict(draft, accepted))

@@ -18,8 +18,11 @@ from specdec_engine.decoding.control import Controls
 from specdec_engine.decoding.loop import decode
 from specdec_engine.decoding.stopping import Stop
 from specdec_engine.distill.batch import Batch
+from specdec_engine.distill.documents import read_documents
 from specdec_engine.distill.head import Head, HeadShape
+from specdec_engine.distill.lanes import BatchLanes, RunLanes
 from specdec_engine.distill.recipe import Recipe, taps
+from specdec_engine.distill.recorded import read_recordings
 from specdec_engine.distill.run import Training, Writing, check_target, distill
 from specdec_engine.distill.shards import read
 from specdec_engine.distill.synthesis import Limits, _Scribe, turns
@@ -36,10 +39,14 @@ from specdec_engine.distill.training import (
     shared_prefix,
 )
 from specdec_engine.distill.training import Batch as TrainingBatch
+from specdec_engine.drafters.context_ids import ContextIds
 from specdec_engine.errors import ModelUnavailable, PairIncompatible, UsageError
+from specdec_engine.models.draft_files import read_draft
 from specdec_engine.models.loading import find_model
 from specdec_engine.models.options import LoadOptions
 from specdec_engine.pair import load_pair
+from specdec_engine.record.events import Started
+from specdec_engine.record.trace import TraceWriter
 from specdec_engine.runtime.head import HeadForward, HeadRuntime, head_shape
 from specdec_engine.system.timing import HostTimer
 from tests.fakes import CPU, FakeClock, byte_tokenizer, cycles, emitted, lean, save_checkpoint, tiny_llama
@@ -65,6 +72,27 @@ def made(target, tmp_path_factory):
                 patched.setattr("specdec_engine.distill.run.PASSES", 2)  # a step takes 3 s, and a head's 0.5
             drafts[kind] = out, list(distill(found, loaded, Recipe(out, kind, "small", tokens=18_000)))
     return drafts
+
+
+@pytest.mark.parametrize("kind", [RunLanes, BatchLanes])
+def test_lanes_say_what_each_text_says_alone(kind):
+    """Begun with several tokens, with one, and anew."""
+    net = tiny_llama(layers=3)
+    alone, runtime = lean(net), lean(net)
+    alone.tap((0, 2))
+    lanes = kind(runtime, (0, 2), *([64] if kind is BatchLanes else []))
+    texts = {0: [5, 9, 200, 7, 7, 31], 3: [17], 7: [3, 4]}
+    for again in (False, True):
+        for lane, text in texts.items():
+            lanes.begin(lane, text)
+        for _ in range(3):
+            logits = lanes.step({lane: text[-1] for lane, text in texts.items()})
+            for said, (lane, text) in zip(logits, texts.items(), strict=True):
+                alone.rollback(0)
+                assert torch.allclose(said, alone.forward(torch.tensor(text), 1)[0], atol=1e-4)
+                assert torch.allclose(lanes.features(lane), alone.features(0, len(text)), atol=1e-4)
+                text.append(int(said.argmax()))
+        texts = {0: [8, 8], 7: texts[7]} if not again else texts
 
 
 @pytest.mark.parametrize("model", ["llama", "qwen3"])
@@ -109,9 +137,10 @@ def test_what_cannot_write_text_for_a_draft_is_refused_before_its_weights_are_re
 
 def test_the_template_is_split_around_a_users_words():
     tokenizer = byte_tokenizer()
-    before, after = turns(tokenizer)
-    assert tokenizer.decode(before) == "<|im_start|>user\n"
-    assert tokenizer.decode(after) == "<|im_end|>\n<|im_start|>assistant\n"
+    found = turns(tokenizer)
+    assert tokenizer.decode(found.before) == "<|im_start|>user\n"
+    assert tokenizer.decode(found.after) == "<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(found.between) == "<|im_end|>\n<|im_start|>user\n"
     with pytest.raises(UsageError, match="no chat template"):
         turns(byte_tokenizer(chat=False))
 
@@ -139,13 +168,13 @@ def test_the_head_in_use_computes_what_the_head_in_training_computes():
     with torch.inference_mode():
         state = forward.fused(features[0, 4:7])
         for step, at in enumerate((slice(5, 8), slice(8, 9), slice(9, 10))):
-            logits, state = runtime._step(state, tokens[at])
-            assert torch.allclose(logits[0], trained[step][0, 6 + step] @ rows.T, atol=1e-3)
+            last, state = runtime._step(state, tokens[at])
+            assert torch.allclose(forward.logits(last, None)[0], trained[step][0, 6 + step] @ rows.T, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["head", "model"])
 def test_a_distilled_draft_drafts_losslessly(made, target, kind):
-    """And better than chance: a random target's favourites are learnt in seconds."""
+    """And some of its tokens are accepted: a random target's favourites are learnt in seconds."""
     out, steps = made[kind]
     assert isinstance(steps[0], Writing)
     assert isinstance(steps[-1], Training)
@@ -155,9 +184,8 @@ def test_a_distilled_draft_drafts_losslessly(made, target, kind):
     pair = load_pair(str(target), str(out), OPTIONS)
     plain = load_pair(str(target), "none", OPTIONS)
     prompt = pair.encode("What is a lighthouse?")
-    for sampling in (Sampling(), Sampling(0.7)):
-        found = list(pair.decode(prompt, k=3, sampling=sampling, max_tokens=60, seed=1))
-        assert sum(c.accepted for c in cycles(found)) > 0
+    runs = [pair.decode(prompt, k=3, sampling=Sampling(0.7), max_tokens=60, seed=seed) for seed in range(3)]
+    assert sum(c.accepted for run in runs for c in cycles(list(run))) > 0
     found = pair.decode(prompt, k=3, max_tokens=60)
     assert emitted(list(found)) == emitted(list(plain.decode(prompt, k=0, max_tokens=60)))
 
@@ -207,11 +235,32 @@ def test_the_same_command_goes_on(made, target):
 def test_prompts_of_every_kind_are_answered_at_every_temperature(target):
     """Long or short, with an opening or without: eight kinds."""
     loaded = find_model(str(target), OPTIONS).load()
-    before, after = turns(loaded.tokenizer)
-    scribe = _Scribe(loaded, Limits(), before, after, None, random.Random(0))
-    slots = [scribe.fresh() for _ in range(300)]
-    assert len({(slot.prompt_end, slot.temperature, len(slot.tokens) > len(before)) for slot in slots}) == 8
-    assert all(slot.subject_end > len(slot.tokens) for slot in slots)
+    asked = turns(loaded.tokenizer)
+    scribe = _Scribe(loaded, Limits(), asked, None, None, random.Random(0), 512)
+    texts = [scribe.fresh() for _ in range(300)]
+    kinds = {
+        (text.prompt.end - len(text.tokens), text.temperature, len(text.tokens) > len(asked.before)) for text in texts
+    }
+    assert len(kinds) == 8
+    assert all(text.prompt.subject_end > len(text.tokens) for text in texts)
+
+
+def test_a_user_goes_on_after_an_answer_once_at_most(target):
+    loaded = find_model(str(target), OPTIONS).load()
+    asked, dice = turns(loaded.tokenizer), random.Random(1)
+    scribe = _Scribe(loaded, Limits(), asked, None, None, dice, 512)
+    stop, went_on = next(iter(loaded.stop_ids)), 0
+    for _ in range(60):
+        text = scribe.fresh()
+        for token in (65, 66, stop, 67, stop, 68, stop, 69, stop):
+            if not text.ended:
+                scribe.take(text, token)
+        said = loaded.tokenizer.decode(text.tokens)
+        went_on += said.count("<|im_start|>user") == 2
+        assert said.count("<|im_start|>user") <= 2
+        assert said.count("<|im_start|>user") == said.count("<|im_start|>assistant")
+        assert text.answer == len(text.tokens) - 2
+    assert 5 < went_on < 30
 
 
 def test_text_is_conversations_with_their_features(made, target):
@@ -220,11 +269,13 @@ def test_text_is_conversations_with_their_features(made, target):
     loaded.runtime.tap(taps(4))
     start, end = int(shard.starts[3]), int(shard.starts[4])
     loaded.runtime.forward(shard.tokens[start:end].long(), 1)
-    assert torch.allclose(loaded.runtime.features(0, end - start), shard.features[start:end], atol=1e-3)
-    before, after = turns(loaded.tokenizer)
+    assert torch.allclose(
+        loaded.runtime.features(0, end - start), shard.features[start:end].float(), rtol=0.01, atol=1e-3
+    )
+    asked = turns(loaded.tokenizer)
     tokens = shard.tokens[start : int(shard.answers[3])].tolist()
-    assert tokens[: len(before)] == before
-    assert tokens[-len(after) :] == after
+    assert tokens[: len(asked.before)] == asked.before
+    assert tokens[-len(asked.after) :] == asked.after
 
 
 def test_prompts_may_be_given_and_come_to_an_end(target, tmp_path):
@@ -257,6 +308,101 @@ def test_prompts_serve_a_target_without_a_chat_template(tmp_path):
         list(distill(found, found.load(), Recipe(tmp_path / "b", "head", "small", tokens=100)))
 
 
+def test_documents_are_asked_about(target, tmp_path):
+    folder = tmp_path / "texts"
+    (folder / "more").mkdir(parents=True)
+    sentence = "The old lighthouse on the northern cape was lit by hand every evening for a hundred years."
+    (folder / "one.txt").write_text(" ".join([sentence] * 4) + "\n\nToo short.\n")
+    (folder / "more" / "two.md").write_text(" ".join([sentence.replace("cape", "hill")] * 30))
+    (folder / "picture.png").write_bytes(b"\x89PNG\0\xff")
+    documents = read_documents(folder)
+    assert documents.note == f"1 file of 3 in {folder} hold no text, and are left out"
+    assert all(30 <= len(passage.split()) <= 200 for passage in documents.passages)
+    assert len(documents.passages) == 4
+    requests = [documents.request(random.Random(i)) for i in range(300)]
+    assert {request.goes_on for request in requests} == {True, False}
+    assert all("lighthouse" in request.text and "{" not in request.text for request in requests)
+    found = find_model(str(target), OPTIONS)
+    recipe = Recipe(tmp_path / "draft", "head", "small", tokens=4_000, documents=folder)
+    steps = distill(found, found.load(), recipe)
+    assert next(steps).note == documents.note
+    for step in steps:
+        if isinstance(step, Training):
+            break
+    shard = read(next(recipe.work.text.iterdir()))
+    prompts = [found.tokenizer.decode(shard.tokens[a:b]) for a, b in zip(shard.starts, shard.answers, strict=False)]
+    assert any("lighthouse" in prompt for prompt in prompts)
+    assert not all("lighthouse" in prompt for prompt in prompts)
+
+
+def test_documents_without_a_paragraph_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="does not exist"):
+        read_documents(tmp_path / "nowhere")
+    (tmp_path / "short.txt").write_text("Not much.\n")
+    with pytest.raises(UsageError, match="no paragraph of 30 words"):
+        read_documents(tmp_path)
+
+
+def test_a_head_goes_on_from_another_and_learns_from_recorded_runs(made, target, tmp_path):
+    """It begins as good as that was, and its ids are the same."""
+    out, _ = made["head"]
+    pair, trace = load_pair(str(target), "none", OPTIONS), tmp_path / "runs.jsonl"
+    with TraceWriter(trace) as writer:
+        for seed in range(20):
+            for event in pair.decode(pair.encode(f"Tell me of {seed}"), k=0, max_tokens=60, seed=seed):
+                writer.write(event)
+    found = find_model(str(target), OPTIONS)
+    loaded = found.load()
+    recipe = Recipe(tmp_path / "on", minutes=0.2, runs=(trace,), draft=str(out))
+    steps = list(distill(found, loaded, recipe))
+    assert isinstance(steps[-1], Training)
+    shard = read(next(recipe.work.runs.iterdir()))
+    assert len(shard.answers) == 20
+    said = pair.encode("Tell me of 0")
+    assert shard.tokens[: len(said)].tolist() == list(said)
+    before, after = read_draft(out), read_draft(recipe.out)
+    assert torch.equal(before.ids, after.ids)
+    trainer = Trainer(
+        found, loaded, loaded.runtime.decoder, replace(recipe, out=tmp_path / "x"), before.ids, [shard], before
+    )
+    kept = load_file(out / "model.safetensors")
+    assert all(
+        torch.equal(tensor.to(torch.bfloat16), kept[name])
+        for name, tensor in trainer._student.module.state_dict().items()
+    )
+
+
+def test_what_cannot_be_gone_on_from_says_so(made, target, tmp_path):
+    found = find_model(str(target), OPTIONS)
+    loaded, out = found.load(), tmp_path / "d"
+    for recipe, said in (
+        (Recipe(out, tokens=100, draft=str(made["model"][0])), "is no head that distill has made"),
+        (Recipe(out, tokens=100, draft=str(target)), "is no head that distill has made"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            next(distill(found, loaded, recipe))
+    with pytest.raises(PairIncompatible, match="another tokenizer"):
+        next(distill(found, loaded, Recipe(out, tokens=100, draft="builtin")))
+    for wrong in (
+        {"tokens": 5, "draft": "builtin", "size": "small"},
+        {"tokens": 5, "draft": "builtin", "kind": "model"},
+        {"tokens": 5, "runs": (out,)},
+        {"minutes": 1, "runs": (out,), "documents": out},
+        {"minutes": 1, "data": out, "documents": out},
+    ):
+        with pytest.raises(UsageError):
+            Recipe(out, **wrong)
+
+
+def test_runs_of_another_target_are_left_out(target, tmp_path):
+    trace = tmp_path / "other.jsonl"
+    with TraceWriter(trace) as writer:
+        writer.write(Started((1, 2), {"target": "other"}, 0))
+    with pytest.raises(UsageError, match=f"there is no run of {target}") as raised:
+        read_recordings([trace], str(target), 300)
+    assert "1 run of other" in raised.value.hint
+
+
 @pytest.mark.parametrize(
     "rubbish", [b"one\n{broken\n", b'{"prompt": 5}\n', b"\xff\xfe\n", b"[]\n{}\n", b'{"turns": 7}\n']
 )
@@ -279,7 +425,7 @@ def test_a_file_without_prompts_says_so(target, tmp_path):
 def test_prompts_count_in_training_and_answers_alone_in_the_estimate(made, target):
     """Slot t predicts token t + 2; the template that all conversations begin with is nobody's choice."""
     shard = read(next((made["head"][0] / "work" / "text").glob("*.safetensors")))
-    before, _ = turns(find_model(str(target), OPTIONS).tokenizer)
+    before = turns(find_model(str(target), OPTIONS).tokenizer).before
     assert shared_prefix(shard) == len(before)
     whole, answers = (next(batches([shard], 0, prompts=p)).counts for p in (True, False))
     assert not (answers & ~whole).any()
@@ -311,7 +457,7 @@ class Told:
         said = torch.cat([batch.tokens[:, 2:], torch.zeros_like(batch.tokens[:, :1])], 1)
         return [torch.where(row, said, said + 1)[..., None] for row in self.right[:, None]]
 
-    def logits(self, states):
+    def logits(self, states, columns):
         return torch.nn.functional.one_hot(states[:, 0], 20).float() * 50
 
 
@@ -337,7 +483,7 @@ class Learnt(Told):
     def states(self, batch, steps):
         return list(self.parameters)
 
-    def logits(self, states):
+    def logits(self, states, columns):
         return states
 
 
@@ -355,6 +501,25 @@ def test_the_gradient_of_the_loss_is_the_one_that_autograd_finds(dtype, within):
     direct = (REJECTED * (1 - accepted) - (wanted.softmax(-1) * given.log_softmax(-1)).sum(-1)).mean()
     assert loss.item() == pytest.approx(direct.item())
     torch.testing.assert_close(found, torch.autograd.grad(direct, logits)[0], rtol=0.02, atol=within)
+
+
+def test_ids_of_a_text_count_from_where_it_has_them():
+    """As a draft in use has them: slot t's begins when token t + 1 is the newest."""
+    every = torch.eye(10)
+    ids = torch.tensor([0, 1, 2, -1, -1, -1, -1, -1, -1, -1])
+    tokens = torch.tensor([[0, 7, 1, 5, 7, 2], [1, 1, 9, 0, 0, 0]])
+    batch = TrainingBatch(tokens, torch.zeros(2, 6, 1, 10), torch.ones(2, 5, dtype=torch.bool))
+    columns = Teacher(every[:3], ids, every).columns(batch)
+    brought = columns.rows[3:].argmax(-1).tolist()
+    assert sorted(brought) == [5, 7, 9]
+    for slot, unseen in enumerate(columns.unseen):
+        row, t = divmod(slot, 5)
+        in_use = ContextIds(torch.arange(3), lambda found: every[found])
+        in_use.read(tokens[row, : t + 2].tolist())
+        assert {i for i, hidden in zip(brought, unseen.tolist(), strict=True) if not hidden} == set(
+            in_use.ids.tolist()
+        ) - {0, 1, 2}
+    assert columns.masked(torch.zeros(10, 6))[columns.unseen.nonzero()[0, 0], 3:].min() < -1000
 
 
 def test_a_batch_in_which_nothing_counts_teaches_nothing():

@@ -58,8 +58,8 @@ def drafted(folder, said):
         with torch.inference_mode():
             state = forward.fused(features[slot : slot + 1])
             for step in range(steps):
-                logits, state = runtime._step(state, tokens[slot + step : slot + step + 1])
-                found[step].append(int(draft.ids[logits.argmax()]))
+                last, state = runtime._step(state, tokens[slot + step : slot + step + 1])
+                found[step].append(int(draft.ids[forward.logits(last, None).argmax()]))
     return found
 
 

@@ -31,6 +31,10 @@ class Batch:
             s.layers, slots, 2 * s.kv_heads, capacity, s.head_size, dtype=decoder.dtype, device=decoder.device
         )
 
+    def take(self, slot: int, cache: Tensor) -> None:
+        """Keys and values [layers, 2 · kv_heads, n, head_size] of the first n tokens of a sequence."""
+        self._cache[:, slot, :, : cache.shape[2]] = cache
+
     @torch.inference_mode()
     def step(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """[slots] tokens at [slots] positions -> [slots, V] logits, and [slots, taps + 1, hidden]: what left each tapped

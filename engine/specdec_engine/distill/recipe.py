@@ -16,11 +16,17 @@ class Recipe:
 
     out: Path
     kind: Kind = "head"
-    size: Size = "medium"
+    size: Size | None = None
+    """None: medium, or that of the draft to go on from."""
     minutes: float | None = None
     tokens: int | None = None
     """Of text, where no minutes are given."""
     data: Path | None = None
+    documents: Path | None = None
+    runs: tuple[Path, ...] = ()
+    """Traces to learn from, in place of text that the target writes for it."""
+    draft: str | None = None
+    """A head to go on from."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -31,6 +37,22 @@ class Recipe:
             raise UsageError(f"a budget of {budget:g} is nothing", "for example --minutes 60")
         if self.out.exists() and not self.out.is_dir():
             raise UsageError(f"{self.out} is a file", "--out names a folder")
+        self._check_text()
+        if self.draft is not None and (self.kind == "model" or self.size is not None):
+            given = "--kind model" if self.kind == "model" else f"--size {self.size}"
+            raise UsageError(f"--draft goes on from a head as it is, and not with {given}", f"leave out {given}")
+
+    def _check_text(self) -> None:
+        if self.data is not None and self.documents is not None:
+            raise UsageError("--data gives the prompts, and --documents what prompts are about", "give one of them")
+        if not self.runs:
+            return
+        for option, given in (("--data", self.data), ("--documents", self.documents), ("--tokens", self.tokens)):
+            if given is not None:
+                raise UsageError(
+                    f"--from learns from text that is there, and {option} is for text to be written",
+                    f"leave out {option}",
+                )
 
     @property
     def work(self) -> Work:

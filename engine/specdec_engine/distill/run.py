@@ -6,21 +6,26 @@ The draft is written whenever it has been measured; what is kept in the work fol
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
 from specdec_engine.distill import shards
+from specdec_engine.distill.documents import Documents, read_documents
 from specdec_engine.distill.recipe import Recipe, taps
+from specdec_engine.distill.recorded import Recordings, read_by, read_recordings
 from specdec_engine.distill.students import SIZES
 from specdec_engine.distill.synthesis import Example, synthesise, unused_in
 from specdec_engine.distill.trainer import Trainer
 from specdec_engine.distill.training import Estimate, batches
 from specdec_engine.distill.vocabulary import draft_ids
 from specdec_engine.errors import UsageError
-from specdec_engine.models.draft_files import read_draft
+from specdec_engine.models.draft_files import found_draft, read_draft
+from specdec_engine.models.draft_folder import DraftFolder
 from specdec_engine.models.loading import Candidate, Loaded
+from specdec_engine.models.options import LoadOptions
 from specdec_engine.record.prompt_files import Question, read_questions
 from specdec_engine.record.text import counted
 from specdec_engine.runtime.decoder import Decoder
@@ -31,7 +36,6 @@ TEXT_SHARE = 0.55
 """Of the time, for writing text: on 2 cores each token is then learnt from some 7 times."""
 PASSES = 6
 """Over the text, where a number of tokens was asked for and not a time."""
-_SLOTS = 64
 _MEASURED_S = 240.0
 _HELD_OUT = 24
 """One shard in so many is never trained on, the first of all among them."""
@@ -92,15 +96,67 @@ def distill(found: Candidate, target: Loaded, recipe: Recipe) -> Iterator[Writin
         raise UsageError(
             f"{target.name} is a draft itself, with ids of its own", "distill from the target it was made for"
         )
-    asked = None if recipe.data is None else read_questions(recipe.data)  # a bad line is found before an hour is spent
+    given = _read_given(recipe, target)  # a bad line or file is found before an hour is spent
     recipe.work.claim(target.name, target.tokenizer)
-    yield from _write_text(target, decoder, recipe, asked)
-    files = sorted(recipe.work.text.glob("*.safetensors"))
+    if given.recordings is None:
+        yield from _write_text(target, decoder, recipe, given)
+    else:
+        yield from _read_runs(target.runtime, recipe, given.recordings)
+    files = sorted((recipe.work.text if given.recordings is None else recipe.work.runs).glob("*.safetensors"))
     if not files:
         raise UsageError("the target finished no conversation in this time", "give more --minutes, or --tokens")
     held, text = _split([shards.read(file) for file in files])
-    ids = draft_ids(found.output_rows(slice(None)), text, SIZES[recipe.size].ids, recipe.work.folder)
-    yield from _train(Trainer(found, target, decoder, recipe, ids, held), text, recipe)
+    if given.draft is None:
+        n = SIZES[recipe.size or "medium"].ids
+        ids = draft_ids(found.output_rows(slice(None)), text, n, recipe.work.folder)
+    else:
+        ids = given.draft.ids
+    yield from _train(Trainer(found, target, decoder, recipe, ids, held, given.draft), text, recipe)
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """What the recipe names."""
+
+    asked: Sequence[Question] | None
+    documents: Documents | None
+    recordings: Recordings | None
+    draft: DraftFolder | None
+
+    @property
+    def notes(self) -> str:
+        """In sentences, what of it is not used."""
+        asked = "" if self.asked is None else unused_in(self.asked)
+        return " ".join(filter(None, (asked, self.documents.note if self.documents else "")))
+
+
+def _read_given(recipe: Recipe, target: Loaded) -> _Given:
+    return _Given(
+        None if recipe.data is None else read_questions(recipe.data),
+        None if recipe.documents is None else read_documents(recipe.documents),
+        read_recordings(recipe.runs, target.name, target.runtime.vocab) if recipe.runs else None,
+        None if recipe.draft is None else _head_to_go_on_from(recipe.draft, target),
+    )
+
+
+def _head_to_go_on_from(name: str, target: Loaded) -> DraftFolder:
+    """Raises UsageError for what is no head of `distill`'s own, and PairIncompatible for one of another target."""
+    draft = read_draft(found_draft(name, LoadOptions(offline=True)))
+    if draft is None or not draft.ours or draft.kind != "head":
+        raise UsageError(f"{name} is no head that distill has made", "leave out --draft to begin anew")
+    draft.check(target.tokenizer, target.name, target.runtime.vocab)
+    return draft
+
+
+def _read_runs(runtime: LeanRuntime, recipe: Recipe, recordings: Recordings) -> Iterator[Writing]:
+    """Anew each time: it takes a second a thousand tokens, and the files may have grown."""
+    shutil.rmtree(recipe.work.runs, ignore_errors=True)
+    read = 0
+    assert isinstance(runtime.decoder, Decoder)
+    yield Writing(0, 0.0, recordings.note)
+    for tokens in shards.collect(recipe.work.runs, read_by(runtime, recordings, taps(runtime.decoder.shape.layers))):
+        read += tokens
+        yield Writing(read, min(1.0, read / recordings.tokens))
 
 
 def _split(read: list[shards.Shard]) -> tuple[list[shards.Shard], list[shards.Shard]]:
@@ -112,10 +168,8 @@ def _split(read: list[shards.Shard]) -> tuple[list[shards.Shard], list[shards.Sh
     return [read[0].part(held)], [read[0].part([i for i in range(n) if i % 10] or held), *read[1:]]
 
 
-def _write_text(
-    target: Loaded, decoder: Decoder, recipe: Recipe, asked: Sequence[Question] | None
-) -> Iterator[Writing]:
-    work = recipe.work
+def _write_text(target: Loaded, decoder: Decoder, recipe: Recipe, given: _Given) -> Iterator[Writing]:
+    work, asked = recipe.work, given.asked
     spent, files = work.spent(), list(work.text.glob("*.safetensors"))
     written = sum(len(shards.read(file).tokens) for file in files)
     budget_s = math.inf if recipe.minutes is None else recipe.minutes * 60 * TEXT_SHARE
@@ -125,13 +179,13 @@ def _write_text(
     def share() -> float:
         return min(1.0, max((spent.writing_s + time.monotonic() - began) / budget_s, written / wanted))
 
-    yield Writing(written, share(), "" if asked is None else unused_in(asked))
+    yield Writing(written, share(), given.notes)
     if written and share() >= 1.0:
         return
     # Another seed than before, or a second run would write the same text again.
     seed = recipe.seed + len(files)
     prompts = None if asked is None else (question.turns[0] for question in asked)
-    examples = synthesise(target, _SLOTS, taps(decoder.shape.layers), seed, prompts=prompts)
+    examples = synthesise(target, taps(decoder.shape.layers), seed, prompts=prompts, documents=given.documents)
     for tokens in shards.collect(work.text, _until(examples, lambda: share() >= 1.0)):
         written += tokens
         work.record(replace(spent, writing_s=spent.writing_s + time.monotonic() - began))
@@ -153,9 +207,12 @@ def _train(trainer: Trainer, text: list[shards.Shard], recipe: Recipe) -> Iterat
     measured, last, loss = None, time.monotonic(), math.nan
 
     def share() -> float:
+        learnt = trainer.spent.step * _STEP_TOKENS / (PASSES * tokens)
         if recipe.minutes is None:
-            return min(1.0, trainer.spent.step * _STEP_TOKENS / (PASSES * tokens))
-        return min(1.0, trainer.spent.training_s / (recipe.minutes * 60 * (1 - TEXT_SHARE)))
+            return min(1.0, learnt)
+        for_training = 1.0 if recipe.runs else 1.0 - TEXT_SHARE
+        used = trainer.spent.training_s / (recipe.minutes * 60 * for_training)
+        return min(1.0, max(used, learnt) if recipe.runs else used)
 
     def keep() -> Estimate:
         found = trainer.measure()

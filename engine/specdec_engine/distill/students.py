@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from specdec_engine.distill.head import Head, HeadShape
-from specdec_engine.distill.training import Batch, Teacher
+from specdec_engine.distill.training import Batch, Columns, Teacher
+from specdec_engine.models.draft_folder import DraftFolder
 
 Kind = Literal["head", "model"]
 Size = Literal["small", "medium", "large"]
@@ -34,33 +35,50 @@ SIZES: dict[Size, Dimensions] = {
 }
 
 
+def shape_for(config: Any, size: Dimensions, features: int) -> HeadShape:
+    """Of a new head for a target with this config."""
+    heads = config.num_attention_heads
+    return HeadShape(
+        hidden=config.hidden_size,
+        features=features,
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        intermediate=-(-int(config.hidden_size * size.intermediate) // 64) * 64,
+        eps=config.rms_norm_eps,
+        theta=10_000.0,
+    )
+
+
+def shape_of(draft: DraftFolder) -> HeadShape:
+    """Of a head that was made before."""
+    config = draft.config
+    return HeadShape(
+        hidden=config["hidden_size"],
+        features=len(draft.layers.numbers) + 1,
+        heads=config["num_attention_heads"],
+        kv_heads=config["num_key_value_heads"],
+        head_size=config["head_dim"],
+        intermediate=config["intermediate_size"],
+        eps=config["rms_norm_eps"],
+        theta=config["rope_theta"],
+    )
+
+
 class HeadStudent:
     """A `Head`; embeddings and output rows are the target's, and stay as they are."""
 
-    def __init__(self, config: Any, size: Dimensions, features: int, teacher: Teacher, embedding: Tensor, norm: Tensor):
-        heads = config.num_attention_heads
-        self.module: Any = Head(
-            HeadShape(
-                hidden=config.hidden_size,
-                features=features,
-                heads=heads,
-                kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-                head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
-                intermediate=-(-int(config.hidden_size * size.intermediate) // 64) * 64,
-                eps=config.rms_norm_eps,
-                theta=10_000.0,
-            )
-        )
-        self.module.final_norm.data.copy_(norm)
-        self._teacher, self._embedding = teacher, embedding
+    def __init__(self, shape: HeadShape, embedding: Tensor) -> None:
+        self.module: Any = Head(shape)
+        self._embedding = embedding
 
     def states(self, batch: Batch, steps: int) -> list[Tensor]:
         embedded = self._embedding[batch.tokens[:, 1:]].float()
         states: list[Tensor] = self.module(batch.features[:, :-1], embedded, steps)
         return states
 
-    def logits(self, states: Tensor) -> Tensor:
-        return states.to(self._teacher.rows) @ self._teacher.rows.T
+    def logits(self, states: Tensor, columns: Columns) -> Tensor:
+        return states.to(columns.rows) @ columns.rows.T
 
 
 class ModelStudent:
@@ -97,6 +115,6 @@ class ModelStudent:
         hidden: Tensor = self.module.model(input_ids=self._own[batch.tokens]).last_hidden_state
         return [hidden[:, 1:]]
 
-    def logits(self, states: Tensor) -> Tensor:
+    def logits(self, states: Tensor, columns: Columns) -> Tensor:
         logits: Tensor = self.module.lm_head(states)
         return logits

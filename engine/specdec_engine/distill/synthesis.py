@@ -6,36 +6,34 @@ arXiv:2406.08464, "Magpie"). The features that a head reads are kept with the to
 
 from __future__ import annotations
 
-import json
 import random
+import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from specdec_engine.core.transfer import upload
-from specdec_engine.distill.batch import Batch
+from specdec_engine.distill.documents import FOLLOW_UPS, OPENINGS, Documents, Request
+from specdec_engine.distill.lanes import Lanes, lanes_of
 from specdec_engine.errors import UsageError
 from specdec_engine.models.chat import chat_ids
 from specdec_engine.models.loading import Loaded
 from specdec_engine.record.prompt_files import Question
 from specdec_engine.record.text import counted
 
-_MARK = "⟦prompt⟧"
+_MARKS = "⟦first⟧", "⟦answer⟧", "⟦second⟧"
 SUBJECT, REST = 1.0, 0.7
 """Temperatures of the first tokens written into a prompt, which give it its subject, and of the others, which keep it
 readable."""
 _SUBJECT_TOKENS = 8
 ANSWERS = (0.0, 0.8)
 """Answers are written at one or the other of these temperatures: drafts are wanted at both."""
-OPENINGS: tuple[str, ...] = tuple(json.loads((Path(__file__).parent / "openings.json").read_text("utf-8")))
-"""What most prompts begin with, for the target to go on from: left to itself it writes small talk. A head that had learnt
-from that alone, and agreed with its target 45 times in 100 on such text, agreed 30 times on other people's questions."""
-_UNOPENED, _LONG = 1 / 5, 1 / 4
-"""Of prompts: shares without an opening, and of texts to be read, which are longer."""
+_UNOPENED, _LONG, _ABOUT_TEXTS, _SECOND = 1 / 5, 1 / 4, 1 / 2, 1 / 4
+"""Of prompts: shares without an opening, and of texts to be read, which are longer; of prompts where there are documents,
+those about them; of answers, those after which the user goes on."""
 _LIKELIEST = 64
 """Tokens drawn are among this many likeliest."""
 
@@ -47,24 +45,35 @@ class Example:
     tokens: Tensor
     """[n] int32"""
     answer: int
-    """Index of the answer's first token."""
+    """Index of the last answer's first token."""
     features: Tensor
     """[n, taps + 1, hidden]: row i is the target's after it has read token i."""
 
 
 @dataclass(slots=True)
-class _Slot:
+class _Text:
+    """A conversation that is being written."""
+
     tokens: list[int]
-    features: list[Tensor]
     temperature: float
     """Of the answer."""
-    subject_end: int
-    """Where the prompt has its subject; from there on it is written at a lower temperature."""
-    prompt_end: int
-    """Where it must end."""
-    fed: int = 0
-    """Tokens the target has read."""
+    prompt: _Prompt
+    fed: int
+    """Tokens that the target has read."""
     answer: int | None = None
+    """Where the answer begins, while one is being written."""
+    followed_up: bool = False
+    ended: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """Places in a prompt that the target writes."""
+
+    subject_end: int
+    """From here on it is written at a lower temperature."""
+    end: int
+    """Where it must end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +82,25 @@ class Limits:
 
     prompt: int = 128
     long_prompt: int = 256
+    given: int = 384
+    """Of a prompt that is given, or of the document in it."""
+    follow_up: int = 48
     answer: int = 192
+
+    def conversation(self, template: int) -> int:
+        """Two turns, in a template of so many tokens."""
+        return template + self.given + self.prompt + self.follow_up + 2 * self.answer + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Turns:
+    """What a chat template puts around words."""
+
+    before: list[int] = field(default_factory=list)
+    after: list[int] = field(default_factory=list)
+    """After a user's words, up to the answer."""
+    between: list[int] = field(default_factory=list)
+    """After an answer, up to the next words of a user; empty where the template does not show it."""
 
 
 def unused_in(questions: Sequence[Question]) -> str:
@@ -85,15 +112,17 @@ def unused_in(questions: Sequence[Question]) -> str:
     return f"of {counted(len(questions), 'conversation')}, {said}: each is asked its first turn alone" if said else ""
 
 
-def turns(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """What the chat template puts before a user's words, and what follows them. Raises UsageError without a template."""
+def turns(tokenizer: Any) -> Turns:
+    """See `Turns`. Raises UsageError without a template."""
     if not _has_turns(tokenizer):
         raise UsageError("this target has no chat template to write prompts into", "give prompts by --data FILE")
-    rendered = tokenizer.decode(chat_ids(tokenizer, _MARK, None))
-    before, marked, after = rendered.partition(_MARK)
+    first, answer, second = _MARKS
+    before, marked, after = tokenizer.decode(chat_ids(tokenizer, first, None)).partition(first)
     if not marked or not after:
         raise UsageError("this target's chat template does not show where a user's turn ends", "choose another target")
-    return _ids(tokenizer, before), _ids(tokenizer, after)
+    rendered = tokenizer.decode(chat_ids(tokenizer, second, None, [(first, answer)]))
+    between, again, _ = rendered.partition(answer)[2].partition(second)
+    return Turns(_ids(tokenizer, before), _ids(tokenizer, after), _ids(tokenizer, between) if again else [])
 
 
 def _has_turns(tokenizer: Any) -> bool:
@@ -106,41 +135,46 @@ def _ids(tokenizer: Any, text: str, **how: Any) -> list[int]:
 
 def synthesise(
     target: Loaded,
-    slots: int,
-    taps: Sequence[int],
+    taps: tuple[int, ...],
     seed: int,
     limits: Limits | None = None,
     prompts: Iterator[str] | None = None,
+    documents: Documents | None = None,
 ) -> Iterator[Example]:
     """Conversations without end, as they are finished; the target writes the prompts too, unless they are given.
 
     The target must run on a `Decoder` (lean or graph runtime). Ends when given prompts do.
     """
-    before, after = ([], []) if prompts and not _has_turns(target.tokenizer) else turns(target.tokenizer)
+    asked = Turns() if prompts and not _has_turns(target.tokenizer) else turns(target.tokenizer)
     limits = limits or Limits()
-    scribe = _Scribe(target, limits, before, after, prompts, random.Random(seed))
-    decoder = target.runtime.decoder  # type: ignore[attr-defined]
-    capacity = len(before) + limits.long_prompt + len(after) + limits.answer + 1
-    batch = Batch(decoder, slots, capacity, taps)
-    generator = torch.Generator(decoder.device).manual_seed(seed)
-    running = [scribe.fresh() for _ in range(slots)]
-    while any(running):
-        # A slot whose prompts are at an end idles.
-        fed = [(0, 0, 0.0) if s is None else (s.tokens[s.fed], s.fed, _temperature(s)) for s in running]
-        tokens, positions, temperatures = (
-            upload(torch.tensor(column), decoder.device) for column in zip(*fed, strict=True)
-        )
-        logits, features = batch.step(tokens, positions)
-        chosen, rows = _choose(logits, temperatures, generator).tolist(), features.cpu()
-        for i, slot in enumerate(running):
-            if slot is None:
-                continue
-            slot.features.append(rows[i])
-            slot.fed += 1
-            if slot.fed == len(slot.tokens) and scribe.ends(slot, chosen[i]):
-                if example := _finished(slot, len(before) + len(after)):
+    room = target.runtime.limit or sys.maxsize
+    scribe = _Scribe(target, limits, asked, prompts, documents, random.Random(seed), room)
+    capacity = limits.conversation(len(asked.before) + 2 * len(asked.after) + len(asked.between))
+    lanes = lanes_of(target.runtime, taps, capacity)  # type: ignore[arg-type]
+    generator = torch.Generator(target.runtime.device).manual_seed(seed)
+    running = dict[int, _Text]()
+    for lane in range(lanes.count):
+        _begin(lane, running, lanes, scribe)
+    while running:
+        logits = lanes.step({lane: text.tokens[text.fed] for lane, text in running.items()})
+        temperatures = upload(torch.tensor([_temperature(text) for text in running.values()]), logits.device)
+        chosen = _choose(logits, temperatures, generator).tolist()
+        for (lane, text), token in zip(list(running.items()), chosen, strict=True):
+            text.fed += 1
+            if text.fed == len(text.tokens):
+                scribe.take(text, token)
+            if text.ended:
+                if example := _finished(text, lanes.features(lane)):
                     yield example
-                running[i] = scribe.fresh()
+                _begin(lane, running, lanes, scribe)
+
+
+def _begin(lane: int, running: dict[int, _Text], lanes: Lanes, scribe: _Scribe) -> None:
+    """A new conversation on this lane, or none where given prompts have come to their end."""
+    running.pop(lane, None)
+    if (text := scribe.fresh()) is not None:
+        lanes.begin(lane, text.tokens)
+        running[lane] = text
 
 
 @dataclass(slots=True)
@@ -149,53 +183,82 @@ class _Scribe:
 
     target: Loaded
     limits: Limits
-    before: list[int]
-    after: list[int]
+    turns: Turns
     prompts: Iterator[str] | None
+    documents: Documents | None
     dice: random.Random
+    room: int
+    """Tokens that the target can take in."""
 
-    def fresh(self) -> _Slot | None:
+    def fresh(self) -> _Text | None:
         """None where given prompts have come to their end."""
         temperature = self.dice.choice(ANSWERS)
-        if self.prompts is None:
-            opening = "" if self.dice.random() < _UNOPENED else self.dice.choice(OPENINGS)
-            longest = self.limits.long_prompt if self.dice.random() < _LONG else self.limits.prompt
-            tokens = [*self.before, *_ids(self.target.tokenizer, opening)]
-            subject_end = len(tokens) + _SUBJECT_TOKENS
-            return _Slot(tokens, [], temperature, subject_end, prompt_end=len(self.before) + longest)
-        prompt = next(self.prompts, None)
-        if prompt is None:
+        request = self._request()
+        if request is None:
             return None
-        words = _ids(self.target.tokenizer, prompt, split_special_tokens=True)[: self.limits.long_prompt]
-        tokens = [*self.before, *words, *self.after]
-        return _Slot(tokens, [], temperature, subject_end=len(tokens), prompt_end=len(tokens), answer=len(tokens))
+        given = min(self.limits.given, self.room // 2)
+        words = _ids(self.target.tokenizer, request.text, split_special_tokens=True)[:given]
+        tokens = [*self.turns.before, *words, *([] if request.goes_on else self.turns.after)]
+        prompt, answer = self._prompt(len(tokens), request.about_text), None if request.goes_on else len(tokens)
+        return _Text(tokens, temperature, prompt, fed=len(tokens) - 1, answer=answer)
 
-    def ends(self, slot: _Slot, token: int) -> bool:
-        """Take a token that the target chose; whether the conversation has ended."""
-        if slot.answer is not None:
-            slot.tokens.append(token)
-            return token in self.target.stop_ids or len(slot.tokens) - slot.answer >= self.limits.answer
-        closing = bool(self.after) and token == self.after[0]
-        if closing or token in self.target.stop_ids or len(slot.tokens) >= slot.prompt_end:
-            slot.tokens += self.after
-            slot.answer = len(slot.tokens)
+    def take(self, text: _Text, token: int) -> None:
+        """A token that the target chose, and what follows it by the template."""
+        stopped = token in self.target.stop_ids
+        if text.answer is not None:
+            text.tokens.append(token)
+            text.ended = stopped or len(text.tokens) - text.answer >= self.limits.answer
+            if stopped and self._goes_on(text):
+                self._follow_up(text)
+        elif stopped or token in self.turns.after[:1] or len(text.tokens) >= text.prompt.end:
+            text.ended = len(text.tokens) == len(self.turns.before)  # nothing was said
+            text.tokens += self.turns.after
+            text.answer = len(text.tokens)
         else:
-            slot.tokens.append(token)
-        return False
+            text.tokens.append(token)
+        text.ended |= len(text.tokens) >= self.room
+
+    def _request(self) -> Request | None:
+        if self.prompts is not None:
+            prompt = next(self.prompts, None)
+            return None if prompt is None else Request(prompt)
+        if self.documents is not None and self.dice.random() < _ABOUT_TEXTS:
+            return self.documents.request(self.dice)
+        return Request("" if self.dice.random() < _UNOPENED else self.dice.choice(OPENINGS), goes_on=True)
+
+    def _prompt(self, begin: int, about_text: bool) -> _Prompt:
+        """What the target may write from here on: after a text, a question."""
+        longest = self.limits.long_prompt if self.dice.random() < _LONG else self.limits.prompt
+        longest = self.limits.follow_up if about_text else longest
+        return _Prompt(begin + _SUBJECT_TOKENS, begin + longest)
+
+    def _goes_on(self, text: _Text) -> bool:
+        """Whether the user says something more: once at most, and only where the target writes the prompts."""
+        may = self.prompts is None and self.turns.between and not text.followed_up
+        return bool(may) and self.dice.random() < _SECOND
+
+    def _follow_up(self, text: _Text) -> None:
+        between = self.turns.between
+        # The answer ends with the mark that begins what is between.
+        text.tokens += between[1:] if text.tokens[-1] == between[0] else between
+        text.tokens += _ids(self.target.tokenizer, self.dice.choice(FOLLOW_UPS))
+        begin = len(text.tokens)
+        text.prompt = _Prompt(begin + _SUBJECT_TOKENS, begin + self.limits.follow_up)
+        text.answer, text.followed_up, text.ended = None, True, False
 
 
-def _finished(slot: _Slot, shortest: int) -> Example | None:
+def _finished(text: _Text, features: Tensor) -> Example | None:
     """The conversation; None if its prompt was empty."""
-    if slot.answer is None or slot.answer <= shortest:
+    if text.answer is None or text.answer >= text.fed:
         return None
-    tokens = torch.tensor(slot.tokens[: slot.fed], dtype=torch.int32)
-    return Example(tokens, slot.answer, torch.stack(slot.features))
+    tokens = torch.tensor(text.tokens[: text.fed], dtype=torch.int32)
+    return Example(tokens, text.answer, features.to("cpu", torch.bfloat16, copy=True))
 
 
-def _temperature(slot: _Slot) -> float:
-    if slot.answer is not None:
-        return slot.temperature
-    return SUBJECT if len(slot.tokens) < slot.subject_end else REST
+def _temperature(text: _Text) -> float:
+    if text.answer is not None:
+        return text.temperature
+    return SUBJECT if len(text.tokens) < text.prompt.subject_end else REST
 
 
 def _choose(logits: Tensor, temperatures: Tensor, generator: torch.Generator) -> Tensor:

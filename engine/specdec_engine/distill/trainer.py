@@ -14,11 +14,12 @@ from torch import Tensor
 from specdec_engine.distill.export import save_head, save_model
 from specdec_engine.distill.recipe import Recipe, taps
 from specdec_engine.distill.shards import Shard
-from specdec_engine.distill.students import SIZES, HeadStudent, ModelStudent
+from specdec_engine.distill.students import SIZES, HeadStudent, ModelStudent, shape_for, shape_of
 from specdec_engine.distill.training import Batch, Estimate, Student, Teacher, batches, estimate, loss_of
 from specdec_engine.distill.work import Spent, Trained, read, write
 from specdec_engine.errors import UsageError, first_line
-from specdec_engine.models.draft_files import inverse
+from specdec_engine.models.draft_files import head_weights, inverse
+from specdec_engine.models.draft_folder import DraftFolder
 from specdec_engine.models.loading import Candidate, Loaded
 from specdec_engine.runtime.decoder import Decoder
 
@@ -27,32 +28,47 @@ STEPS = 2
 SHOWN = 5
 """Positions of the estimate."""
 _RATE = 3e-3
+_AGAIN = 1e-3
+"""Learning rates at the height of a training: of a new draft, and of one that goes on."""
 _WARMUP = 50
 _HELD_BATCHES = 4
+_JUDGED = 3
+"""Drafts are judged by the tokens that a cycle is expected to emit at this k."""
 
 
 class Trainer:
     """Goes on where an earlier run with the same recipe left off."""
 
     def __init__(
-        self, found: Candidate, target: Loaded, decoder: Decoder, recipe: Recipe, ids: Tensor, held: list[Shard]
+        self,
+        found: Candidate,
+        target: Loaded,
+        decoder: Decoder,
+        recipe: Recipe,
+        ids: Tensor,
+        held: list[Shard],
+        draft: DraftFolder | None = None,
     ) -> None:
+        """draft: the head to go on from, with these ids; None to begin anew."""
         self._recipe, self._target, self._layers, self._ids = recipe, target, decoder.shape.layers, ids
+        self._draft = draft
         self._device = target.runtime.device
         # Trained on the target's own device, in bfloat16 where that is computed in.
         half = self._device.type == "cpu" or decoder.dtype == torch.bfloat16
         self._accelerator = Accelerator(
             cpu=self._device.type == "cpu", mixed_precision="bf16" if half else "no", device_placement=False
         )
-        self._teacher = Teacher(
-            found.output_rows(ids).to(self._device, torch.bfloat16),
-            inverse(ids, target.runtime.vocab, -1).to(self._device),
-        )
+        every = found.output_rows(slice(None)).to(self._device, torch.bfloat16)
+        ours = inverse(ids, target.runtime.vocab, -1).to(self._device)
+        # A draft model's ids are those of its own vocabulary, and no others.
+        self._teacher = Teacher(every[ids.to(self._device)], ours, every if recipe.kind == "head" else None)
         self._student = self._new_student(found, held[0].features.shape[1])
         self._optimizers = [self._accelerator.prepare(o) for o in _optimizers(self._student.module)]
         self._student.module = self._accelerator.prepare(self._student.module)
         # Each kind and size has a training of its own; the text serves them all.
-        self._state = recipe.work.folder / f"state-{recipe.kind}-{recipe.size}"
+        of = recipe.size or ("medium" if draft is None else "going-on")
+        self._state, self._rate = recipe.work.folder / f"state-{recipe.kind}-{of}", _RATE if draft is None else _AGAIN
+        self._best = 0.0
         self._spent, self._began = self._resumed(), time.monotonic()
         self._held = list(batches(held, 0, prompts=False))[: 3 * _HELD_BATCHES : 3]
 
@@ -63,7 +79,9 @@ class Trainer:
 
     def step(self, batch: Batch, share: float) -> float:
         """Learn from a batch; the loss. share: of the training that is done, which sets the rate."""
-        rate = _RATE * min(1.0, (self._spent.step + 1) / _WARMUP) * (0.05 + 0.475 * (1 + math.cos(math.pi * share)))
+        rate = (
+            self._rate * min(1.0, (self._spent.step + 1) / _WARMUP) * (0.05 + 0.475 * (1 + math.cos(math.pi * share)))
+        )
         for group in (g for optimizer in self._optimizers for g in optimizer.param_groups):
             group["lr"] = rate
         with self._accelerator.autocast():
@@ -87,17 +105,22 @@ class Trainer:
         for left in (partial, old):
             shutil.rmtree(left, ignore_errors=True)
         self._accelerator.save_state(str(partial))
-        write(partial / "trained.json", Trained(self._spent.step, self.spent.training_s))
+        write(partial / "trained.json", Trained(self._spent.step, self.spent.training_s, self._best))
         if self._state.is_dir():
             self._state.rename(old)
         partial.rename(self._state)
         shutil.rmtree(old, ignore_errors=True)
 
     def export(self, text_tokens: int, measured: Estimate) -> None:
-        """The draft, as it is now, into the recipe's folder."""
+        """The draft, as it is now, into the recipe's folder, unless it was better before: more training on little text makes
+        drafts worse while the loss still falls."""
+        if (expected := measured.emitted(_JUDGED)) < self._best:
+            return
+        self._best = expected
         spent, module = self.spent, self._accelerator.unwrap_model(self._student.module)
         made = {
             "target": self._target.name,
+            **({} if self._draft is None else {"from": self._draft.name}),
             "text_tokens": text_tokens,
             "text_minutes": round(spent.writing_s / 60, 1),
             "training_minutes": round(spent.training_s / 60, 1),
@@ -124,19 +147,23 @@ class Trainer:
                 "remove that folder to train anew",
             ) from error
         trained = read(self._state / "trained.json", Trained)
+        self._best = trained.best
         return replace(spent, step=trained.step, training_s=trained.training_s)
 
     def _new_student(self, found: Candidate, features: int) -> Student:
         torch.manual_seed(self._recipe.seed)
-        size = SIZES[self._recipe.size]
+        size = SIZES[self._recipe.size or "medium"]
         if self._recipe.kind == "model":
             model = ModelStudent(size, self._teacher, self._target.runtime.limit or 8192)
             model.module.to(self._device)
             return model
         embedding, norm = (found.tensor(name) for name in ("model.embed_tokens.weight", "model.norm.weight"))
-        head = HeadStudent(
-            found.config, size, features, self._teacher, embedding.to(self._device, torch.bfloat16), norm
-        )
+        shape = shape_for(found.config, size, features) if self._draft is None else shape_of(self._draft)
+        head = HeadStudent(shape, embedding.to(self._device, torch.bfloat16))
+        if self._draft is None:
+            head.module.final_norm.data.copy_(norm)
+        else:
+            head.module.load_state_dict(head_weights(self._draft))
         head.module.to(self._device)
         return head
 

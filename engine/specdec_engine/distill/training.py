@@ -46,6 +46,32 @@ class Batch:
     """[B, T] bool: slots whose prediction counts."""
 
 
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """What a batch's drafts choose from: the draft's own ids, and those that each text has brought so far, as
+    `drafters.context_ids` adds them."""
+
+    rows: Tensor
+    """[V' + m, d], of the target's output matrix."""
+    ids: Tensor
+    """[V]: target id -> column, -1 where there is none."""
+    unseen: Tensor
+    """[n, m] bool, at the slots that count: ids that the text has not had when the slot's draft begins."""
+
+    def masked(self, logits: Tensor) -> Tensor:
+        """[n, V' + m] -> the same, with next to nothing for unseen ids."""
+        m = self.unseen.shape[1]
+        if m == 0:
+            return logits
+        return torch.cat([logits[:, :-m], logits[:, -m:].masked_fill(self.unseen, _NOTHING)], 1)
+
+
+_NOTHING = -1e4
+"""A logit; infinity times a probability of 0 would be no number."""
+_BROUGHT = 256
+"""Ids of a batch at most, besides the draft's own."""
+
+
 class Student(Protocol):
     """**Protocol:** a draft in training."""
 
@@ -57,8 +83,8 @@ class Student(Protocol):
         began s slots before."""
         ...
 
-    def logits(self, states: Tensor) -> Tensor:
-        """[n, d'] -> [n, V']"""
+    def logits(self, states: Tensor, columns: Columns) -> Tensor:
+        """[n, d'] -> [n, V' + m]"""
         ...
 
 
@@ -70,25 +96,42 @@ class Teacher:
     """[V', d]"""
     ids: Tensor
     """[V]: target id -> draft id, -1 where it has none."""
+    every: Tensor | None = None
+    """[V, d]: the whole matrix, of a draft that takes ids of the context besides its own."""
 
-    def logits(self, batch: Batch) -> Tensor:
-        """[n, V'], what the target says at the slots that count, of the draft's ids."""
+    def columns(self, batch: Batch) -> Columns:
+        """Of the ids that the batch's texts have and the draft lacks, the commonest."""
+        brought = batch.tokens.new_empty(0)
+        if self.every is not None:
+            found, counts = torch.unique(batch.tokens[self.ids[batch.tokens] < 0], return_counts=True)
+            brought = found[counts.topk(min(_BROUGHT, len(found))).indices]
+        if self.every is None or not len(brought):
+            return Columns(self.rows, self.ids, batch.counts.new_empty(int(batch.counts.sum()), 0))
+        ids = self.ids.index_put((brought,), len(self.rows) + torch.arange(len(brought), device=brought.device))
+        # Slot t's draft begins when token t + 1 is the newest.
+        seen = (batch.tokens[:, :, None] == brought).int().cummax(1).values[:, 1:]
+        return Columns(torch.cat([self.rows, self.every[brought]]), ids, seen[batch.counts] == 0)
+
+    def logits(self, batch: Batch, columns: Columns) -> Tensor:
+        """[n, V' + m], what the target says at the slots that count, of the draft's ids."""
         last = batch.features[:, 1:, -1][batch.counts].to(self.rows)
-        return last @ self.rows.T
+        return columns.masked(last @ columns.rows.T)
 
-    def said(self, batch: Batch) -> Tensor:
-        """[B, T], the draft's id of the token that the target chose; -1 where the draft lacks it, or none followed."""
+    def said(self, batch: Batch, columns: Columns) -> Tensor:
+        """[B, T], the column of the token that the target chose; -1 where the draft lacks it, or none followed."""
         following = torch.cat([batch.tokens[:, 2:], torch.zeros_like(batch.tokens[:, :1])], 1)
-        return self.ids[following]
+        return columns.ids[following]
 
 
 def loss_of(student: Student, teacher: Teacher, batch: Batch, steps: int) -> Tensor:
     """Mean over the slots that count and the steps of a draft: cross-entropy, and `REJECTED` times the chance of a
     rejection at temperature `SHARPER`."""
-    wanted, total = teacher.logits(batch), torch.zeros((), device=batch.tokens.device)
+    columns, total = teacher.columns(batch), torch.zeros((), device=batch.tokens.device)
+    wanted = teacher.logits(batch, columns)
     states = student.states(batch, steps)
     for state in states:
-        loss: Tensor = _Loss.apply(student.logits(state[batch.counts]), wanted)  # type: ignore[no-untyped-call]
+        said = columns.masked(student.logits(state[batch.counts], columns))
+        loss: Tensor = _Loss.apply(said, wanted)  # type: ignore[no-untyped-call]
         total = total + loss
     return total / len(states)
 
@@ -148,15 +191,12 @@ def estimate(student: Student, teacher: Teacher, batches: Sequence[Batch], steps
     """Of a student over held-out batches."""
     hits, tried, overlap, seen = [0] * steps, [0] * steps, [0.0] * steps, 0
     for batch in batches:
-        states, said, probs = (
-            student.states(batch, steps),
-            teacher.said(batch),
-            teacher.logits(batch).float().softmax(-1),
-        )
+        columns, states = teacher.columns(batch), student.states(batch, steps)
+        said, probs = teacher.said(batch, columns), teacher.logits(batch, columns).float().softmax(-1)
         alive = batch.counts.clone()  # row t: the draft that begins at slot t
         seen += len(probs)
         for s in range(steps):
-            logits = student.logits(states[min(s, len(states) - 1)][batch.counts]).float()
+            logits = columns.masked(student.logits(states[min(s, len(states) - 1)][batch.counts], columns)).float()
             right = torch.zeros_like(alive)
             right[batch.counts] = logits.argmax(-1) == said[batch.counts]
             began = alive & _shifted(batch.counts, s + 1)  # s + 1: the target's own choice is the token after

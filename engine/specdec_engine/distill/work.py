@@ -1,6 +1,7 @@
 """The work folder of a distillation: how far earlier runs came, so that the same command goes on.
 
-`text/` is the target's text with its features, `state-KIND-SIZE/` a training, `ids-N.safetensors` a reduced vocabulary.
+`text/` is the target's text with its features, `runs/` that of recorded runs, `state-KIND-SIZE/` a training,
+`ids-N.safetensors` a reduced vocabulary.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ class Trained:
 
     step: int
     training_s: float
+    best: float = 0.0
+    """Tokens a cycle that the draft which was exported is expected to emit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,13 @@ class Work:
 
     @property
     def text(self) -> Path:
+        """What the target wrote."""
         return self.folder / "text"
+
+    @property
+    def runs(self) -> Path:
+        """What a user's runs left."""
+        return self.folder / "runs"
 
     def claim(self, name: str, tokenizer: Any) -> None:
         """Begin in it for this target. Raises UsageError where it belongs to another."""

@@ -6,7 +6,7 @@ When the target has verified a draft, slots that stood on own states are compute
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,9 +15,10 @@ from specdec_engine.core.cycle_types import Draft, Sampling, Verdict
 from specdec_engine.core.randomness import Randomness
 from specdec_engine.core.transfer import upload
 from specdec_engine.drafters.base import DraftSetup, ModelInfo, empty_draft
+from specdec_engine.drafters.context_ids import ContextIds
 from specdec_engine.drafters.token_choice import DraftChoice, TextSampler, draft_numbers, masked
 from specdec_engine.errors import ModelUnavailable, PairIncompatible, UsageError
-from specdec_engine.models.draft_files import builtin_draft, head_weights, inverse, read_draft
+from specdec_engine.models.draft_files import builtin_draft, head_weights, read_draft
 from specdec_engine.models.draft_folder import DraftFolder
 from specdec_engine.runtime import Runtime
 from specdec_engine.runtime.arithmetic import refuse_packing
@@ -30,19 +31,18 @@ from specdec_engine.runtime.shape import Unsupported
 class HeadDrafter:
     """A head on a target whose features are tapped."""
 
-    def __init__(self, head: HeadRuntime, target: LeanRuntime, ids: Tensor, setup: DraftSetup, name: str) -> None:
-        """ids [V']: the target's id of each of the head's."""
+    def __init__(self, head: HeadRuntime, target: LeanRuntime, ids: ContextIds, setup: DraftSetup, name: str) -> None:
         self.name = name
-        self._head, self._target, self._setup = head, target, setup
-        self._ids = ids.to(setup.device)
+        self._head, self._target, self._ids, self._setup = head, target, ids, setup
 
     def another(self, target: Runtime) -> HeadDrafter:
         """See `Repeatable`; the target's runtime is tapped as the first one's."""
         assert isinstance(target, LeanRuntime)
-        return HeadDrafter(self._head.another(), target, self._ids, self._setup, self.name)
+        return HeadDrafter(self._head.another(), target, self._ids.another(), self._setup, self.name)
 
     def begin(self, prompt: Sequence[int]) -> None:
         """The target has read the prompt but for its last token."""
+        self._ids.forget()
         known = min(self._head.known.common(prompt), len(prompt) - 1)  # the newest is for the draft
         self._head.rollback(max(0, known - 1))
         self._catch_up(prompt, keep=1)
@@ -54,23 +54,26 @@ class HeadDrafter:
             return empty_draft(self._setup.device, self.name)
         self._catch_up(context, keep=_IN_ONE_PASS)
         begin = self._head.cached
+        self._ids.read(context)
+        ids = self._ids.ids
         u, temperature = draft_numbers(random, sampling, len(context), k, self._setup.vocab, self._head.device)
         stop = self._setup.draft_limits.early_stop_on(self._head.device, self.name)
         eager = self._head.device.type == "cpu"
-        choice = DraftChoice(sampling, len(self._ids), eager, confident=stop is not None)
-        with masked(choice, self._setup.grammar, self._head.device, self._ids) as sampler:
+        choice = DraftChoice(sampling, len(ids), eager, confident=stop is not None)
+        with masked(choice, self._setup.grammar, self._head.device, ids) as sampler:
             drawn = self._head.unroll(
                 self._target.features(begin, read),
                 self._tokens(context[begin + 1 :]),
-                u[:, self._ids] if sampling.coupled else u,
+                u[:, ids] if sampling.coupled else u,
                 temperature,
                 sampler,
-                self._ids,
+                ids,
                 stop,
+                self._ids.rows,
             )
         self._head.rollback(read)
         self._head.known.note(context, len(context))
-        return Draft(drawn.tokens, self._widened(drawn.rows), self.name, drawn.raw, self._ids)
+        return Draft(drawn.tokens, self._widened(drawn.rows), self.name, drawn.raw, ids)
 
     def observe(self, draft: Draft, verdict: Verdict) -> None:
         """Slots of drafted tokens were forgotten at once: all of them stood on own states."""
@@ -81,19 +84,19 @@ class HeadDrafter:
         """A draft begun at each place and led along the text: what the head says depends on how many of its own states it
         has read."""
         begin, rows = len(context) - len(p), list[list[float]]()
-        own = inverse(self._ids.cpu(), self._setup.vocab, lacking=-1)[torch.tensor(context)].tolist()
         self._head.rollback(0)
+        self._ids.forget()
         self._feed(context, begin - 2)
         for at in range(begin, len(context)):
             if at < 2:
                 rows.append([])
                 continue
-            said = TextSampler(own[at : at + k], p[at - begin :], sampling)
+            self._ids.read(context, at)
+            said = TextSampler([self._ids.column(token) for token in context[at : at + k]], p[at - begin :], sampling)
             steps = torch.zeros(min(k, len(context) - at), device=self._head.device)
             newest = self._tokens([context[at - 1]])
-            self._head.unroll(
-                self._target.features(at - 2, at - 1), newest, steps, steps[0], said, self._ids, said.stop
-            )
+            features, ids = self._target.features(at - 2, at - 1), self._ids
+            self._head.unroll(features, newest, steps, steps[0], said, ids.ids, said.stop, ids.rows)
             self._head.rollback(at - 1)  # the first slot was a true one
             rows.append(said.chances)
         return rows
@@ -115,7 +118,7 @@ class HeadDrafter:
         if rows is None:
             return None
         wide = torch.zeros(rows.shape[0], self._setup.vocab, dtype=rows.dtype, device=rows.device)
-        return wide.index_copy_(1, self._ids, rows)
+        return wide.index_copy_(1, self._ids.ids, rows)
 
 
 def build(argument: str, setup: DraftSetup) -> HeadDrafter:
@@ -161,7 +164,16 @@ def build(argument: str, setup: DraftSetup) -> HeadDrafter:
         weights=forward.forms,
         weight_bytes=int(numbers * _BYTES.get(forward.forms, 4)),
     )
-    return HeadDrafter(HeadRuntime(forward, target.capacity), target, draft.ids, setup, argument)
+    more = None if "head.weight" in weights else _output_rows(target.decoder)
+    ids = ContextIds(draft.ids.to(setup.device), more)
+    return HeadDrafter(HeadRuntime(forward, target.capacity), target, ids, setup, argument)
+
+
+def _output_rows(decoder: Decoder) -> Callable[[Tensor], Tensor]:
+    def rows(ids: Tensor) -> Tensor:
+        return decoder.output_rows(ids).to(decoder.dtype)
+
+    return rows
 
 
 def _forward(

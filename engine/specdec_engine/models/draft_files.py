@@ -39,7 +39,7 @@ def read_draft(path: Path) -> DraftFolder | None:
         about = config[SECTION]
         ids = load_file(path / VOCABULARY)["target_ids"].long()
         layers = TargetLayers(tuple(about["taps"]))
-        draft = DraftFolder(path, about["kind"], config, layers, about["tokenizer_sha256"], ids)
+        draft = DraftFolder(path, about["kind"], config, layers, about["tokenizer_sha256"], ids, ours=True)
         _check(draft)
         return draft
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:

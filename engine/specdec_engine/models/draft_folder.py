@@ -58,6 +58,8 @@ class DraftFolder:
     """Size of the target's logits; 0 where its maker does not say."""
     made_for: str = ""
     """The target's name, where its maker says it."""
+    ours: bool = False
+    """Whether `specdec distill` made it."""
 
     @property
     def name(self) -> str:

@@ -72,8 +72,19 @@ class Decoder(Blocks):
         matrix = table if tied else take.stored("lm_head.weight")
         self.head = project([matrix], None, dtype, device, head_packing(quantize, kernels), kernels)
         self.embedding = Embedding(self.head if tied and isinstance(self.head, Rows) else table)
+        self._matrix = None if tied else matrix
         self.vocab = int(matrix.q.shape[0] if isinstance(matrix, Grouped) else matrix.shape[0])
         self.parameters = take.parameters
+
+    def output_rows(self, ids: Tensor) -> Tensor:
+        """[n] ids -> [n, hidden] float32: what logits of these tokens are made with."""
+        if isinstance(self.head, Rows):
+            return self.head.dense_rows(ids)
+        if self._matrix is None:
+            return self.embedding(ids)
+        if isinstance(self._matrix, Grouped):
+            return self._matrix.rows(ids.to(self._matrix.q.device)).dense().to(self.device).float()
+        return self._matrix[ids.to(self._matrix.device)].to(self.device).float()
 
     def first(self, layers: int) -> Decoder:
         """The same model without its later blocks; shares all weights."""

@@ -163,8 +163,8 @@ class HeadForward(Blocks):
         return flat if self._fuse is None else self._fuse(flat)
 
     def __call__(self, states: Tensor, tokens: Tensor, start: int, cache: Tensor, span: int) -> tuple[Tensor, Tensor]:
-        """[n, hidden] states and [n] tokens (target ids) at the n slots from `start` -> [1, V'] logits after the last, and
-        its state [1, hidden] for the slot that follows."""
+        """[n, hidden] states and [n] tokens (target ids) at the n slots from `start` -> what `logits` takes of the last
+        [1, hidden], and its state [1, hidden] for the slot that follows."""
         positions = torch.arange(start, start + tokens.shape[0], device=self.device)
         step = self.begin(positions, cache, span, start)
         step.x.copy_(self.embedding(tokens))
@@ -179,7 +179,12 @@ class HeadForward(Blocks):
         for i, layer in enumerate(others, 1):
             step.block(i, layer)
         last = step.normed(self._norm)[-1:]
-        return self._head(last), last if self.form.output_normed else step.x[-1:]
+        return last, last if self.form.output_normed else step.x[-1:]
+
+    def logits(self, last: Tensor, more: Tensor | None) -> Tensor:
+        """[n, hidden] -> [n, V' + m]; more [m, hidden]: output rows besides its own."""
+        own: Tensor = self._head(last)
+        return own if more is None else torch.cat([own, (last @ more.T).to(own)], -1)
 
 
 class HeadRuntime:
@@ -226,12 +231,14 @@ class HeadRuntime:
         sampler: TokenSampler,
         ids: Tensor,
         stop: StopDrafting | None = None,
+        more: Tensor | None = None,
     ) -> DraftTokens:
-        """Pending slots and [k] uniform numbers -> at most [k] tokens, the target's ids, and their distributions [k, V']."""
+        """Pending slots and [k] uniform numbers -> at most [k] tokens, the target's ids, and their distributions
+        [k, V' + m]. more [m, hidden]: output rows besides its own; ids: of all columns."""
         states, sampled, said = self._forward.fused(features), list[SampledToken](), list[Tensor]()
         for number in u:
-            logits, states = self._step(states, tokens)
-            sampled.append(sampler(logits, number, temperature))
+            last, states = self._step(states, tokens)
+            sampled.append(sampler(self._forward.logits(last, more), number, temperature))
             tokens = ids.index_select(0, sampled[-1].token)
             said.append(tokens)
             if stop is not None and stop(sampled[-1].sure):

@@ -96,6 +96,10 @@ class LeanRuntime:
             self._taps.kept[:tokens] = other._taps.kept[:tokens]
         self._cached = tokens
 
+    def keys_and_values(self, tokens: int) -> Tensor:
+        """[layers, 2 · kv_heads, tokens, head_size] of the first so many cached tokens."""
+        return self._cache[:, :, :tokens]
+
     def _passed(self, tokens: Tensor, positions: Tensor, span: int, rows: int, start: int | None = None) -> Tensor:
         if isinstance(self.decoder, Decoder):
             return self.decoder(tokens, positions, self._cache, span, rows, self._taps, start)
