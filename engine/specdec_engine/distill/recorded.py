@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from specdec_engine.core.transfer import upload
 from specdec_engine.distill.synthesis import Example
 from specdec_engine.errors import UsageError
 from specdec_engine.record.events import Cycle, Started
@@ -87,7 +88,7 @@ def read_by(runtime: LeanRuntime, recordings: Recordings, taps: tuple[int, ...])
     reader = runtime.another()
     reader.tap(taps)
     for run in recordings.runs:
-        tokens = torch.tensor(run.tokens[: runtime.limit], device=runtime.device)
+        tokens = upload(torch.tensor(run.tokens[: runtime.limit]), runtime.device)
         reader.rollback(0)
         reader.forward(tokens, 1)
         features = reader.features(0, len(tokens)).to("cpu", torch.bfloat16)
