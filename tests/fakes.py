@@ -51,6 +51,7 @@ class TableTarget:
     name = "table"
     limit: int | None = None
     device = CPU
+    trees = True
 
     def __init__(self, vocab: int = 5, seed: int = 0, logits: Callable[[Sequence[int]], Tensor] | None = None) -> None:
         self.vocab = vocab
@@ -68,11 +69,19 @@ class TableTarget:
 
     def score(self, context: Sequence[int], draft: Draft) -> Tensor:
         self.passes += 1
-        rows = []
-        for token in (context[-1], *draft.tokens.tolist()):
-            self.tokens.append(token)
-            rows.append(self.logits(self.tokens))
-        return torch.stack(rows)
+        self.tokens.append(context[-1])
+        before, tokens = list(self.tokens), draft.tokens.tolist()
+        texts = [before]
+        for i, token in enumerate(tokens):
+            parent = i - 1 if draft.parents is None else draft.parents[i]
+            texts.append([*texts[parent + 1], token])
+        self.tokens += tokens
+        self.tree = before, tokens
+        return torch.stack([self.logits(text) for text in texts])
+
+    def keep(self, path: Sequence[int]) -> None:
+        before, tokens = self.tree
+        self.tokens = [*before, *(tokens[place] for place in path)]
 
     def rollback(self, to: int) -> None:
         del self.tokens[to:]

@@ -39,6 +39,9 @@ CASES += [
     "ngram+model:small",
     "reduced@ngram+model:small",
     "graph@ngram+model:small",
+    "tree:ngram,head:HEAD",
+    "tree:model:small,head:HEAD",
+    "tree:ngram,model:small,suffix",
 ]
 SAMPLINGS = [Sampling(), Sampling(1.0), Sampling(0.7, top_k=20, top_p=0.9, min_p=0.01)]
 TARGET = tiny_llama(seed=0)

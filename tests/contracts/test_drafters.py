@@ -11,6 +11,7 @@ import torch
 from specdec_engine.core.cycle_types import Sampling, Verdict
 from specdec_engine.core.randomness import KeyedRandomness
 from specdec_engine.core.registry import drafters
+from specdec_engine.core.trees import depths
 from specdec_engine.drafters import build_drafter
 from specdec_engine.drafters.base import AcceptanceAlong
 from specdec_engine.drafters.token_choice import DraftChoice
@@ -75,8 +76,16 @@ def build(spec):
 
 
 def verdict(draft, accepted):
-    tokens = tuple(draft.tokens.tolist())
-    return Verdict(tokens, accepted, 5, "recovered" if accepted < len(tokens) else "bonus", (), (), (), (), ())
+    """So many tokens of a chain are accepted; of a tree those up to that one."""
+    tokens, path = tuple(draft.tokens.tolist()), None
+    if draft.parents is not None:
+        path, place = [], accepted - 1
+        while place >= 0:
+            path, place = [place, *path], draft.parents[place]
+        accepted = len(path)
+    end = "recovered" if accepted < len(tokens) else "bonus"
+    tree = {} if path is None else {"parents": draft.parents, "path": tuple(path)}
+    return Verdict(tokens, accepted, 5, end, (), (), (), (), (), **tree)
 
 
 def test_every_drafter_is_under_contract():
@@ -94,10 +103,10 @@ def test_proposals_keep_the_contract(spec, sampling):
     for _ in range(25):
         k = rng.randint(1, 6)
         draft = drafter.propose(context, k, sampling, KeyedRandomness(1))
-        assert len(draft) <= k
+        assert (len(draft) if draft.parents is None else max(depths(draft.parents))) <= k
         assert draft.tokens.dtype == torch.int64
         assert all(0 <= t < VOCAB for t in draft.tokens.tolist())
-        assert draft.drafter in SPECS or draft.drafter.removeprefix("ngram+") in (
+        assert draft.drafter in ("tree", *SPECS) or draft.drafter.removeprefix("ngram+") in (
             "small",
             "self:1",
             str(head_folders()[0]),
@@ -107,13 +116,16 @@ def test_proposals_keep_the_contract(spec, sampling):
             assert draft.probs.shape == (len(draft), VOCAB)
             assert torch.allclose(draft.probs.sum(-1), torch.ones(len(draft)), atol=1e-5)
             assert (draft.probs.gather(1, draft.tokens[:, None]) > 0).all()
+            if spec.startswith("tree:"):  # siblings are told from each other, and members draw one after the other
+                drafter.observe(draft, said := verdict(draft, rng.randint(0, len(draft))))
+                context += [*said.tokens[:-1], rng.randrange(VOCAB)]
+                continue
             numbers = KeyedRandomness(1).uniforms(len(context), "draft", len(draft))
             ids = torch.arange(VOCAB) if draft.raw_ids is None else draft.raw_ids
             drawn = [int(ids[draw_on_host(row[ids], u)]) for row, u in zip(draft.probs, numbers, strict=True)]
             assert draft.tokens.tolist() == drawn
-        accepted = rng.randint(0, len(draft))
-        drafter.observe(draft, verdict(draft, accepted))
-        context += [*draft.tokens.tolist()[:accepted], rng.randrange(VOCAB)]
+        drafter.observe(draft, said := verdict(draft, rng.randint(0, len(draft))))
+        context += [*said.tokens[:-1], rng.randrange(VOCAB)]
 
 
 @pytest.mark.parametrize("spec", CASES)
@@ -129,7 +141,7 @@ def test_a_draft_tells_its_distributions_before_warping_where_it_is_asked(spec, 
     assert same.raw is None
     assert same.tokens.tolist() == draft.tokens.tolist()
     if draft.raw is None:
-        assert draft.probs is None  # a lookup
+        assert draft.probs is None or draft.parents is not None  # a lookup, or several drafters
         return
     ids = torch.arange(draft.raw.shape[1]) if draft.raw_ids is None else draft.raw_ids
     assert draft.raw.shape == (len(draft), len(ids))
@@ -159,8 +171,8 @@ def test_a_proposal_depends_on_context_and_seed_alone(spec, sampling):
             assert torch.allclose(draft.probs, again.probs, atol=1e-4)
         accepted = step % (len(draft) + 1)
         if step % 4 != 3:  # a cycle in which another drafter was asked, or none
-            used.observe(draft, verdict(draft, accepted))
-            context += draft.tokens.tolist()[:accepted]
+            used.observe(draft, said := verdict(draft, accepted))
+            context += said.tokens[:-1]
         else:
             used.observe(draft, verdict(draft, 0))
             context += [rng.randrange(VOCAB) for _ in range(3)]

@@ -91,7 +91,8 @@ def measure_run(
 
 def _check(cycle: Cycle) -> None:
     """Counters against ids. Raises CheckFailed."""
-    kept = cycle.drafted[: cycle.accepted]
+    places = range(cycle.accepted) if cycle.path is None else cycle.path
+    kept = tuple(cycle.drafted[place] for place in places)
     cut = cycle.end in ("stop", "length")
     whole = len(cycle.emitted) <= cycle.accepted + 1 if cut else len(cycle.emitted) == cycle.accepted + 1
     if not whole or cycle.emitted[: len(kept)] != kept[: len(cycle.emitted)]:

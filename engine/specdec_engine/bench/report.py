@@ -19,6 +19,7 @@ from specdec_engine.bench.figures import (
     recommend,
 )
 from specdec_engine.bench.plan import Arm, Form, Plan
+from specdec_engine.core.registry import members_of
 from specdec_engine.errors import UsageError, reason
 from specdec_engine.record.files import parse_record, replace_file, typed
 
@@ -228,7 +229,7 @@ def memory_bound(costs: Costs, draft: str | None, environment: Mapping[str, Any]
     if not size:
         return None
     parts = environment.get("drafts", {})
-    drafts: int = sum(parts[name].get("weight_bytes") or 0 for name in (draft or "").split(",") if name in parts)
+    drafts: int = sum(parts[name].get("weight_bytes") or 0 for name in members_of(draft or "")[1] if name in parts)
     return costs.emitted / (costs.k * drafts / int(size) + 1)
 
 

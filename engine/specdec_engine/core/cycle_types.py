@@ -5,9 +5,10 @@ Shapes: k drafted tokens, V the target's vocabulary (its logits' last dimension)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+from specdec_engine.core.trees import first_path
 from specdec_engine.errors import UsageError
 from specdec_engine.record.events import Raw
 
@@ -82,9 +83,19 @@ class Draft:
     """The places of tokens that a lookup had expected before the draft model chose them."""
     cut: bool = False
     """Whether the run's end made it shorter: others of its length are not to be expected."""
+    parents: tuple[int, ...] | None = None
+    """Of a token tree: see `core.trees`; None for a chain."""
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
+
+    def as_chain(self) -> Draft:
+        """Of a tree the first path alone; a chain as it is."""
+        if self.parents is None:
+            return self
+        kept = first_path(self.parents)
+        probs = None if self.probs is None else self.probs[kept]
+        return replace(self, tokens=self.tokens[kept], probs=probs, parents=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +115,12 @@ class Verdict:
     raw_p: Raw | None = None
     raw_q: Raw | None = None
     """Before temperature and filters; None unless asked for, or where a draft has no distribution."""
+    parents: tuple[int, ...] | None = None
+    path: tuple[int, ...] | None = None
+    """Of a token tree: which of its tokens follows which, and the places of the accepted ones."""
 
     @property
     def tokens(self) -> tuple[int, ...]:
         """The accepted + 1 tokens of the cycle, before stop clipping."""
-        return (*self.drafted[: self.accepted], self.token)
+        path = range(self.accepted) if self.path is None else self.path
+        return (*(self.drafted[place] for place in path), self.token)

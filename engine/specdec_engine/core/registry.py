@@ -123,6 +123,16 @@ def entry_of(spec: str) -> DrafterEntry | None:
     return None if name.strip() in _MODELS and not colon else drafters().get(name.strip())
 
 
+TREE = "tree:"
+"""Before several drafts: they are merged into a token tree."""
+
+
+def members_of(spec: str) -> tuple[bool, list[str]]:
+    """Whether the drafts that `--draft` names are merged into a tree, and their names."""
+    names = [name.strip() for name in spec.removeprefix(TREE).split(",")]
+    return spec.startswith(TREE), [name for name in names if name]
+
+
 def levels_of(spec: str) -> tuple[str, str] | None:
     """Split `ngram+MODEL` into the lookup and the model that it drafts for; None for a draft of one level."""
     lower, plus, upper = spec.partition("+")

@@ -18,6 +18,7 @@ from specdec_engine.constrain.matching import Matching
 from specdec_engine.core.cycle_types import Draft, Verdict
 from specdec_engine.core.randomness import Randomness
 from specdec_engine.core.transfer import upload
+from specdec_engine.core.trees import depths
 from specdec_engine.decoding.control import Controls, Settings, changes
 from specdec_engine.decoding.stopping import Clipped, Clipper, Stop
 from specdec_engine.drafters.base import Drafter, empty_draft
@@ -275,7 +276,15 @@ class Run:
         draft = (
             _propose(self._drafter, self._context, k, settings, self._random) if k else empty_draft(self._target.device)
         )
+        draft = draft if self._takes_trees else draft.as_chain()
         return k, replace(draft, cut=True) if k < settings.k else draft
+
+    @property
+    def _takes_trees(self) -> bool:
+        """Else a tree's first path is verified alone. Penalties and grammars look at a chain's tokens one after the other,
+        and the block rule at all of them."""
+        plain = self.process is None and self.grammar is None and type(self._verifier.rule) is TokenRule
+        return plain and self._target.trees
 
     def _forced(self, room: int) -> Draft | None:
         """Tokens that must come by the grammar, if any: free, and so proposed also where drafts do not pay and are off; not
@@ -294,8 +303,10 @@ class Run:
         marks.append(self._timer.mark())  # the time before this mark is the consumer's: no phase counts it
         verdict = in_flight.pending()
         clipped = self._clipped(verdict)
-        logprobs = self._logprobs(in_flight, clipped.emitted)  # now: the next pass may write over its logits
+        logprobs = self._logprobs(in_flight, verdict, clipped.emitted)  # now: the next pass may write over its logits
         context += clipped.emitted
+        if verdict.path is not None:
+            self._target.keep(verdict.path)
         self._target.rollback(to=len(context) - 1)
         if len(draft) and draft.drafter != FORCED_BY:
             self._drafter.observe(draft, verdict)
@@ -317,9 +328,16 @@ class Run:
         count = self.grammar.advance(clipped.emitted)
         return Clipped(clipped.emitted[:count], "stop") if self.grammar.finished else clipped
 
-    def _logprobs(self, of: InFlightCycle, emitted: Sequence[int]) -> tuple[TokenLogprobs, ...] | None:
-        sampling = self.settings.sampling
-        return None if sampling.logprobs is None else logprobs_of(of.logits, of.shaped, sampling, emitted)
+    def _logprobs(
+        self, of: InFlightCycle, verdict: Verdict, emitted: Sequence[int]
+    ) -> tuple[TokenLogprobs, ...] | None:
+        sampling, logits, shaped = self.settings.sampling, of.logits, of.shaped
+        if sampling.logprobs is None:
+            return None
+        if verdict.path is not None:
+            rows = [0, *(place + 1 for place in verdict.path)]
+            logits, shaped = logits[rows], shaped[rows]
+        return logprobs_of(logits, shaped, sampling, emitted)
 
     def finished(self, reason: FinishReason, prefill: tuple[Mark, Mark]) -> Finished:
         """The last event; prefill: what `begin` returned."""
@@ -332,7 +350,7 @@ class Run:
 
 def _propose(drafter: Drafter, context: Sequence[int], k: int, settings: Settings, random: Randomness) -> Draft:
     draft = drafter.propose(context, k, settings.draft_sampling, random)
-    if len(draft) > k:
+    if (len(draft) if draft.parents is None else max(depths(draft.parents))) > k:
         raise GenerationFailed(f"the drafter {draft.drafter} proposed {len(draft)} tokens where {k} were asked for")
     return draft
 
@@ -369,6 +387,8 @@ def _cycle(
         verify_s=verify_s,
         other_s=other_s,
         context=position,
+        parents=verdict.parents,
+        path=verdict.path,
         logprobs=logprobs,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
-from specdec_engine.core.registry import drafters, entry_of, levels_of
+from specdec_engine.core.registry import drafters, entry_of, levels_of, members_of
 from specdec_engine.errors import ModelUnavailable, SpecdecError, UsageError, first_line
 
 if TYPE_CHECKING:
@@ -16,13 +16,18 @@ def build_drafter(spec: str, setup: DraftSetup) -> Drafter:
     """The drafter that `--draft` names.
 
     `spec` is `none`, `ngram`, `ngram:5`, a third party's name, a model (hub id, folder, .gguf file), or several of these
-    joined by commas: the first that proposes wins. `ngram+MODEL` is a model for which the lookup drafts.
+    joined by commas: the first that proposes wins; after `tree:` all propose, and their drafts are one token tree.
+    `ngram+MODEL` is a model for which the lookup drafts.
     """
     from specdec_engine.drafters.cascade import CascadeDrafter
+    from specdec_engine.drafters.tree import build as build_tree
 
-    if not spec.replace(",", "").strip():
+    if not members_of(spec)[1]:
         raise UsageError(f"the draft {spec!r} names no drafter", "choose none, ngram, or a model's name")
-    members = [_build_one(part.strip(), setup) for part in spec.split(",") if part.strip()]
+    merged, names = members_of(spec)
+    members = [_build_one(name, setup) for name in names]
+    if merged:
+        return build_tree(members, setup)
     return members[0] if len(members) == 1 else CascadeDrafter(members, setup)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from specdec_engine.core.registry import entry_of, levels_of
+from specdec_engine.core.registry import entry_of, levels_of, members_of
 from specdec_engine.errors import OutOfMemory, PairIncompatible, SpecdecError
 from specdec_engine.models.draft_files import found_draft, read_draft
 from specdec_engine.models.draft_folder import DraftFolder
@@ -126,7 +126,7 @@ def check(target: str, draft: str, options: LoadOptions) -> Fit:
     ModelUnavailable for a model that cannot be had, OutOfMemory for one that cannot fit, alone or beside the other."""
     ours = find_model(target, options).rehearsed()
     findings, figures = [*_going_back(ours, draft)], dict[str, Any]()
-    for name in draft.split(",") if not findings else ():
+    for name in members_of(draft)[1] if not findings else ():
         found = _member(ours, name, options)
         findings += found.findings
         figures |= found.figures

@@ -8,7 +8,7 @@ decided once. Positions are a tensor, never a Python number, so that the same co
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,6 +18,16 @@ from specdec_engine.runtime import cpu, native
 from specdec_engine.runtime.native import Kernels
 from specdec_engine.runtime.ops import TORCH, Layer, Ops, Pass
 from specdec_engine.runtime.shape import Shape
+
+
+@dataclass(frozen=True, slots=True)
+class TreeRows:
+    """The rows of a pass over a tree of tokens, whose positions are not their places in the cache."""
+
+    places: Tensor
+    """[n]: consecutive places in the cache."""
+    hidden: Tensor
+    """[n] int64: see `ops.Pass`."""
 
 
 class Blocks:
@@ -74,15 +84,18 @@ class Blocks:
         weight = weight.to(self.device).float()
         return weight + 1.0 if self.shape.unit_norms else weight
 
-    def begin(self, positions: Tensor, cache: Tensor, span: int, start: int | None = None) -> Pass:
+    def begin(
+        self, positions: Tensor, cache: Tensor, span: int, start: int | None = None, tree: TreeRows | None = None
+    ) -> Pass:
         """A pass at [n] positions; the residual stream, `x`, is the caller's to fill.
 
         span: places of the cache that take in all positions. start: the first of consecutive positions, where the host knows
-        it.
+        it; with a tree, the first place in the cache.
         """
         kernels = self._whole if len(positions) <= self.ops.few else None
         rotations = [self.rotation(positions, i) for i in range(len(self._frequencies))]
-        return Pass(self.ops, self.shape, rotations, self.dtype, positions, cache, span, start, kernels)
+        places, hidden = (positions, None) if tree is None else (tree.places, tree.hidden)
+        return Pass(self.ops, self.shape, rotations, self.dtype, places, cache, span, start, kernels, hidden)
 
     def rotation(self, positions: Tensor, which: int = 0) -> Tensor:
         """[n] -> [n, head_size / 2] complex: what pairs of a query's or a key's numbers are multiplied by, in one of the

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec_engine.runtime.blocks import Blocks
+from specdec_engine.runtime.blocks import Blocks, TreeRows
 from specdec_engine.runtime.cpu import whole
 from specdec_engine.runtime.linear import Packing, Projection, Rows, head_packing, project
 from specdec_engine.runtime.native import Kernels
@@ -39,6 +39,7 @@ class OneOfSeveral:
     span: int
     start: int
     taps: Taps | None
+    tree: TreeRows | None = None
 
 
 class Decoder(Blocks):
@@ -131,13 +132,13 @@ class Decoder(Blocks):
 
     def _read(self, sequences: Sequence[OneOfSeveral], kind: type[PassTogether]) -> Tensor:
         """What leaves the last norm, of the rows of all."""
-        parts = [self.begin(s.positions, s.cache, s.span, s.start) for s in sequences]
+        parts = [self.begin(s.positions, s.cache, s.span, s.start, s.tree) for s in sequences]
         taps = sequences[0].taps
         last, features = self._through(kind(parts), torch.cat([s.tokens for s in sequences]), taps)
         if taps is not None:
             for s, own in zip(sequences, torch.split(features, [len(s.tokens) for s in sequences]), strict=True):
                 assert s.taps is not None
-                s.taps.kept.index_copy_(0, s.positions, own)
+                s.taps.kept.index_copy_(0, s.positions if s.tree is None else s.tree.places, own)
         return last
 
     def _through(self, step: Pass, tokens: Tensor, taps: Taps | None) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,11 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
+from specdec_engine.core.transfer import upload
+from specdec_engine.core.trees import depths, hidden_rows
 from specdec_engine.errors import OutOfMemory
 from specdec_engine.runtime import step_by_step
+from specdec_engine.runtime.blocks import TreeRows
 from specdec_engine.runtime.decoder import Decoder, OneOfSeveral, Taps
 from specdec_engine.runtime.known_text import KnownText
 from specdec_engine.runtime.shape import Unsupported
@@ -47,7 +50,7 @@ class LeanRuntime:
         self.device = decoder.device
         self._label = label
         self.known = KnownText()
-        self._cached = self._written = 0
+        self._cached = self._written = self._tree_at = 0
         self._taps: Taps | None = None
         self._cache = self._new_cache(self._rounded(capacity))
 
@@ -74,12 +77,42 @@ class LeanRuntime:
         self._cached = end
         return logits
 
-    def following(self, tokens: Tensor) -> OneOfSeveral:
-        """Tokens that follow the cached ones, as one text of several."""
-        end = self._cached + tokens.shape[0]
+    @property
+    def trees(self) -> bool:
+        """Whether it takes trees: where rows see all that comes before them, and attention can be told what is hidden."""
+        if not isinstance(self.decoder, Decoder) or self.device.type != "cpu":
+            return False
+        shape = self.decoder.shape
+        return not any(shape.windows) and shape.growth is None and shape.scales.cap_scores == 0.0
+
+    @torch.inference_mode()
+    def forward_tree(self, tokens: Tensor, parents: Sequence[int]) -> Tensor:
+        """The newest token and the n of a tree, see `core.trees` -> [n + 1, V] logits after each; caches all of them, until
+        `keep` says which go on."""
+        return forward_together([self], [tokens], [parents])[0]
+
+    @torch.inference_mode()
+    def keep(self, path: Sequence[int]) -> None:
+        """Of the tokens of the last `forward_tree` these alone, as a chain: what was computed of them moves together."""
+        first, kept = self._tree_at, len(path)
+        if list(path) != list(range(kept)):
+            places = upload(torch.tensor(path), self.device) + first
+            self._cache[:, :, first : first + kept] = self._cache[:, :, places]
+            if self._taps is not None:
+                self._taps.kept[first : first + kept] = self._taps.kept[places]
+        self._cached = first + kept
+
+    def following(self, tokens: Tensor, parents: Sequence[int] | None = None) -> OneOfSeveral:
+        """Tokens that follow the cached ones, as one text of several; parents: of a tree, behind the newest token."""
+        start, end = self._cached, self._cached + tokens.shape[0]
         self._make_room(end)
-        positions = torch.arange(self._cached, end, device=self.device)
-        return OneOfSeveral(tokens, positions, self._cache, self._rounded(end), self._cached, self._taps)
+        places = torch.arange(start, end, device=self.device)
+        if parents is None:
+            return OneOfSeveral(tokens, places, self._cache, self._rounded(end), start, self._taps)
+        self._tree_at = start + 1
+        positions = upload(torch.tensor([0, *depths(parents)]), self.device) + start
+        tree = TreeRows(places, upload(torch.tensor(hidden_rows(parents)), self.device))
+        return OneOfSeveral(tokens, positions, self._cache, end, start, self._taps, tree)
 
     def took(self, tokens: int) -> None:
         """So many tokens were cached by a pass over several texts."""
@@ -201,12 +234,17 @@ class LeanRuntime:
         )
 
 
-def forward_together(runtimes: Sequence[LeanRuntime], tokens: Sequence[Tensor]) -> list[Tensor]:
-    """A pass over tokens of several texts, each on a runtime of its own of one decoder: as `LeanRuntime.forward` of each,
-    with logits after all of its tokens."""
+def forward_together(
+    runtimes: Sequence[LeanRuntime],
+    tokens: Sequence[Tensor],
+    parents: Sequence[Sequence[int] | None] | None = None,
+) -> list[Tensor]:
+    """A pass over tokens of several texts, each on a runtime of its own of one decoder: as `LeanRuntime.forward` of each, or,
+    where it has parents, as `forward_tree`, with logits after all of its tokens."""
     decoder = runtimes[0].decoder
     assert isinstance(decoder, Decoder)
-    found = decoder.together([runtime.following(own) for runtime, own in zip(runtimes, tokens, strict=True)])
+    told = zip(runtimes, tokens, parents or [None] * len(runtimes), strict=True)
+    found = decoder.together([runtime.following(own, tree) for runtime, own, tree in told])
     for runtime, own in zip(runtimes, tokens, strict=True):
         runtime.took(len(own))
     return found

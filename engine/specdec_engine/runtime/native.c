@@ -481,6 +481,7 @@ typedef struct {
   int narrow;                  /* the cache is bfloat16 */
   const float *rotation;
   const int64_t *positions;
+  const uint64_t *hidden; /* of each row, bits of the pass's rows that it does not see, in a tree of tokens; else missing */
 } pass;
 
 /* One head of one row. */
@@ -551,8 +552,17 @@ INLINE floats totals(const floats *x) {
 #endif
 }
 
-/* Positions that a row looks at: first to last. */
-typedef struct { long first, last; } view;
+/* Positions that a row looks at: first to last, but for those `hidden`, bit 0 of which stands for `base`. */
+typedef struct { long first, last, base; uint64_t hidden; } view;
+
+INLINE ints not_hidden(view v, long at) {
+  ints seen;
+  for (int i = 0; i < LANES; i++) {
+    const long bit = at + i - v.base;
+    seen[i] = bit >= 0 && bit < 64 && (v.hidden >> bit & 1) ? 0 : -1;
+  }
+  return seen;
+}
 
 /* R rows that ask the same keys and values, [.., size] from `start` on; for each a part of its softmax: what it sees,
 [padded], and then the largest score and the sum of the exponentials. */
@@ -587,7 +597,8 @@ INLINE void attend_part(const int R, const int narrow, const float *queries, con
     }
     UNROLLED for (int r = 0; r < R; r++) {
       const ints at = lane + (int)(start + j);
-      const ints seen = (at >= (int)views[r].first) & (at <= (int)views[r].last);
+      ints seen = (at >= (int)views[r].first) & (at <= (int)views[r].last);
+      if (views[r].hidden && start + j + LANES > views[r].base) seen &= not_hidden(views[r], start + j);
       store(weights[r], j, 0, LANES, chosen(seen, totals(products[r]), (floats){} - INFINITY));
     }
   }
@@ -676,7 +687,8 @@ static void attend_rows(const pass *p, share s, const float *queries, const void
     view views[s.rows];
     for (long r = 0; r < many; r++) {
       const long last = p->positions[first + r / s.together];
-      views[r] = (view){window > 0 && last >= window ? last - window + 1 : 0, last};
+      const uint64_t hidden = p->hidden ? p->hidden[first + r / s.together] : 0;
+      views[r] = (view){window > 0 && last >= window ? last - window + 1 : 0, last, p->positions[0], hidden};
     }
 #pragma omp for schedule(static)
     for (long at = 0; at < p->groups * many; at++) { /* row r of a group: a token's r-th head of those that share keys */

@@ -44,7 +44,7 @@ class PassFields(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_long) for name in ("n", "heads", "groups", "size", "capacity")),
         ("narrow", ctypes.c_int),
-        *((name, ctypes.c_void_p) for name in ("rotation", "positions")),
+        *((name, ctypes.c_void_p) for name in ("rotation", "positions", "hidden")),
     )
 
 
@@ -191,13 +191,19 @@ class Kernels:
         return queries
 
     def attend(
-        self, dtype: torch.dtype, queries: Tensor, kept: Tensor, positions: Tensor, window: int | None
+        self,
+        dtype: torch.dtype,
+        queries: Tensor,
+        kept: Tensor,
+        positions: Tensor,
+        window: int | None,
+        hidden: Tensor | None = None,
     ) -> Tensor:
-        """See `ops.Ops`; dtype: of what is seen, float32 or bfloat16. Positions never decrease."""
+        """See `ops.Ops`; dtype: of what is seen, float32 or bfloat16. Positions never decrease. hidden: see `ops.Pass`."""
         n, heads, size = queries.shape
         out = torch.empty(n, heads * size, dtype=dtype)
         failed = self._library.attend(
-            ctypes.byref(pass_fields(heads, None, positions, kept)),
+            ctypes.byref(pass_fields(heads, None, positions, kept, hidden)),
             queries.data_ptr(),
             kept.data_ptr(),
             window or 0,
@@ -229,11 +235,14 @@ def of_texts(fields: Sequence[PassFields]) -> ctypes.Array[PassFields]:
     return (PassFields * len(fields))(*fields)
 
 
-def pass_fields(heads: int, rotation: Tensor | None, positions: Tensor, kept: Tensor) -> PassFields:
-    """Of tensors that live as long as it; kept: see `ops.Ops`."""
+def pass_fields(
+    heads: int, rotation: Tensor | None, positions: Tensor, kept: Tensor, hidden: Tensor | None = None
+) -> PassFields:
+    """Of tensors that live as long as it; kept: see `ops.Ops`; hidden: see `ops.Pass`."""
     groups, capacity, size = kept.shape[0] // 2, kept.shape[1], kept.shape[2]
     narrow = kept.dtype == torch.bfloat16
-    return PassFields(len(positions), heads, groups, size, capacity, narrow, _address(rotation), positions.data_ptr())
+    at = _address(rotation), positions.data_ptr(), _address(hidden)
+    return PassFields(len(positions), heads, groups, size, capacity, narrow, *at)
 
 
 def _address(tensor: Tensor | None) -> int | None:
@@ -302,6 +311,11 @@ def check(kernels: Kernels) -> None:
     mask = torch.arange(140) <= positions[:, None]
     expected = scaled_dot_product_attention(queries.transpose(0, 1), keys, values, mask)
     _check_close("attention", seen, expected.transpose(0, 1).reshape(n, -1))
+    hidden = torch.tensor([0, 0, 0b10, 0b110, 0, 0b1011, 0b100000])
+    seen = kernels.attend(torch.float32, queries, kept, positions, None, hidden)
+    mask[:, 133:] &= (hidden[:, None] >> torch.arange(n) & 1) == 0
+    expected = scaled_dot_product_attention(queries.transpose(0, 1), keys, values, mask)
+    _check_close("attention in a tree", seen, expected.transpose(0, 1).reshape(n, -1))
 
 
 def _check_close(what: str, found: Tensor, expected: Tensor) -> None:

@@ -69,9 +69,10 @@ class Ops:
     keys, rotated, and values into the cache at the positions. May use qkv for its own ends."""
     gate: Callable[[Tensor], Tensor]
     """[n, 2 · m] -> [n, m]: silu of the first half, times the second."""
-    attend: Callable[[Tensor, Tensor, Tensor, int | None], Tensor] | None = None
+    attend: Callable[..., Tensor] | None = None
     """(queries, cache of the layer, positions, window) -> [n, heads · head_size] for up to `few` rows. Reads on the device
-    how far to look, so that a recording fits every length. None: torch's attention, over a span."""
+    how far to look, so that a recording fits every length. On a CPU it takes a pass's `hidden` besides. None: torch's
+    attention, over a span."""
     few: int = FEW_ROWS
     wide_dtype: torch.dtype | None = None
     """The dtype in which torch's attention of more rows reads a cache that is not float32; by default the cache's own."""
@@ -93,10 +94,12 @@ class Pass:
         span: int,
         start: int | None,
         kernels: Kernels | None = None,
+        hidden: Tensor | None = None,
     ) -> None:
         """rotations: see `Blocks.rotation`. span: places of the cache that take in all positions. start: the first position,
         where the host knows it. kernels: our own for a CPU, which do a layer in one call: nine operations take 9 µs of Python
-        each, and 1 µs of work for few rows."""
+        each, and 1 µs of work for few rows. hidden [n] int64: in a tree of tokens, of each row bits of the rows before it
+        that it does not see; positions are then places in the cache."""
         self.ops, self.eps, self.dtype, self.positions = ops, shape.eps, dtype, positions
         n = len(positions)
         self._x = torch.empty(n, shape.hidden, device=positions.device)
@@ -105,16 +108,18 @@ class Pass:
         self.kept = cache.unbind(0)
         self._end = span if start is None else start + n
         capped = shape.scales.cap_scores != 0.0
-        self._causal = None if start is None or capped else _causal(n, self._end, positions.device)
+        self._hidden = hidden
+        tree = hidden is not None
+        self._causal = None if start is None or capped or tree else _causal(n, self._end, positions.device)
         self._attend_few = ops.attend if n <= ops.few and not capped else None
-        self._grouped = n <= FEW_ROWS and start is None and not capped
+        self._grouped = n <= FEW_ROWS and (start is None or tree) and not capped
         together = shape.heads // shape.kv_heads if self._grouped else 1
         self._wide_dtype = cache.dtype if cache.dtype == torch.float32 else ops.wide_dtype or cache.dtype
         grown = shape.growth is not None and (start is None or start + n > shape.growth.length)
         self._growth = factors(positions, shape.growth) if grown and shape.growth is not None else None
         self.kernels = kernels = None if grown else kernels
         if kernels is not None:
-            fields = [pass_fields(shape.heads, rotation, positions, cache[0]) for rotation in rotations]
+            fields = [pass_fields(shape.heads, rotation, positions, cache[0], hidden) for rotation in rotations]
             self.fields = [of_texts([of_rotation]) for of_rotation in fields]
         self.shape = shape
         self._masks = {w: self._mask(w, together, self._wide_dtype) for w in self._masked(shape.windows)}
@@ -191,7 +196,8 @@ class Pass:
     def _attended(self, queries: Tensor, kept: Tensor, window: int | None) -> Tensor:
         """[n, heads, head_size] -> [n, heads · head_size]"""
         if self._attend_few is not None:
-            return self._attend_few(queries, kept, self.positions, window).to(self.dtype)
+            tree = () if self._hidden is None else (self._hidden,)
+            return self._attend_few(queries, kept, self.positions, window, *tree).to(self.dtype)
         queries, kept = queries.to(self._wide_dtype), kept[:, : self._end].to(self._wide_dtype)
         if self.shape.scales.cap_scores != 0.0:
             mask = self._masks[window]
@@ -211,6 +217,10 @@ class Pass:
         """[n · together, end]: a row's mask as often as heads share keys. Each has its own, since cuDNN, which torch prefers
         on a Hopper, may find no plan for one that is spread over several rows."""
         mask = causal_mask(self.positions, self._end, window, dtype)
+        if self._hidden is not None:
+            n = len(self.positions)
+            own = mask[:, self._end - n :]  # the pass's own places are the last
+            own.masked_fill_((self._hidden[:, None] >> torch.arange(n, device=own.device) & 1) == 1, float("-inf"))
         return mask[:, None].expand(-1, together, -1).reshape(-1, self._end)
 
 

@@ -21,6 +21,8 @@ class Target(Protocol):
     name: str
     limit: int | None
     device: torch.device
+    trees: bool
+    """Whether `score` takes token trees."""
 
     @property
     def cached(self) -> int: ...
@@ -32,6 +34,10 @@ class Target(Protocol):
     def score(self, context: Sequence[int], draft: Draft) -> Tensor:
         """[k + 1, V] logits: after the context, all of which but its newest token is cached, and after each drafted token.
         Caches all k + 1. The context may be a list that grows at its end."""
+        ...
+
+    def keep(self, path: Sequence[int]) -> None:
+        """Of the tree that was scored last keep the tokens at these places, as a chain."""
         ...
 
     def rollback(self, to: int) -> None:
@@ -47,6 +53,7 @@ class ModelTarget:
         self.runtime = runtime
         self.limit = runtime.limit
         self.device = runtime.device
+        self.trees = isinstance(runtime, LeanRuntime) and runtime.trees
         self._read = tuple[int, ...]()
 
     @property
@@ -83,9 +90,15 @@ class ModelTarget:
 
     def score(self, context: Sequence[int], draft: Draft) -> Tensor:
         tokens = torch.cat([upload(torch.tensor([context[-1]]), self.device), draft.tokens])
-        logits = self.runtime.forward(tokens, len(draft) + 1, seldom=draft.cut)
+        if draft.parents is None:
+            logits = self.runtime.forward(tokens, len(draft) + 1, seldom=draft.cut)
+        else:
+            logits = cast(LeanRuntime, self.runtime).forward_tree(tokens, draft.parents)
         self.runtime.known.note(context, len(context))
         return logits
+
+    def keep(self, path: Sequence[int]) -> None:
+        cast(LeanRuntime, self.runtime).keep(path)
 
     def rollback(self, to: int) -> None:
         self.runtime.rollback(to)
@@ -103,7 +116,7 @@ def score_together(asked: Sequence[tuple[ModelTarget, Sequence[int], Draft]]) ->
     if len(lean) < max(2, len(asked)):
         return [target.score(context, draft) for target, context, draft in asked]
     tokens = [torch.cat([upload(torch.tensor([c[-1]]), t.device), draft.tokens]) for t, c, draft in asked]
-    logits = forward_together(lean, tokens)
+    logits = forward_together(lean, tokens, [draft.parents for _, _, draft in asked])
     for target, context, _ in asked:
         target.runtime.known.note(context, len(context))
     return logits

@@ -13,7 +13,7 @@ from specdec_engine.bench.report import ArmFigures, figures_of
 from specdec_engine.bench.session import Session
 from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.core.registry import drafters as registered
-from specdec_engine.core.registry import is_lookup
+from specdec_engine.core.registry import is_lookup, members_of
 from specdec_engine.errors import UsageError
 from specdec_engine.pair import Pair
 from specdec_engine.record.prompt_files import Question
@@ -62,7 +62,11 @@ class Tuned:
 
 
 def candidates(drafts: Sequence[str]) -> list[str]:
-    """Each draft by itself, a cascade's members once each, and the lookups."""
+    """Each draft by itself, a cascade's members once each, and the lookups. Raises UsageError for a token tree."""
+    if trees := [draft for draft in drafts if members_of(draft)[0]]:
+        raise UsageError(
+            f"tune works out chains, and {trees[0]} is a token tree", f"measure it: specdec bench -d {trees[0]} -k 2-5"
+        )
     lookups = [entry.name for entry in registered().values() if entry.lookup]
     named = dict.fromkeys(member.strip() for draft in [*drafts, *lookups] for member in draft.split(","))
     return [member for member in named if member not in ("", "none")]

@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
-from specdec_engine.core.registry import ServerNames, drafters, entry_of, levels_of
+from specdec_engine.core.registry import ServerNames, drafters, entry_of, levels_of, members_of
 from specdec_engine.drafters import is_checkpoint, is_eagle
 
 BUILTIN_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -77,7 +77,7 @@ class Wanted:
 def served(draft: str, by_text: Container[str] = ()) -> tuple[str | None, tuple[str, ...]]:
     """Of a draft as after --draft the member that servers can run, a checkpoint before a lookup, and the others. by_text:
     those with another tokenizer than the target's, which they would take for the target's."""
-    members = tuple(member.strip() for member in draft.split(",") if member.strip() != "none")
+    members = tuple(member for member in members_of(draft)[1] if member != "none")
     uppers = (levels[1] if (levels := levels_of(member)) is not None else member for member in members)
     models = (m for m in uppers if m not in by_text and (is_checkpoint(m) or is_eagle(m)))
     known = next(iter([*models, *filter(_is_named, members)]), None)

@@ -98,6 +98,11 @@ class Evidence:
     """The largest entries of what the token was drawn from; where all were accepted they say nothing."""
     raw: Sequence[RawRows] = ()
     """The target's, then the draft's; empty where none was asked for."""
+    parents: tuple[int, ...] | None = None
+    path: tuple[int, ...] | None = None
+    """Of a tree."""
+    tested: tuple[int, ...] = ()
+    """Places of a tree's tokens that were held against the target; of a chain they are the accepted ones and the next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,9 +155,11 @@ def unpack(row: Sequence[float], layout: Layout) -> Evidence:
 def verdict_of(evidence: Evidence, drafter: str, numbers: Uniforms) -> Verdict:
     """What the loop receives. Raises GenerationFailed where a distribution that mattered is not made of numbers."""
     e, k = evidence, len(numbers.accept)
-    n, rejected = e.accepted, e.accepted < k
-    _check_finite(e, drafter, numbers.position + n)
-    raw = [_raw(rows, k, min(n + 1, k)) for rows in e.raw]
+    n = e.accepted
+    tested = range(min(n + 1, k)) if e.parents is None else e.tested
+    rejected = n < k if e.parents is None else len(tested) > 0 and (not e.path or e.tested[-1] != e.path[-1])
+    _check_finite(e, tested, drafter, numbers.position + n)
+    raw = [_raw(rows, k, tested) for rows in e.raw]
     return Verdict(
         drafted=tuple(e.drafted),
         accepted=n,
@@ -160,15 +167,17 @@ def verdict_of(evidence: Evidence, drafter: str, numbers: Uniforms) -> Verdict:
         origin="recovered" if rejected else "bonus",
         p=tuple(_none_where_not_finite(e.p)),
         q=tuple(e.q),
-        u=tuple(value if i <= n else None for i, value in enumerate(numbers.accept)),
+        u=tuple(value if i in tested else None for i, value in enumerate(numbers.accept)),
         overlap=tuple(_none_where_not_finite(e.overlap)),
         residual=tuple((id, mass) for id, mass in e.residual if mass > 0) if rejected else (),
         raw_p=raw[0] if len(raw) > 0 else None,
         raw_q=raw[1] if len(raw) > 1 else None,
+        parents=e.parents,
+        path=e.path,
     )
 
 
-def _raw(rows: RawRows, k: int, tested: int) -> Raw:
+def _raw(rows: RawRows, k: int, tested: Sequence[int]) -> Raw:
     """Of a token that was never tested nothing is told: on a host nothing was worked out."""
 
     def entries(i: int) -> Iterator[tuple[int, float, float]]:
@@ -176,8 +185,8 @@ def _raw(rows: RawRows, k: int, tested: int) -> Raw:
             if isfinite(before) and isfinite(after):
                 yield int(id), before, after
 
-    reported, untested = [tuple(entries(i)) for i in range(tested)], k - tested
-    return Raw((*_none_where_not_finite(rows.drafted[:tested]), *[None] * untested), (*reported, *[()] * untested))
+    drafted = [rows.drafted[i] if i in tested and isfinite(rows.drafted[i]) else None for i in range(k)]
+    return Raw(tuple(drafted), tuple(tuple(entries(i)) if i in tested else () for i in range(k)))
 
 
 def _none_where_not_finite(values: Sequence[float]) -> list[float | None]:
@@ -185,13 +194,13 @@ def _none_where_not_finite(values: Sequence[float]) -> list[float | None]:
     return [value if isfinite(value) else None for value in values]
 
 
-def _check_finite(e: Evidence, drafter: str, position: int) -> None:
+def _check_finite(e: Evidence, places: Sequence[int], drafter: str, position: int) -> None:
     if any(value != value for value in e.q):
         raise GenerationFailed(
             f"the draft {drafter} gave logits that are not numbers near position {position}",
             "try --dtype float32, or another draft",
         )
-    tested = (*e.p[: e.accepted + 1], *e.overlap[: e.accepted + 1])
+    tested = [values[place] for values in (e.p, e.overlap) for place in places]
     if not isfinite(e.mass) or any(value != value for value in tested):
         raise GenerationFailed(
             f"the target gave logits that are not finite numbers at position {position}",

@@ -19,6 +19,7 @@ from torch import Tensor
 from specdec_engine.core.cycle_types import Draft, Sampling, Verdict
 from specdec_engine.core.randomness import Randomness
 from specdec_engine.core.transfer import download, upload
+from specdec_engine.core.trees import depths
 from specdec_engine.runtime.graphs import Recorder, repeatable
 from specdec_engine.verify.coupling import coupled, gumbel_noise
 from specdec_engine.verify.decide import Filtered, decide, decide_on_host, with_raw
@@ -26,6 +27,7 @@ from specdec_engine.verify.evidence import Evidence, Layout, RawInputs, Uniforms
 from specdec_engine.verify.greedy import RememberedRule
 from specdec_engine.verify.rules import AcceptanceRule
 from specdec_engine.verify.sampling import best_where_sure, warp, wide
+from specdec_engine.verify.trees import decide_greedily_on_tree, decide_on_tree
 
 PendingVerdict = Callable[[], Verdict]
 """A verdict on its way to the host: waits for it. Raises GenerationFailed where a distribution that mattered is not made of
@@ -64,7 +66,9 @@ class HostVerifier:
     ) -> PendingVerdict:
         numbers, raw = Uniforms.drawn(random, position, len(draft)), _raw_inputs(logits, draft, sampling)
         best = best_where_sure(logits) if sampling.greedy and draft.probs is None else None
-        if best is not None:
+        if draft.parents is not None:
+            evidence, filtered = _on_tree(logits, draft, sampling, random, numbers, best)
+        elif best is not None:
             evidence, filtered = self._greedily(best, draft, numbers, logits.shape[1])
         else:
             p = _warped(logits, sampling, random, position)
@@ -181,8 +185,30 @@ class _Recorded:
 
 
 def _raw_inputs(logits: Tensor, draft: Draft, sampling: Sampling) -> RawInputs | None:
-    """None where nobody asked for them, or nothing was drafted."""
-    return RawInputs(logits, draft.raw, draft.raw_ids) if sampling.raw and len(draft) else None
+    """None where nobody asked for them, or nothing was drafted. A tree's tokens come from several drafters, with and without
+    distributions, of which nothing is told."""
+    if not sampling.raw or not len(draft):
+        return None
+    if draft.parents is not None:
+        return RawInputs(logits[[parent + 1 for parent in draft.parents]], None, None)
+    return RawInputs(logits, draft.raw, draft.raw_ids)
+
+
+def _on_tree(
+    logits: Tensor, draft: Draft, sampling: Sampling, random: Randomness, numbers: Uniforms, best: list[int] | None
+) -> tuple[Evidence, Filtered]:
+    """By the token rule, as `verify.trees` has it for trees."""
+    assert draft.parents is not None
+    rows = [parent + 1 for parent in draft.parents]
+    if best is not None:
+        places = torch.tensor(best)[rows]
+        return decide_greedily_on_tree(best, draft), lambda at: (at == places[:, None]).float()
+    p = warp(logits, sampling)
+    if sampling.coupled:
+        after = [0, *depths(draft.parents)]
+        noise = gumbel_noise(random.seed, numbers.position, max(after) + 1, logits.shape[1], logits.device)
+        p = coupled(p, noise[after])
+    return decide_on_tree(p, draft, numbers), partial(_gathered, p[rows])
 
 
 def _warped(logits: Tensor, sampling: Sampling, random: Randomness, position: int) -> Tensor:

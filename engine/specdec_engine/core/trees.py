@@ -1,0 +1,43 @@
+"""Token trees: drafts that branch (SpecInfer; Miao et al. 2024, arXiv:2305.09781).
+
+A tree of n drafted tokens is its parents: `parents[i]` is the place of the token that token i follows, less than i, or -1 for
+the newest token of the context. In the target's pass row 0 is the newest token, and row i + 1 drafted token i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def depths(parents: Sequence[int]) -> list[int]:
+    """[n]: how many tokens after the newest one each stands."""
+    found = list[int]()
+    for parent in parents:
+        found.append(1 if parent < 0 else found[parent] + 1)
+    return found
+
+
+def children(parents: Sequence[int]) -> dict[int, list[int]]:
+    """The places of the tokens that follow each one, in the order in which they are tested."""
+    found: dict[int, list[int]] = {place: [] for place in range(-1, len(parents))}
+    for place, parent in enumerate(parents):
+        found[parent].append(place)
+    return found
+
+
+def first_path(parents: Sequence[int]) -> list[int]:
+    """The places of the first token, the first that follows it, and so on: the chain that the tree is without branches."""
+    following, place, path = children(parents), -1, list[int]()
+    while following[place]:
+        place = following[place][0]
+        path.append(place)
+    return path
+
+
+def hidden_rows(parents: Sequence[int]) -> list[int]:
+    """[n + 1]: for each row of the pass the rows before it that it must not see, as bits; all but those it follows."""
+    seen = [0]  # of each row, the rows that it follows, and itself
+    seen[0] = 1
+    for place, parent in enumerate(parents):
+        seen.append(seen[parent + 1] | 1 << (place + 1))
+    return [~seen[row] & (1 << row) - 1 for row in range(len(seen))]
