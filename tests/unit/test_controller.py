@@ -12,6 +12,7 @@ from specdec_engine.adaptive.controller import AutoK
 from specdec_engine.adaptive.cost import CostsByLength, Drafting, Drift, Staircase, Times, best_k, expected_emitted
 from specdec_engine.adaptive.history import MOST
 from specdec_engine.adaptive.limits import DraftLimits
+from specdec_engine.core.cycle_types import Part
 from specdec_engine.decoding.control import Controls
 from specdec_engine.models.options import LoadOptions
 from specdec_engine.pair import load_pair
@@ -207,6 +208,49 @@ def test_a_lookup_is_asked_for_its_confidence_and_not_switched_off():
     assert not auto.should_draft("ngram", 0.3)
 
 
+def tree_run(passes, step, alphas, cycles=300, seed=0):
+    """A lookup and a model of these chances, merged at the root where each says that it pays: how often both drafted, and
+    tokens a second; always both; and the better one alone."""
+    found = []
+    for forced in (None, ("model",), ("ngram",), ("ngram", "model")):
+        auto, rng, both, tokens, seconds = AutoK(), random.Random(seed), 0, 0, 0.0
+        for _ in range(cycles):
+            parts, said = [], {}
+            for name in ("ngram", "model"):
+                asked = name in forced if forced else True
+                k = auto.limit(name) if auto.k and asked else 0
+                join = not parts or forced or auto.should_join(name, {part.drafter: len(part.tokens) for part in parts})
+                if k and join and (name == "model" or auto.should_draft(name, 0.5, alone=False)):
+                    enough = auto.early_stop(name)
+                    k = next((i for i in range(1, k) if enough(0.5)), k)
+                    right = next((i for i in range(k) if rng.random() > alphas[name]), k)
+                    said[name] = right
+                    drafted = (*range(right), *[99] * (k - right))
+                    parts.append(Part(name, drafted, step * k if name == "model" else 0.0))
+            if len(said) == 2 and said["ngram"] and said["model"]:  # where both are right they agree
+                said = {name: max(said.values()) for name in said}
+            accepted = max(said.values(), default=0)
+            rows, draft_s = sum(len(part.tokens) for part in parts), sum(part.seconds for part in parts)
+            made = replace(cycle(rows, accepted, draft_s, passes[rows + 1]), emitted=(*range(accepted), 50))
+            auto.observe(made, parts)
+            both += len(parts) == 2
+            tokens, seconds = tokens + accepted + 1, seconds + draft_s + passes[rows + 1] + 0.01
+        found.append((both / cycles, tokens / seconds))
+    return found
+
+
+@pytest.mark.parametrize("alphas", [{"ngram": 0.4, "model": 0.55}, {"ngram": 0.7, "model": 0.6}])
+def test_drafts_join_in_a_tree_where_rows_are_free_and_not_where_they_are_dear(alphas):
+    """And never fall far behind the better of both alone."""
+    free, dear = dict.fromkeys(range(1, 17), 1.0), {n: 1.0 + 0.3 * (n - 1) for n in range(1, 17)}
+    (share, rate), model, lookup, _ = tree_run(free, 0.02, alphas)
+    assert share > 0.6
+    assert rate > 1.03 * max(model[1], lookup[1])
+    (share, rate), model, lookup, always = tree_run(dear, 0.1, alphas)
+    assert share < 0.3
+    assert rate > 0.93 * max(model[1], lookup[1], always[1])
+
+
 def test_without_a_controller_every_draft_goes_as_far_as_k():
     limits = DraftLimits()
     assert limits.limit("x", 5) == 5
@@ -223,7 +267,7 @@ def test_members_of_a_cascade_have_their_own_k():
         def limit(self, name):
             return {"ngram": 0, "suffix": 2}[name]
 
-        def should_draft(self, name, confidence):
+        def should_draft(self, name, confidence, alone=True):
             return True
 
         def early_stop(self, name):

@@ -11,12 +11,14 @@ Nothing here looks at the value of a drawn token before it is in the draft, so n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
+from math import prod
 
 from specdec_engine.adaptive.cost import Choice, Costs, CostsByLength, best_k, cycle_of
 from specdec_engine.adaptive.history import FIRST, FIRST_PROBE, MEMORY, MOST, DrafterHistory
-from specdec_engine.record.events import Cycle, known_phases
+from specdec_engine.core.cycle_types import Part
+from specdec_engine.record.events import Cycle, TokenId, known_phases
 
 _PLAIN_AT = (2, 8, 16, 32, 64, 128, 256)
 """The cycles that measure a plain pass, which every comparison needs: one alone, on a shared machine, was so far off that
@@ -100,15 +102,38 @@ class AutoK:
         history = self._history(name)
         return history.k + history.looks_further
 
-    def should_draft(self, name: str, confidence: float) -> bool:
+    def should_draft(self, name: str, confidence: float, alone: bool = True) -> bool:
         """Whether a draft that is this sure of its first token should begin: it pays, and more than that of another drafter
-        which knows only afterwards how sure it is."""
+        which knows only afterwards how sure it is; or, not alone but in a tree, together with that one."""
         history = self._history(name)
-        history.sure_before = True
+        history.sure_before, first = True, history.chance(confidence, 0)
+        history.first = first
         if not self._knows(history):
             return True
-        gain = self._net_gain(history, 1.0, 0, history.chance(confidence, 0), history.chance(confidence, 1))
-        return gain > max([0.0, *(self._net_gain_of_draft(other) for other in self._histories.values())])
+        gain, drafted = self._net_gain(history, 1.0, 0, first, history.chance(confidence, 1))
+        others = [(other, self._net_gain_of_draft(other)) for other in self._histories.values()]
+        best, found = max(others, key=lambda one: one[1])
+        if not alone and found > 0:
+            gain += max(0.0, self._net_gain_beside(best, 1.0 - first, 1 + drafted))
+        return gain > max(0.0, found)
+
+    def should_join(self, name: str, others: Mapping[str, int]) -> bool:
+        """Whether a draft pays beside those of others in a token tree, so many tokens each: where their first tokens miss, it
+        counts, and it costs its steps and its rows."""
+        history = self._history(name)
+        if not self._knows(history):
+            return True
+        missed = prod(1.0 - (self._histories[other].first or self._histories[other].reach()[0]) for other in others)
+        return self._net_gain_beside(history, missed, 1 + sum(others.values())) > 0
+
+    def _net_gain_beside(self, history: DrafterHistory, missed: float, rows: int) -> float:
+        """Of a whole draft in a pass of so many rows anyhow, which counts where their first tokens miss."""
+        gains, passes = accumulate(history.reach()[: history.k]), self._costs.passes
+        nets = (
+            missed * gain - self._rate * (history.draft(k) + passes(rows + k) - passes(rows))
+            for k, gain in enumerate(gains, start=1)
+        )
+        return max(nets, default=0.0)
 
     def early_stop(self, name: str) -> Callable[[float], bool]:
         """For one draft: told the confidence of each token drafted, says whether to end with it."""
@@ -126,8 +151,8 @@ class AutoK:
 
         return stop_now
 
-    def observe(self, cycle: Cycle) -> str:
-        """Learn from a cycle. Returns why `k` is another now; empty if it is not."""
+    def observe(self, cycle: Cycle, parts: Sequence[Part] = ()) -> str:
+        """Learn from a cycle. Returns why `k` is another now; empty if it is not. parts: see `Draft`."""
         before, reasons = self.k, list[str]()
         self._seeds.add(self._seed)
         self._go_to(cycle.context or 0)
@@ -146,15 +171,16 @@ class AutoK:
         if costs.cycles % _FADES_EVERY == 0:
             for history in self._histories.values():
                 history.forget_a_little()
-        if cycle.drafted:
-            self._history(cycle.drafter).learn(cycle, draft_s, self._kept(cycle))
+        for part in parts:
+            kept = _agreed(part.tokens, cycle.emitted)
+            self._history(part.drafter).learn(len(part.tokens), costs.drift.evened(part.seconds), kept)
+        if cycle.drafted and not parts:
+            self._history(cycle.drafter).learn(len(cycle.drafted), draft_s, self._kept(cycle))
+        drafted = {part.drafter for part in parts} or ({cycle.drafter} if cycle.drafted else set())
         if self._measuring:
             reasons = ["a plain pass is measured, which all else is held against"]
         elif costs.passes.measured(1):
-            reasons = [
-                self._set_k(name, history, bool(cycle.drafted) and name == cycle.drafter)
-                for name, history in self._histories.items()
-            ]
+            reasons = [self._set_k(name, history, name in drafted) for name, history in self._histories.items()]
         if self.k == before:
             return ""
         if any(history.looks_further for history in self._histories.values()):
@@ -220,14 +246,16 @@ class AutoK:
 
     def _pays(self, history: DrafterHistory, reach: float, drafted: int, first: float, later: float) -> bool:
         """Whether drafting on adds more than it costs."""
-        return self._net_gain(history, reach, drafted, first, later) > 0 if self._knows(history) else drafted < FIRST
+        return self._net_gain(history, reach, drafted, first, later)[0] > 0 if self._knows(history) else drafted < FIRST
 
     def _knows(self, history: DrafterHistory) -> bool:
         return self._costs.passes.measured(1) > 0 and history.draft.known
 
-    def _net_gain(self, history: DrafterHistory, reach: float, drafted: int, first: float, later: float) -> float:
+    def _net_gain(
+        self, history: DrafterHistory, reach: float, drafted: int, first: float, later: float
+    ) -> tuple[float, int]:
         """The best net gain in tokens of drafting 1, 2, … more: tokens added, less the draft's and the pass's extra
-        seconds at this run's tokens a second.
+        seconds at this run's tokens a second; and how many more that is.
 
         By several, because of the staircase: the first row more may cost as much as three. `first` and `later` are the
         chances of the next token and of those after it.
@@ -238,7 +266,7 @@ class AutoK:
             reach *= first if k == drafted + 1 else later
             gain += reach
             nets.append(gain - rate * (history.draft(k) + self._costs.passes(k + 1) - now))
-        return max(nets, default=0.0)
+        return max(zip(nets, range(1, MOST + 1), strict=False), default=(0.0, 0))
 
     def _net_gain_of_draft(self, history: DrafterHistory) -> float:
         """The same for a whole draft of a drafter that is sure of nothing before; 0 for one that is off, or not known yet."""
@@ -261,3 +289,9 @@ class AutoK:
         if history is None:  # setdefault makes one every time, 7 µs
             history = self._histories[name] = DrafterHistory(draft=self._costs.draft(name))
         return history
+
+
+def _agreed(drafted: Sequence[int], emitted: Sequence[TokenId]) -> list[float]:
+    """Of each token of a draft that the text tells about, whether it is the text's: those up to the first that is not."""
+    same = [float(a == b) for a, b in zip(drafted, emitted, strict=False)]
+    return same[: same.index(0.0) + 1] if 0.0 in same else same

@@ -9,7 +9,6 @@ from math import inf, sqrt
 from operator import mul
 
 from specdec_engine.adaptive.cost import Drafting
-from specdec_engine.record.events import Cycle
 
 MOST = 7
 """The largest k that is tried: passes of up to 8 rows. A ninth costs as much as a quarter of all eight in int4 on a CPU (2.3
@@ -70,6 +69,8 @@ class DrafterHistory:
     draft: Drafting = field(default_factory=Drafting)
     confidences: list[float] = field(default_factory=list)
     """Of the draft in flight."""
+    first: float | None = None
+    """Chance of the first token of the draft in flight, where the drafter was sure before it."""
     sure_before: bool = False
     """Knows how sure it is before it drafts, and at no cost: then that decides, and it is never switched off as a whole."""
     drafts: int = 0
@@ -138,15 +139,16 @@ class DrafterHistory:
         drafts = self.probe_drafts * (self.probes + 1) / max(1, self.probes)
         return self.least_s * drafts + self.catch_up * (self.backlog_read + self.backlog)
 
-    def learn(self, cycle: Cycle, draft_s: float, kept: Sequence[float]) -> None:
-        """draft_s: the cycle's own, evened out; kept: of each tested token 1 or 0, or its acceptance probability."""
+    def learn(self, drafted: int, draft_s: float, kept: Sequence[float]) -> None:
+        """From a draft of so many tokens. draft_s: its seconds, evened out; kept: of each tested token 1 or 0, or its
+        acceptance probability."""
         self.drafts += 1
         self.least_s = min(self.least_s, draft_s)
         if self.backlog:  # mostly that: held to be what a draft costs, it kept a drafter off for good
             self.catch_up = min(self.catch_up, (draft_s - self.least_s) / self.backlog)
             draft_s -= self.catch_up * self.backlog
             self.backlog_read, self.backlog = self.backlog_read + self.backlog, 0
-        self.draft.add(len(cycle.drafted), draft_s)
+        self.draft.add(drafted, draft_s)
         self.probe_drafts += self.probing
         for odds in self.by_position:
             odds.fade()

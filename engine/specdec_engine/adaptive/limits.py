@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from specdec_engine.adaptive.controller import AutoK
@@ -12,6 +14,8 @@ class DraftLimits:
     """Lets every draft go as far as k while there is no controller."""
 
     controller: AutoK | None = None
+    merging: bool = False
+    """Several drafters propose at once, whose drafts are one token tree."""
 
     def limit(self, drafter: str, k: int) -> int:
         """Tokens that this drafter may propose in this cycle, at most k."""
@@ -19,7 +23,11 @@ class DraftLimits:
 
     def should_draft(self, drafter: str, confidence: float) -> bool:
         """Whether a draft that is this sure of its first token should begin."""
-        return self.controller is None or self.controller.should_draft(drafter, confidence)
+        return self.controller is None or self.controller.should_draft(drafter, confidence, alone=not self.merging)
+
+    def should_join(self, drafter: str, others: Mapping[str, int]) -> bool:
+        """Whether a draft should be made beside those that are in a tree; others: their drafters, and how many tokens."""
+        return self.controller is None or not others or self.controller.should_join(drafter, others)
 
     def early_stop(self, drafter: str) -> StopDrafting | None:
         """Asked once a draft: what to ask after each of its tokens; None if there is nothing to ask."""

@@ -66,6 +66,16 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """One drafter's share of a token tree."""
+
+    drafter: str
+    tokens: tuple[int, ...]
+    seconds: float
+    """Of making it, by the host's clock."""
+
+
+@dataclass(frozen=True, slots=True)
 class Draft:
     """What a drafter proposes: 0 to k tokens and, if it drew them, from what."""
 
@@ -85,6 +95,8 @@ class Draft:
     """Whether the run's end made it shorter: others of its length are not to be expected."""
     parents: tuple[int, ...] | None = None
     """Of a token tree: see `core.trees`; None for a chain."""
+    parts: tuple[Part, ...] = ()
+    """Of what several drafters proposed, what each did."""
 
     def __len__(self) -> int:
         return self.tokens.shape[0]

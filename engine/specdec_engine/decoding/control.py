@@ -7,10 +7,11 @@ holds the same object (a screen, a controller) steers the run by assignment.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from specdec_engine.adaptive.controller import AutoK
-from specdec_engine.core.cycle_types import Sampling
+from specdec_engine.core.cycle_types import Part, Sampling
 from specdec_engine.errors import UsageError
 from specdec_engine.record.events import Cycle, SettingChanged
 
@@ -83,9 +84,9 @@ class Controls:
             self.settings = replace(self.settings, k=k, adaptive=auto is not None)
             self.reason = reason
 
-    def observe(self, cycle: Cycle) -> None:
-        """A cycle ended: with a controller, k may change from the next one."""
-        if self.auto is not None and (reason := self.auto.observe(cycle)):
+    def observe(self, cycle: Cycle, parts: Sequence[Part] = ()) -> None:
+        """A cycle ended: with a controller, k may change from the next one. parts: see `Draft`."""
+        if self.auto is not None and (reason := self.auto.observe(cycle, parts)):
             self.change(k=self.auto.k, reason=reason)
 
 

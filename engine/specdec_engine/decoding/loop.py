@@ -317,7 +317,7 @@ class Run:
         cycle = _cycle(self._cycles_done, proposed.k, draft, verdict, clipped, seconds, position, logprobs)
         self._cycles_done += 1
         if not cycle.forced:  # how tokens fare that must come says nothing of drafts
-            self._controls.observe(cycle)
+            self._controls.observe(cycle, draft.parts)
         return cycle, clipped.reason
 
     def _clipped(self, verdict: Verdict) -> Clipped:

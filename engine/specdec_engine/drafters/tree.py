@@ -10,11 +10,12 @@ from copy import copy
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from operator import mul
+from time import perf_counter
 
 import torch
 from torch import Tensor
 
-from specdec_engine.core.cycle_types import Draft, Sampling, Verdict
+from specdec_engine.core.cycle_types import Draft, Part, Sampling, Verdict
 from specdec_engine.core.randomness import Purpose, Randomness
 from specdec_engine.core.transfer import upload
 from specdec_engine.drafters.base import Drafter, DraftSetup, another, empty_draft
@@ -37,6 +38,7 @@ class TreeDrafter:
         self.name = "tree:" + ",".join(member.name for member in members)
         self._members = tuple(members)
         self._proposed: list[tuple[Drafter, Draft]] = []
+        self._limits.merging = True
 
     def another(self, target: Runtime) -> TreeDrafter:
         """See `Repeatable`. Raises UsageError where a member can be had only once."""
@@ -50,16 +52,21 @@ class TreeDrafter:
 
     def propose(self, context: Sequence[int], k: int, sampling: Sampling, random: Randomness) -> Draft:
         """A chain where one member alone proposes."""
-        self._proposed = []
+        self._proposed, parts = [], list[Part]()
         for number, member in enumerate(self._members):
-            if own := self._limits.limit(member.name, k):
-                draft = member.propose(context, own, sampling, _Later(random, number * k))
-                if len(draft):
-                    self._proposed.append((member, draft))
+            others = {part.drafter: len(part.tokens) for part in parts}
+            own = self._limits.limit(member.name, k)
+            if not own or not self._limits.should_join(member.name, others):
+                continue
+            began = perf_counter()
+            draft = member.propose(context, own, sampling, _Later(random, number * k))
+            if len(draft):
+                self._proposed.append((member, draft))
+                parts.append(Part(draft.drafter, tuple(draft.tokens.tolist()), perf_counter() - began))
         drafts = [draft for _, draft in self._proposed]
         if len(drafts) < 2:
             return drafts[0] if drafts else empty_draft(self._device)
-        return merged(drafts, self._device)
+        return replace(merged(drafts, self._device), parts=tuple(parts))
 
     def observe(self, draft: Draft, verdict: Verdict) -> None:
         """Each member is told how far its own draft agrees with what was emitted."""
