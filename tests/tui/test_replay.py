@@ -306,8 +306,10 @@ def test_a_token_tree_is_told_by_its_path(trace):
     )
     path = trace([started, tree])
     (told,) = [line for line in script(*read_frame(path)) if line.startswith("Cycle 1")]
-    assert f"kept 2 of {k}" in told
+    assert f"kept 2 of {k}, on another branch than the first" in told
     screen = replayed(path)
     row = next(line for line in screen.splitlines() if "2/" in line)
     assert row.count("✓") == 2
-    assert row.index("·") < row.index("✓")  # the sibling that was not taken stands first
+    assert row.index("·") < row.index(
+        "/ ✓"
+    )  # the sibling that was not taken stands first, and where another begins is marked

@@ -51,8 +51,18 @@ def verdict(cycle: Cycle, at: int, rule: str) -> tuple[str, str]:
     if rule != "token":
         return said, f"{rule} verification weighs the whole draft"
     if cycle.fate(at) == "untested":
-        return said, "a token before it was rejected"
+        return said, "another branch was kept" if _beside_a_kept_one(cycle, at) else "a token before it was rejected"
     return said, held(cycle, at)
+
+
+def _beside_a_kept_one(cycle: Cycle, at: int) -> bool:
+    """Of a token tree: whether a sibling of the token, or of one that it follows, was kept."""
+    parents, path = cycle.parents, cycle.path
+    while parents is not None and path and at >= 0:
+        if at not in path and any(parents[kept] == parents[at] for kept in path):
+            return True
+        at = parents[at]
+    return False
 
 
 def left_title(rule: str) -> str:

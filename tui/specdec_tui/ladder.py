@@ -36,13 +36,15 @@ def row(cycle: Cycle, name: Name, width: int, partial: Step | None = None) -> Li
     for place, (token, kind) in enumerate(_tokens(cycle, partial)):
         before = FORCED if cycle.forced and place < k else GUESSED if place in cycle.guessed else ""
         text = before + (alone(token, name).strip() or "␣")
-        piece = f"{MARKS[kind]}{text} "
+        parents = cycle.parents or ()
+        branch = "/ " if 0 < place < len(parents) and parents[place] != place - 1 else ""
+        piece = f"{branch}{MARKS[kind]}{text} "
         if cell_len(piece) > room:
             parts.append(("…"[:room], "muted"))
             room -= len("…"[:room])
             break
         # The mark is not struck out with its token.
-        parts += [(MARKS[kind], _MARK_STYLES.get(kind, kind)), (text, kind), (" ", "")]
+        parts += [(branch, "muted"), (MARKS[kind], _MARK_STYLES.get(kind, kind)), (text, kind), (" ", "")]
         room -= cell_len(piece)
     return [*parts, (" " * max(0, room), ""), (time, "muted")]
 

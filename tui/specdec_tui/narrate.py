@@ -23,14 +23,15 @@ def narrate(cycle: Cycle, name: Name, rule: str = "token") -> str:
         free = "" if _clipped(cycle) else f", and {last} comes free from the same pass"
         whole = {1: "the one guess", 2: "both guesses"}.get(k, f"all {k}")
         all_of = whole if kept == k else f"{kept} of {k}"
-        return f"Cycle {number}: kept {all_of}{free}.{_ended(cycle)}"
+        return f"Cycle {number}: kept {all_of}{_by_branch(cycle)}{free}.{_ended(cycle)}"
     refused = repr_of(cycle.drafted[at], name)
     drawn = "" if _clipped(cycle) else f", {last} {_drawn(cycle, rule)} instead"
     if rule != "token":
         return f"Cycle {number}: kept {kept} of {k} by {rule} verification{drawn}.{_ended(cycle)}"
     untested = sum(cycle.fate(place) == "untested" for place in range(k))
-    dropped = f"; the {'one' if untested == 1 else untested} after it untested" if untested else ""
-    return f"Cycle {number}: kept {kept} of {k}. {refused} rejected ({held(cycle, at)}){drawn}{dropped}.{_ended(cycle)}"
+    after = "" if cycle.parents is not None else " after it"
+    dropped = f"; the {'one' if untested == 1 else untested}{after} untested" if untested else ""
+    return f"Cycle {number}: kept {kept} of {k}{_by_branch(cycle)}. {refused} rejected ({held(cycle, at)}){drawn}{dropped}.{_ended(cycle)}"
 
 
 def held(cycle: Cycle, at: int) -> str:
@@ -40,9 +41,18 @@ def held(cycle: Cycle, at: int) -> str:
         return "the target agrees" if cycle.fate(at) == "accepted" else "the target says otherwise"
     if p in (0.0, 1.0) and q == 1.0:  # temperature 0, or noise that both share: there is nothing to throw
         return "the target's choice too" if p else "not the target's choice"
+    left = "" if cycle.parents is None or cycle.parents.index(cycle.parents[at]) == at else " of what is left"
     if p >= q:
-        return f"p {p:.3f} ≥ q {q:.3f}: always kept"
-    return f"u {u:.3f} {'<' if u < p / q else '≥'} min(1, p/q) {p / q:.3f}"
+        return f"p {p:.3f}{left} ≥ q {q:.3f}: always kept"
+    return f"u {u:.3f} {'<' if u < p / q else '≥'} min(1, p/q) {p / q:.3f}{left}"
+
+
+def _by_branch(cycle: Cycle) -> str:
+    """Of a token tree, whether what was kept is not what stood first."""
+    if cycle.parents is None or not cycle.path:
+        return ""
+    aside = any(cycle.parents.index(cycle.parents[place]) != place for place in cycle.path)
+    return ", on another branch than the first" if aside else ""
 
 
 def _drawn(cycle: Cycle, rule: str) -> str:

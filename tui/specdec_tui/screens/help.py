@@ -25,6 +25,7 @@ MARKS: tuple[tuple[str, str, str], ...] = (
         "draft",
         "a lookup had expected it of the draft model (ngram+MODEL), which saved a pass of that",
     ),
+    ("/ branch", "muted", "in a token tree, where another guess begins for a token that has one already"),
     ("≡ forced", "accepted", "the grammar allows nothing else: a free token, in no figure of drafts"),
     ("? and none", "drafted", "a guess not tested yet; the target's own token from a pass without a draft"),
 )
