@@ -48,7 +48,7 @@ def watch(
     lesson: Annotated[
         bool,
         typer.Option(
-            "--lesson", help="Thirteen pages on a recorded run: what happens, why nothing is lost, when it pays."
+            "--lesson", help="Fourteen pages on a recorded run: what happens, why nothing is lost, when it pays."
         ),
     ] = False,
     theme: opt.Theme = "auto",
@@ -195,7 +195,7 @@ def _start(target: str, draft: str | None) -> Choice:
     entries = [
         Entry("the built-in pair", "SmolLM2-135M-Instruct with a lookup and a draft made for it; 98 MB, fetched once"),
         Entry("a recorded run", "of the built-in pair, step by step; loads no model", "demo"),
-        Entry("the lesson", "thirteen pages with questions: what happens, why nothing is lost, when it pays", "lesson"),
+        Entry("the lesson", "fourteen pages with questions: what happens, why nothing is lost, when it pays", "lesson"),
     ]
     if target != "builtin" or draft is not None:
         entries.insert(0, Entry("what you named", f"{target}, draft {draft or 'ngram'}", "run", target, draft))

@@ -10,10 +10,10 @@ import pytest
 from specdec_tui import questions
 from specdec_tui.app import SpecdecApp
 from specdec_tui.lesson import ENOUGH, Lesson, pages, script
-from specdec_tui.panels.toy import stacks
+from specdec_tui.panels.toy import branches, stacks
 from specdec_tui.questions import Question
 from specdec_tui.streams import DEMO, FrameStream, read_frame
-from specdec_tui.toy import TOKENS, Draws, P, Q, WhatIf, left
+from specdec_tui.toy import TOKENS, Branches, Draws, P, Q, WhatIf, left
 from tests.tui.conftest import screen_of
 from tests.tui.scenes import frame as made
 
@@ -36,9 +36,9 @@ def taught(demo, act, size=(120, 40)):
 
 DO = (
     ("right",), ("full_stop",) * 8, ("full_stop",), ("full_stop",), ("full_stop",), ("full_stop",) * 2, ("full_stop",) * 12,
-    ("space",), ("space",), ("end",), (), ("T",) * 6,
+    ("space",), ("space",), ("space",), ("end",), (), ("T",) * 6,
 )  # fmt: skip
-"""What each page but the last asks for; the eleventh wants the best k found."""
+"""What each page but the last asks for; the twelfth wants the best k found."""
 
 
 @pytest.mark.parametrize("size", [(80, 24), (120, 40), (200, 60)])
@@ -53,7 +53,7 @@ def test_every_page_is_ticked_when_its_thing_is_done_and_not_before(demo, size):
             for key in keys:
                 await pilot.press(key)
                 await pilot.pause()
-            if number == 10:
+            if number == 11:
                 for _ in range(8):
                     if number not in lesson.ticked:
                         await pilot.press("K")
@@ -120,7 +120,7 @@ def test_a_page_that_is_not_done_is_skipped_only_on_purpose(demo):
 
 def test_pages_are_short(demo):
     found = pages(demo[0])
-    assert len(found) == 13
+    assert len(found) == 14
     for page in found:
         assert len(page.text.split()) <= 60, page.title
 
@@ -128,13 +128,24 @@ def test_pages_are_short(demo):
 def test_without_a_terminal_the_lesson_is_text(demo):
     said = list(script(*demo))
     for number, page in enumerate(pages(demo[0]), 1):
-        assert f"{number} of 13. {page.title}" in said
+        assert f"{number} of 14. {page.title}" in said
         assert page.text in said
 
 
 def test_a_run_without_the_cycles_it_needs_is_refused():
     with pytest.raises(ValueError, match="no cycle"):
         Lesson(made(1))
+
+
+def test_two_guesses_for_one_place_make_p_too():
+    draws = Branches(random.Random(3))
+    draws.more(200_000)
+    for i, p in enumerate(P):
+        made = draws.first[i] + draws.second[i] + draws.corrected[i]
+        assert abs(made / draws.made - p) < 0.005
+        assert abs(draws.first[i] / draws.made - min(p, Q[i])) < 0.005
+    shown = "".join(text for line in branches(draws, 110).lines for text, _ in line)
+    assert "in 55 of 100 places with one guess, in" in shown
 
 
 def test_the_two_histograms_meet_and_the_careless_one_does_not():
@@ -162,7 +173,7 @@ def test_kept_guesses_and_corrections_make_p(demo):
 
 def test_each_question_has_one_right_answer_and_all_places_occur():
     asked = [value for value in vars(questions).values() if isinstance(value, Question)]
-    assert len(asked) == 12
+    assert len(asked) == 13
     assert {question.right for question in asked} == {0, 1, 2}
     assert all(len(set(question.choices)) == 3 and question.text.endswith("?") for question in asked)
 

@@ -1,4 +1,4 @@
-"""Thirteen pages on a recorded run: what a cycle does, why nothing is lost, when it pays, and what was learnt. Pure, without
+"""Fourteen pages on a recorded run: what a cycle does, why nothing is lost, when it pays, and what was learnt. Pure, without
 Textual.
 
 A page puts the view somewhere, wants one thing done, knows when it was, and ends with a question.
@@ -18,7 +18,7 @@ from specdec_tui.narrate import step_words
 from specdec_tui.panels import number
 from specdec_tui.pieces import Name
 from specdec_tui.questions import Question
-from specdec_tui.toy import Draws, WhatIf
+from specdec_tui.toy import Branches, Draws, WhatIf
 
 ENOUGH = 2000
 """Draws after which the histograms have met: a share is then off by 0.01."""
@@ -30,6 +30,7 @@ class State:
 
     view: View
     draws: Draws = field(default_factory=Draws)
+    branches: Branches = field(default_factory=Branches)
     what: WhatIf = field(default_factory=WhatIf)
 
 
@@ -45,7 +46,7 @@ class Page:
     view: Callable[[Frame], View]
     question: Question | None = None
     """After its thing was done; None on the last page."""
-    shows: Literal["run", "stacks", "draws", "curve", "recap"] = "run"
+    shows: Literal["run", "stacks", "draws", "branches", "curve", "recap"] = "run"
     inspects: bool = False
     """Whether the decision is what to look at."""
     what: WhatIf | None = None
@@ -199,6 +200,17 @@ def pages(frame: Frame) -> tuple[Page, ...]:
             View,
             shows="draws",
             question=questions.CARELESS,
+        ),
+        Page(
+            "Two guesses for one place",
+            "A draft may branch: a lookup and a model guess at once, and the pass reads both. The second guess is tested "
+            "only where the first was rejected, by the same rule, against what is left of p. Nothing is lost, and one of "
+            "two holds more often than one. It pays where the wider pass is cheap.",
+            f"press space, until {ENOUGH:,} are drawn",
+            lambda state: state.branches.made >= ENOUGH,
+            View,
+            shows="branches",
+            question=questions.BRANCHES,
         ),
         Page(
             "Two ways to count",

@@ -31,7 +31,8 @@ def narrate(cycle: Cycle, name: Name, rule: str = "token") -> str:
     untested = sum(cycle.fate(place) == "untested" for place in range(k))
     after = "" if cycle.parents is not None else " after it"
     dropped = f"; the {'one' if untested == 1 else untested}{after} untested" if untested else ""
-    return f"Cycle {number}: kept {kept} of {k}{_by_branch(cycle)}. {refused} rejected ({held(cycle, at)}){drawn}{dropped}.{_ended(cycle)}"
+    kept_some = f"kept {kept} of {k}{_by_branch(cycle)}"
+    return f"Cycle {number}: {kept_some}. {refused} rejected ({held(cycle, at)}){drawn}{dropped}.{_ended(cycle)}"
 
 
 def held(cycle: Cycle, at: int) -> str:

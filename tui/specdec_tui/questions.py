@@ -90,12 +90,19 @@ CARELESS = Question(
     "What the draft likes would come too often. Only what is still missing of p may be drawn.",
     "Drawing again from p is what is easily got wrong: the text is then not the target's.",
 )
+BRANCHES = Question(
+    "What is the second guess for a place tested against?",
+    ("p, as the first was", "what the first one's rejection has left of p", "the first guess's q"),
+    1,
+    "Against p again it would get what the first has had its turn for: the text would not be the target's.",
+    "Of guesses for one place each is tested against what is left of p.",
+)
 COUNTED = Question(
     "Of ten drafted tokens the fourth is rejected. Which are acceptance rate and α?",
     ("3/4 and 3/10", "3/10 and 3/4", "both 4/10"),
     1,
     "Three of ten were kept. Four were tested, and three of them kept.",
-    "Acceptance rate counts all drafted tokens, α only those that were tested.",
+    "Acceptance rate counts all drafted tokens, α only tested ones.",
 )
 BEST_K = Question(
     "When is a larger k worth it?",

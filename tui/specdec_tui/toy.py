@@ -63,6 +63,37 @@ class Draws:
         return self.chance.choices(range(len(probs)), probs)[0]
 
 
+@dataclass(slots=True)
+class Branches:
+    """The same with two guesses for one place, the second another token than the first; counts by token."""
+
+    chance: random.Random = field(default_factory=lambda: random.Random(2))
+    first: list[int] = field(default_factory=lambda: [0] * len(P))
+    """Kept at once."""
+    second: list[int] = field(default_factory=lambda: [0] * len(P))
+    """Kept after the first was rejected."""
+    corrected: list[int] = field(default_factory=lambda: [0] * len(P))
+
+    def more(self, n: int) -> None:
+        for _ in range(n):
+            guess, rest = self._draw(Q), left(P, Q)
+            other = [0.0 if i == guess else q / (1 - Q[guess]) for i, q in enumerate(Q)]
+            again = self._draw(other)
+            if self.chance.random() < P[guess] / Q[guess]:
+                self.first[guess] += 1
+            elif self.chance.random() < rest[again] / other[again]:
+                self.second[again] += 1
+            else:
+                self.corrected[self._draw(left(rest, other))] += 1
+
+    @property
+    def made(self) -> int:
+        return sum(map(sum, (self.first, self.second, self.corrected)))
+
+    def _draw(self, probs: Sequence[float]) -> int:
+        return self.chance.choices(range(len(probs)), probs)[0]
+
+
 @dataclass(frozen=True, slots=True)
 class WhatIf:
     """A draft and a k that the reader turns."""

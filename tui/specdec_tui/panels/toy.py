@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from specdec_tui.bars import bar, dart
 from specdec_tui.panels import Line, PanelContent, number
-from specdec_tui.toy import MOST, TOKENS, Draws, P, Q, WhatIf
+from specdec_tui.toy import MOST, TOKENS, Branches, Draws, P, Q, WhatIf
 
 _ARMS = (
     ("target alone", "target", "target"),
@@ -62,6 +62,38 @@ def stacks(draws: Draws, width: int) -> PanelContent:
     return PanelContent(
         f"one token, drawn {draws.made:,} times by draft, test and correction", [*lines, [(said, "strong")]]
     )
+
+
+def branches(draws: Branches, width: int) -> PanelContent:
+    """A bar a token: kept first guesses, kept second ones, corrections; under it where p is."""
+    cells, made = max(8, width - 44), max(1, draws.made)
+    lines: list[Line] = [
+        [
+            ("█ the first guess, kept   ", "draft"),
+            ("▓ the second, kept   ", "accepted"),
+            ("░ corrected   ", "target"),
+            ("▲ p", "muted"),
+        ],
+        [],
+    ]
+    for i, token in enumerate(TOKENS):
+        shares = [counts[i] / made for counts in (draws.first, draws.second, draws.corrected)]
+        ends = [min(cells, round(sum(shares[: n + 1]) / 0.5 * cells)) for n in range(3)]
+        sums = " + ".join(f"{share:.2f}" for share in shares)
+        lines += [
+            [
+                (f"“{token}” q {Q[i]:.2f}".ljust(16), "strong"),
+                ("█" * ends[0], "draft"),
+                ("▓" * (ends[1] - ends[0]), "accepted"),
+                ("░" * (ends[2] - ends[1]), "target"),
+                (" " * (cells - ends[2]), ""),
+                (f" {sums} = {sum(shares):.2f}", ""),
+            ],
+            [(" " * 16, ""), (dart(P[i] / 0.5, cells), "muted"), (f" p {P[i]:.2f}", "muted")],
+        ]
+    one, two = sum(draws.first) / made, (sum(draws.first) + sum(draws.second)) / made
+    said = f"a guess is kept in {100 * one:.0f} of 100 places with one guess, in {100 * two:.0f} with two"
+    return PanelContent(f"one token, drawn {draws.made:,} times by two guesses", [*lines, [(said, "strong")]])
 
 
 def curve(what: WhatIf, width: int) -> PanelContent:

@@ -11,13 +11,13 @@ from textual.widgets import Static
 
 from specdec_tui.lesson import ENOUGH, Lesson, State
 from specdec_tui.panels import Line, PanelContent, flowed
-from specdec_tui.panels.toy import curve, histograms, stacks
+from specdec_tui.panels.toy import branches, curve, histograms, stacks
 from specdec_tui.player import Player
 from specdec_tui.questions import Question
 from specdec_tui.screens.watch import WatchScreen
 from specdec_tui.streams import EventStream
 from specdec_tui.theme import content
-from specdec_tui.toy import MOST
+from specdec_tui.toy import MOST, Branches, Draws
 from specdec_tui.widgets.board import Board
 
 _KEYS = "⏎ ⌫ pages · q leaves"
@@ -95,8 +95,9 @@ class LessonScreen(WatchScreen):
 
     def tick(self) -> None:
         if self._drawing:
-            self._seen.draws.more(min(_AT_ONCE, self._enough - self._seen.draws.made))
-            self._drawing = self._seen.draws.made < self._enough
+            toy = self._toy
+            toy.more(min(_AT_ONCE, self._enough - toy.made))
+            self._drawing = toy.made < self._enough
             self._drawn = None
         super().tick()
 
@@ -114,6 +115,8 @@ class LessonScreen(WatchScreen):
                 self._experiment(stacks(self._seen.draws, width))
             case "draws":
                 self._experiment(histograms(self._seen.draws, width))
+            case "branches":
+                self._experiment(branches(self._seen.branches, width))
             case "curve":
                 self._experiment(curve(self._seen.what, width))
             case _:
@@ -122,7 +125,12 @@ class LessonScreen(WatchScreen):
     @property
     def _enough(self) -> int:
         """Draws in all, after this page."""
-        return ENOUGH if self._lesson.page.shows == "stacks" else 2 * ENOUGH
+        return 2 * ENOUGH if self._lesson.page.shows == "draws" else ENOUGH
+
+    @property
+    def _toy(self) -> Draws | Branches:
+        """What this page draws from."""
+        return self._seen.branches if self._lesson.page.shows == "branches" else self._seen.draws
 
     def _experiment(self, drawn: PanelContent) -> None:
         box = self.query_one("#experiment", Static)
@@ -184,8 +192,8 @@ class LessonScreen(WatchScreen):
         return super().check_action(action, parameters)
 
     def action_play(self) -> None:
-        if self._lesson.page.shows in ("stacks", "draws"):
-            self._drawing = self._seen.draws.made < self._enough
+        if self._lesson.page.shows in ("stacks", "draws", "branches"):
+            self._drawing = self._toy.made < self._enough
         elif self._lesson.page.shows == "run":
             super().action_play()
 
