@@ -11,10 +11,12 @@ from typing import Any
 import torch
 import transformers
 
+from specdec_engine.core.registry import members_of
 from specdec_engine.drafters.base import ModelInfo
 from specdec_engine.models.loading import Loaded
 from specdec_engine.models.memory_needs import kv_bytes
 from specdec_engine.record.text import counted
+from specdec_engine.runtime.target import takes_trees
 from specdec_engine.system.devices import idle_gpu
 from specdec_engine.system.machine import instructions, usable_cores
 from specdec_engine.version import VERSION
@@ -29,9 +31,11 @@ def machine_notes(asked: int | str | None, device: str, found: torch.device) -> 
         yield idle
 
 
-def checkpoint_notes(target: Loaded) -> Iterator[str]:
-    """What of a target's files is followed, and what is not."""
+def target_notes(target: Loaded, draft: str) -> Iterator[str]:
+    """What of a target's files is followed, and what is not; and whether it takes the draft that was named as it is."""
     name, vocab = target.name, target.runtime.vocab
+    if members_of(draft)[0] and not takes_trees(target.runtime):
+        yield f"{name} verifies chains here: of {draft} the first path alone, on a CPU and our own forward the whole tree"
     if target.stop_ids and min(target.stop_ids) >= vocab:
         yield f"no token of {name} ends a text: {min(target.stop_ids)} is beyond its {vocab:,} tokens"
     if target.asked:

@@ -12,7 +12,7 @@ from specdec_engine.adaptive.controller import AutoK
 from specdec_engine.adaptive.limits import DraftLimits
 from specdec_engine.batch.best_k import BestK
 from specdec_engine.batch.together import Begin, Lane, decode_together
-from specdec_engine.conditions import checkpoint_notes, environment_of, info_of, machine_notes, remark_on
+from specdec_engine.conditions import environment_of, info_of, machine_notes, remark_on, target_notes
 from specdec_engine.constrain.matching import Matching
 from specdec_engine.constrain.wanted import Grammar
 from specdec_engine.core.cycle_types import Sampling
@@ -347,7 +347,7 @@ def _paired(models: Loader, draft: str | None) -> Pair:
             notes.append(
                 f"{model.name} is used up to {model.runtime.limit} tokens: beyond that, LongRoPE changes all positions"
             )
-    notes += checkpoint_notes(loaded)
+    notes += target_notes(loaded, draft)
     return Pair(
         target=ModelTarget(loaded.runtime, target),
         drafter=drafter,

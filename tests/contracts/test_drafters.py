@@ -16,6 +16,8 @@ from specdec_engine.drafters import build_drafter
 from specdec_engine.drafters.base import AcceptanceAlong
 from specdec_engine.drafters.token_choice import DraftChoice
 from specdec_engine.errors import UsageError
+from specdec_engine.models.options import LoadOptions
+from specdec_engine.pair import load_pair
 from specdec_engine.runtime import guided, step_by_step
 from specdec_engine.runtime.generic import GenericRuntime
 from specdec_engine.runtime.target import ModelTarget
@@ -34,12 +36,14 @@ from tests.contracts.cases import (
 )
 from tests.fakes import (
     VOCAB,
+    byte_tokenizer,
     cycles,
     emitted,
     graph,
     host,
     lean,
     run,
+    save_checkpoint,
     tiny_llama,
 )
 
@@ -396,3 +400,15 @@ def test_only_a_lookup_stands_below_a_model():
     for spec in ("pard@ngram+model:small", "text@ngram+model:small"):
         with pytest.raises(UsageError, match="token by token"):
             parts(spec)
+
+
+def test_a_target_that_verifies_chains_says_so_of_a_tree_and_verifies_its_first_path(tmp_path):
+    folder = save_checkpoint(tmp_path / "t", layers=2, vocab=len(byte_tokenizer()))
+    options = LoadOptions(dtype="float32", device="cpu", runtime="generic")
+    pair = load_pair(str(folder), "tree:ngram,suffix", options)
+    assert any("verifies chains here" in note for note in pair.notes)
+    prompt = pair.encode("a b a b a b")
+    found = list(pair.decode(prompt, k=4, max_tokens=30))
+    assert all(cycle.parents is None for cycle in cycles(found))
+    plain = load_pair(str(folder), "none", options)
+    assert emitted(found) == emitted(list(plain.decode(prompt, k=0, max_tokens=30)))

@@ -53,7 +53,7 @@ class ModelTarget:
         self.runtime = runtime
         self.limit = runtime.limit
         self.device = runtime.device
-        self.trees = isinstance(runtime, LeanRuntime) and runtime.trees
+        self.trees = takes_trees(runtime)
         self._read = tuple[int, ...]()
 
     @property
@@ -102,6 +102,11 @@ class ModelTarget:
 
     def rollback(self, to: int) -> None:
         self.runtime.rollback(to)
+
+
+def takes_trees(runtime: Runtime) -> bool:
+    """Whether a target on this runtime verifies token trees."""
+    return isinstance(runtime, LeanRuntime) and runtime.trees
 
 
 def lean_runtimes(targets: Sequence[ModelTarget]) -> list[LeanRuntime]:
