@@ -116,7 +116,7 @@ def distill(
             output.note(f"other programs keep this machine busy: {torch.get_num_threads()} of {usable_cores()} threads")
         loaded = found.load()
     try:
-        last = _shown(distill(found, loaded, recipe))
+        last = _shown(distill(found, loaded, recipe), "your runs are read" if recipe.runs else "the target writes")
     except KeyboardInterrupt:
         output.note(f"interrupted; the same command goes on from {recipe.work.folder}")
         raise typer.Exit(ExitCode.INTERRUPTED) from None
@@ -125,21 +125,22 @@ def distill(
     output.say(str(out))
 
 
-def _shown(steps: Iterable[Writing | Training]) -> Estimate | None:
-    """Two bars on a terminal; elsewhere a line whenever the draft was measured. Returns the last estimate."""
+def _shown(steps: Iterable[Writing | Training], first: str) -> Estimate | None:
+    """Two bars on a terminal; elsewhere a line whenever the draft was measured. first: what comes before the learning.
+    Returns the last estimate."""
     from specdec_engine.distill.run import Writing
 
     last: Estimate | None = None
     columns = [TextColumn("{task.description:<22}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %")]
     columns += [TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[said]}")]
     with Progress(*columns, console=Console(stderr=True), disable=not output.live()) as bars:
-        writing = bars.add_task("the target writes", total=1.0, said="")
+        writing = bars.add_task(first, total=1.0, said="")
         training = bars.add_task("the draft learns", total=1.0, said="", start=False)
         part = ""
         for step in steps:
             if type(step).__name__ != part and not output.live():
                 part = type(step).__name__
-                output.note("the target writes" if isinstance(step, Writing) else "the draft learns")
+                output.note(first if isinstance(step, Writing) else "the draft learns")
             if isinstance(step, Writing):
                 if step.note:
                     output.note(step.note)

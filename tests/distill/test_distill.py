@@ -40,7 +40,7 @@ from specdec_engine.distill.training import (
 )
 from specdec_engine.distill.training import Batch as TrainingBatch
 from specdec_engine.drafters.context_ids import ContextIds
-from specdec_engine.errors import ModelUnavailable, PairIncompatible, UsageError
+from specdec_engine.errors import GenerationFailed, ModelUnavailable, PairIncompatible, UsageError
 from specdec_engine.models.draft_files import read_draft
 from specdec_engine.models.loading import find_model
 from specdec_engine.models.options import LoadOptions
@@ -319,10 +319,13 @@ def test_documents_are_asked_about(target, tmp_path):
     assert documents.note == f"1 file of 3 in {folder} hold no text, and are left out"
     assert all(30 <= len(passage.split()) <= 200 for passage in documents.passages)
     assert len(documents.passages) == 4
-    requests = [documents.request(random.Random(i)) for i in range(300)]
+    requests = [documents.request(i) for i in range(300)]
     assert {request.goes_on for request in requests} == {True, False}
     assert all("lighthouse" in request.text and "{" not in request.text for request in requests)
+    assert all(len(documents.request(i, 0.2).text) < len(documents.request(i).text) for i in range(0, 300, 7))
     found = find_model(str(target), OPTIONS)
+    scribe = _Scribe(found.load(), Limits(), turns(found.tokenizer), None, documents, random.Random(1), 512)
+    assert all(len(scribe._words(scribe._about_text(documents))) <= 256 for _ in range(100))
     recipe = Recipe(tmp_path / "draft", "head", "small", tokens=4_000, documents=folder)
     steps = distill(found, found.load(), recipe)
     assert next(steps).note == documents.note
@@ -343,8 +346,11 @@ def test_documents_without_a_paragraph_are_refused(tmp_path):
         read_documents(tmp_path)
 
 
-def test_a_head_goes_on_from_another_and_learns_from_recorded_runs(made, target, tmp_path):
-    """It begins as good as that was, and its ids are the same."""
+@pytest.mark.parametrize("better", [True, False])
+def test_a_head_goes_on_from_another_and_learns_from_recorded_runs(made, target, tmp_path, monkeypatch, better):
+    """It begins as that was, with the same ids, and is written where it is better on held-out text."""
+    judged = iter([0.5, *[0.6 if better else 0.4] * 1000])
+    monkeypatch.setattr(Trainer, "measure", lambda self: Estimate((next(judged),) * 5, ()))
     out, _ = made["head"]
     pair, trace = load_pair(str(target), "none", OPTIONS), tmp_path / "runs.jsonl"
     with TraceWriter(trace) as writer:
@@ -353,9 +359,16 @@ def test_a_head_goes_on_from_another_and_learns_from_recorded_runs(made, target,
                 writer.write(event)
     found = find_model(str(target), OPTIONS)
     loaded = found.load()
-    recipe = Recipe(tmp_path / "on", minutes=0.2, runs=(trace,), draft=str(out))
-    steps = list(distill(found, loaded, recipe))
-    assert isinstance(steps[-1], Training)
+    recipe = Recipe(tmp_path / "on", minutes=0.1, runs=(trace,), draft=str(out))
+    if better:
+        assert isinstance(list(distill(found, loaded, recipe))[-1], Training)
+    else:
+        with pytest.raises(GenerationFailed, match="no better on held-out text than before"):
+            list(distill(found, loaded, recipe))
+        assert [file.name for file in recipe.out.iterdir()] == ["work"]
+        return
+    trained = json.loads(next((recipe.work.folder).glob("state-*/trained.json")).read_text())
+    assert trained["best"] == Estimate((0.6,) * 5, ()).emitted(3)
     shard = read(next(recipe.work.runs.iterdir()))
     assert len(shard.answers) == 20
     said = pair.encode("Tell me of 0")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 
@@ -11,14 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from specdec_engine.core.cycle_types import Draft, Sampling
+from specdec_engine.core.cycle_types import Draft, Sampling, Verdict
 from specdec_engine.core.randomness import KeyedRandomness
-from specdec_engine.core.trees import children, depths, first_path, hidden_rows
+from specdec_engine.core.registry import members_of
+from specdec_engine.core.trees import children, depths, fault_of, first_path, hidden_rows
 from specdec_engine.decoding.control import Controls
 from specdec_engine.decoding.loop import decode
 from specdec_engine.decoding.stopping import Stop
 from specdec_engine.drafters.tree import TreeDrafter, merged
+from specdec_engine.errors import UsageError
 from specdec_engine.verify.evidence import Uniforms
+from specdec_engine.verify.sampling import draw_on_host
 from specdec_engine.verify.trees import decide_greedily_on_tree, decide_on_tree, walk
 from tests.exact.test_lossless import VOCAB, deviation, toy
 from tests.fakes import CPU, TableDrafter, TableTarget, cycles, emitted, host
@@ -315,3 +318,98 @@ def test_the_loop_decodes_by_trees_as_the_target_alone(coupling, temperature):
     assert len(texts[0]) == len(texts[1]) == 60
     if temperature == 0 or coupling == "gumbel":
         assert texts[0] == texts[1]
+
+
+class Noting:
+    """A member that notes the numbers it was given, and draws with them."""
+
+    def __init__(self, name, q):
+        self.name, self.q, self.numbers, self.told = name, q, [], []
+
+    def begin(self, prompt):
+        pass
+
+    def propose(self, context, k, sampling, random):
+        self.numbers = random.uniforms(len(context), "draft", k)
+        tokens = [draw_on_host(self.q, number) for number in self.numbers]
+        return Draft(torch.tensor(tokens), self.q.repeat(k, 1), self.name)
+
+    def observe(self, draft, verdict):
+        self.told.append(verdict)
+
+
+def test_members_draw_with_numbers_of_their_own():
+    """Two that draw with the same ones know of each other: siblings then come together too often, and p is missed by 0.1."""
+    q = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    members = [Noting(name, q) for name in "abc"]
+    TreeDrafter(members, host(VOCAB)).propose([1, 2], 4, Sampling(1.0), KeyedRandomness(5))
+    numbers = [number for member in members for number in member.numbers]
+    assert numbers == KeyedRandomness(5).uniforms(2, "draft", 12)
+    assert len(set(numbers)) == 12
+
+
+def test_two_drawn_guesses_leave_the_first_token_the_targets():
+    """By many seeds, through the drafter, the walk and the numbers that a run has; the bound is exceeded by chance once in
+    a million."""
+    p = torch.tensor([0.021, 0.444, 0.535], dtype=torch.float64)
+    rows = [
+        torch.tensor([0.564, 0.254, 0.182], dtype=torch.float64),
+        torch.tensor([0.356, 0.241, 0.403], dtype=torch.float64),
+    ]
+    counts, n = [0] * VOCAB, 6000
+    for seed in range(n):
+        random = KeyedRandomness(seed)
+        draft = TreeDrafter([Noting(str(i), row) for i, row in enumerate(rows)], host(VOCAB)).propose(
+            [1], 1, Sampling(1.0), random
+        )
+        draft = replace(draft, parents=draft.parents or tuple(range(-1, len(draft) - 1)))
+        found = decide_on_tree(p.repeat(len(draft) + 1, 1), draft, Uniforms.drawn(random, 1, len(draft)))
+        counts[draft.tokens[found.path[0]] if found.path else found.token] += 1
+    assert sum((count - n * mass) ** 2 / (n * mass) for count, mass in zip(counts, p.tolist(), strict=True)) < 27.6
+
+
+def test_members_are_told_how_their_own_draft_fared():
+    q = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    members = [Noting(name, q) for name in "ab"]
+    drafter = TreeDrafter(members, host(VOCAB))
+    draft = drafter.propose([1, 2], 3, Sampling(1.0), KeyedRandomness(1))
+    assert draft.parents is not None
+    path = [len(draft) - 1]
+    while (parent := draft.parents[path[0]]) >= 0:
+        path.insert(0, parent)
+    tokens = tuple(draft.tokens.tolist())
+    verdict = Verdict(tokens, len(path), 0, "bonus", (), (), (), (), (), parents=draft.parents, path=tuple(path))
+    drafter.observe(draft, verdict)
+    for member, part in zip(members, draft.parts, strict=True):
+        (told,) = member.told
+        assert told.drafted == part.tokens
+        assert told.tokens == verdict.tokens[: told.accepted + 1]
+
+
+@pytest.mark.parametrize(
+    ("parents", "said"),
+    [((), "of 0 tokens"), ((-1, 1), "not before it"), ((-1, -2), "not before it"), ((-1, 0, 1, 2), "of depth 4"),
+     ((-1,) * 63, "1 to 62")],
+)  # fmt: skip
+def test_what_is_no_tree_is_refused(parents, said):
+    assert said in fault_of(parents, len(parents), 3)
+    assert fault_of((-1, 0, 0, -1), 4, 2) == ""
+
+
+@pytest.mark.parametrize(
+    "spec", ["tree:", "tree:ngram", " tree:ngram, ", "tree:tree:ngram,suffix", "ngram,tree:ngram,suffix"]
+)
+def test_a_tree_of_fewer_than_two_or_inside_another_is_refused(spec):
+    with pytest.raises(UsageError, match="tree:"):
+        members_of(spec)
+
+
+def test_where_trees_are_not_verified_the_first_that_proposes_drafts_alone():
+    q = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    members = [Noting(name, q) for name in "ab"]
+    drafter = TreeDrafter(members, host(VOCAB))
+    drafter.branch(False)
+    draft = drafter.propose([1, 2], 3, Sampling(1.0), KeyedRandomness(1))
+    assert draft.parents is None
+    assert draft.parts == ()
+    assert members[1].numbers == []

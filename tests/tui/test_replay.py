@@ -14,7 +14,8 @@ from specdec_engine.errors import UsageError
 from specdec_engine.record.events import Counters, Failed, SettingChanged
 from specdec_engine.record.trace import TraceWriter
 from specdec_tui import export
-from specdec_tui.narrate import script
+from specdec_tui.frame import View
+from specdec_tui.narrate import script, step_words
 from specdec_tui.streams import DEMO, ReplayStream, read_frame
 from tests.tui.conftest import on_screen, screen_of
 from tests.tui.scenes import PIECES, events, frame, name
@@ -305,6 +306,11 @@ def test_a_token_tree_is_told_by_its_path(trace):
         residual=(),
     )
     path = trace([started, tree])
+    assert tree.tests == (1, 2, 3)
+    frame, name = read_frame(path)
+    stepped = [step_words(View(frame, 1, step=k + 1 + n), name) for n in (1, 2, 3)]
+    verdicts = ("is kept", "is kept", "is rejected")
+    assert all(verdict in words for verdict, words in zip(verdicts, stepped, strict=True))
     (told,) = [line for line in script(*read_frame(path)) if line.startswith("Cycle 1")]
     assert f"kept 2 of {k}, on another branch than the first" in told
     screen = replayed(path)

@@ -251,6 +251,25 @@ def test_drafts_join_in_a_tree_where_rows_are_free_and_not_where_they_are_dear(a
     assert rate > 0.93 * max(model[1], lookup[1], always[1])
 
 
+def test_a_draft_that_did_not_pay_beside_others_is_tried_again():
+    """One that is always wrong for a while, and then always right."""
+    auto, joined = AutoK(), []
+    for i in range(1200):
+        if not auto.k:
+            auto.observe(cycle(0, 0, 0.0, 1.0))
+            continue
+        parts = [Part("a", (0, 99), 0.0)]
+        if (asked := auto.limit("b")) and auto.should_join("b", {"a": 2}):
+            auto.early_stop("b")
+            parts.append(Part("b", (*range(50),)[:asked] if i > 100 else (98,) * asked, 0.02 * asked))
+        joined.append(len(parts) == 2)
+        drafted = sum(len(part.tokens) for part in parts)
+        right = asked if len(parts) == 2 and i > 100 else 1
+        auto.observe(replace(cycle(drafted, right, 0.0, 1.0 + 0.05 * drafted), emitted=(*range(right), 97)), parts)
+    assert sum(joined[60:100]) <= 3
+    assert sum(joined[-200:]) > 180
+
+
 def test_without_a_controller_every_draft_goes_as_far_as_k():
     limits = DraftLimits()
     assert limits.limit("x", 5) == 5

@@ -12,6 +12,8 @@ from specdec_engine.adaptive.limits import DraftLimits
 from specdec_engine.core.cycle_types import Draft, Sampling
 from specdec_engine.core.randomness import KeyedRandomness
 from specdec_engine.decoding.control import Controls
+from specdec_engine.drafters.context_ids import ContextIds
+from specdec_engine.drafters.head import told_in_one_size
 from specdec_engine.drafters.on_runtime import RuntimeDrafter
 from specdec_engine.drafters.token_choice import DraftChoice
 from specdec_engine.errors import UsageError
@@ -465,3 +467,20 @@ def test_a_made_up_acceptance_rate_is_recorded_too():
     before = recorder.recordings
     assert emitted(run(target, drafter, PROMPT, verifier=verifier, **options)) == expected
     assert recorder.recordings == before + 1
+
+
+def test_ids_of_the_context_make_no_new_recordings():
+    """A head's columns grow with the text; what is told of them before warping keeps its size where verdicts are recorded."""
+    rows, sizes = torch.randn(VOCAB, 4), set()
+    ids = ContextIds(torch.arange(1, 60, 2), lambda found: rows[found])
+    for context in ([4], [4, 6, 8], list(range(VOCAB)) * 2):
+        ids.read(context)
+        raw = torch.rand(2, len(ids.ids))
+        padded, named = told_in_one_size(raw, ids)
+        assert torch.equal(padded[:, : raw.shape[1]], raw)
+        assert not padded[:, raw.shape[1] :].any()
+        assert torch.equal(named[: len(ids.ids)], ids.ids)
+        sizes.add((padded.shape[1], len(named)))
+    assert len(sizes) == 1
+    fixed = ContextIds(torch.arange(5), None)
+    assert told_in_one_size(torch.rand(2, 5), fixed)[0].shape == (2, 5)

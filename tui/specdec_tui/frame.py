@@ -134,13 +134,15 @@ class Step:
 
 def steps(cycle: Cycle) -> int:
     """Steps from nothing shown to all of it."""
-    return len(cycle.drafted) + 1 + cycle.tested + 1
+    return len(cycle.drafted) + 1 + len(cycle.tests) + 1
 
 
 def step_of(cycle: Cycle, n: int) -> Step:
     """What is shown after n steps; all of it after `steps(cycle)`."""
     k = len(cycle.drafted)
-    return Step(drafted=min(n, k), verified=n > k, tested=min(max(n - k - 1, 0), cycle.tested), final=n >= steps(cycle))
+    return Step(
+        drafted=min(n, k), verified=n > k, tested=min(max(n - k - 1, 0), len(cycle.tests)), final=n >= steps(cycle)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +190,9 @@ class View:
         if self.position is not None:
             return min(self.position, len(cycle.drafted) - 1)
         if (partial := self.partial) is not None and not partial.final:
-            return max(0, min(partial.tested, cycle.tested) - 1) if partial.verified else max(0, partial.drafted - 1)
+            if partial.verified:
+                return cycle.tests[partial.tested - 1] if partial.tested else 0
+            return max(0, partial.drafted - 1)
         return len(cycle.drafted) - 1 if cycle.rejected is None else cycle.rejected
 
     @property

@@ -51,11 +51,8 @@ def row(cycle: Cycle, name: Name, width: int, partial: Step | None = None) -> Li
 
 def _tokens(cycle: Cycle, partial: Step | None) -> list[tuple[TokenId, str]]:
     drafted = cycle.drafted if partial is None else cycle.drafted[: partial.drafted]
-    tested = cycle.tested if partial is None else partial.tested
-    kinds = [
-        "drafted" if i >= tested and (partial is not None and not partial.final) else cycle.fate(i)
-        for i in range(len(drafted))
-    ]
+    tested = range(len(drafted)) if partial is None or partial.final else cycle.tests[: partial.tested]
+    kinds = [cycle.fate(i) if i in tested else "drafted" for i in range(len(drafted))]
     found: list[tuple[TokenId, str]] = list(zip(drafted, kinds, strict=True))
     if (partial is None or partial.final) and len(cycle.emitted) > cycle.accepted:
         found.append((cycle.emitted[-1], cycle.origins[-1]))

@@ -99,7 +99,7 @@ def step_words(view: View, name: Name) -> str:
             else (f"all {k} guesses in one pass, and says what it would have said at each")
         )
         return f"Cycle {number}: the target reads {guesses}."
-    at = partial.tested - 1
+    at = cycle.tests[partial.tested - 1]
     verdict = "kept" if cycle.fate(at) == "accepted" else "rejected"
     why = held(cycle, at) if rule == "token" else f"{rule} verification weighs the whole draft"
     return f"Cycle {number}: {repr_of(cycle.drafted[at], name)} is {verdict} ({why})."

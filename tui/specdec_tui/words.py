@@ -182,11 +182,9 @@ class TextLayout:
                 if fate != "accepted"
             ]
             return [*own[: cycle.accepted], *dropped, *own[cycle.accepted :]]
-        verdicts = [cycle.fate(i) for i in range(len(drafted))]
-        tested = [
-            replace(word, kind=verdict) for word, verdict in zip(drafted[: partial.tested], verdicts, strict=False)
-        ]
-        return [*tested, *drafted[len(tested) : partial.drafted]]
+        tested = cycle.tests[: partial.tested]
+        shown = enumerate(drafted[: partial.drafted])
+        return [replace(word, kind=cycle.fate(i)) if i in tested else word for i, word in shown]
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,14 +26,14 @@ a draft with α 0.4 was switched off for a sixth of the cycles."""
 _FADES_EVERY = 8
 _LAST_PROBE = 128
 """The longest such pause, which doubles where it lost clearly."""
-_AGED = 0.6
-"""The weight that what was seen before a drafter was off keeps when it is tried again."""
 _CLEARLY = 1.07
 """How much faster plain decoding must be for that: in simulated runs, whose texts and machine changed as real ones do, drafts
 near the break-even so gained up to 1.4 %, and hopeless ones lost 0.2."""
 _PROBE_SHARE = 0.01
 """Share of the time that a drafter's probes may take, but for the first two: `self:8` reads 100 tokens in 4 plain passes, and
 ran at 0.96 of plain decoding."""
+_REFUSALS = 32
+"""Cycles after which a draft that did not pay beside others is made all the same."""
 _BETTER = 1.02
 """A new k must promise this much more than the one in force, or it would change with every breath of noise."""
 _BETTER_OFF = 1.03
@@ -114,23 +114,34 @@ class AutoK:
         others = [(other, self._net_gain_of_draft(other)) for other in self._histories.values()]
         best, found = max(others, key=lambda one: one[1])
         if not alone and found > 0:
-            gain += max(0.0, self._net_gain_beside(best, 1.0 - first, 1 + drafted))
+            missed = [1.0 - reach for reach in history.reach_of_draft(drafted)]
+            gain += max(0.0, self._net_gain_beside(best, missed, 1 + drafted))
         return gain > max(0.0, found)
 
     def should_join(self, name: str, others: Mapping[str, int]) -> bool:
-        """Whether a draft pays beside those of others in a token tree, so many tokens each: where their first tokens miss, it
-        counts, and it costs its steps and its rows."""
+        """Whether a draft pays beside those of others in a token tree, so many tokens each: it counts as far as it gets
+        further than they do, and it costs its steps and its rows."""
         history = self._history(name)
         if not self._knows(history):
             return True
-        missed = prod(1.0 - (self._histories[other].first or self._histories[other].reach()[0]) for other in others)
-        return self._net_gain_beside(history, missed, 1 + sum(others.values())) > 0
+        reached = [self._history(other).reach_of_draft(tokens) for other, tokens in others.items()]
+        missed = [prod(1.0 - reach for reach in at) for at in zip(*reached, strict=True)]
+        joins = self._net_gain_beside(history, missed, 1 + sum(others.values())) > 0
+        history.refused = 0 if joins else history.refused + 1
+        history.backlog += not joins
+        if history.refused < _REFUSALS:
+            return joins
+        history.age()  # and it is made: else what it would bring is never seen again
+        history.refused = 0
+        return True
 
-    def _net_gain_beside(self, history: DrafterHistory, missed: float, rows: int) -> float:
-        """Of a whole draft in a pass of so many rows anyhow, which counts where their first tokens miss."""
-        gains, passes = accumulate(history.reach()[: history.k]), self._costs.passes
+    def _net_gain_beside(self, history: DrafterHistory, missed: Sequence[float], rows: int) -> float:
+        """Of a whole draft in a pass of so many rows anyhow; missed: by position, the chance that none of the others gets so
+        far."""
+        reach, passes = history.reach()[: history.k], self._costs.passes
+        gains = accumulate(own * chance for own, chance in zip(reach, missed, strict=False))
         nets = (
-            missed * gain - self._rate * (history.draft(k) + passes(rows + k) - passes(rows))
+            gain - self._rate * (history.draft(k) + passes(rows + k) - passes(rows))
             for k, gain in enumerate(gains, start=1)
         )
         return max(nets, default=0.0)
@@ -206,8 +217,7 @@ class AutoK:
                 return ""
             history.k, history.cycles_off, history.probing = 1, 0, True
             history.probes += 1
-            for odds in history.by_position:  # what was seen before the pause has aged
-                odds.fade(_AGED)
+            history.age()
             return f"{name} is tried once more"
         if not drafted:
             return ""

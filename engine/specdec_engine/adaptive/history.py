@@ -29,6 +29,8 @@ _OPTIMISM = 0.5
 """Standard deviations by which a first token's chance may be better than it looks before its drafter is switched off. Three
 misses say little: without, drafts with α 0.15 to 0.4 and c 0.09 were off for a third of simulated greedy runs, which lost 3
 to 4 %; hopeless ones cost half a per cent more so."""
+_AGED = 0.6
+"""The weight that what was seen before a drafter was off keeps when it is tried again."""
 FIRST_PROBE = 16
 """Cycles after which a drafter that was switched off is tried once more."""
 
@@ -71,6 +73,8 @@ class DrafterHistory:
     """Of the draft in flight."""
     first: float | None = None
     """Chance of the first token of the draft in flight, where the drafter was sure before it."""
+    refused: int = 0
+    """Cycles in a row in which it would not have paid beside others."""
     sure_before: bool = False
     """Knows how sure it is before it drafts, and at no cost: then that decides, and it is never switched off as a whole."""
     drafts: int = 0
@@ -102,6 +106,12 @@ class DrafterHistory:
         alpha = self.alpha
         return list(accumulate((odds.value(alpha) for odds in self.by_position), mul))
 
+    def reach_of_draft(self, tokens: int) -> list[float]:
+        """The same of the draft in flight, of so many tokens: of its first one as sure as it is, and none beyond its end."""
+        reach = self.reach()
+        more = 1.0 if self.first is None else self.first / reach[0]
+        return [min(1.0, one * more) if i < tokens else 0.0 for i, one in enumerate(reach)]
+
     def optimistic_reach(self) -> list[float]:
         """The same, if the first token is what it may well be."""
         reach = self.reach()
@@ -121,6 +131,11 @@ class DrafterHistory:
 
     def _odds(self, confidence: float, position: int) -> _Odds:
         return self.by_confidence[min(int(confidence * _BINS), _BINS - 1) + (_BINS if position else 0)]
+
+    def age(self) -> None:
+        """It is tried again: what was seen before the pause counts less."""
+        for odds in self.by_position:
+            odds.fade(_AGED)
 
     def forget_a_little(self) -> None:
         """Fade what is known of confidences, so that old failures stop counting."""

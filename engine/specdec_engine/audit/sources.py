@@ -74,13 +74,21 @@ class OwnPair:
             for event in events:
                 if isinstance(event, Cycle):
                     tokens += [token for token in event.emitted if token is not None]
-                    drafted += [*event.drafted[: len(event.emitted)], None][: len(event.emitted)]
-                    q += [*event.q[: len(event.emitted)], None][: len(event.emitted)]
+                    places = _held_against(event)
+                    drafted += [*(event.drafted[place] for place in places), None][: len(event.emitted)]
+                    q += [*(event.q[place] for place in places), None][: len(event.emitted)]
                     if len(tokens) >= LOOKED_AT:
                         break
             found.append(Said(tuple(tokens[:LOOKED_AT]), tuple(drafted[:LOOKED_AT]), tuple(q[:LOOKED_AT])))
             done()
         return found
+
+
+def _held_against(cycle: Cycle) -> list[int]:
+    """The places in its draft of what emitted tokens were held against: the accepted ones, and the first that was not."""
+    if cycle.path is None:
+        return list(range(min(len(cycle.emitted), len(cycle.drafted))))
+    return [*cycle.path, *([] if cycle.rejected is None else [cycle.rejected])]
 
 
 class Transformers:

@@ -106,8 +106,8 @@ class Draft:
         if self.parents is None:
             return self
         kept = first_path(self.parents)
-        probs = None if self.probs is None else self.probs[kept]
-        return replace(self, tokens=self.tokens[kept], probs=probs, parents=None)
+        probs, raw = (None if rows is None else rows[kept] for rows in (self.probs, self.raw))
+        return replace(self, tokens=self.tokens[kept], probs=probs, raw=raw, guessed=(), parents=None, parts=())
 
 
 @dataclass(frozen=True, slots=True)

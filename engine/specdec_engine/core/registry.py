@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 
+from specdec_engine.errors import UsageError
 from specdec_engine.record.text import printable
 
 GROUP = "specdec.drafters"
@@ -128,9 +129,18 @@ TREE = "tree:"
 
 
 def members_of(spec: str) -> tuple[bool, list[str]]:
-    """Whether the drafts that `--draft` names are merged into a tree, and their names."""
-    names = [name.strip() for name in spec.removeprefix(TREE).split(",")]
-    return spec.startswith(TREE), [name for name in names if name]
+    """Whether the drafts that `--draft` names are merged into a tree, and their names. Raises UsageError for a tree of fewer
+    than two, and for one inside another draft."""
+    merged = spec.strip().startswith(TREE)
+    names = [name.strip() for name in spec.strip().removeprefix(TREE).split(",")]
+    names = [name for name in names if name]
+    if any(name.startswith(TREE) for name in names):
+        raise UsageError(f"in the draft {spec!r} {TREE} does not stand in front", f"for example {TREE}ngram,builtin")
+    if merged and len(names) < 2:
+        raise UsageError(
+            f"the draft {spec!r} is to merge several drafts, and names {len(names)}", f"for example {TREE}ngram,builtin"
+        )
+    return merged, names
 
 
 def levels_of(spec: str) -> tuple[str, str] | None:

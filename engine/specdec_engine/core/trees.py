@@ -8,6 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+MOST = 62
+"""Tokens of a tree: `hidden_rows` has a bit for each row of the pass, in 64 bits with a sign."""
+
+
+def fault_of(parents: Sequence[int], tokens: int, k: int) -> str:
+    """What is wrong with the parents of a draft of so many tokens and depth k at most; empty for nothing."""
+    if len(parents) != tokens or not 0 < tokens <= MOST:
+        return f"of {tokens} tokens with {len(parents)} parents, where 1 to {MOST} of each are right"
+    if any(not -1 <= parent < place for place, parent in enumerate(parents)):
+        return f"in which a token follows one that is not before it: {tuple(parents)}"
+    deepest = max(depths(parents))
+    return f"of depth {deepest} where {k} was asked for" if deepest > k else ""
+
 
 def depths(parents: Sequence[int]) -> list[int]:
     """[n]: how many tokens after the newest one each stands."""

@@ -18,10 +18,10 @@ from specdec_engine.constrain.matching import Matching
 from specdec_engine.core.cycle_types import Draft, Verdict
 from specdec_engine.core.randomness import Randomness
 from specdec_engine.core.transfer import upload
-from specdec_engine.core.trees import depths
+from specdec_engine.core.trees import fault_of
 from specdec_engine.decoding.control import Controls, Settings, changes
 from specdec_engine.decoding.stopping import Clipped, Clipper, Stop
-from specdec_engine.drafters.base import Drafter, empty_draft
+from specdec_engine.drafters.base import Branching, Drafter, empty_draft
 from specdec_engine.errors import GenerationFailed, OutOfMemory, SpecdecError, UsageError
 from specdec_engine.record.events import (
     FORCED_BY,
@@ -232,6 +232,8 @@ class Run:
 
     def begin_draft(self) -> Mark:
         """The drafter's cache filled, after the target's: some drafters read what that computed."""
+        if isinstance(self._drafter, Branching):
+            self._drafter.branch(self._takes_trees)
         self._drafter.begin(self._context)
         return self.mark()
 
@@ -284,7 +286,7 @@ class Run:
         """Else a tree's first path is verified alone. Penalties and grammars look at a chain's tokens one after the other,
         and the block rule at all of them."""
         plain = self.process is None and self.grammar is None and type(self._verifier.rule) is TokenRule
-        return plain and self._target.trees
+        return plain and self._target.trees and self._verifier.trees
 
     def _forced(self, room: int) -> Draft | None:
         """Tokens that must come by the grammar, if any: free, and so proposed also where drafts do not pay and are off; not
@@ -350,7 +352,9 @@ class Run:
 
 def _propose(drafter: Drafter, context: Sequence[int], k: int, settings: Settings, random: Randomness) -> Draft:
     draft = drafter.propose(context, k, settings.draft_sampling, random)
-    if (len(draft) if draft.parents is None else max(depths(draft.parents))) > k:
+    if draft.parents is not None and (wrong := fault_of(draft.parents, len(draft), k)):
+        raise GenerationFailed(f"the drafter {draft.drafter} proposed a tree {wrong}")
+    if draft.parents is None and len(draft) > k:
         raise GenerationFailed(f"the drafter {draft.drafter} proposed {len(draft)} tokens where {k} were asked for")
     return draft
 

@@ -47,10 +47,12 @@ class Documents:
     note: str = ""
     """A sentence about what was left out; empty for nothing."""
 
-    def request(self, dice: random.Random) -> Request:
-        """One about a passage, or about two."""
+    def request(self, seed: float, share: float = 1.0) -> Request:
+        """One about a passage, or about two; share: so much of each passage's words. The same seed asks the same of the
+        same."""
+        dice = random.Random(seed)
         form = dice.choice(_ABOUT_TEXTS)
-        asked = re.sub(r"\{(text|sentence)\}", lambda found: self._part(found[1], dice), form)
+        asked = re.sub(r"\{(text|sentence)\}", lambda found: _shortened(self._part(found[1], dice), share), form)
         return Request(asked.removesuffix("..."), form.endswith("..."), about_text=True)
 
     def _part(self, what: str, dice: random.Random) -> str:
@@ -60,6 +62,11 @@ class Documents:
         sentences = _SENTENCE_ENDS.split(passage)
         first = dice.randrange(len(sentences))
         return " ".join(sentences[first : first + dice.choice((1, 1, 2))])
+
+
+def _shortened(text: str, share: float) -> str:
+    words = text.split()
+    return text if share == 1.0 else " ".join(words[: max(1, int(share * len(words)))])
 
 
 def read_documents(path: Path) -> Documents:

@@ -14,6 +14,7 @@ from specdec_engine.errors import UsageError
 from specdec_engine.record.events import Cycle, Started
 from specdec_engine.record.text import counted
 from specdec_engine.record.trace import read_trace
+from specdec_engine.runtime import prefill
 from specdec_engine.runtime.lean import LeanRuntime
 
 _LONGEST = 1024
@@ -90,7 +91,7 @@ def read_by(runtime: LeanRuntime, recordings: Recordings, taps: tuple[int, ...])
     for run in recordings.runs:
         tokens = upload(torch.tensor(run.tokens[: runtime.limit]), runtime.device)
         reader.rollback(0)
-        reader.forward(tokens, 1)
+        prefill(reader, tokens)
         features = reader.features(0, len(tokens)).to("cpu", torch.bfloat16)
         for begin in range(0, len(tokens), _LONGEST):
             end = min(begin + _LONGEST, len(tokens))

@@ -18,10 +18,10 @@ from specdec_engine.distill.recipe import Recipe, taps
 from specdec_engine.distill.recorded import Recordings, read_by, read_recordings
 from specdec_engine.distill.students import SIZES
 from specdec_engine.distill.synthesis import Example, synthesise, unused_in
-from specdec_engine.distill.trainer import Trainer
+from specdec_engine.distill.trainer import JUDGED, Trainer
 from specdec_engine.distill.training import Estimate, batches
 from specdec_engine.distill.vocabulary import draft_ids
-from specdec_engine.errors import UsageError
+from specdec_engine.errors import GenerationFailed, UsageError
 from specdec_engine.models.draft_files import found_draft, read_draft
 from specdec_engine.models.draft_folder import DraftFolder
 from specdec_engine.models.loading import Candidate, Loaded
@@ -35,11 +35,13 @@ from specdec_engine.runtime.shape import Unsupported
 TEXT_SHARE = 0.55
 """Of the time, for writing text: on 2 cores each token is then learnt from some 7 times."""
 PASSES = 6
-"""Over the text, where a number of tokens was asked for and not a time."""
+"""Over the text, where a number of tokens was asked for and not a time; at most, over what runs have left."""
 _MEASURED_S = 240.0
 _HELD_OUT = 24
 """One shard in so many is never trained on, the first of all among them."""
 _STEP_TOKENS = 2048
+_FEWEST = 10
+"""Runs, of which one is held out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +107,12 @@ def distill(found: Candidate, target: Loaded, recipe: Recipe) -> Iterator[Writin
     files = sorted((recipe.work.text if given.recordings is None else recipe.work.runs).glob("*.safetensors"))
     if not files:
         raise UsageError("the target finished no conversation in this time", "give more --minutes, or --tokens")
-    held, text = _split([shards.read(file) for file in files])
+    read = [shards.read(file) for file in files]
+    if given.recordings is not None and (n := sum(len(shard.answers) for shard in read)) < _FEWEST:
+        raise UsageError(
+            f"{counted(n, 'run')} are too few to learn from and to judge by", f"record {_FEWEST} at least by --trace"
+        )
+    held, text = _split(read)
     if given.draft is None:
         n = SIZES[recipe.size or "medium"].ids
         ids = draft_ids(found.output_rows(slice(None)), text, n, recipe.work.folder)
@@ -216,8 +223,8 @@ def _train(trainer: Trainer, text: list[shards.Shard], recipe: Recipe) -> Iterat
 
     def keep() -> Estimate:
         found = trainer.measure()
-        trainer.save()
         trainer.export(tokens, found)
+        trainer.save()
         return found
 
     try:
@@ -232,3 +239,9 @@ def _train(trainer: Trainer, text: list[shards.Shard], recipe: Recipe) -> Iterat
         trainer.save()
         raise
     yield Training(trainer.spent.step, loss, 1.0, keep())
+    if not trainer.exported:
+        raise GenerationFailed(
+            f"the draft is no better on held-out text than before: {trainer.best:.2f} tokens a cycle were expected at k "
+            f"{JUDGED}, and nothing was written",
+            "give more text, or another --draft",
+        )

@@ -34,6 +34,8 @@ ANSWERS = (0.0, 0.8)
 _UNOPENED, _LONG, _ABOUT_TEXTS, _SECOND = 1 / 5, 1 / 4, 1 / 2, 1 / 4
 """Of prompts: shares without an opening, and of texts to be read, which are longer; of prompts where there are documents,
 those about them; of answers, those after which the user goes on."""
+_LEAST = 0.05
+"""Share of a document that is asked about all the same."""
 _LIKELIEST = 64
 """Tokens drawn are among this many likeliest."""
 
@@ -196,8 +198,7 @@ class _Scribe:
         request = self._request()
         if request is None:
             return None
-        given = min(self.limits.given, self.room // 2)
-        words = _ids(self.target.tokenizer, request.text, split_special_tokens=True)[:given]
+        words = self._words(request)[: self._given]
         tokens = [*self.turns.before, *words, *([] if request.goes_on else self.turns.after)]
         prompt, answer = self._prompt(len(tokens), request.about_text), None if request.goes_on else len(tokens)
         return _Text(tokens, temperature, prompt, fed=len(tokens) - 1, answer=answer)
@@ -223,8 +224,23 @@ class _Scribe:
             prompt = next(self.prompts, None)
             return None if prompt is None else Request(prompt)
         if self.documents is not None and self.dice.random() < _ABOUT_TEXTS:
-            return self.documents.request(self.dice)
+            return self._about_text(self.documents)
         return Request("" if self.dice.random() < _UNOPENED else self.dice.choice(OPENINGS), goes_on=True)
+
+    @property
+    def _given(self) -> int:
+        """Tokens that a prompt may bring."""
+        return min(self.limits.given, self.room // 2)
+
+    def _words(self, request: Request) -> list[int]:
+        return _ids(self.target.tokenizer, request.text, split_special_tokens=True)
+
+    def _about_text(self, documents: Documents) -> Request:
+        """With as much of the document as there is room for: what is asked about it mostly stands behind it."""
+        seed, share = self.dice.random(), 1.0
+        while len(self._words(request := documents.request(seed, share))) > self._given and share > _LEAST:
+            share *= 0.7
+        return request
 
     def _prompt(self, begin: int, about_text: bool) -> _Prompt:
         """What the target may write from here on: after a text, a question."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import shutil
 import time
@@ -32,7 +33,7 @@ _AGAIN = 1e-3
 """Learning rates at the height of a training: of a new draft, and of one that goes on."""
 _WARMUP = 50
 _HELD_BATCHES = 4
-_JUDGED = 3
+JUDGED = 3
 """Drafts are judged by the tokens that a cycle is expected to emit at this k."""
 
 
@@ -66,11 +67,16 @@ class Trainer:
         self._optimizers = [self._accelerator.prepare(o) for o in _optimizers(self._student.module)]
         self._student.module = self._accelerator.prepare(self._student.module)
         # Each kind and size has a training of its own; the text serves them all.
-        of = recipe.size or ("medium" if draft is None else "going-on")
+        of = recipe.size or ("medium" if draft is None else f"from-{_fingerprint(draft)}")
+        of += "-runs" if recipe.runs else ""
         self._state, self._rate = recipe.work.folder / f"state-{recipe.kind}-{of}", _RATE if draft is None else _AGAIN
-        self._best = 0.0
+        self.best = 0.0
         self._spent, self._began = self._resumed(), time.monotonic()
         self._held = list(batches(held, 0, prompts=False))[: 3 * _HELD_BATCHES : 3]
+        self.exported = self.best > 0
+        """Whether the recipe's folder holds a draft of this training."""
+        if draft is not None and not self.exported:
+            self.best = self.measure().emitted(JUDGED)
 
     @property
     def spent(self) -> Spent:
@@ -105,7 +111,7 @@ class Trainer:
         for left in (partial, old):
             shutil.rmtree(left, ignore_errors=True)
         self._accelerator.save_state(str(partial))
-        write(partial / "trained.json", Trained(self._spent.step, self.spent.training_s, self._best))
+        write(partial / "trained.json", Trained(self._spent.step, self.spent.training_s, self.best))
         if self._state.is_dir():
             self._state.rename(old)
         partial.rename(self._state)
@@ -114,13 +120,13 @@ class Trainer:
     def export(self, text_tokens: int, measured: Estimate) -> None:
         """The draft, as it is now, into the recipe's folder, unless it was better before: more training on little text makes
         drafts worse while the loss still falls."""
-        if (expected := measured.emitted(_JUDGED)) < self._best:
+        if (expected := measured.emitted(JUDGED)) < self.best:
             return
-        self._best = expected
+        self.best, self.exported = expected, True
         spent, module = self.spent, self._accelerator.unwrap_model(self._student.module)
         made = {
             "target": self._target.name,
-            **({} if self._draft is None else {"from": self._draft.name}),
+            **({} if self._draft is None else {"from": self._draft.path.name}),
             "text_tokens": text_tokens,
             "text_minutes": round(spent.writing_s / 60, 1),
             "training_minutes": round(spent.training_s / 60, 1),
@@ -147,7 +153,7 @@ class Trainer:
                 "remove that folder to train anew",
             ) from error
         trained = read(self._state / "trained.json", Trained)
-        self._best = trained.best
+        self.best = trained.best
         return replace(spent, step=trained.step, training_s=trained.training_s)
 
     def _new_student(self, found: Candidate, features: int) -> Student:
@@ -166,6 +172,11 @@ class Trainer:
             head.module.load_state_dict(head_weights(self._draft))
         head.module.to(self._device)
         return head
+
+
+def _fingerprint(draft: DraftFolder) -> str:
+    """Of its weights."""
+    return hashlib.sha256((draft.path / "model.safetensors").read_bytes()).hexdigest()[:8]
 
 
 def _on(batch: Batch, device: torch.device) -> Batch:

@@ -20,14 +20,14 @@ def build_drafter(spec: str, setup: DraftSetup) -> Drafter:
     `ngram+MODEL` is a model for which the lookup drafts.
     """
     from specdec_engine.drafters.cascade import CascadeDrafter
-    from specdec_engine.drafters.tree import build as build_tree
+    from specdec_engine.drafters.tree import TreeDrafter
 
     if not members_of(spec)[1]:
         raise UsageError(f"the draft {spec!r} names no drafter", "choose none, ngram, or a model's name")
     merged, names = members_of(spec)
     members = [_build_one(name, setup) for name in names]
     if merged:
-        return build_tree(members, setup)
+        return TreeDrafter(members, setup)
     return members[0] if len(members) == 1 else CascadeDrafter(members, setup)
 
 

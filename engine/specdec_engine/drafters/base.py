@@ -25,7 +25,9 @@ class Drafter(Protocol):
 
     The contract, checked for every drafter in tests/contracts:
 
-    - `propose` returns 0 to k tokens, each a valid id of the target, on the target's device;
+    - `propose` returns 0 to k tokens, each a valid id of the target, on the target's device; or a token tree of depth k at
+      most, whose `parents` say what follows what (`core.trees`): a sibling's row is then what it was drawn from given that it
+      is none of those before it;
     - if it draws tokens, `probs[i]` is the exact distribution of token i over the target's vocabulary, and the uniform
       numbers come from `random` under the purpose "draft"; otherwise `probs` is None;
     - a draft depends on nothing that an earlier run drew: a run with the same seed would be tested with the very numbers
@@ -45,7 +47,7 @@ class Drafter(Protocol):
         ...
 
     def propose(self, context: Sequence[int], k: int, sampling: Sampling, random: Randomness) -> Draft:
-        """0 to k tokens that may follow `context`; k is at least 1."""
+        """0 to k tokens that may follow `context`, or a tree of that depth; k is at least 1."""
         ...
 
     def observe(self, draft: Draft, verdict: Verdict) -> None: ...
@@ -72,6 +74,15 @@ class Repeatable(Protocol):
 
     def another(self, target: Runtime) -> Drafter:
         """The same, for another text; target: the runtime on which that text is read."""
+        ...
+
+
+@runtime_checkable
+class Branching(Protocol):
+    """**Protocol:** a drafter that proposes token trees."""
+
+    def branch(self, allowed: bool) -> None:
+        """Told before a run's first draft: whether trees are verified in it, or chains alone."""
         ...
 
 

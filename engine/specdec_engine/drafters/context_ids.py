@@ -26,7 +26,7 @@ class ContextIds:
     def __init__(self, own: Tensor, rows: Callable[[Tensor], Tensor] | None) -> None:
         """own [V'], on the draft's device; rows: the target's output rows of [n] ids, [n, hidden], on the same; None where
         the draft has output rows of its own, and none are added."""
-        self.ids, self._own, self._fetch = own, own, rows
+        self.ids, self.own, self._fetch = own, own, rows
         self._columns = {token: column for column, token in enumerate(own.tolist())}
         self._added, self._read = dict[int, int](), 0
         self._rows: Tensor | None = None
@@ -34,9 +34,14 @@ class ContextIds:
     def another(self) -> ContextIds:
         """The same for another context."""
         made = object.__new__(ContextIds)
-        made.ids, made._own, made._fetch, made._columns = self._own, self._own, self._fetch, self._columns
+        made.ids, made.own, made._fetch, made._columns = self.own, self.own, self._fetch, self._columns
         made._added, made._read, made._rows = {}, 0, None
         return made
+
+    @property
+    def grows(self) -> bool:
+        """Whether ids are added at all."""
+        return self._fetch is not None
 
     @property
     def rows(self) -> Tensor | None:
@@ -49,7 +54,7 @@ class ContextIds:
 
     def forget(self) -> None:
         """A new context begins."""
-        self.ids, self._added, self._read = self._own, {}, 0
+        self.ids, self._added, self._read = self.own, {}, 0
 
     def read(self, context: Sequence[int], end: int | None = None) -> None:
         """Up to this place; what was read before is the same."""
@@ -73,11 +78,11 @@ class ContextIds:
 
     def _write(self, fresh: dict[int, int]) -> None:
         assert self._fetch is not None
-        found = self._fetch(upload(torch.tensor(list(fresh)), self._own.device))
+        found = self._fetch(upload(torch.tensor(list(fresh)), self.own.device))
         if self._rows is None:
             self._rows = found.new_zeros(MOST, found.shape[1])
         first = len(self._columns)
-        places = upload(torch.tensor([place - first for place in fresh.values()]), self._own.device)
+        places = upload(torch.tensor([place - first for place in fresh.values()]), self.own.device)
         self._rows.index_copy_(0, places, found)
         added = sorted(self._added, key=self._added.__getitem__)
-        self.ids = torch.cat([self._own, upload(torch.tensor(added, dtype=self._own.dtype), self._own.device)])
+        self.ids = torch.cat([self.own, upload(torch.tensor(added, dtype=self.own.dtype), self.own.device)])

@@ -10,12 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from specdec_engine.core.cycle_types import Draft, Sampling, Verdict
 from specdec_engine.core.randomness import Randomness
 from specdec_engine.core.transfer import upload
 from specdec_engine.drafters.base import DraftSetup, ModelInfo, empty_draft
-from specdec_engine.drafters.context_ids import ContextIds
+from specdec_engine.drafters.context_ids import MOST, ContextIds
 from specdec_engine.drafters.token_choice import DraftChoice, TextSampler, draft_numbers, masked
 from specdec_engine.errors import ModelUnavailable, PairIncompatible, UsageError
 from specdec_engine.models.draft_files import builtin_draft, head_weights, read_draft
@@ -73,7 +74,10 @@ class HeadDrafter:
             )
         self._head.rollback(read)
         self._head.known.note(context, len(context))
-        return Draft(drawn.tokens, self._widened(drawn.rows), self.name, drawn.raw, ids)
+        raw, raw_ids = drawn.raw, ids
+        if raw is not None and not eager:  # or a verdict would be recorded anew for each id of the context
+            raw, raw_ids = told_in_one_size(raw, self._ids)
+        return Draft(drawn.tokens, self._widened(drawn.rows), self.name, raw, raw_ids)
 
     def observe(self, draft: Draft, verdict: Verdict) -> None:
         """Slots of drafted tokens were forgotten at once: all of them stood on own states."""
@@ -119,6 +123,12 @@ class HeadDrafter:
             return None
         wide = torch.zeros(rows.shape[0], self._setup.vocab, dtype=rows.dtype, device=rows.device)
         return wide.index_copy_(1, self._ids.ids, rows)
+
+
+def told_in_one_size(raw: Tensor, ids: ContextIds) -> tuple[Tensor, Tensor]:
+    """Rows over a head's columns, and their ids, with room for all that the context may bring: of probability 0."""
+    more = len(ids.own) + MOST - len(ids.ids) if ids.grows else 0
+    return pad(raw, (0, more)), torch.cat([ids.ids, ids.ids[:1].expand(more)])
 
 
 def build(argument: str, setup: DraftSetup) -> HeadDrafter:

@@ -18,12 +18,9 @@ from torch import Tensor
 from specdec_engine.core.cycle_types import Draft, Part, Sampling, Verdict
 from specdec_engine.core.randomness import Purpose, Randomness
 from specdec_engine.core.transfer import upload
+from specdec_engine.core.trees import MOST
 from specdec_engine.drafters.base import Drafter, DraftSetup, another, empty_draft
-from specdec_engine.errors import UsageError
 from specdec_engine.runtime import Runtime
-
-MOST = 62
-"""Tokens of a tree: a row of the pass knows 64 by bits."""
 
 
 class TreeDrafter:
@@ -38,7 +35,11 @@ class TreeDrafter:
         self.name = "tree:" + ",".join(member.name for member in members)
         self._members = tuple(members)
         self._proposed: list[tuple[Drafter, Draft]] = []
-        self._limits.merging = True
+        self.branch(True)
+
+    def branch(self, allowed: bool) -> None:
+        """See `Branching`: where trees are not verified the first that proposes wins, as in a cascade."""
+        self._limits.merging = allowed
 
     def another(self, target: Runtime) -> TreeDrafter:
         """See `Repeatable`. Raises UsageError where a member can be had only once."""
@@ -62,7 +63,9 @@ class TreeDrafter:
             draft = member.propose(context, own, sampling, _Later(random, number * k))
             if len(draft):
                 self._proposed.append((member, draft))
-                parts.append(Part(draft.drafter, tuple(draft.tokens.tolist()), perf_counter() - began))
+                parts.append(Part(member.name, tuple(draft.tokens.tolist()), perf_counter() - began))
+                if not self._limits.merging:
+                    break
         drafts = [draft for _, draft in self._proposed]
         if len(drafts) < 2:
             return drafts[0] if drafts else empty_draft(self._device)
@@ -74,7 +77,20 @@ class TreeDrafter:
             tokens = own.tokens.tolist()
             agreed = sum(accumulate((a == b for a, b in zip(tokens, verdict.tokens, strict=False)), mul))
             accepted = min(agreed, verdict.accepted)
-            member.observe(own, replace(verdict, drafted=tuple(tokens), accepted=accepted, parents=None, path=None))
+            member.observe(
+                own,
+                Verdict(
+                    drafted=tuple(tokens),
+                    accepted=accepted,
+                    token=verdict.tokens[accepted],
+                    origin="recovered" if accepted < len(tokens) else "bonus",
+                    p=(),
+                    q=(),
+                    u=(),
+                    overlap=(),
+                    residual=(),
+                ),
+            )
 
 
 class _Later:
@@ -145,12 +161,3 @@ def _rows(tree: _Tree) -> Tensor | None:
             row[token] = 1.0
         rows.append(row)
     return torch.stack(rows)
-
-
-def build(members: Sequence[Drafter], setup: DraftSetup) -> TreeDrafter:
-    """`tree:A,B`. Raises UsageError for fewer than two."""
-    if len(members) < 2:
-        raise UsageError(
-            "tree: merges the drafts of several drafters, and one is named", "for example tree:ngram,builtin"
-        )
-    return TreeDrafter(members, setup)

@@ -131,7 +131,8 @@ class Cycle:
     end: End
     """How the cycle ended; `stop` and `length` take precedence over where the last token came from."""
     p: tuple[Probability | None, ...]
-    """Target's probability of each drafted token, after warping. Past the first rejection the prefix is a dead one."""
+    """Target's probability of each drafted token, after warping. Past the first rejection the prefix is a dead one. Of a
+    tree's sibling that was tested, what those before it had left of that, normalised; so is `overlap`."""
     q: tuple[Probability | None, ...]
     """Probability with which the draft drew each token; 1 for a deterministic draft."""
     u: tuple[Probability | None, ...]
@@ -214,6 +215,15 @@ class Cycle:
         if self.parents is None:
             return min(self.accepted + 1, len(self.drafted))
         return self.accepted + (self.rejected is not None)
+
+    @property
+    def tests(self) -> tuple[int, ...]:
+        """The places in `drafted` of the tokens that were held against the target, in that order."""
+        if self.parents is None:
+            return tuple(range(self.tested))
+        if any(number is not None for number in self.u):
+            return tuple(place for place, number in enumerate(self.u) if number is not None)
+        return (*(self.path or ()), *([] if self.rejected is None else [self.rejected]))
 
     @property
     def origins(self) -> tuple[Origin, ...]:

@@ -73,7 +73,6 @@ def decide_on_host(
 def with_raw(evidence: Evidence, raw: RawInputs, draft: Draft, filtered: Filtered) -> Evidence:
     """With the raw distributions of the tokens that were tested."""
     tested = len(draft) if draft.parents is not None else min(evidence.accepted + 1, len(draft))
-    # A tree's drafters have no raw distributions of their own: then `probs` is not asked for.
     q, probs = (None if rows is None else rows[:tested] for rows in (raw.q, draft.probs))
     parts = _raw_parts(RawInputs(raw.logits, q, raw.ids), draft.tokens[:tested], filtered, probs)
     sides = [RawRows(*(part.tolist() for part in parts[4 * i : 4 * i + 4])) for i in range(raw.sides)]

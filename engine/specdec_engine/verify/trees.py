@@ -23,7 +23,7 @@ from specdec_engine.verify.sampling import draw_on_host, top
 
 
 @dataclass(frozen=True, slots=True)
-class Test:
+class Tested:
     """A token that was held against the target."""
 
     place: int
@@ -35,34 +35,36 @@ class Test:
 
 
 @dataclass(frozen=True, slots=True)
-class Walk:
+class Way:
     """The way through a tree."""
 
     path: tuple[int, ...]
     """Places of the accepted tokens, from the root on."""
-    tests: tuple[Test, ...]
+    tests: tuple[Tested, ...]
     final: Tensor
     """[V]: what the cycle's last token is drawn from."""
     at_leaf: bool
     """Nothing followed the last accepted token."""
 
 
-def walk(p: Tensor, tokens: Sequence[int], probs: Tensor | None, parents: Sequence[int], u: Sequence[float]) -> Walk:
+def walk(p: Tensor, tokens: Sequence[int], probs: Tensor | None, parents: Sequence[int], u: Sequence[float]) -> Way:
     """Test a tree of n tokens. p [n + 1, V]: the target after the newest token and after each drafted one; probs [n, V]: what
     each was drawn from, None where none was; u [n]: a uniform number each."""
-    following, at, path, tests = children(parents), -1, list[int](), list[Test]()
+    following, at, path, tests = children(parents), -1, list[int](), list[Tested]()
     while True:
         left, accepted = p[at + 1], None
         for place in following[at]:
             q = _one_hot(left, tokens[place]) if probs is None else probs[place].to(left)
-            test = Test(place, float(left[tokens[place]]), float(q[tokens[place]]), float(torch.minimum(left, q).sum()))
+            test = Tested(
+                place, float(left[tokens[place]]), float(q[tokens[place]]), float(torch.minimum(left, q).sum())
+            )
             tests.append(test)
             if test.q > 0 and u[place] < test.p / test.q:
                 accepted = place
                 break
             left = residual(left, q)
         if accepted is None:
-            return Walk(tuple(path), tuple(tests), left, not following[at])
+            return Way(tuple(path), tuple(tests), left, not following[at])
         at = accepted
         path.append(at)
 
@@ -99,12 +101,12 @@ def decide_on_tree(p: Tensor, draft: Draft, numbers: Uniforms) -> Evidence:
 def decide_greedily_on_tree(best: Sequence[int], draft: Draft) -> Evidence:
     """The same at temperature 0, without a softmax: best [n + 1] is where each row's mass is, and no token was drawn."""
     assert draft.parents is not None
-    tokens, following, at, path, tests = draft.tokens.tolist(), children(draft.parents), -1, list[int](), list[Test]()
+    tokens, following, at, path, tests = draft.tokens.tolist(), children(draft.parents), -1, list[int](), list[Tested]()
     while True:
         accepted = None
         for place in following[at]:
             right = float(tokens[place] == best[at + 1])
-            tests.append(Test(place, right, 1.0, right))
+            tests.append(Tested(place, right, 1.0, right))
             if right:
                 accepted = place
                 break
@@ -118,7 +120,7 @@ def decide_greedily_on_tree(best: Sequence[int], draft: Draft) -> Evidence:
     return _with_tests(evidence, path, tests, draft.parents)
 
 
-def _with_tests(evidence: Evidence, path: Sequence[int], tests: Sequence[Test], parents: Sequence[int]) -> Evidence:
+def _with_tests(evidence: Evidence, path: Sequence[int], tests: Sequence[Tested], parents: Sequence[int]) -> Evidence:
     """A sibling's p is what was left of it when it was tested."""
     p, q, overlap = list(evidence.p), list(evidence.q), list(evidence.overlap)
     for test in tests:

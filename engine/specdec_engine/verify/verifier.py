@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -38,6 +38,8 @@ class Verifier(Protocol):
     """**Protocol:** one rule, applied where the target's logits are."""
 
     rule: AcceptanceRule
+    trees: ClassVar[bool]
+    """Whether it takes token trees, with the token rule."""
 
     def start(
         self, logits: Tensor, draft: Draft, sampling: Sampling, random: Randomness, position: int
@@ -55,6 +57,8 @@ def verifier_for(rule: AcceptanceRule, device: torch.device, recorder: Recorder 
 
 class HostVerifier:
     """On the CPU: decided at once."""
+
+    trees: ClassVar[bool] = True
 
     def __init__(self, rule: AcceptanceRule) -> None:
         self.rule = rule
@@ -87,6 +91,8 @@ class HostVerifier:
 
 class DeviceVerifier:
     """On a device: its evidence is a row of numbers that comes home in one copy."""
+
+    trees: ClassVar[bool] = False
 
     def __init__(self, rule: AcceptanceRule, device: torch.device) -> None:
         self.rule = rule

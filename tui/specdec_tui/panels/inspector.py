@@ -30,10 +30,10 @@ def inspector(view: View, context: PanelContext) -> PanelContent | None:
     seen = view.partial
     if seen is not None and not seen.verified:
         return PanelContent("inspector", [*lines, *_draft(cycle, at, context.width)])
-    thrown = seen is None or seen.tested > at
+    thrown = seen is None or at in cycle.tests[: seen.tested]
     lines += _scales(cycle, at, context.width, view.frame.rule, thrown)
     lines += in_short(cycle, at, view.frame.upto(view.shown))
-    if seen is not None and seen.tested <= at and not seen.final:
+    if seen is not None and not thrown and not seen.final:
         return PanelContent("inspector", [*lines, [("not tested yet", "muted")]])
     lines += [[], *_verdict(cycle, at, view.frame.rule)]
     if at == cycle.rejected and (seen is None or seen.final):
