@@ -239,6 +239,8 @@ def _train(trainer: Trainer, text: list[shards.Shard], recipe: Recipe) -> Iterat
         trainer.save()
         raise
     yield Training(trainer.spent.step, loss, 1.0, keep())
+    if trainer.kept is not None:  # what the folder holds, which is not always what was measured last
+        yield Training(trainer.spent.step, loss, 1.0, trainer.kept)
     if not trainer.exported:
         raise GenerationFailed(
             f"the draft is no better on held-out text than before: {trainer.best:.2f} tokens a cycle were expected at k "

@@ -73,6 +73,8 @@ class Trainer:
         self.best = 0.0
         self._spent, self._began = self._resumed(), time.monotonic()
         self._held = list(batches(held, 0, prompts=False))[: 3 * _HELD_BATCHES : 3]
+        self.kept: Estimate | None = None
+        """Of the draft that was written last, by this process."""
         self.exported = self.best > 0
         """Whether the recipe's folder holds a draft of this training."""
         if draft is not None and not self.exported:
@@ -122,7 +124,7 @@ class Trainer:
         drafts worse while the loss still falls."""
         if (expected := measured.emitted(JUDGED)) < self.best:
             return
-        self.best, self.exported = expected, True
+        self.best, self.exported, self.kept = expected, True, measured
         spent, module = self.spent, self._accelerator.unwrap_model(self._student.module)
         made = {
             "target": self._target.name,
