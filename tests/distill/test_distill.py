@@ -365,6 +365,8 @@ def test_a_head_goes_on_from_another_and_learns_from_recorded_runs(made, target,
     else:
         with pytest.raises(GenerationFailed, match="no better on held-out text than before"):
             list(distill(found, loaded, recipe))
+        with pytest.raises(GenerationFailed, match="no better on held-out text than before"):
+            list(distill(found, loaded, replace(recipe, minutes=0.2)))  # nor was it written by the first
         assert [file.name for file in recipe.out.iterdir()] == ["work"]
         return
     trained = json.loads(next((recipe.work.folder).glob("state-*/trained.json")).read_text())
@@ -391,6 +393,7 @@ def test_what_cannot_be_gone_on_from_says_so(made, target, tmp_path):
     for recipe, said in (
         (Recipe(out, tokens=100, draft=str(made["model"][0])), "is no head that distill has made"),
         (Recipe(out, tokens=100, draft=str(target)), "is no head that distill has made"),
+        (Recipe(out, tokens=100, draft="ngram"), "ngram is no head that distill has made"),
     ):
         with pytest.raises(UsageError, match=said):
             next(distill(found, loaded, recipe))

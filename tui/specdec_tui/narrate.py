@@ -30,6 +30,8 @@ def narrate(cycle: Cycle, name: Name, rule: str = "token") -> str:
         return f"Cycle {number}: kept {kept} of {k} by {rule} verification{drawn}.{_ended(cycle)}"
     untested = sum(cycle.fate(place) == "untested" for place in range(k))
     after = "" if cycle.parents is not None else " after it"
+    others = sum(cycle.fate(place) == "rejected" for place in range(k)) - 1
+    refused += f" and {counted(others, 'other')}" if others else ""
     dropped = f"; the {'one' if untested == 1 else untested}{after} untested" if untested else ""
     kept_some = f"kept {kept} of {k}{_by_branch(cycle)}"
     return f"Cycle {number}: {kept_some}. {refused} rejected ({held(cycle, at)}){drawn}{dropped}.{_ended(cycle)}"
@@ -49,11 +51,12 @@ def held(cycle: Cycle, at: int) -> str:
 
 
 def _by_branch(cycle: Cycle) -> str:
-    """Of a token tree, whether what was kept is not what stood first."""
-    if cycle.parents is None or not cycle.path:
+    """Of a token tree, how many branches it has, and whether what was kept is not what stood first."""
+    if cycle.parents is None:
         return ""
-    aside = any(cycle.parents.index(cycle.parents[place]) != place for place in cycle.path)
-    return ", on another branch than the first" if aside else ""
+    aside = any(cycle.parents.index(cycle.parents[place]) != place for place in cycle.path or ())
+    leaves = len(set(range(len(cycle.parents))) - set(cycle.parents))
+    return f" in {counted(leaves, 'branch')}" + (", on another than the first" if aside else "")
 
 
 def _drawn(cycle: Cycle, rule: str) -> str:

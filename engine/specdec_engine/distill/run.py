@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
+from specdec_engine.core.registry import entry_of
 from specdec_engine.distill import shards
 from specdec_engine.distill.documents import Documents, read_documents
 from specdec_engine.distill.recipe import Recipe, taps
@@ -148,9 +149,13 @@ def _read_given(recipe: Recipe, target: Loaded) -> _Given:
 
 def _head_to_go_on_from(name: str, target: Loaded) -> DraftFolder:
     """Raises UsageError for what is no head of `distill`'s own, and PairIncompatible for one of another target."""
-    draft = read_draft(found_draft(name, LoadOptions(offline=True)))
+    lookup = entry_of(name) is not None
+    draft = None if lookup else read_draft(found_draft(name, LoadOptions(offline=True)))
     if draft is None or not draft.ours or draft.kind != "head":
-        raise UsageError(f"{name} is no head that distill has made", "leave out --draft to begin anew")
+        raise UsageError(
+            f"{name} is no head that distill has made",
+            "name builtin, or distill's folder; leave out --draft to begin anew",
+        )
     draft.check(target.tokenizer, target.name, target.runtime.vocab)
     return draft
 
@@ -238,12 +243,13 @@ def _train(trainer: Trainer, text: list[shards.Shard], recipe: Recipe) -> Iterat
     except (KeyboardInterrupt, GeneratorExit):
         trainer.save()
         raise
-    yield Training(trainer.spent.step, loss, 1.0, keep())
+    last_found = keep()
+    yield Training(trainer.spent.step, loss, 1.0, last_found)
     if trainer.kept is not None:  # what the folder holds, which is not always what was measured last
         yield Training(trainer.spent.step, loss, 1.0, trainer.kept)
     if not trainer.exported:
         raise GenerationFailed(
-            f"the draft is no better on held-out text than before: {trainer.best:.2f} tokens a cycle were expected at k "
-            f"{JUDGED}, and nothing was written",
+            f"the draft is no better on held-out text than before: {last_found.emitted(JUDGED):.2f} tokens a cycle are "
+            f"expected at k {JUDGED}, and {trainer.best:.2f} were; nothing was written",
             "give more text, or another --draft",
         )

@@ -71,13 +71,13 @@ class Trainer:
         of += "-runs" if recipe.runs else ""
         self._state, self._rate = recipe.work.folder / f"state-{recipe.kind}-{of}", _RATE if draft is None else _AGAIN
         self.best = 0.0
+        self.exported = False
+        """Whether the recipe's folder holds a draft of this training."""
         self._spent, self._began = self._resumed(), time.monotonic()
         self._held = list(batches(held, 0, prompts=False))[: 3 * _HELD_BATCHES : 3]
         self.kept: Estimate | None = None
         """Of the draft that was written last, by this process."""
-        self.exported = self.best > 0
-        """Whether the recipe's folder holds a draft of this training."""
-        if draft is not None and not self.exported:
+        if draft is not None and not self.best:
             self.best = self.measure().emitted(JUDGED)
 
     @property
@@ -113,7 +113,7 @@ class Trainer:
         for left in (partial, old):
             shutil.rmtree(left, ignore_errors=True)
         self._accelerator.save_state(str(partial))
-        write(partial / "trained.json", Trained(self._spent.step, self.spent.training_s, self.best))
+        write(partial / "trained.json", Trained(self._spent.step, self.spent.training_s, self.best, self.exported))
         if self._state.is_dir():
             self._state.rename(old)
         partial.rename(self._state)
@@ -155,7 +155,7 @@ class Trainer:
                 "remove that folder to train anew",
             ) from error
         trained = read(self._state / "trained.json", Trained)
-        self.best = trained.best
+        self.best, self.exported = trained.best, trained.exported
         return replace(spent, step=trained.step, training_s=trained.training_s)
 
     def _new_student(self, found: Candidate, features: int) -> Student:

@@ -35,7 +35,9 @@ class Trained:
     step: int
     training_s: float
     best: float = 0.0
-    """Tokens a cycle that the draft which was exported is expected to emit."""
+    """Tokens a cycle that the best draft so far is expected to emit."""
+    exported: bool = False
+    """Whether that one was written: it may be the one gone on from."""
 
 
 @dataclass(frozen=True, slots=True)

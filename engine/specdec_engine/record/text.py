@@ -127,8 +127,8 @@ def _visible(char: str) -> str:
 
 
 def counted(n: int, what: str) -> str:
-    """So many of these, in English: 1 token, 2 tokens, 2 passes."""
-    return f"{n} {what}" if n == 1 else f"{n} {what}{'es' if what.endswith('s') else 's'}"
+    """So many of these, in English: 1 token, 2 tokens, 2 passes, 2 branches."""
+    return f"{n} {what}" if n == 1 else f"{n} {what}{'es' if what.endswith(('s', 'ch')) else 's'}"
 
 
 def as_markdown(line: str) -> str:
