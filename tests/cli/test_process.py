@@ -259,7 +259,7 @@ def test_a_recorded_run_takes_no_prompt(words):
 
 def test_the_lesson_on_a_run_of_ones_own_is_text_without_a_terminal(tmp_path):
     told = process("replay", DEMO, "--lesson")
-    assert (told.returncode, b"13 of 13. What there is to remember" in told.stdout) == (0, True)
+    assert (told.returncode, b"14 of 14. What there is to remember" in told.stdout) == (0, True)
     short = tmp_path / "short.jsonl"
     short.write_text("\n".join(DEMO.read_text().splitlines()[:3]) + "\n")
     refused = process("replay", short, "--lesson")

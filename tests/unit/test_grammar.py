@@ -230,7 +230,7 @@ def test_plain_decoding_proposes_nothing_and_a_draft_that_is_off_leaves_the_free
     class Off:
         off, k = True, 0
 
-        def observe(self, cycle):
+        def observe(self, cycle, parts):
             return ""
 
     plain = followed("none", by_regex("the light (a|b)"), 0)
