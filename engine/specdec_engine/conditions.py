@@ -32,7 +32,7 @@ def machine_notes(asked: int | str | None, device: str, found: torch.device) -> 
 
 
 def target_notes(target: Loaded, draft: str) -> Iterator[str]:
-    """What of a target's files is followed, and what is not; and whether it takes the draft that was named as it is."""
+    """Say what of a target's files is followed and what is not, and whether it takes the draft that was named as it is."""
     name, vocab = target.name, target.runtime.vocab
     if members_of(draft)[0] and not takes_trees(target.runtime):
         yield f"{name} verifies chains here: of {draft} the first path alone, on a CPU and our own forward the whole tree"

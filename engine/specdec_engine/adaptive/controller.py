@@ -119,7 +119,7 @@ class AutoK:
         return gain > max(0.0, found)
 
     def should_join(self, name: str, others: Mapping[str, int]) -> bool:
-        """Whether a draft pays beside those of others in a token tree, so many tokens each: it counts as far as it gets
+        """Say whether a draft pays beside those of others in a token tree, so many tokens each: it counts as far as it gets
         further than they do, and it costs its steps and its rows."""
         history = self._history(name)
         if not self._knows(history):
@@ -136,8 +136,8 @@ class AutoK:
         return True
 
     def _net_gain_beside(self, history: DrafterHistory, missed: Sequence[float], rows: int) -> float:
-        """Of a whole draft in a pass of so many rows anyhow; missed: by position, the chance that none of the others gets so
-        far."""
+        """The net gain of a whole draft in a pass of so many rows anyhow; missed: by position, the chance that none of the
+        others gets so far."""
         reach, passes = history.reach()[: history.k], self._costs.passes
         gains = accumulate(own * chance for own, chance in zip(reach, missed, strict=False))
         nets = (
@@ -302,6 +302,6 @@ class AutoK:
 
 
 def _agreed(drafted: Sequence[int], emitted: Sequence[TokenId]) -> list[float]:
-    """Of each token of a draft that the text tells about, whether it is the text's: those up to the first that is not."""
+    """Compare a draft with the text: 1 for each token that is the text's, up to the first that is not, a 0."""
     same = [float(a == b) for a, b in zip(drafted, emitted, strict=False)]
     return same[: same.index(0.0) + 1] if 0.0 in same else same

@@ -155,7 +155,7 @@ class DrafterHistory:
         return self.least_s * drafts + self.catch_up * (self.backlog_read + self.backlog)
 
     def learn(self, drafted: int, draft_s: float, kept: Sequence[float]) -> None:
-        """From a draft of so many tokens. draft_s: its seconds, evened out; kept: of each tested token 1 or 0, or its
+        """Learn from a draft of so many tokens. draft_s: its seconds, evened out; kept: of each tested token 1 or 0, or its
         acceptance probability."""
         self.drafts += 1
         self.least_s = min(self.least_s, draft_s)

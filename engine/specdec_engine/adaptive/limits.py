@@ -26,7 +26,7 @@ class DraftLimits:
         return self.controller is None or self.controller.should_draft(drafter, confidence, alone=not self.merging)
 
     def should_join(self, drafter: str, others: Mapping[str, int]) -> bool:
-        """Whether a draft should be made beside those that are in a tree; others: their drafters, and how many tokens."""
+        """Say whether a draft should be made beside those that are in a tree; others: their drafters, and how many tokens."""
         return self.controller is None or not others or self.controller.should_join(drafter, others)
 
     def early_stop(self, drafter: str) -> StopDrafting | None:

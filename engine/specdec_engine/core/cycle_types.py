@@ -72,7 +72,7 @@ class Part:
     drafter: str
     tokens: tuple[int, ...]
     seconds: float
-    """Of making it, by the host's clock."""
+    """The host's clock tells how long making it took."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ class Draft:
     cut: bool = False
     """Whether the run's end made it shorter: others of its length are not to be expected."""
     parents: tuple[int, ...] | None = None
-    """Of a token tree: see `core.trees`; None for a chain."""
+    """Which token of a tree follows which, see `core.trees`; None for a chain."""
     parts: tuple[Part, ...] = ()
     """Of what several drafters proposed, what each did."""
 

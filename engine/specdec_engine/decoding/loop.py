@@ -20,13 +20,13 @@ from specdec_engine.core.randomness import Randomness
 from specdec_engine.core.transfer import upload
 from specdec_engine.core.trees import fault_of
 from specdec_engine.decoding.control import Controls, Settings, changes
+from specdec_engine.decoding.cycle_event import cycle_told
 from specdec_engine.decoding.stopping import Clipped, Clipper, Stop
 from specdec_engine.drafters.base import Branching, Drafter, empty_draft
 from specdec_engine.errors import GenerationFailed, OutOfMemory, SpecdecError, UsageError
 from specdec_engine.record.events import (
     FORCED_BY,
     Cycle,
-    End,
     Event,
     Failed,
     Finished,
@@ -316,7 +316,7 @@ class Run:
         started, drafted, verified, resumed, done = marks
         phases = ((started, drafted), (drafted, verified), (resumed, done))
         seconds = [self._timer.seconds(*phase) for phase in phases]
-        cycle = _cycle(self._cycles_done, proposed.k, draft, verdict, clipped, seconds, position, logprobs)
+        cycle = cycle_told(self._cycles_done, proposed.k, draft, verdict, clipped, seconds, position, logprobs)
         self._cycles_done += 1
         if not cycle.forced:  # how tokens fare that must come says nothing of drafts
             self._controls.observe(cycle, draft.parts)
@@ -357,44 +357,6 @@ def _propose(drafter: Drafter, context: Sequence[int], k: int, settings: Setting
     if draft.parents is None and len(draft) > k:
         raise GenerationFailed(f"the drafter {draft.drafter} proposed {len(draft)} tokens where {k} were asked for")
     return draft
-
-
-def _cycle(
-    index: int,
-    k: int,
-    draft: Draft,
-    verdict: Verdict,
-    clipped: Clipped,
-    seconds: Sequence[float],
-    position: int,
-    logprobs: tuple[TokenLogprobs, ...] | None,
-) -> Cycle:
-    end: End = clipped.reason or (verdict.origin if verdict.drafted else "plain")
-    draft_s, verify_s, other_s = seconds
-    return Cycle(
-        index=index,
-        drafter=draft.drafter if verdict.drafted else "none",
-        k=k,
-        drafted=verdict.drafted,
-        accepted=verdict.accepted,
-        emitted=clipped.emitted,
-        end=end,
-        p=verdict.p,
-        q=verdict.q,
-        u=verdict.u,
-        overlap=verdict.overlap,
-        residual=verdict.residual,
-        guessed=draft.guessed,
-        raw_p=verdict.raw_p,
-        raw_q=verdict.raw_q,
-        draft_s=draft_s,
-        verify_s=verify_s,
-        other_s=other_s,
-        context=position,
-        parents=verdict.parents,
-        path=verdict.path,
-        logprobs=logprobs,
-    )
 
 
 def _room(context: Sequence[int], stop: Stop, limit: int | None) -> int:

@@ -3,38 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
 
 from specdec_engine.core.cycle_types import Draft, Sampling, Verdict
 from specdec_engine.core.randomness import Randomness
-from specdec_engine.drafters.base import Drafter, DraftSetup, another, empty_draft
-from specdec_engine.runtime import Runtime
+from specdec_engine.drafters.base import Drafter, DraftSetup, empty_draft
+from specdec_engine.drafters.several import Several
 
 
-class CascadeDrafter:
+class CascadeDrafter(Several):
     """Cheap drafters first. Whether a member proposes depends on the context alone, so the rule stays unbiased."""
 
     def __init__(self, members: Sequence[Drafter], setup: DraftSetup) -> None:
         if not members:
             raise ValueError("a cascade needs at least one member")
-        self._limits, self._device = setup.draft_limits, setup.device
-        self.take(members)
+        super().__init__(members, setup)
 
     def take(self, members: Sequence[Drafter]) -> None:
-        """Have these members."""
-        self.name = ",".join(member.name for member in members)
-        self._members = tuple(members)
+        super().take(members)
         self._proposer = self._members[-1]
-
-    def another(self, target: Runtime) -> CascadeDrafter:
-        """See `Repeatable`. Raises UsageError where a member can be had only once."""
-        made = copy(self)
-        made.take([another(member, target) for member in self._members])
-        return made
-
-    def begin(self, prompt: Sequence[int]) -> None:
-        for member in self._members:
-            member.begin(prompt)
 
     def propose(self, context: Sequence[int], k: int, sampling: Sampling, random: Randomness) -> Draft:
         for member in self._members:

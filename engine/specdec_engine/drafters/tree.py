@@ -6,7 +6,6 @@ A lookup and a head disagree on the next token in 72 of 100 places, and are then
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from operator import mul
@@ -17,39 +16,29 @@ from torch import Tensor
 
 from specdec_engine.core.cycle_types import Draft, Part, Sampling, Verdict
 from specdec_engine.core.randomness import Purpose, Randomness
+from specdec_engine.core.registry import TREE
 from specdec_engine.core.transfer import upload
 from specdec_engine.core.trees import MOST
-from specdec_engine.drafters.base import Drafter, DraftSetup, another, empty_draft
-from specdec_engine.runtime import Runtime
+from specdec_engine.drafters.base import Drafter, DraftSetup, empty_draft
+from specdec_engine.drafters.several import Several
 
 
-class TreeDrafter:
+class TreeDrafter(Several):
     """All members propose; the first one's draft is the tree's first path."""
 
+    prefix = TREE
+
     def __init__(self, members: Sequence[Drafter], setup: DraftSetup) -> None:
-        self._limits, self._device = setup.draft_limits, setup.device
-        self.take(members)
+        super().__init__(members, setup)
+        self.branch(True)
 
     def take(self, members: Sequence[Drafter]) -> None:
-        """Have these members."""
-        self.name = "tree:" + ",".join(member.name for member in members)
-        self._members = tuple(members)
+        super().take(members)
         self._proposed: list[tuple[Drafter, Draft]] = []
-        self.branch(True)
 
     def branch(self, allowed: bool) -> None:
         """See `Branching`: where trees are not verified the first that proposes wins, as in a cascade."""
         self._limits.merging = allowed
-
-    def another(self, target: Runtime) -> TreeDrafter:
-        """See `Repeatable`. Raises UsageError where a member can be had only once."""
-        made = copy(self)
-        made.take([another(member, target) for member in self._members])
-        return made
-
-    def begin(self, prompt: Sequence[int]) -> None:
-        for member in self._members:
-            member.begin(prompt)
 
     def propose(self, context: Sequence[int], k: int, sampling: Sampling, random: Randomness) -> Draft:
         """A chain where one member alone proposes."""
