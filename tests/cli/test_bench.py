@@ -130,13 +130,13 @@ def test_a_rule_that_accepts_too_much_is_found_out(bench, draft_checkpoint, monk
 
 
 def test_counters_that_are_wrong_are_found_out(bench, draft_checkpoint, monkeypatch):
-    right = loop._cycle
+    right = loop.cycle_told
 
     def wrong(*given):
         cycle = right(*given)
         return replace(cycle, accepted=min(len(cycle.drafted), cycle.accepted + 1))
 
-    monkeypatch.setattr(loop, "_cycle", wrong)
+    monkeypatch.setattr(loop, "cycle_told", wrong)
     result = bench("-d", draft_checkpoint)
     assert result.code == 6
     assert "says 1 of 2 accepted" in result.err
