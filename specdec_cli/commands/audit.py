@@ -148,7 +148,6 @@ def _of_peer(target: str, draft: str | None, sampling: Sampling, k: int, rule: s
     from dataclasses import replace
 
     from specdec_engine.audit.sources import Transformers
-    from specdec_engine.models.loading import find_model
     from specdec_engine.pair import load_pair
 
     generic = replace(options, runtime="generic", dtype="float32", quantize="none")
@@ -159,18 +158,32 @@ def _of_peer(target: str, draft: str | None, sampling: Sampling, k: int, rule: s
     if name == "ngram":
         more = {"prompt_lookup_num_tokens": k}
     elif name != "none":
-        found = find_model(name, generic)
-        small = found.load()
-        assistant: Any = small.runtime.model  # type: ignore[attr-defined]
-        assistant.generation_config.num_assistant_tokens = k
-        assistant.generation_config.num_assistant_tokens_schedule = "constant"
-        assistant.generation_config.assistant_confidence_threshold = 0.0
-        more = {"assistant_model": assistant}
-        sizes = {m.config.get_text_config().vocab_size for m in (model, assistant)}
-        if len(sizes) > 1 or small.tokenizer.get_vocab() != pair.tokenizer.get_vocab():
-            more |= {"tokenizer": pair.tokenizer, "assistant_tokenizer": small.tokenizer}
+        more = _assisted(pair, name, k, generic)
     how = {"none": "plain", "ngram": "prompt lookup"}.get(name, f"assistant {name}")
     return _against(pair, Transformers(model, sampling, k, more, how), sampling)
+
+
+def _assisted(pair: Pair, name: str, k: int, options: LoadOptions) -> dict[str, Any]:
+    """What makes `generate` draft k tokens with this model."""
+    from specdec_engine.models.assistant_files import load_assistant
+    from specdec_engine.models.draft_files import found_draft, read_draft
+    from specdec_engine.models.loading import find_model
+
+    target: Any = pair.target.runtime.model  # type: ignore[attr-defined]
+    made, tokenizer = read_draft(found_draft(name, options)), pair.tokenizer
+    small: Any
+    if made is not None and made.kind == "assistant":
+        small = load_assistant(made, target.dtype, target.device)
+    else:
+        loaded = find_model(name, options).load()
+        small, tokenizer = loaded.runtime.model, loaded.tokenizer  # type: ignore[attr-defined]
+    small.generation_config.num_assistant_tokens = k
+    small.generation_config.num_assistant_tokens_schedule = "constant"
+    small.generation_config.assistant_confidence_threshold = 0.0
+    sizes = {m.config.get_text_config().vocab_size for m in (target, small)}
+    other = len(sizes) > 1 or tokenizer.get_vocab() != pair.tokenizer.get_vocab()
+    tokenizers = {"tokenizer": pair.tokenizer, "assistant_tokenizer": tokenizer} if other else {}
+    return {"assistant_model": small, **tokenizers}
 
 
 def _of_server(

@@ -13,6 +13,8 @@ from specdec_engine.audit.run import Audit, audit, audit_two, sentence
 from specdec_engine.audit.sources import Said
 from specdec_engine.audit.statistics import Cells, combined, p_value, p_value_of_two, power_of, tail, toward
 from specdec_engine.verify import rules
+from tests.fakes import byte_tokenizer
+from tests.gemma import save_assistant, tiny_gemma
 
 P = np.array([0.4, 0.3, 0.15, 0.1, 0.05])
 
@@ -154,6 +156,18 @@ def test_transformers_own_decoding_can_be_looked_at(audited, draft):
     code, found = audited("-d", draft, "--peer", "transformers", samples=60)
     assert code == 0
     assert found["source"].startswith("transformers")
+
+
+def test_transformers_biased_way_with_assistants_of_gemma_is_found_and_ours_is_not_biased(specdec, tmp_path):
+    """It takes the likeliest token of each step and says that it drew it."""
+    tiny_gemma(shared=2).save_pretrained(tmp_path / "target")
+    byte_tokenizer().save_pretrained(tmp_path / "target")
+    pair = ("-t", tmp_path / "target", "-d", save_assistant(tmp_path / "assistant", std=0.02), "--dtype", "float32")
+    verdicts = {}
+    for peer in ((), ("--peer", "transformers")):
+        result = specdec("audit", *pair, *peer, "--temperature", "0.8", "--samples", "300", "--format", "json")
+        verdicts[peer] = (result.code, json.loads(result.out)["verdict"])
+    assert verdicts == {(): (0, "lossless"), ("--peer", "transformers"): (6, "biased")}
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from specdec_engine.drafters.base import LoadedDraft, RunGrammar
 from specdec_engine.models.translation import Translation
 from specdec_engine.runtime.generic import GenericRuntime
 from tests.fakes import VOCAB, byte_tokenizer, graph, host, lean, save_eagle_head, save_head_draft, tiny_llama
+from tests.gemma import save_assistant, tiny_gemma
 
 SPECS = {
     "none": "none",
@@ -24,6 +25,7 @@ SPECS = {
     "suffix": "suffix",
     "model": "model:small",
     "head": "head:HEAD",
+    "assistant": "assistant:ASSISTANT",
     "self": "self:1",
 }
 CASES = [*SPECS.values(), "head:EAGLE", "ngram:1", "ngram,model:small", "none,ngram,model:small", "suffix,head:HEAD"]
@@ -45,6 +47,7 @@ CASES += [
 ]
 SAMPLINGS = [Sampling(), Sampling(1.0), Sampling(0.7, top_k=20, top_p=0.9, min_p=0.01)]
 TARGET = tiny_llama(seed=0)
+GEMMA = tiny_gemma()
 SMALL = tiny_llama(seed=1, layers=1, hidden=16, vocab=VOCAB - 10)  # padding differs within a family
 
 
@@ -64,17 +67,28 @@ RUNTIMES["text"] = lambda: LoadedDraft(lean(SMALL), translation=Translation(TOKE
 
 
 @cache
-def head_folders() -> tuple[Path, Path]:
-    """Folders with a draft head, ours and one of others."""
+def draft_folders() -> tuple[Path, Path, Path]:
+    """Folders with a draft head, ours and one of others, and with an assistant."""
     folder = Path(mkdtemp(prefix="specdec-heads-"))
     atexit.register(rmtree, folder, ignore_errors=True)
-    return save_head_draft(folder / "head", TARGET, TOKENIZER), save_eagle_head(folder / "eagle", TARGET, VOCAB)
+    head, eagle = save_head_draft(folder / "head", TARGET, TOKENIZER), save_eagle_head(folder / "eagle", TARGET, VOCAB)
+    return head, eagle, save_assistant(folder / "assistant")
+
+
+def model_of(spec):
+    """The target that it drafts for."""
+    return GEMMA if "ASSISTANT" in spec else TARGET
+
+
+def runtime_of(spec):
+    """The target's runtime: ours, where the model runs on it."""
+    return GenericRuntime(GEMMA, "gemma") if "ASSISTANT" in spec else lean(TARGET)
 
 
 def parts(spec, target=None, matching=None):
     """The drafter that `spec` names, on the generic runtime or on the one before an @; and the target's runtime."""
     runtime, _, plain = spec.rpartition("@")
-    target = target or lean(TARGET)
+    target = target or runtime_of(plain)
     about = host(
         VOCAB,
         tokenizer=TOKENIZER,
@@ -82,5 +96,8 @@ def parts(spec, target=None, matching=None):
         output_rows=lambda ids: TARGET.lm_head.weight.detach()[ids],
     )
     about = replace(about, load_draft=lambda name: RUNTIMES[runtime or "generic"](), grammar=RunGrammar(matching))
-    head, eagle = head_folders()
-    return build_drafter(plain.replace("HEAD", str(head)).replace("EAGLE", str(eagle)), about), target
+    head, eagle, assistant = draft_folders()
+    folders = {"HEAD": head, "EAGLE": eagle, "ASSISTANT": assistant}
+    for word, folder in folders.items():
+        plain = plain.replace(word, str(folder))
+    return build_drafter(plain, about), target

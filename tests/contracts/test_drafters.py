@@ -31,8 +31,10 @@ from tests.contracts.cases import (
     SMALL,
     SPECS,
     TARGET,
-    head_folders,
+    draft_folders,
+    model_of,
     parts,
+    runtime_of,
 )
 from tests.fakes import (
     VOCAB,
@@ -113,8 +115,7 @@ def test_proposals_keep_the_contract(spec, sampling):
         assert draft.drafter in ("tree", *SPECS) or draft.drafter.removeprefix("ngram+") in (
             "small",
             "self:1",
-            str(head_folders()[0]),
-            str(head_folders()[1]),
+            *map(str, draft_folders()),
         )
         if draft.probs is not None:
             assert draft.probs.shape == (len(draft), VOCAB)
@@ -199,7 +200,7 @@ def test_begin_forgets_the_run_before(spec):
 def test_greedy_output_is_the_targets_own(spec, k):
     """Against transformers' own generate, in float32."""
     prompt = [5, 6, 7, 8, 5, 6, 7]
-    plain = TARGET.generate(
+    plain = model_of(spec).generate(
         torch.tensor([prompt]), do_sample=False, max_new_tokens=40, eos_token_id=None, pad_token_id=0
     )
     drafter, runtime = parts(spec)
@@ -215,7 +216,7 @@ def test_with_gumbel_coupling_a_seed_gives_one_text_whatever_drafts(spec):
     prompt, sampling = [5, 6, 7, 8, 5, 6, 7], Sampling(0.8, top_k=50, coupling="gumbel")
     plain = emitted(
         run(
-            ModelTarget(lean(TARGET), "tiny"),
+            ModelTarget(runtime_of(spec), "tiny"),
             build_drafter("none", host()),
             prompt,
             k=0,
@@ -300,6 +301,7 @@ FORESEEING = [
     "lean@model:small",
     "graph@model:small",
     "reduced@model:small",
+    "assistant:ASSISTANT",
 ]
 
 

@@ -14,8 +14,8 @@ from specdec_engine.record.trace import from_json, to_json
 from specdec_engine.runtime.target import ModelTarget
 from specdec_engine.verify.processors import Asked, process
 from specdec_engine.verify.sampling import warp
-from tests.contracts.cases import CASES, SAMPLINGS, TARGET, parts
-from tests.fakes import CPU, lean, run
+from tests.contracts.cases import CASES, SAMPLINGS, TARGET, parts, runtime_of
+from tests.fakes import CPU, run
 
 ASKED = Asked(repetition_penalty=1.3, logit_bias=((7, 2.0),))
 
@@ -28,7 +28,7 @@ def test_each_emitted_token_is_told_as_the_target_alone_has_it(spec, sampling):
     events = run(ModelTarget(runtime, "tiny"), drafter, prompt, sampling=sampling, max_tokens=14, asked=ASKED)
     cycles = [event for event in events if isinstance(event, Cycle)]
     text = [*prompt, *(token for cycle in cycles for token in cycle.emitted)]
-    logits = lean(TARGET).forward(torch.tensor(text[:-1]), len(text) - len(prompt))
+    logits = runtime_of(spec).forward(torch.tensor(text[:-1]), len(text) - len(prompt))
     shaped = process(ASKED, len(prompt), CPU)(prompt, torch.tensor(text[len(prompt) : -1]), logits)
     own, warped = logits.log_softmax(-1), warp(shaped, sampling).log()
     told = [one for cycle in cycles for one in cycle.logprobs]

@@ -132,7 +132,6 @@ def test_positions_need_not_be_known_to_the_host(numbers):
         ("LlamaConfig", {"head_dim": 16}),
         ("MistralConfig", {"sliding_window": 5, "head_dim": 16}),
         ("Qwen3Config", {"head_dim": 16}),
-        ("Qwen2Config", {"head_dim": 16}),
     ],
 )
 def test_a_models_logits(config, options, dtype, monkeypatch):

@@ -28,8 +28,10 @@ def ran(tmp_path, *command, **environment):
     assert found.returncode == 0, found.stdout + found.stderr
 
 
-def test_the_kernels_compute_what_torch_computes(tmp_path):
-    ran(tmp_path, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted.py"), TRITON_INTERPRET="1")
+@pytest.mark.parametrize("part", ["attend", "not attend"])
+def test_the_kernels_compute_what_torch_computes(tmp_path, part):
+    options = ("-q", "-p", "no:cacheprovider", "-k", part)
+    ran(tmp_path, "-m", "pytest", *options, str(HERE / "interpreted.py"), TRITON_INTERPRET="1")
 
 
 def test_the_kernels_compile_without_a_card(tmp_path):

@@ -82,7 +82,7 @@ def restored(terminal):
 
 def test_a_replay_is_stepped_inspected_and_left(terminal, trace):
     terminal.type(f"{COMMAND} replay {trace}; echo code $?", "Enter")
-    terminal.shows("cycles", "draft draft-model → target target-model")
+    terminal.shows("cycles", "draft draft-model → target tar")
     terminal.type("Home", "n", "n")
     terminal.shows("cycle 2/40", "paused")
     terminal.type("i")

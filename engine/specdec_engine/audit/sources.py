@@ -94,11 +94,11 @@ def _held_against(cycle: Cycle) -> list[int]:
 class Transformers:
     """`generate` of transformers, with its assisted decoding, its prompt lookup or plain."""
 
-    first_place = 0
-
     def __init__(self, model: Any, sampling: Sampling, k: int, more: dict[str, Any], name: str) -> None:
         """more: what makes `generate` speculate, such as `assistant_model`."""
         self.name = f"transformers, {name}"
+        # Assistants of Gemma 4 read what the target's first pass leaves, and draft from the second token on.
+        self.first_place = int("Assistant" in type(more.get("assistant_model")).__name__)
         self._model, self._sampling, self._k, self._more = model, sampling, k, more
 
     @torch.inference_mode()

@@ -63,6 +63,12 @@ OURS = (
         "specdec_engine.drafters.head:build",
     ),
     DrafterEntry(
+        "assistant",
+        ("ORG/ASSISTANT",),
+        "an assistant of Gemma 4",
+        "specdec_engine.drafters.assistant:build",
+    ),
+    DrafterEntry(
         "ngram",
         ("ngram", "ngram:N"),
         "what followed the same tokens before, N at most",
@@ -106,7 +112,7 @@ def foreign() -> tuple[DrafterEntry, ...]:
 
 
 _NAME = re.compile(r"[\w.-]+")
-_MODELS = ("model", "head")
+_MODELS = ("model", "head", "assistant")
 """Entries that are found by a model's name and seldom by their own."""
 _RESERVED = {"builtin", *(entry.name for entry in OURS)}
 

@@ -148,13 +148,13 @@ def _member(ours: Candidate, draft: str, options: LoadOptions) -> _Looked:
         return _Looked("package", [Finding("draft", "open", said)])
     if entry is not None and entry.name == "self":
         return _Looked("layers", [_own_layers(ours, argument)])
-    if entry is not None and entry.name not in ("model", "head"):
+    if entry is not None and entry.name not in ("model", "head", "assistant"):
         said = f"{draft} drafts without a model of its own, and fits every target"
         return _Looked("lookup", [Finding("draft", "ok", said)])
     draft = draft if entry is None else argument  # model:NAME and head:FOLDER
     made = read_draft(found_draft(draft, options))
-    if made is not None and made.kind == "head":
-        return _Looked("head", _head(ours, draft, made))
+    if made is not None and made.kind != "model":
+        return _Looked("head", (_head if made.kind == "head" else _assistant)(ours, draft, made))
     theirs = find_model(draft, options.for_draft()).rehearsed()
     if theirs.plain_only:
         return _Looked("ids", [Finding("cache", "bad", theirs.plain_only)])
@@ -223,6 +223,19 @@ def _head(ours: Candidate, name: str, made: DraftFolder) -> list[Finding]:
         reads += ", as EAGLE's own code does, for it does not say"
     found.insert(0, Finding("draft", "ok", said))
     return [*found, Finding("layers", "note" if made.layers.counted == "guessed" else "ok", reads)] if taps else found
+
+
+def _assistant(ours: Candidate, name: str, made: DraftFolder) -> list[Finding]:
+    try:
+        made.check(ours.tokenizer, ours.name, ours.vocab)
+        made.check_width(int(ours.config.get_text_config().hidden_size))
+    except PairIncompatible as error:
+        return [Finding("draft", "bad", f"{error.message}; {error.hint}")]
+    if not isinstance(ours.shape, Unsupported) or (ours.device.type == "cuda" and ours.options.runtime != "generic"):
+        return [Finding("draft", "bad", "an assistant of Gemma 4 needs the generic runtime: add --runtime generic")]
+    return [
+        Finding("draft", "ok", f"{name} is an assistant of Gemma 4; it reads what the target keeps, and nothing again")
+    ]
 
 
 def _tokens(ours: Candidate, theirs: Candidate) -> tuple[list[Finding], float | None]:

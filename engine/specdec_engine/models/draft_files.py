@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from specdec_engine.errors import ModelUnavailable
+from specdec_engine.models.assistant_files import assistant_folder
 from specdec_engine.models.draft_folder import DraftFolder, TargetLayers
 from specdec_engine.models.eagle_files import eagle_folder, eagle_weights, refuse_others
 from specdec_engine.models.options import LoadOptions
@@ -35,7 +36,7 @@ def read_draft(path: Path) -> DraftFolder | None:
         if not isinstance(config, dict):
             return None
         if SECTION not in config:
-            return eagle_folder(path, config)
+            return assistant_folder(path, config) or eagle_folder(path, config)
         about = config[SECTION]
         ids = load_file(path / VOCABULARY)["target_ids"].long()
         layers = TargetLayers(tuple(about["taps"]))

@@ -44,7 +44,7 @@ class DraftFolder:
     """A draft made for one target, without its weights."""
 
     path: Path
-    kind: Literal["head", "model"]
+    kind: Literal["head", "model", "assistant"]
     config: dict[str, Any]
     layers: TargetLayers
     """Whose output a head reads."""
@@ -68,14 +68,18 @@ class DraftFolder:
 
     def taps_on(self, hidden: int, layers: int) -> tuple[int, ...]:
         """The layers that a head reads of a target so wide and deep. Raises PairIncompatible for one of another size."""
-        own = int(self.config["hidden_size"])
-        width = int(self.config.get("target_hidden_size") or own)
+        self.check_width(hidden)
+        return self.layers.taps(layers)
+
+    def check_width(self, hidden: int) -> None:
+        """Raises PairIncompatible for a target of another width than it reads."""
+        said = (self.config.get(name) for name in ("backbone_hidden_size", "target_hidden_size", "hidden_size"))
+        width = int(next(filter(None, said)))
         if width != hidden:
             raise PairIncompatible(
-                f"the draft {self.name} reads features of {width} numbers, and the target's have {hidden}",
+                f"the draft {self.name} reads states of {width} numbers, and the target's have {hidden}",
                 "choose the target that it was made for",
             )
-        return self.layers.taps(layers)
 
     def check(self, tokenizer: Any, target: str, vocab: int) -> None:
         """Raises PairIncompatible for another target's tokenizer or logits: ids would mean other tokens, or none."""

@@ -40,7 +40,8 @@ def cached_models() -> list[CachedModel]:
 
 
 def cached_heads(target: str) -> list[CachedHead]:
-    """Heads that name this target as theirs (the speculators library's do); whether they fit is for others to say."""
+    """Heads that name this target as theirs (the speculators library's do), and an assistant that is called after it;
+    whether they fit is for others to say."""
     found = list[CachedHead]()
     for name, folder in _cached():
         try:
@@ -48,7 +49,8 @@ def cached_heads(target: str) -> list[CachedHead]:
             verifier = about.get("verifier") if isinstance(about, dict) else None
         except (OSError, ValueError):
             continue
-        if isinstance(verifier, dict) and str(verifier.get("name_or_path")).lower() == target.lower():
+        named = isinstance(verifier, dict) and str(verifier.get("name_or_path")).lower() == target.lower()
+        if named or name.lower() == f"{target.lower()}-assistant":
             found.append(CachedHead(name, folder))
     return found
 

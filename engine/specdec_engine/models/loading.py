@@ -315,8 +315,9 @@ def find_model(name: str, options: LoadOptions) -> Candidate:
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # streams, events and graphs are the current device's
     path = resolve(name, offline=options.offline, trust_remote_code=options.trust_remote_code, report=options.report)
-    if path.is_dir() and (made := read_draft(path)) is not None and made.kind == "head":
-        raise UsageError(f"{name} is a draft head and no model of its own", "give it to --draft, with its target")
+    if path.is_dir() and (made := read_draft(path)) is not None and made.kind != "model":
+        what = "a draft head" if made.kind == "head" else "an assistant of Gemma 4"
+        raise UsageError(f"{name} is {what} and no model of its own", "give it to --draft, with its target")
     with explained(name, path):
         folder = gguf_files.beside(path, name, options.report) if path.is_file() else path
         found = gguf_files.entries(folder) if path.is_file() else {}

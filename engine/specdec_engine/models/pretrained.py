@@ -91,7 +91,7 @@ def load_weights(
         model, info = AutoModelForCausalLM.from_pretrained(
             **_source(path, trust_remote_code), **common, use_safetensors=True
         )
-    _check_tensors(path, folder, info)
+    check_loaded(path, folder, info)
     if isinstance(placement, torch.device):
         model = model.to(placement)
     return Read(model.eval(), tuple(sorted(info["unexpected_keys"])))
@@ -103,10 +103,10 @@ def _check_gguf_sizes(path: Path, folder: Path, state: State) -> None:
     sizes = {name: tensor.to("meta") for name, tensor in state.tensors.items()}
     how = {"device_map": torch.device("meta"), "ignore_mismatched_sizes": True, "output_loading_info": True}
     made = causal_class(state.config)
-    _check_tensors(path, folder, made.from_pretrained(None, config=state.config, state_dict=sizes, **how)[1])
+    check_loaded(path, folder, made.from_pretrained(None, config=state.config, state_dict=sizes, **how)[1])
 
 
-def _check_tensors(path: Path, folder: Path, info: dict[str, Any]) -> None:
+def check_loaded(path: Path, folder: Path, info: dict[str, Any]) -> None:
     """Look for tensors that are missing or of another size: transformers goes on with random numbers in their place. Raises
     ModelUnavailable."""
     from specdec_engine.models.gguf_header import DAMAGED  # gguf takes 0.1 s to import

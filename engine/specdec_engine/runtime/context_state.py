@@ -77,6 +77,11 @@ class KeysAndValues:
     def inputs(self, tokens: Tensor) -> Iterator[Inputs]:
         yield {"input_ids": tokens[None], self._argument: self._cache, "use_cache": True}
 
+    def of_layer(self, layer: int, to: int) -> tuple[Tensor, Tensor]:
+        """Keys and values, [1, heads, to, size] each, of the first `to` tokens; a view."""
+        kept = self._cache.layers[layer]
+        return kept.keys[:, :, :to], kept.values[:, :, :to]
+
     def rollback(self, to: int) -> None:
         cut(self._cache, self.cached - to)
 

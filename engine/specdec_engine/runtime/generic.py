@@ -12,8 +12,10 @@ from specdec_engine.core.transfer import upload
 from specdec_engine.errors import ModelUnavailable, PairIncompatible, first_line
 from specdec_engine.runtime import step_by_step
 from specdec_engine.runtime.context_limit import context_limit
-from specdec_engine.runtime.context_state import context_state
+from specdec_engine.runtime.context_state import KeysAndValues, context_state
 from specdec_engine.runtime.known_text import KnownText
+from specdec_engine.runtime.last_states import LastStates
+from specdec_engine.runtime.shape import Unsupported
 from specdec_engine.runtime.transformers_cache import rollback_of
 from specdec_engine.system.memory import ran_out
 
@@ -33,6 +35,7 @@ class GenericRuntime:
         self.vocab = _logits_size(model)
         self.limit = context_limit(model.config)
         self.device = model.device
+        self._last: LastStates | None = None
         self._keeps_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._try(f"{label} ({model.config.model_type})")
 
@@ -95,14 +98,32 @@ class GenericRuntime:
 
     @torch.inference_mode()
     def forward(self, tokens: Tensor, rows: int, seldom: bool = False) -> Tensor:
-        keep = {"logits_to_keep": rows} if self._keeps_rows else {}
-        passes = [self.model(**inputs, **keep).logits[0, -rows:] for inputs in self._state.inputs(tokens)]
+        wanted: dict[str, Any] = {"logits_to_keep": rows} if self._keeps_rows else {}
+        if self._last is not None:
+            wanted["output_hidden_states"] = True
+        passes = []
+        for inputs in self._state.inputs(tokens):
+            found = self.model(**inputs, **wanted)
+            passes.append(found.logits[0, -rows:])
+            if self._last is not None:
+                self._last.add(found.hidden_states[-1][0], self.cached)
         logits: Tensor = passes[0] if len(passes) == 1 else torch.cat(passes)[-rows:]
         return logits.to(self.device)  # with a device_map, the last layer may live elsewhere
 
     def rollback(self, to: int) -> None:
         self.known.cut(to)  # first: an interrupt must not leave it knowing more than there is
         self._state.rollback(to)
+        if self._last is not None:
+            self._last.cut(to)
+
+    def keep_last(self) -> tuple[LastStates, KeysAndValues]:
+        """From now on keep what the model computed last of each token; and what its layers keep. Raises Unsupported for a
+        model that keeps no keys and values."""
+        if not isinstance(self._state, KeysAndValues):
+            raise Unsupported("it keeps no keys and values that an assistant could read")
+        if self._last is None:
+            self._last = LastStates()
+        return self._last, self._state
 
     unroll = step_by_step
 
