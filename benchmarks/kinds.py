@@ -1,6 +1,7 @@
 """A pass of models beside the Llama family: our own forward against transformers', and what rows cost a hybrid.
 
-`python benchmarks/kinds.py [--rounds N]` writes JSON. Random weights of small but real proportions (100 to 160 million),
+`python benchmarks/kinds.py [--rounds N] [--only NAME,NAME]` writes JSON. Random weights of small but real proportions (100 to
+160 million, and 500 with experts),
 saved and loaded as a checkpoint would be. Forwards of one kind take turns; times are medians over the rounds, after 200
 tokens. Of hybrids it shows what each further row costs: tokens fed again after a rejection are such rows.
 """
@@ -40,6 +41,8 @@ LEAN: dict[str, tuple[str, dict[str, Any]]] = {
     "exaone4": ("Exaone4Config", {"sliding_window": None, "layer_types": ["full_attention"] * 12}),
     "gemma3": ("Gemma3TextConfig", {"sliding_window": 512, "query_pre_attn_scalar": 64}),
     "olmo3": ("Olmo3Config", {}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 8, "intermediate_size": 1024}),
+    "qwen3_moe": ("Qwen3MoeConfig", {"num_experts": 64, "moe_intermediate_size": 256, "num_experts_per_tok": 8}),
 }
 MIXED = ["linear_attention", "linear_attention", "linear_attention", "full_attention"] * 3
 HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -89,19 +92,23 @@ def measured(arms: dict[str, Runtime], rounds: int) -> dict[str, dict[int, float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
-    rounds, results = parser.parse_args().rounds, dict[str, Any]()
+    parser.add_argument("--only", help="kinds, joined by commas")
+    asked = parser.parse_args()
+    rounds, results = asked.rounds, dict[str, Any]()
+    wanted = asked.only.split(",") if asked.only else [*LEAN, *HYBRIDS]
     torch.set_num_threads(usable_cores())
     with tempfile.TemporaryDirectory() as scratch:
-        for name, (kind, given) in LEAN.items():
+        for name, (kind, given) in ((name, LEAN[name]) for name in wanted if name in LEAN):
             folder = Path(scratch) / name
             arms = {
                 "transformers, bfloat16": load(folder, kind, given, runtime="generic", dtype="bfloat16"),
                 "ours, bfloat16": load(folder, kind, given, dtype="bfloat16", quantize="none"),
                 "ours, int8": load(folder, kind, given, quantize="int8"),
+                "ours, int4": load(folder, kind, given, quantize="int4"),
             }
             results[name] = measured(arms, rounds)
             print(name, results[name], file=sys.stderr)
-        for name, (kind, given) in HYBRIDS.items():
+        for name, (kind, given) in ((name, HYBRIDS[name]) for name in wanted if name in HYBRIDS):
             arm = load(Path(scratch) / name, kind, given, dtype="bfloat16")
             results[name] = measured({"transformers, bfloat16": arm}, rounds)
             print(name, results[name], file=sys.stderr)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from specdec_engine.core.cycle_types import Draft, Sampling, Verdict
@@ -229,11 +231,22 @@ def tiny_llama(seed: int = 0, layers: int = 2, hidden: int = 32, vocab: int = VO
     return LlamaForCausalLM(LlamaConfig(**settings)).eval()
 
 
+def _as_stored(model: Any) -> dict[str, Tensor]:
+    """By the names of a checkpoint, in which each expert is by itself."""
+    state: dict[str, Tensor] = dict(model.state_dict())
+    if all(tensor.dim() < 3 for tensor in state.values()):
+        return state
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        stored = load_file(Path(folder) / "model.safetensors")
+        return {name: tensor.clone() for name, tensor in stored.items()}
+
+
 class StateWeights:
     """A model's state dict as a checkpoint."""
 
     def __init__(self, model: Any) -> None:
-        self._state = dict(model.state_dict())
+        self._state = _as_stored(model)
 
     @property
     def names(self) -> frozenset[str]:
@@ -363,6 +376,19 @@ def save_eagle_head(folder: Path, target: Any, vocab: int, ids: int = 60) -> Pat
     return folder
 
 
+def _stacked(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With gates and ways up of experts in tensors of their own, and by names that end as a matrix's do."""
+    found = dict[str, Tensor]()
+    for name, tensor in state.items():
+        if name.endswith("experts.gate_up_proj"):
+            gates, ups = tensor.chunk(2, 1)
+            stem = name.removesuffix("gate_up_proj")
+            found |= {f"{stem}gate_proj.weight": gates, f"{stem}up_proj.weight": ups}
+        else:
+            found[f"{name}.weight" if name.endswith("experts.down_proj") else name] = tensor
+    return found
+
+
 def save_gguf(
     file: Path,
     kind: str = "Q4_0",
@@ -380,7 +406,7 @@ def save_gguf(
     tokenizer = byte_tokenizer()
     if model is None:
         model = tiny_llama(seed, hidden=64, vocab=len(tokenizer), tie_word_embeddings=True)
-    config, state = model.config, model.state_dict()
+    config, state = model.config, _stacked(model.state_dict())
     rope = config.rope_parameters
     writer = gguf.GGUFWriter(file, arch, split_max_tensors=tensors_a_part)
     writer.add_block_count(config.num_hidden_layers)
@@ -411,6 +437,10 @@ def save_gguf(
         writer.add_value_length(config.head_dim)
     if arch.startswith("gemma") and "sliding_attention" in config.layer_types:
         writer.add_sliding_window(config.sliding_window)
+    if arch == "qwen3moe":
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     if arch == "phi3":
         writer.add_sliding_window(config.sliding_window or 0)
     if arch == "gemma2":
@@ -449,7 +479,7 @@ def save_gguf(
                 tensor = tensor.view(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
         if name.endswith("norm.weight") and arch.startswith("gemma"):
             tensor = tensor + 1
-        packed = gguf.GGMLQuantizationType[kind if tensor.dim() == 2 else "F32"]
+        packed = gguf.GGMLQuantizationType[kind if tensor.dim() > 1 and ".gate." not in name else "F32"]
         stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
         writer.add_tensor(stored, gguf.quantize(tensor.float().numpy(), packed), raw_dtype=packed)
     writer.write_header_to_file()

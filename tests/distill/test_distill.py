@@ -7,6 +7,8 @@ import random
 import shutil
 from dataclasses import replace
 from itertools import takewhile
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -50,6 +52,7 @@ from specdec_engine.record.trace import TraceWriter
 from specdec_engine.runtime.head import HeadForward, HeadRuntime, head_shape
 from specdec_engine.system.timing import HostTimer
 from tests.fakes import CPU, FakeClock, byte_tokenizer, cycles, emitted, lean, save_checkpoint, tiny_llama
+from tests.models.test_architectures import build
 
 OPTIONS = LoadOptions(dtype="float32", device="cpu", quantize="none")
 
@@ -129,10 +132,54 @@ def test_what_cannot_write_text_for_a_draft_is_refused_before_its_weights_are_re
     from tests.models import checkpoints
 
     monkeypatch.setattr("specdec_engine.models.loading.load_weights", lambda *_: pytest.fail("weights were read"))
-    for kind, said in (("granite", "of the type granite"), ("gpt2", "needs the lean or the graph runtime")):
+    for kind, device, said in (
+        ("granite", "cuda", r"\(granite\) on a CPU alone"),
+        ("gpt2", "cpu", "needs the lean or the graph runtime"),
+    ):
         checkpoints.save(kind, tmp_path / kind)
         with pytest.raises(UsageError, match=said):
-            check_target(find_model(str(tmp_path / kind), OPTIONS))
+            check_target(replace(find_model(str(tmp_path / kind), OPTIONS), device=torch.device(device)))
+
+
+KIN: dict[str, dict[str, Any]] = {
+    "CohereConfig": {"logit_scale": 0.3},
+    "Gemma2Config": {"query_pre_attn_scalar": 12, "final_logit_softcapping": 2.0},
+    "GraniteConfig": {"logits_scaling": 2.5, "residual_multiplier": 0.3},
+    "Qwen3MoeConfig": {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+@pytest.mark.parametrize("kind", KIN)
+def test_a_head_learns_what_each_kind_of_target_says(kind, tmp_path):
+    """Its scaled and capped logits; and the head that was made drafts for it without changing a word."""
+    sizes = {
+        "vocab_size": len(byte_tokenizer()),
+        "head_dim": 8,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+    }
+    model = build(kind, {**sizes, **KIN[kind]})
+    model.save_pretrained(tmp_path / "t")
+    byte_tokenizer().save_pretrained(tmp_path / "t")
+    found = find_model(str(tmp_path / "t"), OPTIONS)
+    runtime, tokens = found.load().runtime, torch.arange(5, 35)
+    runtime.tap((0,))
+    logits = runtime.forward(tokens, 30)
+    rows = found.output_rows(slice(None))
+    batch = SimpleNamespace(features=runtime.features(0, 30)[None], counts=torch.ones(1, 29, dtype=torch.bool))
+    teacher = Teacher(rows, torch.arange(len(rows)), scales=runtime.decoder.shape.scales)
+    said = teacher.logits(batch, SimpleNamespace(rows=rows, masked=lambda logits: logits))
+    assert torch.allclose(said, logits[1:], atol=1e-3)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("specdec_engine.distill.run.PASSES", 1)
+        events = list(distill(found, found.load(), Recipe(tmp_path / "draft", "head", "small", tokens=3000)))
+    assert isinstance(events[-1], Training)
+    prompt = [5, 6, 7, 8, 5, 6, 7]
+    texts = [
+        emitted(load_pair(str(tmp_path / "t"), draft, OPTIONS).decode(prompt, k=3, max_tokens=20))
+        for draft in ("none", str(tmp_path / "draft"))
+    ]
+    assert texts[0] == texts[1]
 
 
 def test_the_template_is_split_around_a_users_words():

@@ -166,8 +166,8 @@ rejected tokens:
 - *read anew*: the model keeps its state in a way of its own, and the whole text is read at each pass. That is slow for long
   texts, and exact.
 
-**Drafts**: of what there is for a target ([drafts](drafts.md)). `specdec distill` makes drafts for Llama, Mistral, Qwen 2 and
-Qwen 3 only.
+**Drafts**: of what there is for a target ([drafts](drafts.md)). `specdec distill` makes drafts for all that run on our own
+forward; on a GPU for Llama, Mistral, Qwen 2 and Qwen 3 only.
 
 Of Nemotron-H and Zamba 2, transformers puts a floor under the time steps of several tokens, and none under those of one:
 logits of spread 1.6 differ by 0.005 between a pass over several tokens and passes over one, in its own `generate` too.

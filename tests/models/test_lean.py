@@ -102,8 +102,21 @@ FAMILY = {
         },
     ),
     "exaone4 with windows": ("Exaone4Config", {"sliding_window": 5, "layer_types": WINDOWED}),
+    "mixtral": ("MixtralConfig", {"sliding_window": 5, "num_local_experts": 4}),
+    "qwen3 with experts": (
+        "Qwen3MoeConfig",
+        {"head_dim": 16, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": True},
+    ),
+    "qwen3 with experts in some layers": (
+        "Qwen3MoeConfig",
+        {
+            "head_dim": 16, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2,
+            "norm_topk_prob": False, "mlp_only_layers": [1], "decoder_sparse_step": 2,
+        },
+    ),
 }  # fmt: skip
-PLAIN = [name for name in FAMILY if not name.startswith(("cohere", "granite", "olmo", "exaone4", "gemma", "glm4"))]
+OTHERWISE = ("cohere", "granite", "olmo", "exaone4", "gemma", "glm4", "mixtral", "qwen3 with experts")
+PLAIN = [name for name in FAMILY if not name.startswith(OTHERWISE)]
 """What kernels of our own do a layer of in one call."""
 
 

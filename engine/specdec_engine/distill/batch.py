@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import rms_norm, silu
 
 from specdec_engine.runtime.decoder import Decoder
-from specdec_engine.runtime.ops import Layer
+from specdec_engine.runtime.ops import Layer, Network
 
 _SPAN = 64
 
@@ -51,8 +51,9 @@ class Batch:
             cache[each, :, positions] = heads[:, s.heads :]
             attended = self._attend(heads[:, : s.heads], cache[:, :, :span], hidden[layer.window])
             x = x + layer.out(attended.reshape(n, -1))
-            gate, up = layer.gate_up(self._normed(x, layer.mlp_norm)).chunk(2, -1)
-            x = x + layer.down(silu(gate) * up)
+            assert isinstance(layer.network, Network)
+            gate, up = layer.network.gate_up(self._normed(x, layer.mlp_norm)).chunk(2, -1)
+            x = x + layer.network.down(silu(gate) * up)
             kept += [x.to(d.dtype)] if i in self._taps else []
         last = self._normed(x, d.norm)
         return d.head(last), torch.stack([*kept, last], 1)

@@ -11,6 +11,7 @@ from torch import Tensor
 from specdec_engine.distill.head import Head, HeadShape
 from specdec_engine.distill.training import Batch, Columns, Teacher
 from specdec_engine.models.draft_folder import DraftFolder
+from specdec_engine.runtime.shape import Shape
 
 Kind = Literal["head", "model"]
 Size = Literal["small", "medium", "large"]
@@ -35,17 +36,16 @@ SIZES: dict[Size, Dimensions] = {
 }
 
 
-def shape_for(config: Any, size: Dimensions, features: int) -> HeadShape:
-    """Of a new head for a target with this config."""
-    heads = config.num_attention_heads
+def shape_for(target: Shape, size: Dimensions, features: int) -> HeadShape:
+    """Of a new head for a target of this shape."""
     return HeadShape(
-        hidden=config.hidden_size,
+        hidden=target.hidden,
         features=features,
-        heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        intermediate=-(-int(config.hidden_size * size.intermediate) // 64) * 64,
-        eps=config.rms_norm_eps,
+        heads=target.heads,
+        kv_heads=target.kv_heads,
+        head_size=target.head_size,
+        intermediate=-(-int(target.hidden * size.intermediate) // 64) * 64,
+        eps=target.eps,
         theta=10_000.0,
     )
 

@@ -23,6 +23,7 @@ from specdec_engine.models.draft_files import head_weights, inverse
 from specdec_engine.models.draft_folder import DraftFolder
 from specdec_engine.models.loading import Candidate, Loaded
 from specdec_engine.runtime.decoder import Decoder
+from specdec_engine.runtime.shape import Shape
 
 STEPS = 2
 """Depth of a draft in training; each step costs as much as the first."""
@@ -62,8 +63,9 @@ class Trainer:
         every = found.output_rows(slice(None)).to(self._device, torch.bfloat16)
         ours = inverse(ids, target.runtime.vocab, -1).to(self._device)
         # A draft model's ids are those of its own vocabulary, and no others.
-        self._teacher = Teacher(every[ids.to(self._device)], ours, every if recipe.kind == "head" else None)
-        self._student = self._new_student(found, held[0].features.shape[1])
+        whole = every if recipe.kind == "head" else None
+        self._teacher = Teacher(every[ids.to(self._device)], ours, whole, decoder.shape.scales)
+        self._student = self._new_student(found, decoder.shape, held[0].features.shape[1])
         self._optimizers = [self._accelerator.prepare(o) for o in _optimizers(self._student.module)]
         self._student.module = self._accelerator.prepare(self._student.module)
         # Each kind and size has a training of its own; the text serves them all.
@@ -158,7 +160,7 @@ class Trainer:
         self.best, self.exported = trained.best, trained.exported
         return replace(spent, step=trained.step, training_s=trained.training_s)
 
-    def _new_student(self, found: Candidate, features: int) -> Student:
+    def _new_student(self, found: Candidate, of: Shape, features: int) -> Student:
         torch.manual_seed(self._recipe.seed)
         size = SIZES[self._recipe.size or "medium"]
         if self._recipe.kind == "model":
@@ -166,10 +168,10 @@ class Trainer:
             model.module.to(self._device)
             return model
         embedding, norm = (found.tensor(name) for name in ("model.embed_tokens.weight", "model.norm.weight"))
-        shape = shape_for(found.config, size, features) if self._draft is None else shape_of(self._draft)
+        shape = shape_for(of, size, features) if self._draft is None else shape_of(self._draft)
         head = HeadStudent(shape, embedding.to(self._device, torch.bfloat16))
         if self._draft is None:
-            head.module.final_norm.data.copy_(norm)
+            head.module.final_norm.data.copy_(norm + 1.0 if of.unit_norms else norm)
         else:
             head.module.load_state_dict(head_weights(self._draft))
         head.module.to(self._device)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from specdec_engine.distill.shards import Shard
+from specdec_engine.runtime.shape import Scales
 
 BATCH_TOKENS = 4096
 """Padded tokens of a step: enough for full matrix units, few enough for many steps."""
@@ -98,6 +99,8 @@ class Teacher:
     """[V]: target id -> draft id, -1 where it has none."""
     every: Tensor | None = None
     """[V, d]: the whole matrix, of a draft that takes ids of the context besides its own."""
+    scales: Scales = field(default_factory=Scales)
+    """What the target does to its logits."""
 
     def columns(self, batch: Batch) -> Columns:
         """Of the ids that the batch's texts have and the draft lacks, the commonest."""
@@ -115,7 +118,7 @@ class Teacher:
     def logits(self, batch: Batch, columns: Columns) -> Tensor:
         """[n, V' + m], what the target says at the slots that count, of the draft's ids."""
         last = batch.features[:, 1:, -1][batch.counts].to(self.rows)
-        return columns.masked(last @ columns.rows.T)
+        return columns.masked(self.scales.of_logits(last @ columns.rows.T))
 
     def said(self, batch: Batch, columns: Columns) -> Tensor:
         """[B, T], the column of the token that the target chose; -1 where the draft lacks it, or none followed."""

@@ -340,13 +340,18 @@ def _figures(ours: Candidate, theirs: Candidate, drafted_for_one: float, in_one_
     """c between what reading the weights costs and what layers cost, for a token of the target's or for a whole draft in one
     pass, and the speedup at the best k for each."""
     layers = [int(getattr(m.config.get_text_config(), "num_hidden_layers", 1)) for m in (ours, theirs)]
-    sizes = [m.need.weights for m in (ours, theirs)]
+    sizes = [_read_by_a_token(m) for m in (ours, theirs)]
     low, high = sorted(drafted_for_one * ratio for ratio in (sizes[1] / sizes[0], layers[1] / layers[0]))
     return {
         "c": [low, high],
         "speedup": list(_band(low, high, in_one_pass)),
-        "weight_bytes": sizes,
+        "weight_bytes": [m.need.weights for m in (ours, theirs)],
     }
+
+
+def _read_by_a_token(model: Candidate) -> float:
+    """Bytes of its weights: of a mixture of experts the few that a token takes."""
+    return model.need.weights * (1.0 if isinstance(model.shape, Unsupported) else model.shape.share_read)
 
 
 def _band(low: float, high: float, in_one_pass: bool = False) -> tuple[float, float]:

@@ -72,9 +72,10 @@ class DraftFolder:
         return self.layers.taps(layers)
 
     def check_width(self, hidden: int) -> None:
-        """Raises PairIncompatible for a target of another width than it reads."""
-        said = (self.config.get(name) for name in ("backbone_hidden_size", "target_hidden_size", "hidden_size"))
-        width = int(next(filter(None, said)))
+        """Raises PairIncompatible for a target of another width than it reads, and KeyError or TypeError where its config
+        does not say that."""
+        own = self.config.get("backbone_hidden_size") or self.config.get("target_hidden_size")
+        width = int(own or self.config["hidden_size"])
         if width != hidden:
             raise PairIncompatible(
                 f"the draft {self.name} reads states of {width} numbers, and the target's have {hidden}",

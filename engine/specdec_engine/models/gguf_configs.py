@@ -136,6 +136,21 @@ def _cohere2(keys: Keys) -> dict[str, Any]:
     }
 
 
+def _qwen3_moe(keys: Keys) -> dict[str, Any]:
+    """llama.cpp has the weights of the experts that are taken add up to 1; no key says so."""
+    return {
+        "model_type": "qwen3_moe",
+        "head_dim": int(keys("attention.key_length")),
+        "num_experts": int(keys("expert_count")),
+        "num_experts_per_tok": int(keys("expert_used_count")),
+        "moe_intermediate_size": int(keys("expert_feed_forward_length")),
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        **_rms(keys),
+    }
+
+
 def _logits(keys: Keys) -> dict[str, Any]:
     """Command R's own: norms that take the mean away, and scaled logits."""
     return {"logit_scale": float(keys("logit_scale")), "layer_norm_eps": float(keys("attention.layer_norm_epsilon"))}
@@ -155,5 +170,6 @@ _MADE: Mapping[str, Callable[[Keys], dict[str, Any]]] = {
     "glm4": _glm4,
     "granite": _granite,
     "olmo2": _olmo,
+    "qwen3moe": _qwen3_moe,
     "smollm3": _smollm3,
 }

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +30,7 @@ from specdec_engine.system.folders import cache_folder
 if TYPE_CHECKING:
     from specdec_engine.runtime.weights import Entry
 
-LAYOUT = 7
+LAYOUT = 8
 """Version of the folder; raise it when its contents change."""
 SCRATCH = ".scratch-"
 _INDEX = "index.json"
@@ -49,6 +49,8 @@ class _Member:
     """Those of `_FUSED` that are one matrix."""
     plus: float = 0.0
     """A number that is added to the norms' weights: llama.cpp keeps Gemma's whole, Hugging Face less one."""
+    experts: bool = False
+    """It has experts, each kind of matrix of all of a layer in one tensor."""
 
 
 _FUSED = {
@@ -68,6 +70,7 @@ _MEMBERS = {
     "phi3": _Member(fused=tuple(_FUSED)),
     "qwen2": _Member(),
     "qwen3": _Member(),
+    "qwen3moe": _Member(experts=True),
     "smollm3": _Member(interleaved=True),
 }
 """GGUF architectures whose tensors have Hugging Face names one to one. Others are left to transformers."""
@@ -261,13 +264,15 @@ def _read_entries(reader: Any, model_type: str) -> dict[str, Entry]:
     kv_heads = int(reader.fields[f"{arch}.attention.head_count_kv"].contents())
     member = _MEMBERS[arch]
     interleaved = {"q_proj": heads, "k_proj": kv_heads} if member.interleaved else {}
-    names = _hf_names(get_tensor_name_map(number[arch], layers), layers, member.fused, norms_of(model_type).names)
-    found = {}
+    more = ("mlp.gate", *_EXPERTS) if member.experts else ()
+    parts = (*norms_of(model_type).names, *more)
+    names = _hf_names(get_tensor_name_map(number[arch], layers), layers, member.fused, parts)
+    found = dict[str, Entry]()
     for tensor, part in zip(reader.tensors, reader.part_of, strict=True):
         if tensor.name in FACTORS:  # these are in the config
             continue
         name = names.get(tensor.name, tensor.name)  # an unknown one keeps its name, and is seen to be left over
-        found[name] = Entry(
+        entry = Entry(
             kind=tensor.tensor_type.name,
             shape=tuple(int(size) for size in reversed(tensor.shape)),
             offset=int(tensor.data_offset),
@@ -276,12 +281,26 @@ def _read_entries(reader: Any, model_type: str) -> dict[str, Entry]:
             plus=member.plus if name.endswith("norm.weight") else 0.0,
             part=part,
         )
+        found |= _each_expert(name, entry) if ".mlp.experts." in name else {name: entry}
     return found
 
 
-def _hf_names(table: Any, layers: int, fused: Collection[str], norms: Collection[str]) -> dict[str, str]:
+_EXPERTS = ("mlp.experts.gate_proj", "mlp.experts.up_proj", "mlp.experts.down_proj")
+
+
+def _each_expert(name: str, entry: Entry) -> dict[str, Entry]:
+    """A tensor [experts, rows, columns] as the matrices that it is made of."""
+    count, *shape = entry.shape
+    size, head, tail = entry.size // count, *name.split(".experts.")
+    return {
+        f"{head}.experts.{i}.{tail}": replace(entry, shape=tuple(shape), offset=entry.offset + i * size, size=size)
+        for i in range(count)
+    }
+
+
+def _hf_names(table: Any, layers: int, fused: Collection[str], more: Collection[str]) -> dict[str, str]:
     """GGUF's names -> Hugging Face's, from the gguf library's own table."""
-    parts = ["self_attn.o_proj", "self_attn.q_norm", "self_attn.k_norm", "mlp.down_proj", *norms]
+    parts = ["self_attn.o_proj", "self_attn.q_norm", "self_attn.k_norm", "mlp.down_proj", *more]
     for whole, apart in _FUSED.items():
         parts += [whole] if whole in fused else apart
     stems = ["model.embed_tokens", "model.norm", "lm_head"]

@@ -379,9 +379,14 @@ def lean_shape(config: Any, options: LoadOptions, device: torch.device) -> Shape
     if options.runtime == "graph" and device.type != "cuda":
         return Unsupported(f"graphs are recorded on a CUDA device, and this is {device}")
     try:
-        return shape_of(config)
+        shape = shape_of(config)
     except Unsupported as reason:
         return reason
+    if shape.mixture is not None and device.type != "cpu":
+        return Unsupported(
+            "its experts run on our own forward on a CPU alone"
+        )  # which they are is asked at every layer
+    return shape
 
 
 def _check_numbers(runtime: Runtime, model: Candidate) -> None:

@@ -54,7 +54,7 @@ class Blocks:
     def forms(self) -> str:
         """How the layers' weights are kept: int4, int8, or a dtype."""
         return "+".join(
-            sorted({p.form for layer in self.layers for p in (layer.qkv, layer.out, layer.gate_up, layer.down)})
+            sorted({p.form for layer in self.layers for p in (layer.qkv, layer.out, *layer.network.projections)})
         )
 
     @property

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 
 from specdec_engine.runtime import native
+from specdec_engine.runtime.experts import Experts
 from specdec_engine.runtime.linear import WIDE
 from specdec_engine.runtime.native import LayerFields, Matrix
 from specdec_engine.runtime.ops import TORCH, Layer, Ops
@@ -27,8 +28,8 @@ def ops_for(dtype: torch.dtype) -> Ops:
 
 def whole(layer: Layer, shape: Shape) -> Layer:
     """With `fields`, where our own kernels multiply all of it."""
-    parts = [p.matrices for p in (layer.qkv, layer.out, layer.gate_up, layer.down)]
-    if not all(parts) or not shape.plain:
+    parts = [p.matrices for p in (layer.qkv, layer.out, *layer.network.projections)]
+    if not all(parts) or not shape.plain or isinstance(layer.network, Experts):
         return layer
     matrices = [matrix for part in parts for matrix in part]
     norms = (layer.attention_norm, layer.mlp_norm, layer.q_norm, layer.k_norm)

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from specdec_engine.runtime.blocks import Blocks, TreeRows
 from specdec_engine.runtime.cpu import whole
+from specdec_engine.runtime.experts import Experts
 from specdec_engine.runtime.linear import Packing, Projection, Rows, head_packing, project
 from specdec_engine.runtime.native import Kernels
-from specdec_engine.runtime.ops import Layer, Ops, Pass, PassOfPrompts, PassTogether
+from specdec_engine.runtime.ops import Layer, Network, Ops, Pass, PassOfPrompts, PassTogether
 from specdec_engine.runtime.shape import Shape, Unsupported
 from specdec_engine.runtime.weights import Grouped, Unfused, Weights
 
@@ -155,14 +156,11 @@ class Decoder(Blocks):
         return last, last if taps is None else torch.stack([*kept, last], 1)
 
     def _logits(self, last: Tensor) -> Tensor:
-        scales = self.shape.scales
-        logits: Tensor = self.head(last)
-        logits = logits if scales.logits == 1.0 else logits * scales.logits
-        return logits if scales.cap_logits == 0.0 else (logits / scales.cap_logits).tanh_().mul_(scales.cap_logits)
+        return self.shape.scales.of_logits(self.head(last))
 
     def _layer(self, take: _Taker, i: int, to: _To) -> Layer:
         shape, at = self.shape, f"model.layers.{i}"
-        attention, mlp = f"{at}.self_attn", f"{at}.mlp"
+        attention = f"{at}.self_attn"
         size, rotary = shape.head_size, shape.rotary
         orders, of_one_head = {}, None
         if not shape.paired:
@@ -180,14 +178,31 @@ class Decoder(Blocks):
             k_norm=self._head_norm(take, f"{attention}.k_norm.weight", normed.get("k_proj", of_one_head)),
             out=take.projection(attention, ("o_proj",), to),
             mlp_norm=norm(shape.norms.mlp),
-            gate_up=take.projection(mlp, ("gate_proj", "up_proj"), to),
-            down=take.projection(mlp, ("down_proj",), to),
+            network=self._network(take, i, to),
             window=shape.windows[i],
             rotation=shape.rotation_of_layer[i] if shape.rotation_of_layer else 0,
             attention_after=norm(shape.norms.attention_after),
             mlp_after=norm(shape.norms.mlp_after),
         )
         return whole(layer, shape)
+
+    def _network(self, take: _Taker, i: int, to: _To) -> Network | Experts:
+        at, mixture = f"model.layers.{i}", self.shape.mixture
+        if mixture is None or i not in mixture.layers:
+            return Network(
+                take.projection(f"{at}.mlp", ("gate_proj", "up_proj"), to),
+                take.projection(f"{at}.mlp", ("down_proj",), to),
+            )
+        dtype, device, _, kernels = to
+        gate, up, down = mixture.parts
+        stems = [f"{at}.{mixture.expert.format(number)}" for number in range(mixture.count)]
+        return Experts(
+            router=project([take.dense(f"{at}.{mixture.router}.weight")], None, dtype, device, "none", kernels),
+            gate_ups=[take.projection(stem, (gate, up), to) for stem in stems],
+            downs=[take.projection(stem, (down,), to) for stem in stems],
+            taken=mixture.taken,
+            renormed=mixture.renormed,
+        )
 
     def _head_norm(self, take: _Taker, name: str, order: Tensor | None) -> Tensor | None:
         """The norm of each query's head, or of each key's, if there is one."""

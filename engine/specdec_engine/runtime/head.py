@@ -23,7 +23,7 @@ from specdec_engine.runtime.decoder import Embedding
 from specdec_engine.runtime.known_text import KnownText
 from specdec_engine.runtime.linear import Projection, Quantize, project
 from specdec_engine.runtime.native import Kernels
-from specdec_engine.runtime.ops import Layer, Ops
+from specdec_engine.runtime.ops import Layer, Network, Ops
 from specdec_engine.runtime.shape import Rotation, Shape
 
 
@@ -146,8 +146,7 @@ class HeadForward(Blocks):
             k_norm=k_norm,
             out=matrix(f"{at}out"),
             mlp_norm=self.norm_weight(weights[f"{at}mlp_norm"]),
-            gate_up=matrix(f"{at}gate_up"),
-            down=matrix(f"{at}down"),
+            network=Network(matrix(f"{at}gate_up"), matrix(f"{at}down")),
             window=None,
         )
         return whole(layer, self.shape)

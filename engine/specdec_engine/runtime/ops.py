@@ -15,12 +15,25 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, rms_norm, scaled_dot_product_attention, silu
 
+from specdec_engine.runtime.experts import Experts
 from specdec_engine.runtime.linear import Projection, multiply_texts
 from specdec_engine.runtime.native import Kernels, LayerFields, of_texts, pass_fields
 from specdec_engine.runtime.shape import Growth, Shape
 
 FEW_ROWS = 16
 """Rows up to which query heads that share keys are rows of one head, whose keys are read once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """A gated feed-forward network."""
+
+    gate_up: Projection
+    down: Projection
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        return (self.gate_up, self.down)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +48,7 @@ class Layer:
     out: Projection
     mlp_norm: Tensor | None
     """The norm of what the feed-forward network reads, likewise."""
-    gate_up: Projection
-    down: Projection
+    network: Network | Experts
     window: int | None
     rotation: int = 0
     """The number of its rotation, of those that the shape has."""
@@ -148,9 +160,16 @@ class Pass:
         multiply = self._multiply
         attended = self.attention(i, layer, multiply(layer.qkv, inputs))
         self._add(multiply(layer.out, attended), layer.attention_after)
-        gated = multiply(layer.gate_up, inputs if self.shape.parallel else self._read(layer.mlp_norm))
+        inputs = inputs if self.shape.parallel else self._read(layer.mlp_norm)
+        if isinstance(layer.network, Experts):
+            self._add(self._taken(layer.network, inputs), layer.mlp_after)
+            return
+        gated = multiply(layer.network.gate_up, inputs)
         gated = gelu_gate(gated) if self.shape.gelu else self.ops.gate(gated)
-        self._add(multiply(layer.down, gated), layer.mlp_after)
+        self._add(multiply(layer.network.down, gated), layer.mlp_after)
+
+    def _taken(self, experts: Experts, x: Tensor) -> Tensor:
+        return experts(x, self.ops.gate)
 
     def _multiply(self, projection: Projection, x: Tensor) -> Tensor:
         return projection(x)
@@ -252,6 +271,9 @@ class PassOfPrompts(PassTogether):
 
     def _multiply(self, projection: Projection, x: Tensor) -> Tensor:
         return torch.cat(multiply_texts(projection, torch.split(x, self._sizes)))
+
+    def _taken(self, experts: Experts, x: Tensor) -> Tensor:
+        return torch.cat([experts(own, self.ops.gate) for own in torch.split(x, self._sizes)])
 
 
 def causal_mask(positions: Tensor, span: int, window: int | None, dtype: torch.dtype) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdec_engine.runtime.mixture import Mixture, mixture_of
+
 FAMILY = (
     "cohere", "cohere2", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "granite", "llama", "ministral",
-    "ministral3", "mistral", "olmo2", "olmo3", "phi3", "qwen2", "qwen3", "smollm3",
+    "ministral3", "mistral", "mixtral", "olmo2", "olmo3", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3",
 )  # fmt: skip
 """transformers' model types that `shape_of` knows."""
 
@@ -33,6 +36,11 @@ class Scales:
     logits: float = 1.0
     cap_scores: float = 0.0
     cap_logits: float = 0.0
+
+    def of_logits(self, logits: Tensor) -> Tensor:
+        """What a model says, of what its head gives; may be the same memory."""
+        logits = logits if self.logits == 1.0 else logits * self.logits
+        return logits if self.cap_logits == 0.0 else (logits / self.cap_logits).tanh_().mul_(self.cap_logits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +145,8 @@ class Shape:
     centred: bool = False
     """A norm takes the mean away first (Cohere): it is torch's layer norm."""
     growth: Growth | None = None
+    mixture: Mixture | None = None
+    """Experts in the place of feed-forward networks."""
     scales: Scales = field(default_factory=lambda: Scales())
 
     @property
@@ -149,6 +159,13 @@ class Shape:
     def kv_values(self) -> int:
         """Numbers cached a token, keys and values, all layers."""
         return self.layers * 2 * self.kv_heads * self.head_size
+
+    @property
+    def share_read(self) -> float:
+        """Of its weights, what a pass over one token reads."""
+        if self.mixture is None:
+            return 1.0
+        return 1.0 - self.mixture.left(self.hidden) / sum(map(math.prod, self.tensors.values()))
 
 
 def shape_of(config: Any) -> Shape:
@@ -190,6 +207,7 @@ def shape_of(config: Any) -> Shape:
         parallel=cohere,
         centred=cohere,
         growth=_growth(config),
+        mixture=mixture_of(config),
         scales=_scales(config, head_size),
     )
 
@@ -287,7 +305,7 @@ def _windows(config: Any, layers: int) -> tuple[int | None, ...]:
     window = getattr(config, "sliding_window", None)
     if config.model_type in ("cohere", "gemma", "glm", "glm4", "granite", "llama", "olmo2"):
         return (None,) * layers
-    if config.model_type in ("ministral3", "mistral", "phi3"):
+    if config.model_type in ("ministral3", "mistral", "mixtral", "phi3", "qwen3_moe"):
         return (window,) * layers
     if config.model_type == "smollm3" and not config.use_sliding_window:
         return (None,) * layers
@@ -313,6 +331,7 @@ def _tensors(config: Any, head_size: int) -> dict[str, tuple[int, ...]]:
         "olmo3": (biased, biased, False),
         "qwen2": (True, False, False),
         "qwen3": (biased, biased, False),
+        "qwen3_moe": (biased, biased, False),
         "smollm3": (biased, biased, getattr(config, "mlp_bias", False)),
     }.get(config.model_type, (False, False, False))
     hidden, inner, queries = config.hidden_size, config.intermediate_size, config.num_attention_heads * head_size
@@ -342,9 +361,17 @@ def _tensors(config: Any, head_size: int) -> dict[str, tuple[int, ...]]:
         layer[f"{name}.weight"] = (rows, columns)
         if has_bias:
             layer[f"{name}.bias"] = (rows,)
-    if config.model_type in ("exaone4", "gemma3_text", "olmo2", "olmo3", "qwen3"):
+    if config.model_type in ("exaone4", "gemma3_text", "olmo2", "olmo3", "qwen3", "qwen3_moe"):
         wide = config.model_type in ("olmo2", "olmo3")
         layer["self_attn.q_norm.weight"] = (queries if wide else head_size,)
         layer["self_attn.k_norm.weight"] = (keys if wide else head_size,)
-    sizes = {f"model.layers.{i}.{name}": size for i in range(config.num_hidden_layers) for name, size in layer.items()}
+    mixture = mixture_of(config)
+    networks = {name: size for name, size in layer.items() if name.startswith("mlp.")}
+    mixed = {} if mixture is None else mixture.tensors(hidden)
+    sizes = dict[str, tuple[int, ...]]()
+    for i in range(config.num_hidden_layers):
+        has_experts = mixture is not None and i in mixture.layers
+        own = {name: size for name, size in layer.items() if name not in networks}
+        own |= mixed if has_experts else networks
+        sizes |= {f"model.layers.{i}.{name}": size for name, size in own.items()}
     return sizes | {"model.embed_tokens.weight": (config.vocab_size, hidden), "model.norm.weight": (hidden,)}

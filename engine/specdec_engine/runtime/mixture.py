@@ -1,0 +1,71 @@
+"""What the lean forward needs to know of a mixture of experts: feed-forward networks, of which a token takes a few."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """A config's experts."""
+
+    count: int
+    taken: int
+    """By each token, those that the router finds likeliest."""
+    inner: int
+    """Each one's width."""
+    layers: frozenset[int]
+    """Those that have them; the others have one feed-forward network."""
+    renormed: bool
+    """The weights of those that are taken add up to 1."""
+    router: str
+    """Names in a layer: of the matrix that chooses,"""
+    expert: str
+    """of an expert, by its number,"""
+    parts: tuple[str, str, str]
+    """and of its gate, its way up and its way down."""
+
+    def left(self, hidden: int) -> int:
+        """Numbers of the experts that a token does not take, in all layers."""
+        return len(self.layers) * (self.count - self.taken) * 3 * self.inner * hidden
+
+    def tensors(self, hidden: int) -> dict[str, tuple[int, ...]]:
+        """Names in a layer, and sizes."""
+        gate, up, down = self.parts
+        found: dict[str, tuple[int, ...]] = {f"{self.router}.weight": (self.count, hidden)}
+        for i in range(self.count):
+            at = self.expert.format(i)
+            found |= {f"{at}.{part}.weight": (self.inner, hidden) for part in (gate, up)}
+            found[f"{at}.{down}.weight"] = (hidden, self.inner)
+        return found
+
+
+def mixture_of(config: Any) -> Mixture | None:
+    """None for a model without experts."""
+    layers = range(config.num_hidden_layers)
+    if config.model_type == "mixtral":
+        return Mixture(
+            count=config.num_local_experts,
+            taken=config.num_experts_per_tok,
+            inner=config.intermediate_size,
+            layers=frozenset(layers),
+            renormed=True,
+            router="block_sparse_moe.gate",
+            expert="block_sparse_moe.experts.{}",
+            parts=("w1", "w3", "w2"),
+        )
+    if config.model_type != "qwen3_moe":
+        return None
+    every, alone = config.decoder_sparse_step, config.mlp_only_layers or ()
+    count = int(getattr(config, "num_experts", 0) or getattr(config, "num_local_experts", 0) or 0)
+    return Mixture(
+        count=count,
+        taken=config.num_experts_per_tok,
+        inner=config.moe_intermediate_size,
+        layers=frozenset(i for i in layers if i not in alone and count and (i + 1) % every == 0),
+        renormed=bool(config.norm_topk_prob),
+        router="mlp.gate",
+        expert="mlp.experts.{}",
+        parts=("gate_proj", "up_proj", "down_proj"),
+    )

@@ -1,0 +1,91 @@
+"""Mixtures of experts on our own forward: the same bits whatever stands beside a row, and from every kind of file."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from specdec_engine.models.loading import lean_shape, load_model
+from specdec_engine.models.options import LoadOptions
+from specdec_engine.pair import load_pair
+from specdec_engine.runtime import native
+from specdec_engine.runtime.lean import read_together
+from specdec_engine.runtime.shape import Unsupported
+from tests.fakes import CPU, byte_tokenizer, emitted, lean, save_gguf
+from tests.models.test_architectures import build
+
+QWEN = {
+    "hidden_size": 64, "head_dim": 16, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 3,
+    "norm_topk_prob": True,
+}  # fmt: skip
+MIXTRAL = {"hidden_size": 64, "intermediate_size": 96, "num_local_experts": 4}
+KINDS = {"qwen3_moe": ("Qwen3MoeConfig", QWEN), "mixtral": ("MixtralConfig", MIXTRAL)}
+
+
+@pytest.fixture(scope="module")
+def own():
+    if native.kernels() is None:
+        pytest.skip(native.why_none())
+    return native.kernels()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
+def test_a_row_alone_is_the_row_among_others(kind, quantize, own):
+    """To the bit: experts take other rows each time, and a token's text does not depend on its neighbours."""
+    runtime = lean(build(*KINDS[kind]), quantize=quantize, kernels=own)
+    tokens = torch.randint(0, 97, (40,), generator=torch.Generator().manual_seed(1))
+    together = torch.cat([runtime.forward(part, len(part)) for part in tokens.split(9)])
+    runtime.rollback(9)
+    assert torch.equal(torch.cat([runtime.forward(token, 1) for token in tokens[9:].split(1)]), together[9:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_read_together_are_what_each_is_alone(kind, own):
+    first = lean(build(*KINDS[kind]), quantize="int8", kernels=own)
+    prompts = [torch.randint(0, 97, (n,), generator=torch.Generator().manual_seed(n)) for n in (30, 41, 5)]
+    runtimes = [first, first.another(), first.another()]
+    read_together(runtimes, prompts)
+    for prompt, runtime in zip(prompts, runtimes, strict=True):
+        alone = first.another()
+        alone.forward(prompt, 1)
+        assert torch.equal(alone.forward(torch.tensor([7]), 1), runtime.forward(torch.tensor([7]), 1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_runs_on_it_and_says_what_transformers_says(kind, tmp_path):
+    name, options = KINDS[kind]
+    model = build(name, options)
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    prompt = [5, 6, 7, 8, 5, 6, 7]
+    plain = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=30, eos_token_id=None)
+    options = LoadOptions(device="cpu", dtype="float32", threads=1)
+    pair = load_pair(str(tmp_path), "ngram", options).asking(ignore_eos=True)
+    assert pair.target.runtime.name == "lean"
+    assert emitted(pair.decode(prompt, k=3, max_tokens=30)) == plain[0, len(prompt) :].tolist()
+    shape, sizes = pair.target.runtime.decoder.shape, [p.numel() for p in model.parameters()]
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    unread = experts * (1 - shape.mixture.taken / shape.mixture.count)
+    assert shape.share_read == pytest.approx(1 - unread / (sum(sizes) - model.lm_head.weight.numel()))
+    on_a_gpu = lean_shape(model.config, options, torch.device("cuda"))
+    assert isinstance(on_a_gpu, Unsupported)
+    assert "on a CPU alone" in str(on_a_gpu)
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_0"])
+def test_a_gguf_of_qwen3_with_experts_is_read(kind, tmp_path):
+    """Its experts lie in three tensors a layer, and stay packed: as in the same file unpacked."""
+    size = {"vocab_size": len(byte_tokenizer()), "hidden_size": 64, "intermediate_size": 96}
+    model = build("Qwen3MoeConfig", QWEN | size)
+    file = str(save_gguf(tmp_path / "m.gguf", kind, arch="qwen3moe", model=model))
+    dense = load_model(file, LoadOptions(threads=1, dtype="float32", quantize="none"))
+    loaded = dense if kind == "F32" else load_model(file, LoadOptions(threads=1))
+    assert loaded.runtime.name == "lean"
+    tokens = torch.randint(0, 97, (20,), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = model(tokens[None]).logits[0] if kind == "F32" else dense.runtime.forward(tokens, 20)
+    found = loaded.runtime.forward(tokens, 20).float()
+    assert (found - expected).square().mean().sqrt() < (1e-4 if kind == "F32" else 0.03) * expected.std()
+    assert loaded.weight_bytes <= loaded.parameters * {"F32": 4, "Q8_0": 2, "Q4_0": 1.5}[kind]
+    assert loaded.runtime.device == CPU
