@@ -42,6 +42,17 @@ CASES = {
     "llama, linear": ("llama", "LlamaConfig", {"rope_parameters": stretched("linear")}),
     "llama, yarn": ("llama", "LlamaConfig", {"rope_parameters": stretched("yarn")}),
     "qwen3, yarn": ("qwen3", "Qwen3Config", {"head_dim": 32, "rope_parameters": stretched("yarn")}),
+    "qwen3 with experts": (
+        "qwen3moe",
+        "Qwen3MoeConfig",
+        {
+            "head_dim": 32,
+            "moe_intermediate_size": 64,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+        },
+    ),
     "gemma2": ("gemma2", "Gemma2Config", GEMMA),
     "gemma3": ("gemma3", "Gemma3TextConfig", GEMMA),
     "gemma3, linear": (
@@ -85,7 +96,7 @@ def save(case: str, folder: Path) -> Path:
         for _, parameter in sorted(model.named_parameters()):
             numbers = torch.randn(parameter.shape, generator=random)
             one = 0.0 if arch.startswith("gemma") else 1.0
-            parameter.copy_(0.2 * numbers if parameter.dim() == 2 else one + 0.3 * numbers)
+            parameter.copy_(0.2 * numbers if parameter.dim() > 1 else one + 0.3 * numbers)
     rope = model.config.rope_parameters
     rope = rope.get("full_attention", rope)
     scaling = (rope["rope_type"], 8.0, 16) if "factor" in rope else None
