@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from specdec_cli import output
+from specdec_cli.startup import served
 from specdec_engine.errors import UsageError
 from specdec_engine.record.files import RECODE, decode
 
@@ -22,7 +23,7 @@ EXAMPLES = """for example:
 def read_prompt(argument: str | None, file: Path | None) -> str:
     """The whole prompt. Raises UsageError if there is none, or if it cannot be read as UTF-8."""
     parts = []
-    if argument == "-" or _stdin_is_piped():
+    if argument == "-" or stdin_is_piped():
         parts.append(_decoded(_read_stdin(), "stdin"))
     if file is not None:
         parts.append(_decoded(_read_file(file), str(file)))
@@ -34,8 +35,10 @@ def read_prompt(argument: str | None, file: Path | None) -> str:
     return prompt
 
 
-def _stdin_is_piped() -> bool:
-    """A pipe, a file or a socket; not a terminal, and not /dev/null."""
+def stdin_is_piped() -> bool:
+    """A pipe, a file or a socket; not a terminal, not /dev/null, and not a browser's keys."""
+    if served():
+        return False
     try:
         mode = os.fstat(sys.stdin.fileno()).st_mode
     except (OSError, ValueError, AttributeError):  # closed, or replaced by something without a descriptor

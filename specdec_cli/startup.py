@@ -6,12 +6,23 @@ import gc
 import logging
 import os
 import signal
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from specdec_cli import output
 from specdec_cli.exits import ExitCode
+
+
+def served() -> bool:
+    """Whether this process draws its screen for a browser (`browser.serve`): stdin and stdout are the server's then."""
+    return bool(os.environ.get("TEXTUAL_DRIVER"))
+
+
+def has_screen() -> bool:
+    """Whether there is a terminal with a reader and keys, or a browser."""
+    return served() or (sys.stdin.isatty() and sys.stdout.isatty())
 
 
 @contextmanager

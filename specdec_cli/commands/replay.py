@@ -10,6 +10,7 @@ import typer
 
 from specdec_cli import options as opt
 from specdec_cli import output
+from specdec_cli.startup import has_screen
 from specdec_engine.errors import UsageError, reason
 
 
@@ -114,7 +115,7 @@ def teach(trace: Path) -> None:
         lesson = Lesson(frame)
     except ValueError as error:
         raise UsageError(f"{trace}: {error}", "record one at a temperature, with -d ngram,MODEL and -k auto") from error
-    if sys.stdout.isatty() and sys.stdin.isatty():
+    if has_screen():
         from specdec_tui.app import SpecdecApp
         from specdec_tui.leaving import show
 

@@ -16,10 +16,10 @@ from specdec_cli import options as opt
 from specdec_cli import output, profiles, shaping
 from specdec_cli.commands.replay import teach
 from specdec_cli.exits import ExitCode
-from specdec_cli.prompts import read_prompt
+from specdec_cli.prompts import read_prompt, stdin_is_piped
 from specdec_cli.servers.attached import At, ServerOptions, asked_of, server_at
 from specdec_cli.servers.metrics import Counters, show_counters
-from specdec_cli.startup import quieten, uncollected
+from specdec_cli.startup import has_screen, quieten, served, uncollected
 from specdec_engine.decoding.stopping import Stop
 from specdec_engine.errors import UsageError
 from specdec_tui.live import LiveStream, Request
@@ -52,6 +52,9 @@ def watch(
         ),
     ] = False,
     theme: opt.Theme = "auto",
+    browser: Annotated[
+        bool, typer.Option("--browser", help="Show the screen in a browser on this machine, in place of the terminal.")
+    ] = False,
 ) -> None:
     """Watch a run live: each draft, what was kept, what was not and why.
 
@@ -68,9 +71,11 @@ def watch(
     if counters.wanted(server.attach, prompt is not None or file is not None):
         show_counters(server.attach or "", counters)
         return
+    if browser:
+        _in_browser(prompt)
     from specdec_tui.theme import want  # Textual takes 0.3 s
 
-    want(theme)
+    want("dark" if theme == "auto" and served() else theme)
     if demo or lesson:
         if (demo and lesson) or prompt is not None or file is not None:
             raise UsageError(
@@ -90,6 +95,15 @@ def watch(
     _watch_pair(prompt, file, target, draft, how, structured.wanted, where)
 
 
+def _in_browser(prompt: str | None) -> NoReturn:
+    """With the words of this command. Raises UsageError for a prompt that can be read but once."""
+    if prompt == "-" or stdin_is_piped():
+        raise UsageError("--browser begins a run at each visit", "give the prompt as an argument, or with -f")
+    from specdec_cli.browser import serve
+
+    serve([word for word in sys.argv[1:] if word != "--browser"])
+
+
 def _show_recorded(lesson: bool) -> None:
     if lesson:
         _teach()
@@ -100,7 +114,7 @@ def _show_recorded(lesson: bool) -> None:
 
 def _check_terminal() -> None:
     """Raises UsageError without one."""
-    if not sys.stdout.isatty():
+    if not sys.stdout.isatty() and not served():
         raise UsageError("watch needs a terminal", "use specdec generate, or specdec replay --plain on a trace")
 
 
@@ -120,7 +134,7 @@ def _watch_pair(
 
     Controls(3 if typed == "auto" else typed, sampling, how.draft_temperature)
     stops = Stop(how.max_tokens, strings=tuple(how.stop or ())).strings
-    if prompt is None and file is None and sys.stdin.isatty():
+    if prompt is None and file is None and (sys.stdin.isatty() or served()):
         chosen = _start(target, draft)
         if chosen.entry.kind != "run":
             (_teach if chosen.entry.kind == "lesson" else _demonstrate)()
@@ -214,7 +228,7 @@ def _start(target: str, draft: str | None) -> Choice:
 
 def _demonstrate() -> None:
     """The run waits for a key. Raises UsageError where there is no terminal to press one."""
-    if not (sys.stdout.isatty() and sys.stdin.isatty()):
+    if not has_screen():
         raise UsageError("the demo needs a terminal", "specdec watch --lesson says what happens in sentences")
     from specdec_tui.app import SpecdecApp
     from specdec_tui.leaving import show
@@ -256,7 +270,7 @@ def _left(stream: LiveStream | ServerStream, code: int = ExitCode.OK) -> NoRetur
 
 def _keys_from_the_terminal() -> None:
     """A prompt that was piped in has used up stdin."""
-    if not sys.stdin.isatty():
+    if not sys.stdin.isatty() and not served():
         try:
             os.dup2(os.open("/dev/tty", os.O_RDONLY), sys.stdin.fileno())
         except OSError as error:

@@ -15,7 +15,7 @@ from specdec_tui.frame import Frame, View, step_of, steps
 from specdec_tui.ladder import row
 from specdec_tui.panels import PanelContext
 from specdec_tui.panels.inspector import inspector
-from specdec_tui.player import Player
+from specdec_tui.player import PRESENTED_S, Player
 from specdec_tui.race import Lane, Race
 from tests.tui.scenes import events, frame, name
 
@@ -299,3 +299,34 @@ def test_tokens_that_a_lookup_had_expected_are_marked():
     line = "".join(text for text, _ in row(cycle, "tok{}".format, 100))
     assert f"»tok{cycle.drafted[1]}" in line
     assert line.count("»") == 1
+
+
+def test_presenter_mode_plays_by_steps_and_stops_where_a_draft_is_decided():
+    player = Player(math.inf, live=False)
+    player.feed(events(20))
+    player.present()
+    assert (player.presenting, player.playing, player.view.shown) == (True, False, 0)
+    stops, seen = [], set()
+    while not player.view.at_end:
+        player.toggle()
+        while player.playing:
+            player.tick(PRESENTED_S)
+            seen.add((player.view.shown, player.view.step))
+        stops.append(player.view.shown)
+        assert player.view.step is None
+        assert player.view.cycle.drafted or player.view.at_end
+    drafted = [i + 1 for i, cycle in enumerate(player.view.frame.cycles) if cycle.drafted]
+    assert stops[: len(drafted)] == drafted
+    first = player.view.frame.cycles[drafted[0] - 1]
+    assert {step for shown, step in seen if shown == drafted[0]} == {None, *range(1, steps(first))}
+    player.present()
+    player.toggle()
+    assert not player.presenting
+
+
+def test_a_live_engine_in_presenter_mode_runs_one_cycle_ahead():
+    player = Player(math.inf, live=True)
+    assert player.allowed is None
+    player.present()
+    player.toggle()
+    assert player.allowed == 1

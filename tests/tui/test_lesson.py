@@ -56,7 +56,7 @@ def test_every_page_is_ticked_when_its_thing_is_done_and_not_before(demo, size):
             if number == 11:
                 for _ in range(8):
                     if number not in lesson.ticked:
-                        await pilot.press("K")
+                        await pilot.press("right_square_bracket")
                         await pilot.pause()
             for _ in range(60):
                 if number in lesson.ticked:

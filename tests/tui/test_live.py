@@ -215,7 +215,7 @@ def test_a_live_run_is_watched_paused_stepped_and_turned(source):
         await pilot.press("n")
         await until_so(lambda: view().shown == first + 2)
         held = view().shown
-        await pilot.press("K", "K")
+        await pilot.press("right_square_bracket", "right_square_bracket")
         await until_so(lambda: source.turned.k == 5)
         await pilot.press("n")
         await until_so(lambda: view().shown == held + 1)
@@ -236,7 +236,7 @@ def test_keys_for_the_engine_turn_nothing_once_the_run_is_over(source):
 
     async def act(app, pilot):
         await shown(pilot, lambda: app.player.view.frame.over)
-        await pilot.press("k", "K", "K", "T", "a")
+        await pilot.press("left_square_bracket", "right_square_bracket", "right_square_bracket", "T", "a")
         await pilot.pause(0.2)
         return source.turned
 

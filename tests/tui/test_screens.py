@@ -10,6 +10,7 @@ from specdec_engine.record.events import Failed, SettingChanged
 from specdec_tui.frame import View
 from specdec_tui.panels import PanelContext, header
 from specdec_tui.saving import KINDS
+from specdec_tui.screens.watch import WatchScreen
 from specdec_tui.streams import Stage
 from tests.tui.conftest import Told, lines_of, on_screen, screen_of
 from tests.tui.scenes import events, frame, name
@@ -38,6 +39,7 @@ def pressed(source, *keys, size=(120, 40), speed=float("inf")):
         ("rejection", ("home", "exclamation_mark")),
         ("step", ("home", "n", *["full_stop"] * 7)),
         ("warping", ("home", "exclamation_mark", "w")),
+        ("presented", ("v", "home", "exclamation_mark")),
     ],
 )
 def test_screens_look_as_they_did(golden, size, what, keys):
@@ -204,7 +206,7 @@ def test_a_click_on_a_token_inspects_it():
 
 def test_other_tokens_of_a_cycle_are_looked_at_in_turn():
     first, _ = pressed(Told(events(60)), "home", "n")
-    second, player = pressed(Told(events(60)), "home", "n", "j")
+    second, player = pressed(Told(events(60)), "home", "n", "l")
     assert "token 2 of 4" in first
     assert "token 3 of 4" in second
     assert "never tested" in second
@@ -269,7 +271,7 @@ def test_runs_are_saved(tmp_path, monkeypatch, kind):
         await pilot.press("s", *["down"] * list(KINDS).index(kind), "enter")
         for _ in range(600):
             await pilot.pause(0.1)
-            said = [note.message for note in app._notifications]
+            said = [app.screen.remark] if isinstance(app.screen, WatchScreen) else []
             if any(message.startswith("saved") for message in said):
                 return said
         return said
@@ -388,11 +390,10 @@ def test_the_help_closes_again(key):
 def test_keys_of_the_engine_say_that_the_run_is_recorded():
     async def act(app, pilot):
         said = []
-        for key in ("b", "K", "a", "T", "r"):
-            app.clear_notifications()
+        for key in ("b", "right_square_bracket", "a", "T", "r"):
             await pilot.press(key)
             await pilot.pause()
-            said.append([note.message for note in app._notifications])
+            said.append([app.screen.remark])
         return said
 
     for said in on_screen(Told(events(20)), act):

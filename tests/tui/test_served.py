@@ -32,9 +32,9 @@ def test_a_servers_cycles_are_on_the_screen_with_who_tells_them(name, who, size,
     async def act(app, pilot):
         await until(app, "finished")
         found = screen_of(app)
-        await pilot.press("K")
+        await pilot.press("right_square_bracket")
         await pilot.pause()
-        assert ["the server keeps" in note.message for note in app._notifications] == [True]
+        assert "the server keeps" in app.screen.remark
         await pilot.press("R", "o")  # the same once more, and its prompt
         await pilot.pause(0.1)
         await until(app, "finished")
@@ -53,12 +53,12 @@ def test_a_run_that_breaks_off_is_said_on_the_screen(tmp_path):
         handler.wfile.write(f"{lines[0]}\n\n".encode())
 
     async def act(app, pilot):
-        await until(app, "broken")
+        await until(app, "ended the stream")
         return screen_of(app)
 
     with replayed("llama_cpp_draft") as state:
         state.send = dies
-        assert "ended the stream" in shown(state, act, (120, 40), tmp_path)
+        assert "× broken" in shown(state, act, (120, 40), tmp_path)
 
 
 def test_another_answer_is_not_kept_waiting_by_a_silent_server(tmp_path):

@@ -102,7 +102,7 @@ def test_a_live_run_is_paused_stepped_turned_and_left(terminal, tmp_path):
     terminal.shows("▶ live", "cycles")
     terminal.type("Space")
     terminal.shows("paused")
-    terminal.type("End", "K")
+    terminal.type("End", "]")
     for _ in range(50):  # the first cycle that comes may have been under way when k was turned
         terminal.type("n")
         time.sleep(0.3)

@@ -33,7 +33,7 @@ def row(cycle: Cycle, name: Name, width: int, partial: Step | None = None) -> Li
     time = (took if whole else "").rjust(9)
     parts: Line = [(number, "muted"), (kept, "")]
     room = width - len(number) - len(kept) - len(time)
-    for place, (token, kind) in enumerate(_tokens(cycle, partial)):
+    for place, (token, kind) in enumerate(pieces(cycle, partial)):
         before = FORCED if cycle.forced and place < k else GUESSED if place in cycle.guessed else ""
         text = before + (alone(token, name).strip() or "␣")
         parents = cycle.parents or ()
@@ -49,7 +49,8 @@ def row(cycle: Cycle, name: Name, width: int, partial: Step | None = None) -> Li
     return [*parts, (" " * max(0, room), ""), (time, "muted")]
 
 
-def _tokens(cycle: Cycle, partial: Step | None) -> list[tuple[TokenId, str]]:
+def pieces(cycle: Cycle, partial: Step | None) -> list[tuple[TokenId, str]]:
+    """What is shown of a cycle, each token with its kind: the drafted ones, then the target's own."""
     drafted = cycle.drafted if partial is None else cycle.drafted[: partial.drafted]
     tested = range(len(drafted)) if partial is None or partial.final else cycle.tests[: partial.tested]
     kinds = [cycle.fate(i) if i in tested else "drafted" for i in range(len(drafted))]

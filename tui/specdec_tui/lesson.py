@@ -229,7 +229,7 @@ def pages(frame: Frame) -> tuple[Page, ...]:
             "With chance α a guess is kept, so k guesses give 1 + α + α² + … + α^k tokens a pass. But each costs a "
             "draft step, and widens the pass. The best k is where one more guess is no longer worth its cost. "
             "This is what `-k auto` learns while it runs.",
-            "press K for more, k for fewer, until you have found the best k",
+            "press ] for more, [ for fewer, until you have found the best k",
             lambda state: state.what.k == state.what.best,
             View,
             shows="curve",

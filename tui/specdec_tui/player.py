@@ -20,6 +20,10 @@ REPLAY_SPEED = 1 / 16
 """At which what is over is shown: a fifth of a second for such a cycle."""
 
 
+PRESENTED_S = 0.7
+"""Seconds that a step of a cycle is shown in presenter mode: long enough to say what it is."""
+
+
 class Player:
     """The state of the screen, beside what is pointed at with the mouse."""
 
@@ -28,6 +32,8 @@ class Player:
         self.playing = True
         self.speed = speed
         self.live = live
+        self.presenting = False
+        """Whether it plays step by step, and stops where a draft was decided."""
         self._due = 0.0  # recorded seconds that the head is behind its time
         # A cycle that a live engine is to run while paused, to be shown whole or from its first step on.
         self._awaiting: Literal["cycle", "step"] | None = None
@@ -53,14 +59,16 @@ class Player:
         """Cycles that a live engine may have run by now; None for any number."""
         if not self.playing:
             return self.view.shown + (self._awaiting is not None)
-        return None if math.isinf(self.speed) else self.view.shown + 1
+        return None if math.isinf(self.speed) and not self.presenting else self.view.shown + 1
 
     def tick(self, elapsed: float) -> bool:
         """Time goes by, in seconds; whether the view moved."""
         before = self.view
         if not self.playing:
             return False
-        if math.isinf(self.speed):
+        if self.presenting:
+            self._present(elapsed)
+        elif math.isinf(self.speed):
             self.view = before.end()
         else:
             self._due += elapsed * self.speed
@@ -72,6 +80,17 @@ class Player:
         if self.view.at_end and self.view.frame.over:
             self.playing = False
         return self.view is not before
+
+    def _present(self, elapsed: float) -> None:
+        """Up to the end of the next cycle that had a draft."""
+        self._due += elapsed
+        while self.playing and not self.view.at_end and self._due >= PRESENTED_S:
+            self._due -= PRESENTED_S
+            self.view = self.view.forward()
+            decided = self.view.step is None and self.view.cycle is not None and bool(self.view.cycle.drafted)
+            self.playing = not decided
+        if self.view.at_end or not self.playing:
+            self._due = 0.0
 
     def _lasts(self) -> float:
         """Recorded seconds of the next cycle to be shown."""
@@ -122,6 +141,11 @@ class Player:
         """Look at the next or last token of the cycle."""
         if (at := self.view.inspected) is not None:
             self.view = replace(self.view, position=max(0, at + by))
+
+    def present(self) -> None:
+        """Presenter mode, or back; paused either way."""
+        self._pause()
+        self.presenting = not self.presenting
 
     def warp(self) -> None:
         """The inspector's other side."""

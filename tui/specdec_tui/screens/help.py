@@ -43,7 +43,8 @@ FIGURES: tuple[tuple[str, str], ...] = (
 GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Moving", ("play", "next", "previous", "step", "step-back", "first", "last", "next-rejection", "next-acceptance",
                 "faster", "slower")),
-    ("Looking", ("inspect", "warp", "unfold", "aim", "aim-back", "search", "search-next", "search-previous", "focus")),
+    ("Looking", ("inspect", "warp", "unfold", "present", "aim", "aim-back", "search", "search-next", "search-previous",
+                 "focus")),
     ("The engine, live", ("k-up", "k-down", "adapt", "temperature-up", "temperature-down", "prompt", "again", "race")),
 )  # fmt: skip
 _KEY, _COLUMN = 15, 44

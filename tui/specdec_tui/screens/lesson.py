@@ -187,6 +187,8 @@ class LessonScreen(WatchScreen):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """k and α are turned on the pages about them."""
+        if action == "present":
+            return False
         if action in ("k", "temperature"):
             return self._lesson.page.shows == "curve"
         return super().check_action(action, parameters)

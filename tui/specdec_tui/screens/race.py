@@ -89,10 +89,12 @@ class RaceScreen(LanesScreen):
             view = lane.at(self._clock) if race is not None else lane.at(lane.total_s)
             s = view.past.summary()
             done = "✓ done  " if race is not None and view.shown == len(lane.ends) else ""
+            # Of its own text where that is known, else of as many as were asked for.
+            of = self._request.max_tokens if race is None else frame.summary().emitted
             figures: Line = [
                 (f"{key}  ", "strong"),
                 (done, "key"),
-                (f"{s.emitted} tokens · {s.cycles} passes · {number(s.tokens_per_second, 1)} tok/s", ""),
+                (f"{s.emitted} of {of} tokens · {s.cycles} passes · {number(s.tokens_per_second, 1)} tok/s", ""),
             ]
             shown.append((replace(view, step=None), figures))
         over = race is not None and self._clock >= race.total_s

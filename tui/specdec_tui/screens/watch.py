@@ -35,6 +35,7 @@ from specdec_tui.widgets.stream import Stream
 from specdec_tui.widgets.view_lines import ViewLines
 from specdec_tui.words import containing
 
+REMARK_S = 3.0
 TICK_S = 1 / 15
 """Screens are drawn so often, or less where an engine runs at full speed (`display.py`); the engine never waits for them."""
 
@@ -57,8 +58,8 @@ class WatchScreen(Screen[None]):
     VERTICAL_BREAKPOINTS = [(0, "-tiny"), (16, "-short"), (36, "-tall"), (46, "-huge")]  # noqa: RUF012
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("space", "play", "Pause or play", id="play", priority=True),
-        Binding("n,right", "cycle(1)", "Next cycle", id="next"),
-        Binding("p,left", "cycle(-1)", "Previous cycle", id="previous"),
+        Binding("n,right,j", "cycle(1)", "Next cycle", id="next"),
+        Binding("p,left,k", "cycle(-1)", "Previous cycle", id="previous"),
         Binding("full_stop,shift+right", "step(1)", "Step within the cycle", id="step"),
         Binding("comma,shift+left", "step(-1)", "Step back", id="step-back"),
         Binding("home", "first", "First cycle", id="first"),
@@ -70,12 +71,13 @@ class WatchScreen(Screen[None]):
         Binding("i", "inspect", "Inspect", id="inspect"),
         Binding("w", "warp", "Before and after warping", id="warp"),
         Binding("o", "unfold", "Prompt: fold or unfold", id="unfold"),
+        Binding("v,f5", "present", "Presenter mode", id="present"),
         Binding("tab", "app.focus_next", "Next panel", id="focus", show=False),
         Binding("slash", "search", "Find text", id="search"),
         Binding("N", "search_again(1)", "Next match", id="search-next"),
         Binding("P", "search_again(-1)", "Previous match", id="search-previous"),
-        Binding("K,right_square_bracket", "k(1)", "k + 1", id="k-up"),
-        Binding("k,left_square_bracket", "k(-1)", "k - 1", id="k-down"),
+        Binding("right_square_bracket", "k(1)", "k + 1", id="k-up"),
+        Binding("left_square_bracket", "k(-1)", "k - 1", id="k-down"),
         Binding("a", "adapt", "k auto on or off", id="adapt"),
         Binding("T", "temperature(0.1)", "Temperature + 0.1", id="temperature-up"),
         Binding("t", "temperature(-0.1)", "Temperature - 0.1", id="temperature-down"),
@@ -83,7 +85,7 @@ class WatchScreen(Screen[None]):
         Binding("R", "again", "Same prompt, new seed", id="again"),
         Binding("b", "race", "Race against plain decoding", id="race"),
         Binding("s", "save", "Save", id="save"),
-        Binding("j", "aim(1)", "Next token of the cycle", id="aim"),
+        Binding("l", "aim(1)", "Next token of the cycle", id="aim"),
         Binding("h", "aim(-1)", "Previous token of the cycle", id="aim-back"),
     ]
 
@@ -92,11 +94,11 @@ class WatchScreen(Screen[None]):
         self._stream, self._player, self._guide = stream, player, guide
         self._live = stream if isinstance(stream, LiveStream) else None
         self._asked = stream if isinstance(stream, LiveStream | ServerStream) else None
-        self._word = ""
+        self._word, self._remark, self._remark_until = "", "", 0.0
         self._racing = False
         self._ticked, self._throttle = monotonic(), DrawThrottle()
         self._since, self._waited = self._ticked, 0
-        self._drawn: tuple[View, bool, float, Stage | None, int] | None = None
+        self._drawn: tuple[View, bool, float, Stage | None, int, str] | None = None
 
     def compose(self) -> ComposeResult:
         yield Board(self._stream.name)
@@ -123,7 +125,7 @@ class WatchScreen(Screen[None]):
         stage = self._stream.stage
         self._since = now if stage is None or stage.failed else self._since
         self._waited = int(now - self._since)
-        state = self._player.view, self._player.playing, self._player.speed, stage, self._waited
+        state = self._player.view, self._player.playing, self._player.speed, stage, self._waited, self.remark
         used = thread_time()
         if state != self._drawn and (not self._at_full_speed or self._throttle.may_draw(now, used)):
             self._drawn = state
@@ -147,6 +149,8 @@ class WatchScreen(Screen[None]):
 
     def _narration(self) -> str:
         view, guide = self._player.view, self._guide
+        if self.remark:
+            return self.remark
         if guide is not None and not view.shown:
             return guide.first
         if view.at_end and view.frame.over and view.shown:
@@ -157,11 +161,14 @@ class WatchScreen(Screen[None]):
         player, over = self._player, self._player.view.frame.over
         if player.view.at_end and over:
             return "■ finished" if player.view.frame.failed is None else "× broken"
+        if player.presenting:
+            return "▶ presenting" if player.playing else "‖ presenting"
         return f"▶ {player.speed_name}" if player.playing else "‖ paused"
 
     # -- keys --------------------------------------------------------------------------------------------------------
 
     def _do(self, command: Callable[[], object]) -> None:
+        self._remark_until = 0.0
         command()
         self.tick()
 
@@ -181,10 +188,10 @@ class WatchScreen(Screen[None]):
         self._do(self._player.end)
 
     def action_find(self, wanted: Literal["rejection", "acceptance"]) -> None:
-        self.app.clear_notifications()
-        if not self._player.find(wanted):
+        found = self._player.find(wanted)
+        self._do(lambda: None)
+        if not found:
             self._say(f"no {wanted} after this cycle")
-        self.tick()
 
     def action_faster(self, by: int) -> None:
         self._do(lambda: self._player.faster(by))
@@ -197,6 +204,14 @@ class WatchScreen(Screen[None]):
         self._player.warp()
         if self._player.view.warping:
             self.add_class("-inspecting")
+        self.call_after_refresh(self.draw)
+
+    def action_present(self) -> None:
+        """Fewer panels, so that the terminal's type can be large; it plays by steps, and stops where a draft is decided."""
+        self._player.present()
+        self.set_class(self._player.presenting, "-presenting")
+        if self._player.presenting:
+            self._say("presenter mode: space plays to the next decision, v leaves")
         self.call_after_refresh(self.draw)
 
     def action_unfold(self) -> None:
@@ -232,6 +247,7 @@ class WatchScreen(Screen[None]):
             return
         frame, name = self._player.view.frame, self._stream.name
         self.app.clear_notifications()  # a picture would show them
+        self._remark_until = 0.0
         await sleep(0.1)
         try:
             path = fresh_path(folder, kind)
@@ -281,9 +297,17 @@ class WatchScreen(Screen[None]):
         self._say(f"{name} is {shown} from the next cycle")
 
     def _say(self, text: str) -> None:
-        """In place of what was said before: toasts would cover the screen."""
-        self.app.clear_notifications()
-        self.notify(text, timeout=3, markup=False)
+        """For a moment in the place of the narration: a toast would cover what it speaks of."""
+        if self._player.view.frame.run:
+            self._remark, self._remark_until = text, monotonic() + REMARK_S
+        else:  # while there is nothing to show, there is no narration either
+            self.app.clear_notifications()
+            self.notify(text, timeout=REMARK_S, markup=False)
+
+    @property
+    def remark(self) -> str:
+        """What an answer to a key says; empty when its moment is over."""
+        return self._remark if monotonic() < self._remark_until else ""
 
     @work
     async def action_prompt(self) -> None:

@@ -11,6 +11,7 @@ from textual.widgets import Static
 from specdec_tui.frame import View
 from specdec_tui.panels import PanelContext, acceptance, control, fitted, flowed, header, timing
 from specdec_tui.panels.inspector import inspector
+from specdec_tui.panels.presented import presented
 from specdec_tui.panels.table import table
 from specdec_tui.pieces import Name, one_line
 from specdec_tui.streams import Stage
@@ -66,6 +67,7 @@ class Board(Vertical):
         with Horizontal(id="body"):
             with Vertical(id="left"):
                 yield Stream(name)
+                yield PanelBox(presented, name, id="presented")
                 yield Ladder(name)
             with Vertical(id="middle"):
                 yield PanelBox(inspector, name, id="inspector")

@@ -11,8 +11,8 @@ _KEYS = (
     ("space", "Pause"), ("← →", "Cycle"), ("?", "Help"), ("q", "Quit"), (", .", "Step"), ("!", "Rejection"), ("i", "Inspect"),
 )  # fmt: skip
 """In this order: where it is narrow, one must still find help and the way out."""
-_LIVE = (("b", "Race"), ("k K", "k"), ("t T", "Temperature"), ("r", "Prompt"))
-_MORE = (("+ -", "Speed"), ("s", "Save"), ("/", "Find"))
+_LIVE = (("b", "Race"), ("[ ]", "k"), ("t T", "Temperature"), ("r", "Prompt"))
+_MORE = (("+ -", "Speed"), ("s", "Save"), ("/", "Find"), ("v", "Present"))
 
 
 class Keys(Widget):
