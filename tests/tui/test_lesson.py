@@ -10,10 +10,10 @@ import pytest
 from specdec_tui import questions
 from specdec_tui.app import SpecdecApp
 from specdec_tui.lesson import ENOUGH, Lesson, pages, script
-from specdec_tui.panels.toy import branches, stacks
+from specdec_tui.panels.toy import branches, histograms, stacks
 from specdec_tui.questions import Question
 from specdec_tui.streams import DEMO, FrameStream, read_frame
-from specdec_tui.toy import TOKENS, Branches, Draws, P, Q, WhatIf, left
+from specdec_tui.toy import TOKENS, Branches, Draws, ToyPair, WhatIf, left
 from tests.tui.conftest import screen_of
 from tests.tui.scenes import frame as made
 
@@ -138,33 +138,33 @@ def test_a_run_without_the_cycles_it_needs_is_refused():
 
 
 def test_two_guesses_for_one_place_make_p_too():
-    draws = Branches(random.Random(3))
+    draws = Branches(chance=random.Random(3))
     draws.more(200_000)
-    for i, p in enumerate(P):
+    for i, p in enumerate(ToyPair().p):
         made = draws.first[i] + draws.second[i] + draws.corrected[i]
         assert abs(made / draws.made - p) < 0.005
-        assert abs(draws.first[i] / draws.made - min(p, Q[i])) < 0.005
+        assert abs(draws.first[i] / draws.made - min(p, ToyPair().q[i])) < 0.005
     shown = "".join(text for line in branches(draws, 110).lines for text, _ in line)
     assert "in 55 of 100 places with one guess, in" in shown
 
 
 def test_the_two_histograms_meet_and_the_careless_one_does_not():
-    draws = Draws(random.Random(3))
+    draws = Draws(chance=random.Random(3))
     draws.more(200_000)
     for i in range(len(TOKENS)):
-        assert abs(draws.speculative[i] / draws.made - P[i]) < 0.005
-        assert abs(draws.target[i] / draws.made - P[i]) < 0.005
-    careless = max(abs(draws.careless[i] / draws.made - P[i]) for i in range(len(TOKENS)))
+        assert abs(draws.speculative[i] / draws.made - ToyPair().p[i]) < 0.005
+        assert abs(draws.target[i] / draws.made - ToyPair().p[i]) < 0.005
+    careless = max(abs(draws.careless[i] / draws.made - ToyPair().p[i]) for i in range(len(TOKENS)))
     assert careless > 0.05
 
 
 def test_kept_guesses_and_corrections_make_p(demo):
-    draws = Draws(random.Random(3))
+    draws = Draws(chance=random.Random(3))
     assert draws.distance(draws.kept) is None
     draws.more(100_000)
-    for i, p in enumerate(P):
-        assert abs(draws.kept[i] / draws.made - min(p, Q[i])) < 0.005
-        assert abs(draws.corrected[i] / draws.made - max(0.0, p - Q[i])) < 0.005
+    for i, p in enumerate(ToyPair().p):
+        assert abs(draws.kept[i] / draws.made - min(p, ToyPair().q[i])) < 0.005
+        assert abs(draws.corrected[i] / draws.made - max(0.0, p - ToyPair().q[i])) < 0.005
     assert draws.distance(draws.speculative) < 0.01 < 0.08 < draws.distance(draws.careless)
     shown = "".join(text for line in stacks(draws, 110).lines for text, _ in line)
     assert "█" in shown
@@ -178,10 +178,72 @@ def test_each_question_has_one_right_answer_and_all_places_occur():
     assert all(len(set(question.choices)) == 3 and question.text.endswith("?") for question in asked)
 
 
+PAIRS = [
+    ToyPair(),
+    ToyPair.typed("1 0 0 0 0", "0.2 0.2 0.2 0.2 0.2"),
+    ToyPair.typed("3 2 2 2 1", "0 0 0 0 1"),
+    ToyPair.typed("0.3, 0.3, 0.2, 0.1, 0.1", "0.3, 0.3, 0.2, 0.1, 0.1"),
+    ToyPair.typed("0 0 0 1 1", "1 1 1 0 0"),
+]
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_draws_of_any_pair_come_out_as_its_target_says(pair):
+    draws, two = Draws(pair, random.Random(3)), Branches(pair, random.Random(4))
+    draws.more(20_000)
+    two.more(20_000)
+    for i, p in enumerate(pair.p):
+        assert draws.speculative[i] / draws.made == pytest.approx(p, abs=0.015)
+        assert (two.first[i] + two.second[i] + two.corrected[i]) / two.made == pytest.approx(p, abs=0.015)
+    for drawn in (stacks(draws, 74), histograms(draws, 74), branches(two, 74)):
+        assert all(sum(len(text) for text, _ in line) <= 110 for line in drawn.lines)
+
+
+@pytest.mark.parametrize(
+    ("p", "said"),
+    [
+        ("0.4 0.6", "has 2 numbers, and there are 5"),
+        ("a b c d e", "no number"),
+        ("0 0 0 0 0", "not 0 alone"),
+        ("-1 1 1 1 1", "from 0 on"),
+        ("nan 1 1 1 1", "from 0 on"),
+    ],
+)
+def test_what_is_no_distribution_is_said(p, said):
+    with pytest.raises(ValueError, match=said):
+        ToyPair.typed("1 1 1 1 1", p)
+
+
+@pytest.mark.parametrize("size", [(80, 24), (120, 40)])
+def test_p_and_q_are_edited_by_hand(demo, size):
+    async def act(app, pilot, lesson):
+        lesson.at = next(i for i, page in enumerate(lesson.pages) if page.shows == "stacks")
+        app.screen.action_turn(0)
+        await pilot.pause(0.1)
+        assert "p and q by hand" in screen_of(app)
+        await pilot.press("e")
+        await pilot.pause(0.1)
+        await pilot.press(*["backspace"] * 4, "enter")
+        await pilot.pause(0.1)
+        assert "4 numbers, and there are 5 tokens" in screen_of(app)
+        await pilot.press("space", "9", "enter")
+        await pilot.pause(0.1)
+        await pilot.press("space")
+        for _ in range(100):
+            await pilot.pause(0.05)
+            if "1,000 times" in screen_of(app):
+                break
+        return screen_of(app)
+
+    found = taught(demo, act, size)
+    assert "p 0.90" in found
+
+
 def test_the_toy_rule_is_exact_by_enumeration():
-    kept = [min(p, q) for p, q in zip(P, Q, strict=True)]
+    pair = ToyPair()
+    kept = [min(p, q) for p, q in zip(pair.p, pair.q, strict=True)]
     lost = 1 - sum(kept)
-    assert [k + lost * r for k, r in zip(kept, left(P, Q), strict=True)] == pytest.approx(P)
+    assert [k + lost * r for k, r in zip(kept, left(pair.p, pair.q), strict=True)] == pytest.approx(list(pair.p))
 
 
 def test_the_curve_is_the_papers():

@@ -2,47 +2,73 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 TOKENS = ("the", "a", "its", "one", "no")
-P = (0.40, 0.25, 0.20, 0.10, 0.05)
-"""What the target says."""
-Q = (0.10, 0.50, 0.10, 0.05, 0.25)
-"""What the draft says: wrong about almost everything."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToyPair:
+    """What target and draft say of the five tokens; by default the draft is wrong about almost everything."""
+
+    p: tuple[float, ...] = (0.40, 0.25, 0.20, 0.10, 0.05)
+    q: tuple[float, ...] = (0.10, 0.50, 0.10, 0.05, 0.25)
+
+    @classmethod
+    def typed(cls, p: str, q: str) -> ToyPair:
+        """Of five numbers each, which are made to add up to 1. Raises ValueError, with a sentence, for what is none."""
+        return cls(_shares("p", p), _shares("q", q))
+
+
+def _shares(name: str, text: str) -> tuple[float, ...]:
+    try:
+        found = [float(word) for word in text.replace(",", " ").split()]
+    except ValueError:
+        raise ValueError(f"{name} has something that is no number") from None
+    if len(found) != len(TOKENS):
+        raise ValueError(f"{name} has {len(found)} numbers, and there are {len(TOKENS)} tokens")
+    if not all(math.isfinite(value) and value >= 0 for value in found) or not sum(found):
+        raise ValueError(f"{name} needs numbers from 0 on, and not 0 alone")
+    return tuple(value / sum(found) for value in found)
 
 
 def left(p: Sequence[float], q: Sequence[float]) -> list[float]:
-    """What is drawn from after a rejection: max(0, p - q), normalised."""
+    """What is drawn from after a rejection: max(0, p - q), normalised; p itself where the two are equal, and nothing is
+    rejected."""
     rest = [max(0.0, a - b) for a, b in zip(p, q, strict=True)]
-    return [r / sum(rest) for r in rest]
+    return [r / sum(rest) for r in rest] if sum(rest) else list(p)
 
 
 @dataclass(slots=True)
 class Draws:
     """One token again and again, in three ways; counts by token."""
 
+    pair: ToyPair = field(default_factory=ToyPair)
     chance: random.Random = field(default_factory=lambda: random.Random(1))
-    target: list[int] = field(default_factory=lambda: [0] * len(P))
+    target: list[int] = field(default_factory=lambda: [0] * len(TOKENS))
     """Drawn from the target alone."""
-    kept: list[int] = field(default_factory=lambda: [0] * len(P))
+    kept: list[int] = field(default_factory=lambda: [0] * len(TOKENS))
     """Drawn from the draft, tested, and kept."""
-    corrected: list[int] = field(default_factory=lambda: [0] * len(P))
+    corrected: list[int] = field(default_factory=lambda: [0] * len(TOKENS))
     """Drawn from what is left where they were rejected."""
-    careless: list[int] = field(default_factory=lambda: [0] * len(P))
+    careless: list[int] = field(default_factory=lambda: [0] * len(TOKENS))
     """The same, but drawn again from the target after a rejection: what is easily got wrong."""
 
     def more(self, n: int) -> None:
+        p, q = self.pair.p, self.pair.q
+        rest = left(p, q)
         for _ in range(n):
-            self.target[self._draw(P)] += 1
-            guess = self._draw(Q)
-            kept = self.chance.random() < P[guess] / Q[guess]
+            self.target[self._draw(p)] += 1
+            guess = self._draw(q)
+            kept = self.chance.random() < p[guess] / q[guess]
             if kept:
                 self.kept[guess] += 1
             else:
-                self.corrected[self._draw(left(P, Q))] += 1
-            self.careless[guess if kept else self._draw(P)] += 1
+                self.corrected[self._draw(rest)] += 1
+            self.careless[guess if kept else self._draw(p)] += 1
 
     @property
     def made(self) -> int:
@@ -57,7 +83,7 @@ class Draws:
         """Between shares of the draws and p: total variation, half the sum of the differences. None before the first draw."""
         if not self.made:
             return None
-        return sum(abs(count / self.made - p) for count, p in zip(counts, P, strict=True)) / 2
+        return sum(abs(count / self.made - p) for count, p in zip(counts, self.pair.p, strict=True)) / 2
 
     def _draw(self, probs: Sequence[float]) -> int:
         return self.chance.choices(range(len(probs)), probs)[0]
@@ -67,21 +93,29 @@ class Draws:
 class Branches:
     """The same with two guesses for one place, the second another token than the first; counts by token."""
 
+    pair: ToyPair = field(default_factory=ToyPair)
     chance: random.Random = field(default_factory=lambda: random.Random(2))
-    first: list[int] = field(default_factory=lambda: [0] * len(P))
+    first: list[int] = field(default_factory=lambda: [0] * len(TOKENS))
     """Kept at once."""
-    second: list[int] = field(default_factory=lambda: [0] * len(P))
+    second: list[int] = field(default_factory=lambda: [0] * len(TOKENS))
     """Kept after the first was rejected."""
-    corrected: list[int] = field(default_factory=lambda: [0] * len(P))
+    corrected: list[int] = field(default_factory=lambda: [0] * len(TOKENS))
 
     def more(self, n: int) -> None:
+        p, q = self.pair.p, self.pair.q
+        rest = left(p, q)
         for _ in range(n):
-            guess, rest = self._draw(Q), left(P, Q)
-            other = [0.0 if i == guess else q / (1 - Q[guess]) for i, q in enumerate(Q)]
-            again = self._draw(other)
-            if self.chance.random() < P[guess] / Q[guess]:
+            guess = self._draw(q)
+            if self.chance.random() < p[guess] / q[guess]:
                 self.first[guess] += 1
-            elif self.chance.random() < rest[again] / other[again]:
+                continue
+            other = [0.0 if i == guess else value for i, value in enumerate(q)]
+            if not sum(other):  # the draft knows no second guess
+                self.corrected[self._draw(rest)] += 1
+                continue
+            other = [value / sum(other) for value in other]
+            again = self._draw(other)
+            if self.chance.random() < rest[again] / other[again]:
                 self.second[again] += 1
             else:
                 self.corrected[self._draw(left(rest, other))] += 1

@@ -11,6 +11,8 @@ from textual.screen import ModalScreen
 from textual.widgets import Input, OptionList, Static, TextArea
 from textual.widgets.option_list import Option
 
+from specdec_tui.toy import TOKENS, ToyPair
+
 
 class Ask(ModalScreen[str | None]):
     """A box in the middle; escape leaves it unanswered."""
@@ -54,6 +56,33 @@ class AskPrompt(Ask):
         text = self.query_one(TextArea).text
         if text.strip():
             self.dismiss(text)
+
+
+class AskPair(Ask):
+    """What the lesson's target and draft say, by hand: two lines of five numbers."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "take", "Draw anew", id="ask.take", priority=True)]
+
+    def __init__(self, pair: ToyPair) -> None:
+        super().__init__()
+        self._pair = pair
+
+    def compose(self) -> ComposeResult:
+        with Vertical() as box:
+            box.border_title = f"p and q of {', '.join(TOKENS)}"
+            for name, values in (("p", self._pair.p), ("q", self._pair.q)):
+                yield Static(f"{name}, the {'target' if name == 'p' else 'draft'}", classes="hint")
+                yield Input(" ".join(f"{value:.2f}" for value in values), id=name, compact=True, select_on_focus=False)
+            yield Static("tab: the other line · enter draws anew · escape leaves it", id="said", classes="hint")
+
+    def action_take(self) -> None:
+        p, q = (self.query_one(f"#{name}", Input).value for name in ("p", "q"))
+        try:
+            ToyPair.typed(p, q)
+        except ValueError as error:
+            self.query_one("#said", Static).update(str(error))
+        else:
+            self.dismiss(f"{p};{q}")
 
 
 class AskWord(Ask):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import ClassVar
 
+from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.widgets import Static
@@ -14,13 +15,16 @@ from specdec_tui.panels import Line, PanelContent, flowed
 from specdec_tui.panels.toy import branches, curve, histograms, stacks
 from specdec_tui.player import Player
 from specdec_tui.questions import Question
+from specdec_tui.screens.ask import AskPair
 from specdec_tui.screens.watch import WatchScreen
 from specdec_tui.streams import EventStream
 from specdec_tui.theme import content
-from specdec_tui.toy import MOST, Branches, Draws
+from specdec_tui.toy import MOST, Branches, Draws, ToyPair
 from specdec_tui.widgets.board import Board
 
 _KEYS = "⏎ ⌫ pages · q leaves"
+_TOYS = ("stacks", "draws", "branches")
+"""Pages that draw from five tokens."""
 _AT_ONCE = 100
 """Draws a tick, so that the histograms are seen to meet."""
 
@@ -61,6 +65,7 @@ class LessonScreen(WatchScreen):
         Binding("enter", "done", "Next page, when this one is done", id="lesson.done", priority=True),
         Binding("pagedown", "turn(1)", "Next page", id="lesson.next", priority=True),
         Binding("backspace,pageup", "turn(-1)", "Previous page", id="lesson.previous", priority=True),
+        Binding("e", "edit", "p and q by hand", id="lesson.edit"),
         *(
             Binding(str(n), f"answer({n - 1})", f"Answer {n}", id=f"lesson.answer-{n}", priority=True)
             for n in (1, 2, 3)
@@ -135,6 +140,8 @@ class LessonScreen(WatchScreen):
     def _experiment(self, drawn: PanelContent) -> None:
         box = self.query_one("#experiment", Static)
         box.border_title = content([[(drawn.title, "muted")]])
+        toy = self._lesson.page.shows in _TOYS
+        box.border_subtitle = content([[("e", "key"), (" p and q by hand", "muted")]]) if toy else ""
         box.update(content(drawn.lines), layout=False)
 
     def _page(self, width: int) -> list[Line]:
@@ -189,12 +196,24 @@ class LessonScreen(WatchScreen):
         """k and α are turned on the pages about them."""
         if action == "present":
             return False
+        if action == "edit":
+            return self._lesson.page.shows in _TOYS
         if action in ("k", "temperature"):
             return self._lesson.page.shows == "curve"
         return super().check_action(action, parameters)
 
+    @work
+    async def action_edit(self) -> None:
+        """Another pair, whose draws begin anew."""
+        typed = await self.app.push_screen_wait(AskPair(self._seen.draws.pair))
+        if typed is not None:
+            pair = ToyPair.typed(*typed.split(";"))
+            self._seen.draws, self._seen.branches = Draws(pair), Branches(pair)
+            self._drawing, self._drawn = False, None
+            self.tick()
+
     def action_play(self) -> None:
-        if self._lesson.page.shows in ("stacks", "draws", "branches"):
+        if self._lesson.page.shows in _TOYS:
             self._drawing = self._toy.made < self._enough
         elif self._lesson.page.shows == "run":
             super().action_play()
