@@ -16,7 +16,7 @@ _ALIKE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def tiny_gemma(shared: int = 0, seed: int = 0) -> Any:
+def tiny_gemma(shared: int = 0, seed: int = 0, std: float = 0.3, **more: Any) -> Any:
     """A target of four layers, of which the last `shared` read keys and values of those before."""
     from transformers import Gemma4ForCausalLM
     from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
@@ -24,15 +24,15 @@ def tiny_gemma(shared: int = 0, seed: int = 0) -> Any:
     torch.manual_seed(seed)
     kinds = ["sliding_attention", "full_attention"] * 2
     config = Gemma4TextConfig(
-        **_ALIKE, hidden_size=32, num_hidden_layers=4, layer_types=kinds, num_kv_shared_layers=shared,
+        **{**_ALIKE, **more}, hidden_size=32, num_hidden_layers=4, layer_types=kinds, num_kv_shared_layers=shared,
         hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCAB,
     )  # fmt: skip
-    return _spread(Gemma4ForCausalLM(config))
+    return _spread(Gemma4ForCausalLM(config), std)
 
 
-def tiny_assistant(seed: int = 1, centroids: bool = False, std: float = 0.3) -> Any:
+def tiny_assistant(seed: int = 1, centroids: bool = False, std: float = 0.3, reads: int = 32) -> Any:
     """Two layers, all of which read the target's keys and values. std: of its weights; with a small one it is sure of
-    nothing."""
+    nothing. reads: how wide its target is."""
     from transformers import Gemma4AssistantConfig, Gemma4AssistantForCausalLM
     from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
 
@@ -45,7 +45,7 @@ def tiny_assistant(seed: int = 1, centroids: bool = False, std: float = 0.3) -> 
     )  # fmt: skip
     text.__class__ = every_layer_shared(type(text))
     more = {"use_ordered_embeddings": True, "num_centroids": 10, "centroid_intermediate_top_k": 3} if centroids else {}
-    config = Gemma4AssistantConfig(text_config=text, backbone_hidden_size=32, **more)
+    config = Gemma4AssistantConfig(text_config=text, backbone_hidden_size=reads, **more)
     model = _spread(Gemma4AssistantForCausalLM(config), std)
     if centroids:
         model.masked_embedding.token_ordering.copy_(torch.randperm(VOCAB))

@@ -159,8 +159,16 @@ def _of_peer(target: str, draft: str | None, sampling: Sampling, k: int, rule: s
         more = {"prompt_lookup_num_tokens": k}
     elif name != "none":
         more = _assisted(pair, name, k, generic)
+    first = int(name not in ("none", "ngram") and _is_assistant(name, generic))
     how = {"none": "plain", "ngram": "prompt lookup"}.get(name, f"assistant {name}")
-    return _against(pair, Transformers(model, sampling, k, more, how), sampling)
+    return _against(pair, Transformers(model, sampling, k, more, how, first), sampling)
+
+
+def _is_assistant(name: str, options: LoadOptions) -> bool:
+    from specdec_engine.models.draft_files import found_draft, read_draft
+
+    made = read_draft(found_draft(name, options))
+    return made is not None and made.kind == "assistant"
 
 
 def _assisted(pair: Pair, name: str, k: int, options: LoadOptions) -> dict[str, Any]:
@@ -173,7 +181,7 @@ def _assisted(pair: Pair, name: str, k: int, options: LoadOptions) -> dict[str, 
     made, tokenizer = read_draft(found_draft(name, options)), pair.tokenizer
     small: Any
     if made is not None and made.kind == "assistant":
-        small = load_assistant(made, target.dtype, target.device)
+        small = load_assistant(made).to(target.device, target.dtype)
     else:
         loaded = find_model(name, options).load()
         small, tokenizer = loaded.runtime.model, loaded.tokenizer  # type: ignore[attr-defined]

@@ -27,6 +27,7 @@ from specdec_engine.distill.recipe import Recipe, taps
 from specdec_engine.distill.recorded import read_recordings
 from specdec_engine.distill.run import Training, Writing, check_target, distill
 from specdec_engine.distill.shards import read
+from specdec_engine.distill.students import shape_of
 from specdec_engine.distill.synthesis import Limits, _Scribe, turns
 from specdec_engine.distill.trainer import Trainer
 from specdec_engine.distill.training import (
@@ -43,7 +44,7 @@ from specdec_engine.distill.training import (
 from specdec_engine.distill.training import Batch as TrainingBatch
 from specdec_engine.drafters.context_ids import ContextIds
 from specdec_engine.errors import GenerationFailed, ModelUnavailable, PairIncompatible, UsageError
-from specdec_engine.models.draft_files import read_draft
+from specdec_engine.models.draft_files import head_weights, read_draft
 from specdec_engine.models.loading import find_model
 from specdec_engine.models.options import LoadOptions
 from specdec_engine.pair import load_pair
@@ -175,11 +176,22 @@ def test_a_head_learns_what_each_kind_of_target_says(kind, tmp_path):
         events = list(distill(found, found.load(), Recipe(tmp_path / "draft", "head", "small", tokens=3000)))
     assert isinstance(events[-1], Training)
     prompt = [5, 6, 7, 8, 5, 6, 7]
-    texts = [
-        emitted(load_pair(str(tmp_path / "t"), draft, OPTIONS).decode(prompt, k=3, max_tokens=20))
-        for draft in ("none", str(tmp_path / "draft"))
-    ]
-    assert texts[0] == texts[1]
+    plain, ours = (load_pair(str(tmp_path / "t"), draft, OPTIONS) for draft in ("none", str(tmp_path / "draft")))
+    assert emitted(ours.decode(prompt, k=3, max_tokens=20)) == emitted(plain.decode(prompt, k=0, max_tokens=20))
+    # And it says what it said in training.
+    draft = read_draft(tmp_path / "draft")
+    head, table = Head(shape_of(draft)), found.tensor("model.embed_tokens.weight").float()
+    head.load_state_dict(head_weights(draft))
+    for first in range(5, 15):
+        text = [first, *prompt]
+        ours.target.prefill(text[:-1])
+        ours.drafter.begin(text)
+        said = ours.drafter.propose(text, 1, Sampling(), KeyedRandomness(0)).tokens.tolist()
+        features = ours.target.runtime.features(0, len(text) - 1)[None].float()
+        with torch.no_grad():
+            state = head(features, table[torch.tensor(text[1:])][None], 1)[0][0, -1]
+        ids = ours.drafter._ids.ids
+        assert said == [int(ids[(rows[ids].float() @ state).argmax()])]
 
 
 def test_the_template_is_split_around_a_users_words():

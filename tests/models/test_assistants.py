@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,9 +17,10 @@ from specdec_engine.errors import ModelUnavailable, PairIncompatible, UsageError
 from specdec_engine.models.assistant_files import load_assistant
 from specdec_engine.models.compatibility import check, offers
 from specdec_engine.models.draft_files import read_draft
+from specdec_engine.models.loading import Candidate
 from specdec_engine.models.options import LoadOptions
 from specdec_engine.pair import load_pair
-from tests.fakes import CPU, byte_tokenizer, cycles, emitted, save_checkpoint
+from tests.fakes import byte_tokenizer, cycles, emitted, save_checkpoint
 from tests.gemma import save_assistant, tiny_gemma
 
 OPTIONS = LoadOptions(device="cpu", dtype="float32", threads=1)
@@ -43,7 +45,7 @@ def test_it_drafts_what_transformers_drafts(target, assistant, length):
     """After a prompt, and after a draft of which a part was accepted; shorter and longer than its window."""
     pair = load_pair(str(target), str(assistant), OPTIONS)
     model, text = pair.target.runtime.model, torch.randint(5, 300, (length,)).tolist()
-    small = load_assistant(read_draft(assistant), torch.float32, CPU)
+    small = load_assistant(read_draft(assistant))
     small.generation_config.num_assistant_tokens = 5
     how = GenerationConfig(max_length=1000)
     theirs = SinglePositionMultiTokenCandidateGenerator(small, model.get_input_embeddings(), how)
@@ -87,16 +89,55 @@ def test_it_draws_from_the_distribution_that_it_tells(target, assistant):
     assert draft.probs.sum(-1).tolist() == pytest.approx([1.0] * 4)
 
 
+def test_drafts_after_accepted_tokens_are_those_of_a_pair_that_has_read_the_text_anew(tmp_path):
+    """Flat models, of which many tokens are accepted: what a draft begins with is then in the middle of the last pass."""
+    tiny_gemma(shared=2, std=0.02).save_pretrained(tmp_path / "t")
+    byte_tokenizer().save_pretrained(tmp_path / "t")
+    assistant = str(save_assistant(tmp_path / "a", std=0.02))
+    used, fresh = (load_pair(str(tmp_path / "t"), assistant, OPTIONS).asking(ignore_eos=True) for _ in range(2))
+    text, sampling = [5, 9, 7, 9, 5], Sampling(1.0)
+    found = cycles(used.decode(text, k=4, sampling=sampling, seed=5, max_tokens=40))
+    for cycle in found[:-1]:
+        fresh.target.rollback(0)
+        fresh.target.prefill(text[:-1])
+        draft = fresh.drafter.propose(text, 4, sampling, KeyedRandomness(5))
+        assert tuple(draft.tokens.tolist()) == cycle.drafted
+        text = [*text, *cycle.emitted]
+    assert {cycle.accepted for cycle in found} >= {0, 1, 2}
+
+
 def test_it_is_found_fitting_or_not(target, assistant, tmp_path):
     fit = check(str(target), str(assistant), OPTIONS)
     assert fit.fits
     assert any("assistant of Gemma 4" in finding.said for finding in fit.findings)
-    wide = shutil.copytree(assistant, tmp_path / "wide")
-    config = json.loads((wide / "config.json").read_text())
-    (wide / "config.json").write_text(json.dumps({**config, "backbone_hidden_size": 48}))
+    wide = save_assistant(tmp_path / "wide", reads=48)
     assert not check(str(target), str(wide), OPTIONS).fits
     with pytest.raises(PairIncompatible, match="reads states of 48 numbers, and the target's have 32"):
         load_pair(str(target), str(wide), OPTIONS)
+
+
+def test_heads_that_it_does_not_read_are_found_out_by_check_and_by_loading(assistant, tmp_path):
+    tiny_gemma(shared=2, num_key_value_heads=4).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    fit = check(str(tmp_path), str(assistant), OPTIONS)
+    assert [finding.level for finding in fit.findings if "4 heads of 16 numbers" in finding.said] == ["bad"]
+    with pytest.raises(PairIncompatible, match="4 heads of 16 numbers, and it reads 2 of 16"):
+        load_pair(str(tmp_path), str(assistant), OPTIONS)
+
+
+def test_what_is_wrong_with_it_comes_out_before_the_targets_weights_are_read(assistant, target, tmp_path, monkeypatch):
+    half = shutil.copytree(assistant, tmp_path / "half")
+    (half / "model.safetensors").write_bytes((half / "model.safetensors").read_bytes()[:2000])
+    monkeypatch.setattr(Candidate, "load", lambda self: pytest.fail("weights were read"))
+    with pytest.raises(ModelUnavailable, match="damaged"):
+        load_pair(str(target), str(half), OPTIONS)
+    with pytest.raises(UsageError, match="cannot be packed"):
+        load_pair(str(target), str(assistant), replace(OPTIONS, draft_quantize="int8"))
+    config = json.loads((half / "config.json").read_text())
+    config["text_config"]["vocab_size"] = 10**13
+    (half / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelUnavailable, match="a size that is none"):
+        load_pair(str(target), str(half), OPTIONS)
 
 
 def test_a_target_of_another_family_is_refused(assistant, tmp_path):
@@ -104,7 +145,9 @@ def test_a_target_of_another_family_is_refused(assistant, tmp_path):
     assert not check(llama, str(assistant), OPTIONS).fits
     with pytest.raises(PairIncompatible, match="needs the generic runtime"):
         load_pair(llama, str(assistant), OPTIONS)
-    with pytest.raises(PairIncompatible, match=r"does not fit .*: it has no layers of (full|sliding) attention"):
+    with pytest.raises(
+        PairIncompatible, match=r"does not fit .*: the target has no layers of (full|sliding) attention"
+    ):
         load_pair(llama, str(assistant), LoadOptions(device="cpu", dtype="float32", threads=1, runtime="generic"))
 
 
@@ -112,10 +155,6 @@ def test_it_is_no_target_and_no_damaged_one_is_taken(assistant, target, tmp_path
     with pytest.raises(UsageError, match="an assistant of Gemma 4 and no model of its own"):
         load_pair(str(assistant), "ngram", OPTIONS)
     half = shutil.copytree(assistant, tmp_path / "half")
-    file = half / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:2000])
-    with pytest.raises(ModelUnavailable, match="damaged"):
-        load_pair(str(target), str(half), OPTIONS)
     (half / "config.json").write_text('{"model_type": "gemma4_assistant"}')
     with pytest.raises(ModelUnavailable, match="damaged"):
         load_pair(str(target), str(half), OPTIONS)

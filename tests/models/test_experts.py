@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
-from specdec_engine.models.loading import lean_shape, load_model
+from specdec_engine.errors import ModelUnavailable
+from specdec_engine.models.compatibility import check
+from specdec_engine.models.forwards import lean_shape
+from specdec_engine.models.loading import load_model
 from specdec_engine.models.options import LoadOptions
 from specdec_engine.pair import load_pair
 from specdec_engine.runtime import native
@@ -89,3 +94,31 @@ def test_a_gguf_of_qwen3_with_experts_is_read(kind, tmp_path):
     assert (found - expected).square().mean().sqrt() < (1e-4 if kind == "F32" else 0.03) * expected.std()
     assert loaded.weight_bytes <= loaded.parameters * {"F32": 4, "Q8_0": 2, "Q4_0": 1.5}[kind]
     assert loaded.runtime.device == CPU
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("num_experts_per_tok", 0), ("num_experts_per_tok", 9), ("decoder_sparse_step", 0)]
+)
+@pytest.mark.parametrize("runtime", ["auto", "generic"])
+def test_experts_that_cannot_be_taken_are_said(key, value, runtime, tmp_path):
+    build("Qwen3MoeConfig", QWEN).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(ModelUnavailable, match=f"says {key} = {value}, of 8 experts"):
+        load_pair(str(tmp_path), "ngram", LoadOptions(device="cpu", dtype="float32", threads=1, runtime=runtime))
+
+
+def test_what_a_token_reads_does_not_depend_on_the_runtime(tmp_path):
+    """A draft's cost is reckoned by the experts that a token takes, on transformers' forward, too."""
+    build("Qwen3MoeConfig", QWEN | {"num_experts": 16, "num_experts_per_tok": 2}).save_pretrained(tmp_path / "t")
+    build("LlamaConfig", {}).save_pretrained(tmp_path / "d")
+    for folder in ("t", "d"):
+        byte_tokenizer().save_pretrained(tmp_path / folder)
+    found = [
+        check(
+            str(tmp_path / "t"), str(tmp_path / "d"), LoadOptions(device="cpu", dtype="float32", runtime=runtime)
+        ).figures["c"]
+        for runtime in ("auto", "generic")
+    ]
+    assert found[0] == found[1]

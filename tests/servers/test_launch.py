@@ -143,7 +143,7 @@ def test_the_same_pair_in_each_engines_words():
 @pytest.mark.parametrize(
     ("wanted", "said"),
     [
-        (starting("vllm", "self:4"), "vLLM cannot draft as self:4"),
+        (starting("vllm", "self:4"), "have vLLM draft as self:4"),
         (starting("llama.cpp", "ngram"), "needs org/target as a GGUF"),
         (starting("llama.cpp", "org/draft", gguf="t.gguf"), "needs the draft org/draft as a GGUF"),
         (Starting("vllm", "t.gguf", "ngram", 3, sampled=False), "needs t.gguf as a folder"),

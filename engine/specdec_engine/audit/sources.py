@@ -94,11 +94,12 @@ def _held_against(cycle: Cycle) -> list[int]:
 class Transformers:
     """`generate` of transformers, with its assisted decoding, its prompt lookup or plain."""
 
-    def __init__(self, model: Any, sampling: Sampling, k: int, more: dict[str, Any], name: str) -> None:
-        """more: what makes `generate` speculate, such as `assistant_model`."""
-        self.name = f"transformers, {name}"
-        # Assistants of Gemma 4 read what the target's first pass leaves, and draft from the second token on.
-        self.first_place = int("Assistant" in type(more.get("assistant_model")).__name__)
+    def __init__(
+        self, model: Any, sampling: Sampling, k: int, more: dict[str, Any], name: str, first_place: int = 0
+    ) -> None:
+        """more: what makes `generate` speculate, such as `assistant_model`. first_place: of the first token that is drafted;
+        assistants of Gemma 4 read what the target's first pass leaves, and begin with the second."""
+        self.name, self.first_place = f"transformers, {name}", first_place
         self._model, self._sampling, self._k, self._more = model, sampling, k, more
 
     @torch.inference_mode()

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
+import torch
+
 from specdec_engine.core.registry import entry_of
 from specdec_engine.distill import shards
 from specdec_engine.distill.documents import Documents, read_documents
@@ -25,13 +27,14 @@ from specdec_engine.distill.vocabulary import draft_ids
 from specdec_engine.errors import GenerationFailed, UsageError
 from specdec_engine.models.draft_files import found_draft, read_draft
 from specdec_engine.models.draft_folder import DraftFolder
+from specdec_engine.models.forwards import lean_shape
 from specdec_engine.models.loading import Candidate, Loaded
 from specdec_engine.models.options import LoadOptions
 from specdec_engine.record.prompt_files import Question, read_questions
 from specdec_engine.record.text import counted
 from specdec_engine.runtime.decoder import Decoder
 from specdec_engine.runtime.lean import LeanRuntime
-from specdec_engine.runtime.shape import Unsupported
+from specdec_engine.runtime.shape import Shape, Unsupported
 
 TEXT_SHARE = 0.55
 """Of the time, for writing text: on 2 cores each token is then learnt from some 7 times."""
@@ -69,12 +72,13 @@ class Training:
 
 def check_target(found: Candidate) -> None:
     """Look whether a draft can be made for it, before its weights are read. Raises UsageError."""
-    if isinstance(found.shape, Unsupported):
-        raise UsageError(f"distilling {found.name} needs the lean or the graph runtime, and {found.shape}", _OTHERS)
-    if found.device.type != "cpu" and found.config.model_type not in _ON_A_GPU:
+    on_a_cpu = isinstance(lean_shape(found.config, found.options, torch.device("cpu")), Shape)
+    if found.device.type != "cpu" and on_a_cpu and found.config.model_type not in _ON_A_GPU:
         raise UsageError(
             f"distill writes text of {found.name} ({found.config.model_type}) on a CPU alone", "add --device cpu"
         )
+    if isinstance(found.shape, Unsupported):
+        raise UsageError(f"distilling {found.name} needs the lean or the graph runtime, and {found.shape}", _OTHERS)
 
 
 _ON_A_GPU = ("llama", "mistral", "qwen2", "qwen3")

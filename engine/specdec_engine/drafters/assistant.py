@@ -38,11 +38,11 @@ class AssistantDrafter:
         return AssistantDrafter(self._assistant.another(target), self._setup, self.name)
 
     def begin(self, prompt: Sequence[int]) -> None:
-        """It keeps nothing of a text."""
+        """Do nothing: it keeps nothing of a text."""
 
     def propose(self, context: Sequence[int], k: int, sampling: Sampling, random: Randomness) -> Draft:
-        """Nothing where the target's state of the token before the newest is not kept: after a single token, and at the
-        begin of a run whose prompt was read before."""
+        """As `Drafter.propose`; an empty draft where the target's state of the token before the newest is not kept: after a
+        single token, and far back in a text."""
         device = self._setup.device
         if not self._assistant.ready(len(context)):
             return empty_draft(device, self.name)
@@ -54,7 +54,7 @@ class AssistantDrafter:
         return Draft(drawn.tokens, drawn.rows, self.name, drawn.raw)
 
     def observe(self, draft: Draft, verdict: Verdict) -> None:
-        """Nothing of a draft is kept."""
+        """Do nothing: nothing of a draft is kept."""
 
     def acceptance_along(
         self, context: Sequence[int], p: Sequence[float], k: int, sampling: Sampling
@@ -77,15 +77,23 @@ def build(argument: str, setup: DraftSetup) -> AssistantDrafter:
     if draft is None or draft.kind != "assistant":
         raise UsageError(f"{path} holds no assistant of Gemma 4", "give another model by its name alone")
     draft.check(setup.tokenizer, setup.name, setup.vocab)
-    target = setup.target()
+    if setup.draft_quantize in ("int8", "int4"):
+        raise UsageError(
+            f"the assistant {argument} cannot be packed: it runs on transformers' forward", "leave out --draft-quantize"
+        )
+    model, target = (
+        load_assistant(draft),
+        setup.target(),
+    )  # the smaller first: its damage costs no large model's loading
     if not isinstance(target, GenericRuntime):
         raise PairIncompatible(
             f"an assistant of Gemma 4 needs the generic runtime, and the target runs on {target.name}",
             "add --runtime generic, or choose another draft",
         )
     draft.check_width(int(target.model.config.get_text_config().hidden_size))
-    model = load_assistant(draft, target.model.dtype, setup.device)
-    assistant = _tried(model, target, f"the assistant {argument} does not fit {setup.name}")
+    assistant = _tried(
+        model.to(setup.device, target.model.dtype), target, f"the assistant {argument} does not fit {setup.name}"
+    )
     setup.models[argument] = ModelInfo(
         name=argument,
         model_type=draft.config["model_type"],
@@ -102,8 +110,7 @@ def build(argument: str, setup: DraftSetup) -> AssistantDrafter:
 
 
 def _tried(model: Any, target: GenericRuntime, what: str) -> Assistant:
-    """On a few tokens: keys of other sizes, and layers that are not there, are found out before a run. Raises
-    PairIncompatible."""
+    """Draft a token after two: what does not go together is found out before a run. Raises PairIncompatible."""
     try:
         assistant = Assistant(model, target)
         target.rollback(0)

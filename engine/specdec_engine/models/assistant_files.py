@@ -11,6 +11,7 @@ import torch
 
 from specdec_engine.models.damage import explained
 from specdec_engine.models.draft_folder import DraftFolder, TargetLayers
+from specdec_engine.models.kinds import WIDEST
 from specdec_engine.models.pretrained import check_loaded, load_config
 
 _KINDS = frozenset({"gemma4_assistant", "gemma4_unified_assistant"})
@@ -22,25 +23,26 @@ def assistant_folder(path: Path, config: Mapping[str, Any]) -> DraftFolder | Non
     if config.get("model_type") not in _KINDS:
         return None
     vocab = int(config["text_config"]["vocab_size"])
-    if vocab < 1 or int(config["backbone_hidden_size"]) < 1:
+    if not 1 <= vocab <= WIDEST or int(config["backbone_hidden_size"]) < 1:  # a table of all ids is made
         raise ValueError("its config has a size that is none")
     return DraftFolder(path, "assistant", dict(config), TargetLayers(()), "", torch.arange(vocab), vocab=vocab)
 
 
-def load_assistant(draft: DraftFolder, dtype: torch.dtype, device: torch.device) -> Any:
-    """The assistant as transformers computes it, in evaluation mode. Raises ModelUnavailable for a damaged one, and
-    OutOfMemory."""
+def load_assistant(draft: DraftFolder) -> Any:
+    """Read the assistant as transformers computes it, on the CPU and in its file's dtype. Raises ModelUnavailable for a
+    damaged one, and OutOfMemory."""
     from transformers import AutoModelForCausalLM
 
     made: Any = AutoModelForCausalLM
-    common = {"dtype": dtype, "local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+    common = {"dtype": "auto", "local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+    common |= {"ignore_mismatched_sizes": True}  # `check_loaded` says which
     with explained(draft.name, draft.path):
         config = load_config(draft.path, trust_remote_code=False)
         text = config.get_text_config()
         text.__class__ = every_layer_shared(type(text))
         model, info = made.from_pretrained(draft.path, config=config, **common)
         check_loaded(draft.path, draft.path, info)
-        return model.to(device).eval()
+        return model.eval()
 
 
 def every_layer_shared(kind: type[Any]) -> type[Any]:

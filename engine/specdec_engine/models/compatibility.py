@@ -14,11 +14,13 @@ from specdec_engine.models.hub_cache import cached_heads, cached_models, drafts_
 from specdec_engine.models.kinds import mask_of
 from specdec_engine.models.loading import Candidate, find_model
 from specdec_engine.models.options import LoadOptions
+from specdec_engine.models.pretrained import load_config
 from specdec_engine.models.tokenizers import Difference, compare_tokenizers, shared_share
 from specdec_engine.models.translation import Translation
 from specdec_engine.record.cycle_stats import expected_emitted
+from specdec_engine.runtime.assistant import layers_read
 from specdec_engine.runtime.context_limit import context_limit
-from specdec_engine.runtime.shape import Unsupported
+from specdec_engine.runtime.shape import Unsupported, shape_of
 from specdec_engine.system.memory import free_bytes, gib
 
 Level = Literal["ok", "note", "open", "bad"]
@@ -229,8 +231,11 @@ def _assistant(ours: Candidate, name: str, made: DraftFolder) -> list[Finding]:
     try:
         made.check(ours.tokenizer, ours.name, ours.vocab)
         made.check_width(int(ours.config.get_text_config().hidden_size))
+        layers_read(load_config(made.path, trust_remote_code=False).get_text_config(), ours.config.get_text_config())
     except PairIncompatible as error:
         return [Finding("draft", "bad", f"{error.message}; {error.hint}")]
+    except Unsupported as reason:
+        return [Finding("draft", "bad", f"the assistant {name} does not fit: {reason}")]
     if not isinstance(ours.shape, Unsupported) or (ours.device.type == "cuda" and ours.options.runtime != "generic"):
         return [Finding("draft", "bad", "an assistant of Gemma 4 needs the generic runtime: add --runtime generic")]
     return [
@@ -350,8 +355,11 @@ def _figures(ours: Candidate, theirs: Candidate, drafted_for_one: float, in_one_
 
 
 def _read_by_a_token(model: Candidate) -> float:
-    """Bytes of its weights: of a mixture of experts the few that a token takes."""
-    return model.need.weights * (1.0 if isinstance(model.shape, Unsupported) else model.shape.share_read)
+    """Bytes of its weights: of a mixture of experts the few that a token takes, on whatever runtime."""
+    try:
+        return model.need.weights * shape_of(model.config).share_read
+    except Unsupported:  # of a kind whose tensors are not known here
+        return model.need.weights
 
 
 def _band(low: float, high: float, in_one_pass: bool = False) -> tuple[float, float]:

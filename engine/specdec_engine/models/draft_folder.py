@@ -87,7 +87,7 @@ class DraftFolder:
         hint = f"it was made for {self.made_for}" if self.made_for else "choose the target that it was made for"
         if self.vocab not in (0, vocab):
             raise PairIncompatible(
-                f"the head {self.name} is for targets of {self.vocab:,} tokens, and {target} has {vocab:,}", hint
+                f"the draft {self.name} is for targets of {self.vocab:,} tokens, and {target} has {vocab:,}", hint
             )
         if int(self.ids.max()) >= vocab or (self.tokenizer and fingerprint(tokenizer) != self.tokenizer):
             raise PairIncompatible(f"the draft {self.name} was made for another tokenizer than that of {target}", hint)

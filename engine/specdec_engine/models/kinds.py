@@ -33,6 +33,19 @@ def check_sizes(folder: Path) -> None:
             )
 
 
+def check_experts(text: Any, name: str) -> None:
+    """Look whether tokens can take as many experts as a text config says. Raises ModelUnavailable."""
+    known = ("num_experts", "num_local_experts", "n_routed_experts")
+    count = next((value for key in known if isinstance(value := getattr(text, key, None), int)), 0)
+    taken, every = getattr(text, "num_experts_per_tok", None), getattr(text, "decoder_sparse_step", 1)
+    wrong = {"num_experts_per_tok": taken} if isinstance(taken, int) and not 1 <= taken <= count else {}
+    wrong |= {"decoder_sparse_step": every} if isinstance(every, int) and every < 1 else {}
+    for key, value in wrong.items() if count else ():
+        raise ModelUnavailable(
+            f"config.json of {name} says {key} = {value}, of {count} experts", "get that one file again: it is small"
+        )
+
+
 def check_plain(folder: Path, name: str) -> None:
     """Look whether weights are stored as numbers, and not as codes that a config of quantization would explain: the codes
     would be multiplied as they are. Raises ModelUnavailable."""
@@ -69,6 +82,7 @@ def check_kind(config: Any, name: str, own_code: bool = False) -> None:
             f"{name} is {kind} ({config.model_type}), and transformers has no text model of that type", hint
         )
     text = config.get_text_config()
+    check_experts(text, name)
     both_ways = (
         False in (getattr(text, "is_causal", True), getattr(text, "causal", True))
         or getattr(text, "use_bidirectional_attention", None) in (True, "all")

@@ -17,6 +17,7 @@ from specdec_engine.errors import ModelUnavailable, UsageError
 from specdec_engine.models import gguf_files
 from specdec_engine.models.damage import explained
 from specdec_engine.models.draft_files import read_draft
+from specdec_engine.models.forwards import lean_shape
 from specdec_engine.models.kinds import check_kind, check_plain, rollback_by_kind
 from specdec_engine.models.memory_needs import Need
 from specdec_engine.models.options import LoadOptions
@@ -40,7 +41,7 @@ from specdec_engine.runtime.context_limit import context_limit
 from specdec_engine.runtime.decoder import Decoder, check_tensors
 from specdec_engine.runtime.graphs import CudaRecorder, GraphRuntime, room_for
 from specdec_engine.runtime.lean import Forward, LeanRuntime
-from specdec_engine.runtime.shape import FAMILY, Shape, Unsupported, shape_of
+from specdec_engine.runtime.shape import FAMILY, Shape, Unsupported
 from specdec_engine.runtime.weights import PACKED, GgufWeights, SafetensorsWeights, Weights
 from specdec_engine.system.devices import pick_device, pick_dtype
 from specdec_engine.verify.processors import Asked, asked_by, left_out_of
@@ -317,7 +318,9 @@ def find_model(name: str, options: LoadOptions) -> Candidate:
     path = resolve(name, offline=options.offline, trust_remote_code=options.trust_remote_code, report=options.report)
     if path.is_dir() and (made := read_draft(path)) is not None and made.kind != "model":
         what = "a draft head" if made.kind == "head" else "an assistant of Gemma 4"
-        raise UsageError(f"{name} is {what} and no model of its own", "give it to --draft, with its target")
+        raise UsageError(
+            f"{name} is {what} and no model of its own", "give it to --draft by its name alone, with its target"
+        )
     with explained(name, path):
         folder = gguf_files.beside(path, name, options.report) if path.is_file() else path
         found = gguf_files.entries(folder) if path.is_file() else {}
@@ -368,25 +371,6 @@ _SPREAD = "it is spread over devices"
 
 def _own_code(config: Any, options: LoadOptions) -> bool:
     return options.trust_remote_code and bool(getattr(config, "auto_map", None))
-
-
-def lean_shape(config: Any, options: LoadOptions, device: torch.device) -> Shape | Unsupported:
-    """What the lean forward needs of this config, or why the generic one is to run."""
-    if options.runtime == "generic":
-        return Unsupported("--runtime generic was asked for")
-    if device.type == "mps":
-        return Unsupported("it has not been tried on Apple's GPUs")
-    if options.runtime == "graph" and device.type != "cuda":
-        return Unsupported(f"graphs are recorded on a CUDA device, and this is {device}")
-    try:
-        shape = shape_of(config)
-    except Unsupported as reason:
-        return reason
-    if shape.mixture is not None and device.type != "cpu":
-        return Unsupported(
-            "its experts run on our own forward on a CPU alone"
-        )  # which they are is asked at every layer
-    return shape
 
 
 def _check_numbers(runtime: Runtime, model: Candidate) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from specdec_engine.core.transfer import upload
 from specdec_engine.runtime import DraftTokens, SampledToken, StopDrafting, TokenSampler
+from specdec_engine.runtime.context_limit import kv_size, layer_configs
 from specdec_engine.runtime.generic import GenericRuntime
 from specdec_engine.runtime.shape import Unsupported
 
@@ -25,7 +26,7 @@ class Assistant:
         """Raises Unsupported for a target that has no such layers as it reads."""
         self.model, self._target = model, target
         self._states, self._kept = target.keep_last()
-        self._layers = _layers_read(model.config.get_text_config(), target.model.config.get_text_config())
+        self._layers = layers_read(model.config.get_text_config(), target.model.config.get_text_config())
         self._embed = target.model.get_input_embeddings()
 
     def another(self, target: GenericRuntime) -> Assistant:
@@ -62,10 +63,19 @@ class Assistant:
         return DraftTokens.of(sampled, [one.token for one in sampled])
 
 
-def _layers_read(ours: Any, target: Any) -> dict[str, int]:
-    """Of each kind of attention the target's last layer that keeps keys and values of its own."""
+def layers_read(ours: Any, target: Any) -> dict[str, int]:
+    """Find for each kind of attention the target's last layer that keeps keys and values of its own, by the two text configs.
+    Raises Unsupported where there is none, and where its heads are not those that the assistant reads."""
     own = int(target.num_hidden_layers) - int(getattr(target, "num_kv_shared_layers", 0) or 0)
-    kinds = list(getattr(target, "layer_types", None) or ())[:own]
-    if missing := sorted({*ours.layer_types} - {*kinds}):
-        raise Unsupported(f"it has no layers of {missing[0].replace('_', ' ')}")
-    return {kind: own - 1 - kinds[::-1].index(kind) for kind in {*ours.layer_types}}
+    kinds, found = list(getattr(target, "layer_types", None) or ())[:own], dict[str, int]()
+    for kind, layer in zip(ours.layer_types, layer_configs(ours), strict=True):
+        said = kind.replace("_", " ")
+        if kind not in kinds:
+            raise Unsupported(f"the target has no layers of {said}")
+        found[kind] = own - 1 - kinds[::-1].index(kind)
+        (heads, size), read = kv_size(layer_configs(target)[found[kind]]), kv_size(layer)
+        if (heads, size) != read:
+            raise Unsupported(
+                f"the target's {said} keeps {heads} heads of {size} numbers, and it reads {read[0]} of {read[1]}"
+            )
+    return found

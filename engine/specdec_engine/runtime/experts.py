@@ -18,7 +18,7 @@ from specdec_engine.runtime.linear import Projection
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """One layer's."""
+    """The experts of one layer, and the matrix that chooses among them."""
 
     router: Projection
     gate_ups: Sequence[Projection]

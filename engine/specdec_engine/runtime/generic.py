@@ -117,8 +117,8 @@ class GenericRuntime:
             self._last.cut(to)
 
     def keep_last(self) -> tuple[LastStates, KeysAndValues]:
-        """From now on keep what the model computed last of each token; and what its layers keep. Raises Unsupported for a
-        model that keeps no keys and values."""
+        """Keep from now on what the model computed last of each token, and give that and what its layers keep. Raises
+        Unsupported for a model that keeps no keys and values."""
         if not isinstance(self._state, KeysAndValues):
             raise Unsupported("it keeps no keys and values that an assistant could read")
         if self._last is None:

@@ -20,13 +20,13 @@ class Mixture:
     renormed: bool
     """The weights of those that are taken add up to 1."""
     router: str
-    """Names in a layer: of the matrix that chooses,"""
+    """Name in a layer of the matrix that chooses."""
     expert: str
-    """of an expert, by its number,"""
+    """Name in a layer of an expert, with {} for its number."""
     parts: tuple[str, str, str]
-    """and of its gate, its way up and its way down."""
+    """Names in an expert of its gate, its way up and its way down."""
 
-    def left(self, hidden: int) -> int:
+    def unread(self, hidden: int) -> int:
         """Numbers of the experts that a token does not take, in all layers."""
         return len(self.layers) * (self.count - self.taken) * 3 * self.inner * hidden
 

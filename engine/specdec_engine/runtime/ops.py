@@ -162,13 +162,13 @@ class Pass:
         self._add(multiply(layer.out, attended), layer.attention_after)
         inputs = inputs if self.shape.parallel else self._read(layer.mlp_norm)
         if isinstance(layer.network, Experts):
-            self._add(self._taken(layer.network, inputs), layer.mlp_after)
+            self._add(self._mixed(layer.network, inputs), layer.mlp_after)
             return
         gated = multiply(layer.network.gate_up, inputs)
         gated = gelu_gate(gated) if self.shape.gelu else self.ops.gate(gated)
         self._add(multiply(layer.network.down, gated), layer.mlp_after)
 
-    def _taken(self, experts: Experts, x: Tensor) -> Tensor:
+    def _mixed(self, experts: Experts, x: Tensor) -> Tensor:
         return experts(x, self.ops.gate)
 
     def _multiply(self, projection: Projection, x: Tensor) -> Tensor:
@@ -272,7 +272,7 @@ class PassOfPrompts(PassTogether):
     def _multiply(self, projection: Projection, x: Tensor) -> Tensor:
         return torch.cat(multiply_texts(projection, torch.split(x, self._sizes)))
 
-    def _taken(self, experts: Experts, x: Tensor) -> Tensor:
+    def _mixed(self, experts: Experts, x: Tensor) -> Tensor:
         return torch.cat([experts(own, self.ops.gate) for own in torch.split(x, self._sizes)])
 
 

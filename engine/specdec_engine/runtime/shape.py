@@ -165,7 +165,7 @@ class Shape:
         """Of its weights, what a pass over one token reads."""
         if self.mixture is None:
             return 1.0
-        return 1.0 - self.mixture.left(self.hidden) / sum(map(math.prod, self.tensors.values()))
+        return 1.0 - self.mixture.unread(self.hidden) / sum(map(math.prod, self.tensors.values()))
 
 
 def shape_of(config: Any) -> Shape:
@@ -183,6 +183,7 @@ def shape_of(config: Any) -> Shape:
     heads, layers = config.num_attention_heads, config.num_hidden_layers
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     rotary = rotary_of(config, head_size)
+    mixture = mixture_of(config)
     rotations, rotation_of_layer = _rotations(config, rotary, (head_size - rotary) // 2)
     return Shape(
         layers=layers,
@@ -193,7 +194,7 @@ def shape_of(config: Any) -> Shape:
         vocab=config.vocab_size,
         eps=config.layer_norm_eps if cohere else config.rms_norm_eps,
         tied=config.tie_word_embeddings,
-        tensors=_tensors(config, head_size),
+        tensors=_tensors(config, head_size, mixture),
         windows=_windows(config, layers),
         rotations=rotations,
         rotation_of_layer=rotation_of_layer,
@@ -207,7 +208,7 @@ def shape_of(config: Any) -> Shape:
         parallel=cohere,
         centred=cohere,
         growth=_growth(config),
-        mixture=mixture_of(config),
+        mixture=mixture,
         scales=_scales(config, head_size),
     )
 
@@ -314,7 +315,7 @@ def _windows(config: Any, layers: int) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in config.layer_types)
 
 
-def _tensors(config: Any, head_size: int) -> dict[str, tuple[int, ...]]:
+def _tensors(config: Any, head_size: int, mixture: Mixture | None) -> dict[str, tuple[int, ...]]:
     """Names and sizes of all tensors that transformers' model of this config has, but for an untied head's."""
     biased = getattr(config, "attention_bias", False)
     of_queries, of_out, of_mlp = {
@@ -365,13 +366,18 @@ def _tensors(config: Any, head_size: int) -> dict[str, tuple[int, ...]]:
         wide = config.model_type in ("olmo2", "olmo3")
         layer["self_attn.q_norm.weight"] = (queries if wide else head_size,)
         layer["self_attn.k_norm.weight"] = (keys if wide else head_size,)
-    mixture = mixture_of(config)
-    networks = {name: size for name, size in layer.items() if name.startswith("mlp.")}
-    mixed = {} if mixture is None else mixture.tensors(hidden)
-    sizes = dict[str, tuple[int, ...]]()
-    for i in range(config.num_hidden_layers):
-        has_experts = mixture is not None and i in mixture.layers
-        own = {name: size for name, size in layer.items() if name not in networks}
-        own |= mixed if has_experts else networks
-        sizes |= {f"model.layers.{i}.{name}": size for name, size in own.items()}
+    sizes = _of_layers(layer, config.num_hidden_layers, mixture, hidden)
     return sizes | {"model.embed_tokens.weight": (config.vocab_size, hidden), "model.norm.weight": (hidden,)}
+
+
+def _of_layers(
+    layer: Mapping[str, tuple[int, ...]], layers: int, mixture: Mixture | None, hidden: int
+) -> dict[str, tuple[int, ...]]:
+    """A dense layer's tensors as those of all layers, with experts in the place of a feed-forward network where they are."""
+    mixed = {name: size for name, size in layer.items() if not name.startswith("mlp.")}
+    mixed |= {} if mixture is None else mixture.tensors(hidden)
+    found = dict[str, tuple[int, ...]]()
+    for i in range(layers):
+        own = mixed if mixture is not None and i in mixture.layers else layer
+        found |= {f"model.layers.{i}.{name}": size for name, size in own.items()}
+    return found

@@ -66,7 +66,7 @@ def _speculative(wanted: Starting) -> tuple[str, ...]:
     member, others = served(wanted.draft)
     if member is None:
         raise UsageError(
-            f"{_SERVERS[wanted.engine]} cannot draft as {wanted.draft} does",
+            f"specdec knows no way to have {_SERVERS[wanted.engine]} draft as {wanted.draft} does",
             "name a draft model or ngram: specdec tune says what of a setting servers can do",
         )
     asked = Wanted(wanted.target, member, wanted.k, wanted.sampled, wanted.gguf, others)

@@ -58,7 +58,7 @@ class Wanted:
             return _EAGLE
         entry = entry_of(self.draft) or drafters()["model"]
         if entry.servers is None:
-            raise ValueError(f"no server drafts as {self.draft} does")
+            raise ValueError(f"no server is known to draft as {self.draft} does")
         return entry.servers
 
     @property
