@@ -35,7 +35,8 @@ def taught(demo, act, size=(120, 40)):
 
 
 DO = (
-    ("right",), ("full_stop",) * 8, ("full_stop",), ("full_stop",), ("full_stop",), ("full_stop",) * 2, ("full_stop",) * 12,
+    ("right",), ("full_stop",) * 8, ("full_stop",), ("full_stop",), ("full_stop", "exclamation_mark"),
+    ("full_stop",) * 2, ("full_stop",) * 12,
     ("space",), ("space",), ("space",), ("end",), (), ("T",) * 6,
 )  # fmt: skip
 """What each page but the last asks for; the twelfth wants the best k found."""
@@ -180,10 +181,10 @@ def test_each_question_has_one_right_answer_and_all_places_occur():
 
 PAIRS = [
     ToyPair(),
-    ToyPair.typed("1 0 0 0 0", "0.2 0.2 0.2 0.2 0.2"),
-    ToyPair.typed("3 2 2 2 1", "0 0 0 0 1"),
-    ToyPair.typed("0.3, 0.3, 0.2, 0.1, 0.1", "0.3, 0.3, 0.2, 0.1, 0.1"),
-    ToyPair.typed("0 0 0 1 1", "1 1 1 0 0"),
+    ToyPair.typed("1 0 0 0 0\n0.2 0.2 0.2 0.2 0.2"),
+    ToyPair.typed("3 2 2 2 1\n0 0 0 0 1"),
+    ToyPair.typed("0.3, 0.3, 0.2, 0.1, 0.1\n0.3, 0.3, 0.2, 0.1, 0.1"),
+    ToyPair.typed("0 0 0 1 1\n1 1 1 0 0"),
 ]
 
 
@@ -211,7 +212,7 @@ def test_draws_of_any_pair_come_out_as_its_target_says(pair):
 )
 def test_what_is_no_distribution_is_said(p, said):
     with pytest.raises(ValueError, match=said):
-        ToyPair.typed("1 1 1 1 1", p)
+        ToyPair.typed(f"1 1 1 1 1\n{p}")
 
 
 @pytest.mark.parametrize("size", [(80, 24), (120, 40)])
@@ -223,17 +224,19 @@ def test_p_and_q_are_edited_by_hand(demo, size):
         assert "p and q by hand" in screen_of(app)
         await pilot.press("e")
         await pilot.pause(0.1)
-        await pilot.press(*["backspace"] * 4, "enter")
+        await pilot.press("end", *["backspace"] * 5, "enter")
         await pilot.pause(0.1)
         assert "4 numbers, and there are 5 tokens" in screen_of(app)
         await pilot.press("space", "9", "enter")
-        await pilot.pause(0.1)
-        await pilot.press("space")
         for _ in range(100):
             await pilot.pause(0.05)
-            if "1,000 times" in screen_of(app):
+            if "2,000 times" in screen_of(app):
                 break
-        return screen_of(app)
+        found = screen_of(app)
+        await pilot.press("pagedown")
+        await pilot.pause(0.2)
+        assert "p 0.40" in screen_of(app), "the next page speaks of the lesson's own pair"
+        return found
 
     found = taught(demo, act, size)
     assert "p 0.90" in found

@@ -97,6 +97,7 @@ def pages(frame: Frame) -> tuple[Page, ...]:
     plain = _first(frame, lambda c: not c.drafted)
     shown = _first(frame, _begins_well)
     refused = _first(frame, lambda c: _ends_badly(c) and c.accepted < len(c.drafted) - 1, _ends_badly)
+    thrown = next((i for i, c in enumerate(frame.cycles) if _kept_by_a_throw(c) and _rejects_after(frame, i)), None)
     whole = _first(frame, lambda c: len(c.drafted) > 1 and c.end == "bonus")
     k, at, s = len(frame.cycles[shown].drafted), frame.cycles[refused].accepted, frame.summary()
     before_throw = len(frame.cycles[refused].drafted) + 1 + at
@@ -131,8 +132,8 @@ def pages(frame: Frame) -> tuple[Page, ...]:
         Page(
             "One pass reads them all",
             "The target reads all guesses in a single pass. At each place it says what it would have said there "
-            "itself: a whole distribution p, beside the draft's q. That is the dear step of the cycle, and it costs "
-            "far less than a pass for each guess.",
+            "itself: a whole distribution p, beside the draft's q. That is the dear step of the cycle, but one pass for "
+            "all guesses costs less than a pass for each.",
             "press . for the pass",
             reached(shown, k + 1),
             within(shown, k),
@@ -153,9 +154,9 @@ def pages(frame: Frame) -> tuple[Page, ...]:
             "Where the draft was surer than the target, p < q, the guess would come too often. It is kept with "
             "probability p/q only: q · p/q is p. A number u between 0 and 1 is drawn, the mark ▲ on the line. Left of "
             "the end of the bar min(1, p/q): kept. Right of it: rejected.",
-            "press . to throw",
-            reached(refused, before_throw + 1),
-            within(refused, before_throw),
+            "press . to throw" + ("" if thrown is None else ", then ! for a throw that is lost"),
+            reached(refused, before_throw + 1) if thrown is None else partial(_lost_after, thrown),
+            within(refused, before_throw) if thrown is None else within(thrown, _before_throw(frame.cycles[thrown])),
             inspects=True,
             question=questions.THROWN,
         ),
@@ -181,9 +182,9 @@ def pages(frame: Frame) -> tuple[Page, ...]:
         ),
         Page(
             "Why nothing is lost",
-            "A token is guessed and kept with chance q · min(1, p/q), which is min(p, q): what both want of it. Where q "
-            "had too little, corrections bring the rest, p − min(p, q). Together that is p, for each token here and any "
-            "other, however bad the draft. Watch the two add up.",
+            "A guess comes with chance q and is kept with min(1, p/q): min(p, q) of all places. Corrections bring what "
+            "is missing, p − min(p, q). The sum is p, however bad the draft. Not the same words as without a draft, but "
+            "each with the same chance: at every place, so for the whole text.",
             f"press space, until {ENOUGH:,} are drawn",
             lambda state: state.draws.made >= ENOUGH,
             View,
@@ -217,8 +218,8 @@ def pages(frame: Frame) -> tuple[Page, ...]:
             f"In this run {s.drafted} tokens were drafted and {s.accepted} kept: an acceptance rate of "
             f"{number(s.acceptance_rate)}. But a rejection leaves those after it untested: {s.tested} were tested, and "
             "of them "
-            f"{number(s.alpha)} were kept. That is α, the chance that a guess holds: it says how good a draft is, whatever "
-            "k is.",
+            f"{number(s.alpha)} were kept. That is α, how often a guess that is tested holds: it says how good a draft is, "
+            "whatever k is.",
             "press end for the whole run",
             lambda state: state.view.at_end,
             lambda f: View(f).to(refused + 1),
@@ -226,9 +227,9 @@ def pages(frame: Frame) -> tuple[Page, ...]:
         ),
         Page(
             "How far to guess",
-            "With chance α a guess is kept, so k guesses give 1 + α + α² + … + α^k tokens a pass. But each costs a "
-            "draft step, and widens the pass. The best k is where one more guess is no longer worth its cost. "
-            "This is what `-k auto` learns while it runs.",
+            "If a guess holds with chance α, two in a row do with α²: k guesses give 1 + α + α² + … + α^k tokens a pass. "
+            "But each costs a draft step, and widens the pass: at some k one more is not worth it. `-k 4` sets k; "
+            "`-k auto` learns it.",
             "press ] for more, [ for fewer, until you have found the best k",
             lambda state: state.what.k == state.what.best,
             View,
@@ -301,6 +302,36 @@ def _begins_well(cycle: Cycle) -> bool:
         return False
     p, q = cycle.p[0], cycle.q[0]
     return p is not None and q is not None and p >= q and q < 1
+
+
+def _kept_by_a_throw(cycle: Cycle) -> bool:
+    """Its first guess is kept though p < q, and the number that was drawn was not far from failing."""
+    if not cycle.drafted or not cycle.accepted or cycle.parents is not None:
+        return False
+    p, q, u = cycle.p[0], cycle.q[0], cycle.u[0]
+    return p is not None and q is not None and u is not None and q < 1 and 0.2 < p / q < 0.8 and u > 0.2
+
+
+def _before_throw(cycle: Cycle) -> int:
+    """The step at which all of it is read, and nothing tested."""
+    return len(cycle.drafted) + 1
+
+
+def _rejects_after(frame: Frame, index: int) -> bool:
+    """Whether the next rejection after a cycle is by a throw, too."""
+    after = next((c for c in frame.cycles[index + 1 :] if c.rejected is not None), None)
+    return after is not None and _thrown_out(after)
+
+
+def _thrown_out(cycle: Cycle) -> bool:
+    p, q = (None, None) if cycle.rejected is None else (cycle.p[cycle.rejected], cycle.q[cycle.rejected])
+    return p is not None and q is not None and 0.02 < p < q < 1
+
+
+def _lost_after(index: int, state: State) -> bool:
+    """Whether a guess that was rejected by a throw is looked at, of a later cycle."""
+    view = state.view
+    return view.shown > index + 1 and view.cycle is not None and _thrown_out(view.cycle)
 
 
 def _ends_badly(cycle: Cycle) -> bool:

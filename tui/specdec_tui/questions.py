@@ -30,7 +30,7 @@ DRAFT = Question(
     "What may a draft be?",
     ("only a model with the target's weights", "only a lookup", "anything that guesses tokens"),
     2,
-    "A wrong guess costs time and never changes the text, so anything may guess. A lookup names one token for sure: q is 1.",
+    "A wrong guess costs time and no more, as page 8 shows: anything may guess. A lookup names one token for sure: q is 1.",
     "A draft is anything small that guesses the next k tokens.",
 )
 READS = Question(

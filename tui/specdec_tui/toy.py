@@ -18,9 +18,13 @@ class ToyPair:
     q: tuple[float, ...] = (0.10, 0.50, 0.10, 0.05, 0.25)
 
     @classmethod
-    def typed(cls, p: str, q: str) -> ToyPair:
-        """Of five numbers each, which are made to add up to 1. Raises ValueError, with a sentence, for what is none."""
-        return cls(_shares("p", p), _shares("q", q))
+    def typed(cls, text: str) -> ToyPair:
+        """Of a line for p and a line for q, five numbers each, which are made to add up to 1. Raises ValueError, with a
+        sentence, for what is none."""
+        lines = [line for line in text.splitlines() if line.strip()]
+        if len(lines) != 2:
+            raise ValueError("there is one line for p and one for q")
+        return cls(_shares("p", lines[0]), _shares("q", lines[1]))
 
 
 def _shares(name: str, text: str) -> tuple[float, ...]:

@@ -59,8 +59,13 @@ class AskPrompt(Ask):
 
 
 class AskPair(Ask):
-    """What the lesson's target and draft say, by hand: two lines of five numbers."""
+    """What the lesson's target and draft say, by hand: two lines of five numbers, in one box, so that no key is lost on the
+    way from one to the other."""
 
+    DEFAULT_CSS = """
+    AskPair { align: center bottom; }
+    AskPair TextArea, AskPair TextArea:focus { height: 2; border: none; padding: 0; }
+    """
     BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "take", "Draw anew", id="ask.take", priority=True)]
 
     def __init__(self, pair: ToyPair) -> None:
@@ -70,19 +75,21 @@ class AskPair(Ask):
     def compose(self) -> ComposeResult:
         with Vertical() as box:
             box.border_title = f"p and q of {', '.join(TOKENS)}"
-            for name, values in (("p", self._pair.p), ("q", self._pair.q)):
-                yield Static(f"{name}, the {'target' if name == 'p' else 'draft'}", classes="hint")
-                yield Input(" ".join(f"{value:.2f}" for value in values), id=name, compact=True, select_on_focus=False)
-            yield Static("tab: the other line · enter draws anew · escape leaves it", id="said", classes="hint")
+            yield Static("the target's p, and under it the draft's q", classes="hint")
+            lines = (" ".join(f"{value:.2f}" for value in values) for values in (self._pair.p, self._pair.q))
+            yield TextArea("\n".join(lines), id="pair")
+            yield Static(
+                "enter draws anew · escape leaves it · the next page has its own again", id="said", classes="hint"
+            )
 
     def action_take(self) -> None:
-        p, q = (self.query_one(f"#{name}", Input).value for name in ("p", "q"))
+        text = self.query_one(TextArea).text
         try:
-            ToyPair.typed(p, q)
+            ToyPair.typed(text)
         except ValueError as error:
             self.query_one("#said", Static).update(str(error))
         else:
-            self.dismiss(f"{p};{q}")
+            self.dismiss(text)
 
 
 class AskWord(Ask):

@@ -179,8 +179,10 @@ class LessonScreen(WatchScreen):
         self.draw()
 
     def action_turn(self, by: int) -> None:
-        """Another page, at its beginning."""
+        """Another page, at its beginning, and with the lesson's own pair: what it says is of that."""
         self._lesson.turn(by)
+        if self._seen.draws.pair != ToyPair():
+            self._seen.draws, self._seen.branches = Draws(), Branches()
         self._unsure = False
         page = self._lesson.page
         self._player.playing, self._drawing = False, False
@@ -207,9 +209,9 @@ class LessonScreen(WatchScreen):
         """Another pair, whose draws begin anew."""
         typed = await self.app.push_screen_wait(AskPair(self._seen.draws.pair))
         if typed is not None:
-            pair = ToyPair.typed(*typed.split(";"))
+            pair = ToyPair.typed(typed)
             self._seen.draws, self._seen.branches = Draws(pair), Branches(pair)
-            self._drawing, self._drawn = False, None
+            self._drawing, self._drawn = True, None
             self.tick()
 
     def action_play(self) -> None:

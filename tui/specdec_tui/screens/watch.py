@@ -210,6 +210,7 @@ class WatchScreen(Screen[None]):
         """Fewer panels, so that the terminal's type can be large; it plays by steps, and stops where a draft is decided."""
         self._player.present()
         self.set_class(self._player.presenting, "-presenting")
+        self._remark_until = 0.0
         if self._player.presenting:
             self._say("presenter mode: space plays to the next decision, v leaves")
         self.call_after_refresh(self.draw)
