@@ -347,8 +347,9 @@ def save_head_draft(folder: Path, target: Any, tokenizer: Any, taps: Sequence[in
     return folder
 
 
-def save_eagle_head(folder: Path, target: Any, vocab: int, ids: int = 60) -> Path:
-    """An EAGLE-3 head with random weights for a small target, as its authors publish one; it drafts every other id."""
+def save_eagle_head(folder: Path, target: Any, vocab: int, ids: int = 60, says: bool = True) -> Path:
+    """An EAGLE-3 head with random weights for a small target, as its authors publish one; it drafts every other id. says:
+    which two layers it reads; else it reads three, and does not say."""
     from safetensors.torch import save_file
 
     torch.manual_seed(9)
@@ -356,7 +357,7 @@ def save_eagle_head(folder: Path, target: Any, vocab: int, ids: int = 60) -> Pat
     d, size, inner = config.hidden_size, config.hidden_size // config.num_attention_heads, 48
     kv = config.num_key_value_heads * size
     sizes = {
-        "fc": (d, 2 * d), "midlayer.self_attn.q_proj": (d, 2 * d), "midlayer.self_attn.k_proj": (kv, 2 * d),
+        "fc": (d, (2 if says else 3) * d), "midlayer.self_attn.q_proj": (d, 2 * d), "midlayer.self_attn.k_proj": (kv, 2 * d),
         "midlayer.self_attn.v_proj": (kv, 2 * d), "midlayer.self_attn.o_proj": (d, d), "midlayer.mlp.gate_proj": (inner, d),
         "midlayer.mlp.up_proj": (inner, d), "midlayer.mlp.down_proj": (d, inner), "lm_head": (ids, d),
     }  # fmt: skip
@@ -368,8 +369,9 @@ def save_eagle_head(folder: Path, target: Any, vocab: int, ids: int = 60) -> Pat
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocab, "draft_vocab_size": ids,
         "hidden_size": d, "intermediate_size": inner, "num_attention_heads": config.num_attention_heads,
         "num_key_value_heads": config.num_key_value_heads, "num_hidden_layers": 1, "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0, "eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, layers - 1]},
+        "rope_theta": 10000.0,
     }  # fmt: skip
+    about |= {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, layers - 1]}} if says else {"eagle": 3}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(about))

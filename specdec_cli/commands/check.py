@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as jsonlib
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -58,16 +58,21 @@ def check(
         options = where.loading(tokens, report)
         fit = checked(target, draft, options)
         measured = _measured(target, draft, options) if deep and fit.fits else None
+        other = _other_reading(target, draft, options) if measured is not None else None
     if json:
         found = {"schema": "specdec.check/1", "fits": fit.fits, **asdict(fit)}
         if deep:
             found["measured"] = None if measured is None else asdict(measured)
+        if other is not None:
+            found["measured_by_index"] = {"layer_ids": other.ids, **asdict(other.worth)}
         typer.echo(jsonlib.dumps(found, indent=1))
     else:
         for finding in fit.findings:
             output.say(f"{_MARKS[finding.level]} {finding.about}: {finding.said}")
         if deep and fit.fits:
             output.say(_said(measured))
+        if other is not None and measured is not None:
+            output.say(_compared(measured, other))
         mark, verb = ("×", "cannot") if not fit.fits else ("✓", "can") if fit.certain else ("?", "may be able to")
         slow = ", and does not pay: see what was measured" if measured is not None and measured.speedup <= 1 else ""
         output.say(f"{mark} {draft} {verb} draft for {target}{slow}")
@@ -80,6 +85,42 @@ def _measured(target: str, draft: str, options: LoadOptions) -> Worth | None:
     from specdec_engine.tune.deep import worth
 
     return worth(load_pair(target, draft, options))
+
+
+class _Other(NamedTuple):
+    """A head that does not say which layers it reads, read the other way."""
+
+    ids: tuple[int, ...]
+    """What its config would have to say."""
+    worth: Worth
+
+
+def _other_reading(target: str, draft: str, options: LoadOptions) -> _Other | None:
+    """None for all other drafts."""
+    from specdec_engine.core.registry import entry_of
+    from specdec_engine.models.draft_files import found_draft, read_draft
+    from specdec_engine.models.eagle_files import read_by_index
+    from specdec_engine.models.loading import find_model
+
+    if entry_of(draft) is not None or "," in draft or "+" in draft:
+        return None
+    made = read_draft(found_draft(draft, options))
+    if made is None or made.kind != "head" or made.layers.counted != "guessed":
+        return None
+    layers = int(find_model(target, options).config.get_text_config().num_hidden_layers)
+    with read_by_index(made, layers) as (folder, ids):
+        worth = _measured(target, str(folder), options)
+    return None if worth is None else _Other(ids, worth)
+
+
+def _compared(measured: Worth, other: _Other) -> str:
+    layers = ", ".join(str(number - 1) for number in other.ids)
+    if other.worth.alpha <= measured.alpha:
+        return f"· read as the layers {layers} it would have {other.worth.alpha:.0%}: it reads what was taken"
+    return (
+        f"! read as the layers {layers} it has {other.worth.alpha:.0%}, which is more: write "
+        f'"eagle_aux_hidden_state_layer_ids": {list(other.ids)} into its config.json'
+    )
 
 
 def _said(measured: Worth | None) -> str:

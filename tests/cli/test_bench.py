@@ -327,6 +327,20 @@ def test_check_measures_a_draft_on_three_prompts(specdec, checkpoint, draft_chec
     assert "of its first tokens are accepted" in specdec("check", checkpoint, draft_checkpoint, "--deep").out
 
 
+def test_check_reads_a_head_that_does_not_say_its_layers_in_both_ways(specdec, tmp_path):
+    """A wrong layer fails nowhere: it drafts badly."""
+    tokenizer = fakes.byte_tokenizer()
+    shape = {"layers": 8, "vocab": len(tokenizer)}
+    target = fakes.save_checkpoint(tmp_path / "t", endless=True, **shape)
+    head = fakes.save_eagle_head(tmp_path / "h", fakes.tiny_llama(**shape), len(tokenizer), says=False)
+    found = record(specdec("check", target, head, "--deep", "--json"))
+    assert found["measured_by_index"]["layer_ids"] == [3, 5, 6]
+    assert found["measured_by_index"]["tokens"] == found["measured"]["tokens"]
+    assert "read as the layers 2, 4, 5" in specdec("check", target, head, "--deep").out
+    said = fakes.save_eagle_head(tmp_path / "said", fakes.tiny_llama(**shape), len(tokenizer))
+    assert "measured_by_index" not in record(specdec("check", target, said, "--deep", "--json"))
+
+
 def test_what_check_says_of_two_levels_and_of_several_is_what_generate_does(
     specdec, checkpoint, draft_checkpoint, tmp_path
 ):

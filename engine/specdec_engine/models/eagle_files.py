@@ -7,9 +7,11 @@ feature and the state that is fed back.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 from specdec_engine.errors import ModelUnavailable, SpecdecError, first_line
 from specdec_engine.models.draft_folder import DraftFolder, TargetLayers
 from specdec_engine.models.sources import weight_files
+from specdec_engine.record.files import read_json
 from specdec_engine.runtime.decoder import paired
 from specdec_engine.runtime.head import HeadForm
 from specdec_engine.runtime.shape import Unsupported, rope_of, rotary_of
@@ -88,6 +91,20 @@ def _eagle_folder(path: Path, config: Mapping[str, Any]) -> DraftFolder | None:
         vocab=vocab,
         made_for=str(verifier.get("name_or_path") or ""),
     )
+
+
+@contextmanager
+def read_by_index(draft: DraftFolder, layers: int) -> Iterator[tuple[Path, tuple[int, ...]]]:
+    """A folder with the same head of a target of so many layers, whose config says that it reads the layers 2, n / 2 and
+    n - 3 themselves, and not what stands before them; and what it says. For a head that does not."""
+    said = (3, layers // 2 + 1, layers - 2)  # at the top level of a config the layers that were read before are counted
+    with TemporaryDirectory(prefix="specdec-") as scratch:
+        for file in draft.path.iterdir():
+            if file.name != "config.json":
+                (Path(scratch) / file.name).symlink_to(file.resolve())
+        config = read_json(draft.path / "config.json") | {"eagle_aux_hidden_state_layer_ids": list(said)}
+        (Path(scratch) / "config.json").write_text(json.dumps(config), "utf-8")
+        yield Path(scratch), said
 
 
 def eagle_weights(draft: DraftFolder) -> dict[str, Tensor]:
