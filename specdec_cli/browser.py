@@ -30,6 +30,17 @@ _POLICY = "default-src 'self' 'unsafe-inline' data:; connect-src 'self' ws://{ad
 """textual-serve's page names a font of Google's, which is not asked for."""
 
 
+_HEAD = """<title>specdec</title>
+<script>
+const waiting = setInterval(() => {
+  const keys = document.querySelector("#terminal textarea");
+  if (keys) { keys.focus(); clearInterval(waiting); }
+}, 100);
+</script>
+"""
+"""Keys work without a click."""
+
+
 def serve(arguments: Sequence[str]) -> NoReturn:
     """Serve the screen of `specdec ARGUMENTS` until Ctrl-C. Raises UsageError without textual-serve, and where no port is
     free."""
@@ -62,7 +73,7 @@ def _quietly(server: type[Any]) -> type[Any]:
             logging.getLogger("textual-serve").setLevel(logging.WARNING)
 
         async def on_startup(self, app: web.Application) -> None:
-            output.note(f"the screen is at {self.public_url}, for this machine alone; Ctrl-C ends it")
+            output.note(f"for this machine alone, until Ctrl-C, the screen is at {self.public_url}")
             log = Path(self.command.rpartition("2>>")[2].strip("'"))
             output.note(f"each visit begins a run of its own; what it says besides is in {log}")
 
@@ -82,9 +93,13 @@ def _own_page_alone(address: str) -> Any:
     async def checked(
         request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
+        if request.path == "/" and request.host == f"localhost:{address.partition(':')[2]}":
+            raise web.HTTPFound(f"http://{address}")
         if request.host != address or request.headers.get("Origin") not in (None, f"http://{address}"):
             return web.Response(status=403, text=f"open http://{address} in a browser on this machine\n")
         response = await handler(request)
+        if request.path == "/" and isinstance(response, web.Response) and response.text is not None:
+            response.text = response.text.replace("</head>", f"{_HEAD}</head>", 1)
         if not response.prepared:
             response.headers["Content-Security-Policy"] = _POLICY.format(address=address)
         return response

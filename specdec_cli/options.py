@@ -33,7 +33,8 @@ Draft = Annotated[
         "-d",
         rich_help_panel=_MODELS,
         show_default="a profile's; else ngram,builtin for the built-in target, ngram for others",
-        help=f"{', '.join(map(described, OURS))}. A,B is A, and B where A proposes nothing.",
+        help=f"{', '.join(map(described, OURS))}. A,B is A, and B where A proposes nothing; tree:A,B merges what they guess "
+        "into a tree.",
     ),
 ]
 K = Annotated[

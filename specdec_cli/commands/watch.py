@@ -71,18 +71,14 @@ def watch(
     if counters.wanted(server.attach, prompt is not None or file is not None):
         show_counters(server.attach or "", counters)
         return
+    if demo or lesson:
+        _check_alone(demo and lesson, prompt is not None or file is not None, server.wanted)
     if browser:
-        _in_browser(prompt)
+        _in_browser(prompt, file, how)
     from specdec_tui.theme import want  # Textual takes 0.3 s
 
     want("dark" if theme == "auto" and served() else theme)
     if demo or lesson:
-        if (demo and lesson) or prompt is not None or file is not None:
-            raise UsageError(
-                "--demo and --lesson show a recorded run of their own", "leave out the prompt, or the other"
-            )
-        if server.wanted:
-            raise UsageError("--demo and --lesson show a recorded run, and no server", "leave one of them out")
         _show_recorded(lesson)
         return
     _check_terminal()
@@ -95,10 +91,22 @@ def watch(
     _watch_pair(prompt, file, target, draft, how, structured.wanted, where)
 
 
-def _in_browser(prompt: str | None) -> NoReturn:
-    """With the words of this command. Raises UsageError for a prompt that can be read but once."""
+def _check_alone(both: bool, prompted: bool, served: bool) -> None:
+    """Raises UsageError for what does not go with a recorded run."""
+    if both or prompted:
+        raise UsageError("--demo and --lesson show a recorded run of their own", "leave out the prompt, or the other")
+    if served:
+        raise UsageError("--demo and --lesson show a recorded run, and no server", "leave one of them out")
+
+
+def _in_browser(prompt: str | None, file: Path | None, how: opt.Decoding) -> NoReturn:
+    """With the words of this command. Raises UsageError for a prompt that can be read but once, and for what each visit would
+    be refused for."""
     if prompt == "-" or stdin_is_piped():
         raise UsageError("--browser begins a run at each visit", "give the prompt as an argument, or with -f")
+    if prompt is not None or file is not None:
+        read_prompt(prompt, file)
+    _checked(how)
     from specdec_cli.browser import serve
 
     serve([word for word in sys.argv[1:] if word != "--browser"])
@@ -118,6 +126,15 @@ def _check_terminal() -> None:
         raise UsageError("watch needs a terminal", "use specdec generate, or specdec replay --plain on a trace")
 
 
+def _checked(how: opt.Decoding) -> tuple[str, ...]:
+    """The strings that end the text. Raises UsageError for settings that no run can have."""
+    from specdec_engine.decoding.control import Controls
+
+    typed = opt.k_of(how.k or "auto")
+    Controls(3 if typed == "auto" else typed, how.sampling, how.draft_temperature)
+    return Stop(how.max_tokens, strings=tuple(how.stop or ())).strings
+
+
 def _watch_pair(
     prompt: str | None,
     file: Path | None,
@@ -128,12 +145,7 @@ def _watch_pair(
     where: opt.Placement,
 ) -> None:
     """On our own engine."""
-    sampling = how.sampling
-    typed = opt.k_of(how.k or "auto")
-    from specdec_engine.decoding.control import Controls
-
-    Controls(3 if typed == "auto" else typed, sampling, how.draft_temperature)
-    stops = Stop(how.max_tokens, strings=tuple(how.stop or ())).strings
+    sampling, stops = how.sampling, _checked(how)
     if prompt is None and file is None and (sys.stdin.isatty() or served()):
         chosen = _start(target, draft)
         if chosen.entry.kind != "run":

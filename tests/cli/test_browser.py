@@ -25,7 +25,9 @@ def address(tmp_path):
         command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
     ) as server:
         line = server.stderr.readline()
-        yield line.partition(" is at ")[2].partition(",")[0], server
+        server.stderr.readline()
+        time.sleep(1.0)  # it says where before it listens there
+        yield line.partition(" is at ")[2].strip(), server
         server.kill()
 
 
@@ -44,9 +46,11 @@ async def screen(address, keys, until):
     return seen
 
 
-def test_the_demo_is_shown_stepped_and_left(address):
+def test_the_demo_is_shown_stepped_and_left_and_no_other_page_drives_it(address):
+    """One test, and one server at a time: two that begin at once may look at the same port."""
     url, server = address
     assert url.startswith("http://127.0.0.1:80")
+    no_other_page_drives(url)
     seen = asyncio.run(asyncio.wait_for(screen(url, ["n"], "cycle 1"), 60))
     assert "A recorded run" in seen
     server.send_signal(signal.SIGINT)
@@ -57,9 +61,7 @@ def test_the_demo_is_shown_stepped_and_left(address):
         time.sleep(0.2)
 
 
-def test_no_other_page_drives_it(address):
-    url, _ = address
-
+def no_other_page_drives(url):
     async def asked(**headers):
         async with aiohttp.ClientSession() as session, session.get(url, headers=headers) as answer:
             return answer.status, answer.headers.get("Content-Security-Policy", "")
@@ -75,6 +77,21 @@ def test_a_prompt_that_is_piped_in_can_be_read_but_once():
     found = subprocess.run([*COMMAND, "watch", "--browser"], input="hello", capture_output=True, text=True, timeout=60)
     assert found.returncode == 2
     assert "begins a run at each visit" in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (("-f", "/nowhere"), "cannot be read"),
+        (("-k", "-3", "hi"), "-3"),
+        (("",), "empty"),
+        (("--demo", "--lesson"), "a recorded run of their own"),
+    ],
+)
+def test_what_each_visit_would_be_refused_for_is_said_at_once(specdec, typed, said):
+    result = specdec("watch", "--browser", *typed)
+    assert result.code == 2
+    assert said in result.err
 
 
 def test_without_textual_serve_a_sentence_says_what_to_install(specdec, monkeypatch):

@@ -205,9 +205,10 @@ def test_draws_of_any_pair_come_out_as_its_target_says(pair):
     [
         ("0.4 0.6", "has 2 numbers, and there are 5"),
         ("a b c d e", "no number"),
-        ("0 0 0 0 0", "not 0 alone"),
+        ("0 0 0 0 0", "one is above 0"),
         ("-1 1 1 1 1", "from 0 on"),
-        ("nan 1 1 1 1", "from 0 on"),
+        ("nan 1 1 1 1", "finite numbers"),
+        ("1e308 1e308 1 1 1", "finite numbers"),
     ],
 )
 def test_what_is_no_distribution_is_said(p, said):

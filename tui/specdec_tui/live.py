@@ -141,7 +141,7 @@ class LiveStream(Threaded):
 
     def _adapt(self, pair: Pair, controls: Controls, auto: AutoK | None) -> None:
         if auto is not controls.auto:
-            controls.adapt(auto, _BY_HAND)
+            controls.adapt(auto, _BY_HAND if auto is None else "auto is on again")
             pair.draft_limits.controller = auto
 
     # -- in the engine's thread --------------------------------------------------------------------------------------

@@ -72,10 +72,7 @@ class Race:
         plain, ours = self.plain.frame.summary(), self.speculative.frame.summary()
         if self.speedup is None:
             return "Nothing was decoded."
-        faster = (
-            f"{self.speedup:.2f}× as fast" if self.speedup >= 1 else f"{self.speedup:.2f}× as fast: slower than plain"
-        )
         return (
-            f"Speculation is {faster}: {ours.emitted} tokens in {ours.cycles} passes, "
+            f"Speculation is {self.speedup:.2f}× as fast as plain decoding: {ours.emitted} tokens in {ours.cycles} passes, "
             f"plain {plain.emitted} in {plain.cycles}. {self.same_text[0].upper()}{self.same_text[1:]}."
         )

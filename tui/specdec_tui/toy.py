@@ -34,8 +34,8 @@ def _shares(name: str, text: str) -> tuple[float, ...]:
         raise ValueError(f"{name} has something that is no number") from None
     if len(found) != len(TOKENS):
         raise ValueError(f"{name} has {len(found)} numbers, and there are {len(TOKENS)} tokens")
-    if not all(math.isfinite(value) and value >= 0 for value in found) or not sum(found):
-        raise ValueError(f"{name} needs numbers from 0 on, and not 0 alone")
+    if not math.isfinite(sum(found)) or min(found) < 0 or not sum(found):
+        raise ValueError(f"{name} needs finite numbers from 0 on, of which one is above 0")
     return tuple(value / sum(found) for value in found)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from specdec_engine.core.registry import OURS
 from specdec_engine.record.events import Cycle
 from specdec_tui.bars import bar, dart
 from specdec_tui.decision import draw, left_after, left_title, scales, verdict
@@ -56,13 +57,18 @@ def _without_draft(view: View, cycle: Cycle, context: PanelContext) -> PanelCont
 def _remarks(cycle: Cycle, at: int) -> list[Line]:
     """Where the token is from, where that is not simply drawn from q."""
     lines = list[Line]()
-    if cycle.q[at] == 1.0 and cycle.raw_q is None and not cycle.forced:
+    if _is_lookup(cycle.drafter) and cycle.q[at] == 1.0 and not cycle.forced:
         lines.append([(f"by {plain(cycle.drafter)}, a lookup: it names one token, so q is 1", "muted")])
     if at in cycle.guessed:
         lines.append([("» a lookup expected it; the draft model chose it too", "muted")])
     if cycle.forced:
         lines.append([("≡ the grammar allows nothing else here: a free token", "muted")])
     return lines
+
+
+def _is_lookup(drafter: str) -> bool:
+    """Whether a drafter of this name is one of ours that look up; a model's q of 1 is that of temperature 0."""
+    return any(entry.lookup and entry.name == drafter.partition(":")[0] for entry in OURS)
 
 
 def _draft(cycle: Cycle, at: int, width: int) -> list[Line]:
@@ -100,7 +106,8 @@ def _verdict(cycle: Cycle, at: int, rule: str) -> list[Line]:
 
 
 def _residual(cycle: Cycle, context: PanelContext, rule: str) -> list[Line]:
-    entries, width = left_after(cycle, most=4), max(6, context.width - 32)
+    entries = sorted(left_after(cycle, most=4), key=lambda left: not left.drawn)  # first: low screens cut the last
+    width = max(6, context.width - 32)
     lines: list[Line] = [[(left_title(rule), "muted")]] if entries else []
     for left in entries:
         if left.token is None:

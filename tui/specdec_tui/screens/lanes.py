@@ -75,7 +75,16 @@ class LanesScreen(Screen[Frame | None]):
         self.query_one("#lanes-verdict", Static).update(content([[(said, "")]]))
 
     def action_play(self) -> None:
-        self._playing = not self._playing
+        """Pause, or play on; at the end from the start."""
+        if self._ended:
+            self.action_again()
+        else:
+            self._playing = not self._playing
+
+    @property
+    def _ended(self) -> bool:
+        """Whether all of both runs is shown."""
+        return False
 
     def action_again(self) -> None:
         self._clock, self._playing = 0.0, True

@@ -21,6 +21,7 @@ from specdec_tui.streams import EventStream
 from specdec_tui.theme import content
 from specdec_tui.toy import MOST, Branches, Draws, ToyPair
 from specdec_tui.widgets.board import Board
+from specdec_tui.widgets.keys import Mode
 
 _KEYS = "⏎ ⌫ pages · q leaves"
 _TOYS = ("stacks", "draws", "branches")
@@ -193,6 +194,10 @@ class LessonScreen(WatchScreen):
         self.set_class(page.inspects, "-inspecting")
         self._drawn = None
         self.call_after_refresh(self.draw)
+
+    @property
+    def _mode(self) -> Mode:
+        return "lesson"
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """k and α are turned on the pages about them."""

@@ -126,6 +126,10 @@ class RaceScreen(LanesScreen):
             (how, "muted"),
         ]
 
+    @property
+    def _ended(self) -> bool:
+        return self._race is not None and self._clock >= self._race.total_s
+
     def action_back(self) -> None:
         """With the speculative run; before both are recorded, with none."""
         self._stream.request = self._before

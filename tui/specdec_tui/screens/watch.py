@@ -30,6 +30,7 @@ from specdec_tui.screens.race import RaceScreen
 from specdec_tui.served import ServerStream
 from specdec_tui.streams import EventStream, Stage
 from specdec_tui.widgets.board import Board, Status
+from specdec_tui.widgets.keys import Mode
 from specdec_tui.widgets.scrubber import Scrubber
 from specdec_tui.widgets.stream import Stream
 from specdec_tui.widgets.view_lines import ViewLines
@@ -140,12 +141,26 @@ class WatchScreen(Screen[None]):
         """Everything, from the player's view."""
         view, over = self._player.view, self._player.view.frame.over
         end = "live" if self._player.live and not over else "end"
-        live, cost = self._live is not None, self._throttle.share if self._at_full_speed else None
+        cost = self._throttle.share if self._at_full_speed else None
         said = Status(
-            self._state(), self._narration(), end, self._player.playing, live, self._stream.stage, cost, self._waited
+            self._state(),
+            self._narration(),
+            end,
+            self._player.playing,
+            self._mode,
+            self._stream.stage,
+            cost,
+            self._waited,
         )
         with self.app.batch_update():
             self.query_one(Board).show(view, said)
+
+    @property
+    def _mode(self) -> Mode:
+        """Which keys matter."""
+        if self._player.presenting:
+            return "presenting"
+        return "recorded" if self._live is None else "live"
 
     def _narration(self) -> str:
         view, guide = self._player.view, self._guide
@@ -154,7 +169,10 @@ class WatchScreen(Screen[None]):
         if guide is not None and not view.shown:
             return guide.first
         if view.at_end and view.frame.over and view.shown:
-            return f"{ending(view.frame)} {step_words(view, self._stream.name) if guide is None else guide.last}"
+            end, more = ending(view.frame), step_words(view, self._stream.name) if guide is None else guide.last
+            # Two lines, three on a narrow screen: what does not fit whole is left out, and is said one cycle back.
+            room = (self.size.width - 6) * (3 if self.has_class("-narrow") else 2)
+            return f"{end} {more}" if guide is not None or len(end) + len(more) < room else end
         return step_words(view, self._stream.name)
 
     def _state(self) -> str:
@@ -210,6 +228,7 @@ class WatchScreen(Screen[None]):
         """Fewer panels, so that the terminal's type can be large; it plays by steps, and stops where a draft is decided."""
         self._player.present()
         self.set_class(self._player.presenting, "-presenting")
+        self.remove_class("-inspecting")
         self._remark_until = 0.0
         if self._player.presenting:
             self._say("presenter mode: space plays to the next decision, v leaves")
@@ -270,6 +289,8 @@ class WatchScreen(Screen[None]):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Keys that turn the engine's settings are for live runs."""
+        if action in ("inspect", "warp") and self._player.presenting:
+            return False
         return action not in _ENGINE_ACTIONS or action in self._stream.steers
 
     def on_key(self, event: Key) -> None:

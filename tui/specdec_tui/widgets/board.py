@@ -16,7 +16,7 @@ from specdec_tui.panels.table import table
 from specdec_tui.pieces import Name, one_line
 from specdec_tui.streams import Stage
 from specdec_tui.theme import content
-from specdec_tui.widgets.keys import Keys
+from specdec_tui.widgets.keys import Keys, Mode
 from specdec_tui.widgets.ladder import Ladder
 from specdec_tui.widgets.panel import PanelBox
 from specdec_tui.widgets.scrubber import Scrubber
@@ -43,7 +43,7 @@ class Status:
     end: str
     """What the right end of the scrubber is called."""
     playing: bool
-    live: bool
+    mode: Mode
     stage: Stage | None
     display_cost: float | None
     """What drawing takes, as a share of one core; None where no engine is slowed by it."""
@@ -108,7 +108,7 @@ class Board(Vertical):
             if box.parent is not None and box.parent.display:
                 box.show(view)
         self.query_one(Scrubber).show(view, status.end)
-        self.query_one(Keys).show(status.playing, status.live, status.display_cost)
+        self.query_one(Keys).show(status.playing, status.mode, status.display_cost)
 
     def _static(self, name: str, lines: list[list[tuple[str, str]]]) -> None:
         self.query_one(f"#{name}", Static).update(content(lines), layout=False)
