@@ -16,12 +16,12 @@ from specdec_cli.exits import ExitCode
 
 
 def served() -> bool:
-    """Whether this process draws its screen for a browser (`browser.serve`): stdin and stdout are the server's then."""
+    """Say whether this process draws its screen for a browser (`browser.serve`): stdin and stdout are the server's then."""
     return bool(os.environ.get("TEXTUAL_DRIVER"))
 
 
 def has_screen() -> bool:
-    """Whether there is a terminal with a reader and keys, or a browser."""
+    """Say whether there is a terminal with a reader and keys, or a browser."""
     return served() or (sys.stdin.isatty() and sys.stdout.isatty())
 
 

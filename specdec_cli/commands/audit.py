@@ -172,7 +172,7 @@ def _is_assistant(name: str, options: LoadOptions) -> bool:
 
 
 def _assisted(pair: Pair, name: str, k: int, options: LoadOptions) -> dict[str, Any]:
-    """What makes `generate` draft k tokens with this model."""
+    """Options that make `generate` draft k tokens with this model."""
     from specdec_engine.models.assistant_files import load_assistant
     from specdec_engine.models.draft_files import found_draft, read_draft
     from specdec_engine.models.loading import find_model

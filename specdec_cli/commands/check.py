@@ -91,12 +91,12 @@ class _Other(NamedTuple):
     """A head that does not say which layers it reads, read the other way."""
 
     ids: tuple[int, ...]
-    """What its config would have to say."""
+    """Numbers that its config would have to say."""
     worth: Worth
 
 
 def _other_reading(target: str, draft: str, options: LoadOptions) -> _Other | None:
-    """None for all other drafts."""
+    """Measure a head that does not say its layers in the other way; None for all other drafts."""
     from specdec_engine.core.registry import entry_of
     from specdec_engine.models.draft_files import found_draft, read_draft
     from specdec_engine.models.eagle_files import read_by_index

@@ -100,8 +100,8 @@ def _check_alone(both: bool, prompted: bool, served: bool) -> None:
 
 
 def _in_browser(prompt: str | None, file: Path | None, how: opt.Decoding) -> NoReturn:
-    """With the words of this command. Raises UsageError for a prompt that can be read but once, and for what each visit would
-    be refused for."""
+    """Serve this command's own words. Raises UsageError for a prompt that can be read but once, and for what each visit
+    would be refused for."""
     if prompt == "-" or stdin_is_piped():
         raise UsageError("--browser begins a run at each visit", "give the prompt as an argument, or with -f")
     if prompt is not None or file is not None:

@@ -50,7 +50,7 @@ def row(cycle: Cycle, name: Name, width: int, partial: Step | None = None) -> Li
 
 
 def pieces(cycle: Cycle, partial: Step | None) -> list[tuple[TokenId, str]]:
-    """What is shown of a cycle, each token with its kind: the drafted ones, then the target's own."""
+    """Tokens of a cycle that are shown, each with its kind: the drafted ones, then the target's own."""
     drafted = cycle.drafted if partial is None else cycle.drafted[: partial.drafted]
     tested = range(len(drafted)) if partial is None or partial.final else cycle.tests[: partial.tested]
     kinds = [cycle.fate(i) if i in tested else "drafted" for i in range(len(drafted))]

@@ -318,7 +318,7 @@ def _before_throw(cycle: Cycle) -> int:
 
 
 def _rejects_after(frame: Frame, index: int) -> bool:
-    """Whether the next rejection after a cycle is by a throw, too."""
+    """Say whether the next rejection after a cycle is by a throw, too."""
     after = next((c for c in frame.cycles[index + 1 :] if c.rejected is not None), None)
     return after is not None and _thrown_out(after)
 
@@ -329,7 +329,7 @@ def _thrown_out(cycle: Cycle) -> bool:
 
 
 def _lost_after(index: int, state: State) -> bool:
-    """Whether a guess that was rejected by a throw is looked at, of a later cycle."""
+    """Say whether a guess of a later cycle is looked at that was rejected by a throw."""
     view = state.view
     return view.shown > index + 1 and view.cycle is not None and _thrown_out(view.cycle)
 

@@ -33,7 +33,7 @@ class Player:
         self.speed = speed
         self.live = live
         self.presenting = False
-        """Whether it plays step by step, and stops where a draft was decided."""
+        """True while it plays step by step, and stops where a draft was decided."""
         self._due = 0.0  # recorded seconds that the head is behind its time
         # A cycle that a live engine is to run while paused, to be shown whole or from its first step on.
         self._awaiting: Literal["cycle", "step"] | None = None

@@ -12,14 +12,14 @@ TOKENS = ("the", "a", "its", "one", "no")
 
 @dataclass(frozen=True, slots=True)
 class ToyPair:
-    """What target and draft say of the five tokens; by default the draft is wrong about almost everything."""
+    """The chances that target and draft give the five tokens; by default the draft is wrong about almost everything."""
 
     p: tuple[float, ...] = (0.40, 0.25, 0.20, 0.10, 0.05)
     q: tuple[float, ...] = (0.10, 0.50, 0.10, 0.05, 0.25)
 
     @classmethod
     def typed(cls, text: str) -> ToyPair:
-        """Of a line for p and a line for q, five numbers each, which are made to add up to 1. Raises ValueError, with a
+        """Read a line for p and a line for q, five numbers each, which are made to add up to 1. Raises ValueError, with a
         sentence, for what is none."""
         lines = [line for line in text.splitlines() if line.strip()]
         if len(lines) != 2:
@@ -40,7 +40,7 @@ def _shares(name: str, text: str) -> tuple[float, ...]:
 
 
 def left(p: Sequence[float], q: Sequence[float]) -> list[float]:
-    """What is drawn from after a rejection: max(0, p - q), normalised; p itself where the two are equal, and nothing is
+    """The distribution after a rejection: max(0, p - q), normalised; p itself where the two are equal, and nothing is
     rejected."""
     rest = [max(0.0, a - b) for a, b in zip(p, q, strict=True)]
     return [r / sum(rest) for r in rest] if sum(rest) else list(p)

@@ -94,9 +94,9 @@ class Draft:
     cut: bool = False
     """Whether the run's end made it shorter: others of its length are not to be expected."""
     parents: tuple[int, ...] | None = None
-    """Which token of a tree follows which, see `core.trees`; None for a chain."""
+    """The token that each follows in a tree, see `core.trees`; None for a chain."""
     parts: tuple[Part, ...] = ()
-    """Of what several drafters proposed, what each did."""
+    """The share that each of several drafters had in a draft."""
 
     def __len__(self) -> int:
         return self.tokens.shape[0]

@@ -135,8 +135,8 @@ TREE = "tree:"
 
 
 def members_of(spec: str) -> tuple[bool, list[str]]:
-    """Whether the drafts that `--draft` names are merged into a tree, and their names. Raises UsageError for a tree of fewer
-    than two, and for one inside another draft."""
+    """Say whether the drafts that `--draft` names are merged into a tree, and their names. Raises UsageError for a tree of
+    fewer than two, and for one inside another draft."""
     merged = spec.strip().startswith(TREE)
     names = [name.strip() for name in spec.strip().removeprefix(TREE).split(",")]
     names = [name for name in names if name]

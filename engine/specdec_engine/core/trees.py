@@ -13,7 +13,7 @@ MOST = 62
 
 
 def fault_of(parents: Sequence[int], tokens: int, k: int) -> str:
-    """What is wrong with the parents of a draft of so many tokens and depth k at most; empty for nothing."""
+    """Find what is wrong with the parents of a draft of so many tokens and depth k at most; empty for nothing."""
     if len(parents) != tokens or not 0 < tokens <= MOST:
         return f"of {tokens} tokens with {len(parents)} parents, where 1 to {MOST} of each are right"
     if any(not -1 <= parent < place for place, parent in enumerate(parents)):

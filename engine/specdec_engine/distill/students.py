@@ -37,7 +37,7 @@ SIZES: dict[Size, Dimensions] = {
 
 
 def shape_for(target: Shape, size: Dimensions, features: int) -> HeadShape:
-    """Of a new head for a target of this shape."""
+    """Size a new head for a target of this shape."""
     return HeadShape(
         hidden=target.hidden,
         features=features,

@@ -236,7 +236,7 @@ class _Scribe:
         return _ids(self.target.tokenizer, request.text, split_special_tokens=True)
 
     def _about_text(self, documents: Documents) -> Request:
-        """With as much of the document as there is room for: what is asked about it mostly stands behind it."""
+        """Ask with as much of the document as there is room for: what is asked about it mostly stands behind it."""
         seed, share = self.dice.random(), 1.0
         while len(self._words(request := documents.request(seed, share))) > self._given and share > _LEAST:
             share *= 0.7

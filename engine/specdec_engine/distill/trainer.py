@@ -74,11 +74,11 @@ class Trainer:
         self._state, self._rate = recipe.work.folder / f"state-{recipe.kind}-{of}", _RATE if draft is None else _AGAIN
         self.best = 0.0
         self.exported = False
-        """Whether the recipe's folder holds a draft of this training."""
+        """True when the recipe's folder holds a draft of this training."""
         self._spent, self._began = self._resumed(), time.monotonic()
         self._held = list(batches(held, 0, prompts=False))[: 3 * _HELD_BATCHES : 3]
         self.kept: Estimate | None = None
-        """Of the draft that was written last, by this process."""
+        """The estimate of the draft that this process wrote last."""
         if draft is not None and not self.best:
             self.best = self.measure().emitted(JUDGED)
 

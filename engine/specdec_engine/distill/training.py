@@ -100,7 +100,7 @@ class Teacher:
     every: Tensor | None = None
     """[V, d]: the whole matrix, of a draft that takes ids of the context besides its own."""
     scales: Scales = field(default_factory=Scales)
-    """What the target does to its logits."""
+    """Factors and caps of the target's logits."""
 
     def columns(self, batch: Batch) -> Columns:
         """Of the ids that the batch's texts have and the draft lacks, the commonest."""

@@ -41,8 +41,8 @@ class AssistantDrafter:
         """Do nothing: it keeps nothing of a text."""
 
     def propose(self, context: Sequence[int], k: int, sampling: Sampling, random: Randomness) -> Draft:
-        """As `Drafter.propose`; an empty draft where the target's state of the token before the newest is not kept: after a
-        single token, and far back in a text."""
+        """Draft as `Drafter.propose` says; nothing where the target's state of the token before the newest is not kept: after
+        a single token, and far back in a text."""
         device = self._setup.device
         if not self._assistant.ready(len(context)):
             return empty_draft(device, self.name)

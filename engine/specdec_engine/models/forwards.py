@@ -1,4 +1,4 @@
-"""Which forward a model of some config gets: ours, or transformers'."""
+"""The choice of a model's forward by its config: ours, or transformers'."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from specdec_engine.runtime.shape import Shape, Unsupported, shape_of
 
 
 def lean_shape(config: Any, options: LoadOptions, device: torch.device) -> Shape | Unsupported:
-    """What the lean forward needs of this config, or why the generic one is to run."""
+    """Describe a config for the lean forward, or say why the generic one is to run."""
     if options.runtime == "generic":
         return Unsupported("--runtime generic was asked for")
     if device.type == "mps":

@@ -34,14 +34,14 @@ class Assistant:
         return Assistant(self.model, target)
 
     def ready(self, length: int) -> bool:
-        """Whether a draft can follow a text of so many tokens, all of which the target has read but for the newest."""
+        """Say whether a draft can follow a text of so many tokens, all of which the target has read but for the newest."""
         return 1 < length <= self._target.cached + 1 and self._states.at(length - 2) is not None
 
     @torch.inference_mode()
     def unroll(
         self, newest: int, length: int, u: Tensor, temperature: Tensor, sampler: TokenSampler, stop: StopDrafting | None
     ) -> DraftTokens:
-        """As `Runtime.unroll`, after the newest token of a text of so many; see `ready`."""
+        """Draft as `Runtime.unroll` does, after the newest token of a text of so many; see `ready`."""
         device = self._target.device
         state, token = self._states.at(length - 2), upload(torch.tensor([newest]), device)
         assert state is not None

@@ -28,7 +28,7 @@ class Experts:
 
     @property
     def projections(self) -> tuple[Projection, ...]:
-        """What multiplies rows by an expert's weights."""
+        """The matrices that multiply rows by an expert's weights."""
         return (*self.gate_ups, *self.downs)
 
     def __call__(self, x: Tensor, gate: Callable[[Tensor], Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a model computed last of each token, behind its last norm: what its logits are made of."""
+"""The states that a model computed last of each token, behind its last norm: its logits are made of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the lean forward needs to know of a mixture of experts: feed-forward networks, of which a token takes a few."""
+"""A mixture of experts as the lean forward needs to know it: feed-forward networks, of which a token takes a few."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ class Mixture:
 
     count: int
     taken: int
-    """By each token, those that the router finds likeliest."""
+    """The number that each token takes: those that the router finds likeliest."""
     inner: int
     """Each one's width."""
     layers: frozenset[int]
-    """Those that have them; the others have one feed-forward network."""
+    """The layers that have them; the others have one feed-forward network."""
     renormed: bool
     """The weights of those that are taken add up to 1."""
     router: str
@@ -42,7 +42,7 @@ class Mixture:
 
 
 def mixture_of(config: Any) -> Mixture | None:
-    """None for a model without experts."""
+    """Find a config's experts; None for a model without."""
     layers = range(config.num_hidden_layers)
     if config.model_type == "mixtral":
         return Mixture(

@@ -38,7 +38,7 @@ class Scales:
     cap_logits: float = 0.0
 
     def of_logits(self, logits: Tensor) -> Tensor:
-        """What a model says, of what its head gives; may be the same memory."""
+        """Scale and cap what a head gives; may be the same memory."""
         logits = logits if self.logits == 1.0 else logits * self.logits
         return logits if self.cap_logits == 0.0 else (logits / self.cap_logits).tanh_().mul_(self.cap_logits)
 
@@ -162,7 +162,7 @@ class Shape:
 
     @property
     def share_read(self) -> float:
-        """Of its weights, what a pass over one token reads."""
+        """The share of its weights that a pass over one token reads."""
         if self.mixture is None:
             return 1.0
         return 1.0 - self.mixture.unread(self.hidden) / sum(map(math.prod, self.tensors.values()))

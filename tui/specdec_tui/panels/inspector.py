@@ -67,7 +67,7 @@ def _remarks(cycle: Cycle, at: int) -> list[Line]:
 
 
 def _is_lookup(drafter: str) -> bool:
-    """Whether a drafter of this name is one of ours that look up; a model's q of 1 is that of temperature 0."""
+    """Say whether a drafter of this name is one of ours that look up; a model's q of 1 is that of temperature 0."""
     return any(entry.lookup and entry.name == drafter.partition(":")[0] for entry in OURS)
 
 

@@ -16,7 +16,7 @@ _GAP = "   "
 
 
 def presented(view: View, context: PanelContext) -> PanelContent | None:
-    """None before the first cycle."""
+    """Lines for the last cycle that is shown; None before the first."""
     cycle = view.cycle
     if cycle is None:
         return None
@@ -54,7 +54,7 @@ def _tokens(cycle: Cycle, partial: Step | None, at: int, context: PanelContext) 
 
 
 def _test(cycle: Cycle, view: View, at: int) -> list[Line]:
-    """What decides, and how it did."""
+    """The numbers that decide, and the verdict."""
     rule, seen = view.frame.rule, view.partial
     if at >= len(cycle.drafted):
         last = cycle.origins[-1]

@@ -14,7 +14,7 @@ _ARMS = (
 
 
 def _top(pair: ToyPair) -> float:
-    """What a whole bar stands for: one in two, or more where the target is surer."""
+    """The chance that a whole bar stands for: one in two, or more where the target is surer."""
     return max(0.5, *pair.p)
 
 

@@ -59,8 +59,8 @@ class AskPrompt(Ask):
 
 
 class AskPair(Ask):
-    """What the lesson's target and draft say, by hand: two lines of five numbers, in one box, so that no key is lost on the
-    way from one to the other."""
+    """A box for what the lesson's target and draft say, by hand: two lines of five numbers, so that no key is lost on the way
+    from one field to another."""
 
     DEFAULT_CSS = """
     AskPair { align: center bottom; }

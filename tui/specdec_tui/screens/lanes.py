@@ -83,7 +83,7 @@ class LanesScreen(Screen[Frame | None]):
 
     @property
     def _ended(self) -> bool:
-        """Whether all of both runs is shown."""
+        """True when all of both runs is shown."""
         return False
 
     def action_again(self) -> None:

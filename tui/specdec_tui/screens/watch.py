@@ -157,7 +157,7 @@ class WatchScreen(Screen[None]):
 
     @property
     def _mode(self) -> Mode:
-        """Which keys matter."""
+        """The kind of keys that matter."""
         if self._player.presenting:
             return "presenting"
         return "recorded" if self._live is None else "live"
@@ -319,7 +319,7 @@ class WatchScreen(Screen[None]):
         self._say(f"{name} is {shown} from the next cycle")
 
     def _say(self, text: str) -> None:
-        """For a moment in the place of the narration: a toast would cover what it speaks of."""
+        """Say it for a moment in the narration's place: a toast would cover what it speaks of."""
         if self._player.view.frame.run:
             self._remark, self._remark_until = text, monotonic() + REMARK_S
         else:  # while there is nothing to show, there is no narration either
@@ -328,7 +328,7 @@ class WatchScreen(Screen[None]):
 
     @property
     def remark(self) -> str:
-        """What an answer to a key says; empty when its moment is over."""
+        """The answer to a key; empty when its moment is over."""
         return self._remark if monotonic() < self._remark_until else ""
 
     @work

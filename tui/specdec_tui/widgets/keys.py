@@ -20,7 +20,7 @@ _PRESENTING = (
     ("space", "To the next decision"), ("v", "Leave"), ("?", "Help"), ("q", "Quit"), ("← →", "Cycle"), (", .", "Step"),
     ("h l", "Token"),
 )  # fmt: skip
-"""In presenter mode, of a few panels."""
+"""Keys of presenter mode, which has few panels."""
 Mode = Literal["recorded", "live", "lesson", "presenting"]
 
 
