@@ -14,7 +14,8 @@ def header(view: View, context: PanelContext, state: str) -> Line:
     if not frame.run:
         return [(" specdec ", "brand")]
     most = plain(frame.setting("k"))
-    k = f"k ≤ {most} auto" if frame.setting("adaptive") else f"k {most}"
+    adaptive = frame.setting("adaptive")
+    k = f"k {'≤ ' if adaptive and most != '0' else ''}{most}{' auto' if adaptive else ''}"
     facts = f"{k}  T {plain(frame.setting('temperature'))}  seed {plain(frame.seed)}{_observed(view.frame)}"
     models = f"draft {plain(frame.settings.get('draft'))} → target {plain(frame.settings.get('target'))}"
     models = fitted(models, max(8, context.width - len(facts) - len(state) - 14))
