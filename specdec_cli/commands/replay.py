@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,9 @@ from specdec_cli import options as opt
 from specdec_cli import output
 from specdec_cli.startup import has_screen
 from specdec_engine.errors import UsageError, reason
+
+if TYPE_CHECKING:
+    from specdec_tui.frame import Frame
 
 
 def replay(
@@ -86,6 +89,7 @@ def _narrate(trace: Path) -> None:
 
     frame, name = read_frame(trace)
     _several(trace, frame.run)
+    _cut_short(trace, frame)
     for line in script(frame, name):
         output.say(line)
 
@@ -132,6 +136,7 @@ def _export(trace: Path, path: Path, cycle: int | None) -> None:
 
     frame, name = read_frame(trace)
     _several(trace, frame.run)
+    _cut_short(trace, frame)
     try:
         export(frame, name, path, cycle)
         output.note(f"wrote {path}, {-(-path.stat().st_size // 1000):,} kB")
@@ -168,6 +173,11 @@ def _against(a: Path, b: Path, plain: bool) -> None:
         _several(path, shown.run)
     screen = AgainstScreen(Against.of(found, (frame, other)), (name, other_name))
     show(SpecdecApp(FrameStream(frame, name), speed=REPLAY_SPEED, instead=screen))
+
+
+def _cut_short(trace: Path, frame: Frame) -> None:
+    if not frame.over:
+        output.note(f"the run in {trace} has no end: it was cut short, or goes on")
 
 
 def _several(trace: Path, runs: int) -> None:

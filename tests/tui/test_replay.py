@@ -207,6 +207,12 @@ def test_of_several_runs_the_last_is_shown_and_that_is_said(trace):
     assert "holds 2 runs, and this is the last" in result.stderr
 
 
+def test_a_run_that_was_cut_short_is_said_to_have_no_end(trace):
+    cut = replay(trace(events(12)[:-1]), "--plain")
+    assert "has no end: it was cut short" in cut.stderr
+    assert cut.returncode == 0
+
+
 def test_numbers_in_sentences_are_the_traces(trace):
     found = next(e for e in events(12) if e.kind == "cycle" and e.accepted < len(e.drafted))
     line = replay(trace(events(12)), "--plain").stdout.splitlines()[2 + found.index]
