@@ -36,7 +36,12 @@ FIGURES: tuple[tuple[str, str], ...] = (
     ("× plain", "tokens a second against plain decoding of the same target, measured before the run, on the same machine."),
     ("by α alone", "the speedup at this cost of a cycle if every token were kept with the chance α."),
     ("overlap", "Σ min(p, q) over all tokens: how likely a guess is to be kept, before it is drawn."),
-    ("k, auto", "guesses asked for in a cycle; with auto the most, as it pays. 2/3 in a cycle's row: kept of guessed."),
+    ("k, auto", "guesses asked for in a cycle, by -k N or by [ and ]; with auto the program asks for as many as pay, k at "
+     "most, and for none where none do. 2/3 in a cycle's row: kept of guessed."),
+    ("p below q", "the draft guesses it too often, so it is kept with chance p/q only: q · p/q = p. It is drawn by u."),
+    ("nothing lost", "kept guesses bring min(p, q) of each token, corrections the rest of p. The sum is p, at every place: "
+     "each text comes as likely as without a draft. The lesson shows it (watch --lesson)."),
+    ("slower", "where a cycle gives fewer tokens than it costs in plain passes: few guesses kept, or guessing dear."),
     ("T", "temperature: 0 is greedy; below 1 sharper, above flatter. What it and the filters do to p and q is warping."),
     ("p, q", "the target's and the draft's probability of a token, after temperature and filters; u: the number drawn."),
 )  # fmt: skip
