@@ -63,11 +63,11 @@ def _test(cycle: Cycle, view: View, at: int) -> list[Line]:
     if seen is not None and not seen.verified:
         return [[("guessed; the target has not seen it yet", "muted")]]
     figures: Line = [
-        ("p ", "muted"), (number(cycle.p[at]), "target"), ("   q ", "muted"), (number(cycle.q[at]), "draft"),
+        ("p ", "muted"), (number(cycle.p[at], 3), "target"), ("   q ", "muted"), (number(cycle.q[at], 3), "draft"),
     ]  # fmt: skip
     if seen is not None and not seen.final and at not in cycle.tests[: seen.tested]:
         return [[*figures, ("   not tested yet", "muted")]]
     if (u := draw(cycle, at, rule)) is not None:
-        figures += [("   drawn ", "muted"), (number(u), "strong")]
+        figures += [("   u ", "muted"), (number(u, 3), "strong")]
     said, _ = verdict(cycle, at, rule)
     return [[*figures, ("   → ", "muted"), (said, "accepted" if cycle.fate(at) == "accepted" else "refused")]]

@@ -30,6 +30,8 @@ MARKS: tuple[tuple[str, str, str], ...] = (
     ("? and none", "drafted", "a guess not tested yet; the target's own token from a pass without a draft"),
 )
 FIGURES: tuple[tuple[str, str], ...] = (
+    ("p, q", "the target's and the draft's probability of a token, after temperature and filters; u: the number drawn."),
+    ("T", "temperature: 0 is greedy; below 1 sharper, above flatter. What it and the filters do to p and q is warping."),
     ("α", "kept of those tested. Tokens after a rejection were never tested and do not count; where servers speak of an "
      "acceptance rate they mean kept of drafted, which is lower."),
     ("a cycle", "tokens of one pass of the target, its own included: the mean acceptance length."),
@@ -37,13 +39,12 @@ FIGURES: tuple[tuple[str, str], ...] = (
     ("by α alone", "the speedup at this cost of a cycle if every token were kept with the chance α."),
     ("overlap", "Σ min(p, q) over all tokens: how likely a guess is to be kept, before it is drawn."),
     ("k, auto", "guesses asked for in a cycle, by -k N or by [ and ]; with auto the program asks for as many as pay, k at "
-     "most, and for none where none do. 2/3 in a cycle's row: kept of guessed."),
+     "most, which it moves itself, and for none where none do. 2/3 in a cycle's row: kept of guessed."),
     ("p below q", "the draft guesses it too often, so it is kept with chance p/q only: q · p/q = p. It is drawn by u."),
     ("nothing lost", "kept guesses bring min(p, q) of each token, corrections the rest of p. The sum is p, at every place: "
      "each text comes as likely as without a draft. The lesson shows it (watch --lesson)."),
-    ("slower", "where a cycle gives fewer tokens than it costs in plain passes: few guesses kept, or guessing dear."),
-    ("T", "temperature: 0 is greedy; below 1 sharper, above flatter. What it and the filters do to p and q is warping."),
-    ("p, q", "the target's and the draft's probability of a token, after temperature and filters; u: the number drawn."),
+    ("slower", "where a cycle gives fewer tokens than it costs in plain passes: few guesses kept, a dear draft, or a pass over "
+     "all guesses that takes much longer than a plain one (the wider pass)."),
 )  # fmt: skip
 GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Moving", ("play", "next", "previous", "step", "step-back", "first", "last", "next-rejection", "next-acceptance",
