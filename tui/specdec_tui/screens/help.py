@@ -43,8 +43,8 @@ FIGURES: tuple[tuple[str, str], ...] = (
     ("p below q", "the draft guesses it too often, so it is kept with chance p/q only: q · p/q = p. It is drawn by u."),
     ("nothing lost", "kept guesses bring min(p, q) of each token, corrections the rest of p. The sum is p, at every place: "
      "each text comes as likely as without a draft. The lesson shows it (watch --lesson)."),
-    ("slower", "where a cycle gives fewer tokens than it costs in plain passes: few guesses kept, a dear draft, or a pass over "
-     "all guesses that takes much longer than a plain one (the wider pass)."),
+    ("slower", "where a cycle gives fewer tokens than it costs in plain passes: few guesses kept, a dear draft, or a pass "
+     "over all guesses that takes much longer than a plain one (the wider pass)."),
 )  # fmt: skip
 GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Moving", ("play", "next", "previous", "step", "step-back", "first", "last", "next-rejection", "next-acceptance",
