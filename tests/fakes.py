@@ -232,7 +232,7 @@ def tiny_llama(seed: int = 0, layers: int = 2, hidden: int = 32, vocab: int = VO
 
 
 def _as_stored(model: Any) -> dict[str, Tensor]:
-    """By the names of a checkpoint, in which each expert is by itself."""
+    """Name tensors as a checkpoint does, in which each expert is by itself."""
     state: dict[str, Tensor] = dict(model.state_dict())
     if all(tensor.dim() < 3 for tensor in state.values()):
         return state
@@ -379,7 +379,7 @@ def save_eagle_head(folder: Path, target: Any, vocab: int, ids: int = 60, says: 
 
 
 def _stacked(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """With gates and ways up of experts in tensors of their own, and by names that end as a matrix's do."""
+    """Split gates and ways up of experts into tensors of their own, with names that end as a matrix's do."""
     found = dict[str, Tensor]()
     for name, tensor in state.items():
         if name.endswith("experts.gate_up_proj"):

@@ -53,13 +53,13 @@ def tiny_assistant(seed: int = 1, centroids: bool = False, std: float = 0.3, rea
 
 
 def save_assistant(folder: Path, **how: Any) -> Path:
-    """As it is published."""
+    """Save one as it is published."""
     tiny_assistant(**how).save_pretrained(folder)
     return folder
 
 
 def _spread(model: Any, std: float = 0.3) -> Any:
-    """With weights so large that its rows differ."""
+    """Make its weights so large that its rows differ."""
     for weight in model.parameters():
         if weight.dim() > 1:
             torch.nn.init.normal_(weight, std=std)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as jsonlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
@@ -154,25 +154,25 @@ def _of_peer(target: str, draft: str | None, sampling: Sampling, k: int, rule: s
     pair = load_pair(target, "none", generic)
     model: Any = pair.target.runtime.model  # type: ignore[attr-defined]
     name = draft or "ngram"
-    more: dict[str, Any] = {}
+    drafting = _Drafting({})
     if name == "ngram":
-        more = {"prompt_lookup_num_tokens": k}
+        drafting = _Drafting({"prompt_lookup_num_tokens": k})
     elif name != "none":
-        more = _assisted(pair, name, k, generic)
-    first = int(name not in ("none", "ngram") and _is_assistant(name, generic))
+        drafting = _assisted(pair, name, k, generic)
     how = {"none": "plain", "ngram": "prompt lookup"}.get(name, f"assistant {name}")
-    return _against(pair, Transformers(model, sampling, k, more, how, first), sampling)
+    return _against(pair, Transformers(model, sampling, k, drafting.options, how, drafting.first_place), sampling)
 
 
-def _is_assistant(name: str, options: LoadOptions) -> bool:
-    from specdec_engine.models.draft_files import found_draft, read_draft
+class _Drafting(NamedTuple):
+    """How `generate` drafts."""
 
-    made = read_draft(found_draft(name, options))
-    return made is not None and made.kind == "assistant"
+    options: dict[str, Any]
+    first_place: int = 0
+    """The place of the first token that is drafted."""
 
 
-def _assisted(pair: Pair, name: str, k: int, options: LoadOptions) -> dict[str, Any]:
-    """Options that make `generate` draft k tokens with this model."""
+def _assisted(pair: Pair, name: str, k: int, options: LoadOptions) -> _Drafting:
+    """Have `generate` draft k tokens with this model."""
     from specdec_engine.models.assistant_files import load_assistant
     from specdec_engine.models.draft_files import found_draft, read_draft
     from specdec_engine.models.loading import find_model
@@ -180,7 +180,8 @@ def _assisted(pair: Pair, name: str, k: int, options: LoadOptions) -> dict[str, 
     target: Any = pair.target.runtime.model  # type: ignore[attr-defined]
     made, tokenizer = read_draft(found_draft(name, options)), pair.tokenizer
     small: Any
-    if made is not None and made.kind == "assistant":
+    assistant = made is not None and made.kind == "assistant"
+    if made is not None and assistant:
         small = load_assistant(made).to(target.device, target.dtype)
     else:
         loaded = find_model(name, options).load()
@@ -191,7 +192,7 @@ def _assisted(pair: Pair, name: str, k: int, options: LoadOptions) -> dict[str, 
     sizes = {m.config.get_text_config().vocab_size for m in (target, small)}
     other = len(sizes) > 1 or tokenizer.get_vocab() != pair.tokenizer.get_vocab()
     tokenizers = {"tokenizer": pair.tokenizer, "assistant_tokenizer": tokenizer} if other else {}
-    return {"assistant_model": small, **tokenizers}
+    return _Drafting({"assistant_model": small, **tokenizers}, first_place=int(assistant))
 
 
 def _of_server(

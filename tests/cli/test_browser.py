@@ -18,7 +18,7 @@ COMMAND = [sys.executable, "-m", "specdec_cli"]
 
 @pytest.fixture
 def address(tmp_path):
-    """Of a server of the demo."""
+    """The address of a server of the demo, and its process."""
     command = [*COMMAND, "watch", "--demo", "--browser"]
     environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path)}
     with subprocess.Popen(
@@ -32,7 +32,7 @@ def address(tmp_path):
 
 
 async def screen(address, keys, until):
-    """What a visit shows, after these keys, until a word of it comes."""
+    """Visit, press these keys, and give what is shown until a word of it comes."""
     seen = ""
     async with aiohttp.ClientSession() as session, session.ws_connect(f"{address}/ws?width=100&height=30") as socket:
         async for message in socket:

@@ -37,7 +37,7 @@ class Trained:
     best: float = 0.0
     """Tokens a cycle that the best draft so far is expected to emit."""
     exported: bool = False
-    """Whether that one was written: it may be the one gone on from."""
+    """True where that one was written: it may be the one gone on from."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What drafters that are made of others have in common."""
+"""Parts of drafters that are made of others: what cascades and trees have in common."""
 
 from __future__ import annotations
 
