@@ -47,7 +47,10 @@ def test_every_page_is_ticked_when_its_thing_is_done_and_not_before(demo, size):
     async def act(app, pilot, lesson):
         for number, keys in enumerate(DO):
             page = lesson.page
-            shown = screen_of(app)
+            for _ in range(60):  # a page is drawn after the next refresh
+                if page.task in (shown := screen_of(app)):
+                    break
+                await pilot.pause(0.05)
             assert page.title in shown
             assert page.task in shown
             assert number not in lesson.ticked

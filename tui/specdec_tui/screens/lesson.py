@@ -72,7 +72,7 @@ class LessonScreen(WatchScreen):
             for n in (1, 2, 3)
         ),
     ]
-    DEFAULT_CSS = """
+    CSS = """
     LessonScreen #page { height: auto; padding: 0 1; background: $panel; border-left: thick $accent; }
     LessonScreen #experiment { display: none; height: 1fr; border: round $border; padding: 0 1; }
     LessonScreen.-experiment #experiment { display: block; }
