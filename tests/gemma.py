@@ -27,7 +27,7 @@ def tiny_gemma(shared: int = 0, seed: int = 0, std: float = 0.3, **more: Any) ->
         **{**_ALIKE, **more}, hidden_size=32, num_hidden_layers=4, layer_types=kinds, num_kv_shared_layers=shared,
         hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCAB,
     )  # fmt: skip
-    return _spread(Gemma4ForCausalLM(config), std)
+    return spread(Gemma4ForCausalLM(config), std)
 
 
 def tiny_assistant(seed: int = 1, centroids: bool = False, std: float = 0.3, reads: int = 32) -> Any:
@@ -46,7 +46,7 @@ def tiny_assistant(seed: int = 1, centroids: bool = False, std: float = 0.3, rea
     text.__class__ = every_layer_shared(type(text))
     more = {"use_ordered_embeddings": True, "num_centroids": 10, "centroid_intermediate_top_k": 3} if centroids else {}
     config = Gemma4AssistantConfig(text_config=text, backbone_hidden_size=reads, **more)
-    model = _spread(Gemma4AssistantForCausalLM(config), std)
+    model = spread(Gemma4AssistantForCausalLM(config), std)
     if centroids:
         model.masked_embedding.token_ordering.copy_(torch.randperm(VOCAB))
     return model
@@ -58,7 +58,7 @@ def save_assistant(folder: Path, **how: Any) -> Path:
     return folder
 
 
-def _spread(model: Any, std: float = 0.3) -> Any:
+def spread(model: Any, std: float = 0.3) -> Any:
     """Make its weights so large that its rows differ."""
     for weight in model.parameters():
         if weight.dim() > 1:

@@ -332,6 +332,7 @@ def _paired(models: Loader, draft: str | None) -> Pair:
         output_rows=found.output_rows,
         draft_quantize=models.options.draft_quantize,
         find=lambda name: found_draft(name, models.options),
+        checkpoint=found.path,
         notes=notes,
     )
     # The drafter first: what is wrong with it comes out before the larger model's weights are read.

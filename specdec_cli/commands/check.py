@@ -15,7 +15,7 @@ from specdec_cli.startup import interruptible, quieten
 from specdec_engine.errors import UsageError
 
 if TYPE_CHECKING:
-    from specdec_engine.models.compatibility import Offer
+    from specdec_engine.models.offers import Offer
     from specdec_engine.models.options import LoadOptions
     from specdec_engine.tune.deep import Worth
 
@@ -137,7 +137,7 @@ def _said(measured: Worth | None) -> str:
 def _list(target: str, tokens: int, json: bool, where: opt.Placement) -> None:
     """What could draft for it, of what is on this machine."""
     with interruptible(), output.narrated() as report:
-        from specdec_engine.models.compatibility import offers
+        from specdec_engine.models.offers import offers
 
         found = offers(target, where.loading(tokens, report))
     if json:

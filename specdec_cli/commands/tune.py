@@ -216,7 +216,7 @@ def _fitting(target: str, options: LoadOptions) -> list[str]:
     """Drafts that need not be named: those that other packages add, heads made for the target, and cached models, with its
     own tokens where there are such; without any of these, the target's own first layers."""
     from specdec_engine.core.registry import foreign
-    from specdec_engine.models.compatibility import Offer, offers
+    from specdec_engine.models.offers import Offer, offers
 
     by_kind = dict[str, list[Offer]]()
     for offer in offers(target, options):

@@ -141,7 +141,7 @@ def test_every_drafter_is_held_to_know_no_other():
     held = next(c for c in contracts if c["type"] == "independence")["modules"]
     shared = {
         f"specdec_engine.drafters.{name}"
-        for name in ("base", "context_ids", "on_runtime", "on_text", "several", "token_choice")
+        for name in ("base", "context_ids", "on_features", "on_runtime", "on_text", "several", "token_choice")
     }
     forgotten = set(expanded("specdec_engine.drafters.*")) - shared ^ set(held)
     assert not forgotten, f"pyproject.toml, contract 'Drafters do not know each other': {forgotten}"

@@ -300,14 +300,14 @@ def test_info_says_what_there_is(specdec):
 
 def test_check_lists_what_could_draft_for_a_target(specdec, checkpoint, draft_checkpoint, tmp_path, monkeypatch):
     """Of what is on this machine: by the target's ids, by its text, and not what fits in no way."""
-    from specdec_engine.models import compatibility
+    from specdec_engine.models import offers
     from specdec_engine.models.hub_cache import CachedModel
 
     other = fakes.save_checkpoint(
         tmp_path / "other", layers=1, hidden=16, tokenizer=fakes.byte_tokenizer(merges=["o n"])
     )
     cached = [CachedModel(str(path), path, 1, "llama", None) for path in (draft_checkpoint, other, tmp_path / "gone")]
-    monkeypatch.setattr(compatibility, "cached_models", lambda: cached)
+    monkeypatch.setattr(offers, "cached_models", lambda: cached)
     found = record(specdec("check", checkpoint, "--json"))["offers"]
     kinds = {offer["draft"]: offer["kind"] for offer in found}
     assert kinds == {

@@ -11,7 +11,7 @@ import pytest
 from specdec_cli import profiles
 from specdec_cli.commands.tune import _fitting
 from specdec_engine.core.registry import OURS
-from specdec_engine.models import compatibility
+from specdec_engine.models import offers
 from specdec_engine.models.options import LoadOptions
 from specdec_engine.tune import passes
 
@@ -83,8 +83,8 @@ def test_tokens_a_cycle_are_foretold_exactly_at_temperature_0(tune, draft_checkp
     ids=["nothing but itself", "models with its tokens", "a head and another tokenizer"],
 )
 def test_unnamed_it_tries_what_fits_and_a_lookup_below_a_model_that_is_dear(offered, taken, monkeypatch):
-    found = [compatibility.Offer(draft, kind, c, None) for draft, kind, c in offered]
-    monkeypatch.setattr(compatibility, "offers", lambda target, options: found)
+    found = [offers.Offer(draft, kind, c, None) for draft, kind, c in offered]
+    monkeypatch.setattr(offers, "offers", lambda target, options: found)
     assert _fitting("org/target", LoadOptions()) == taken
 
 

@@ -8,16 +8,20 @@ from functools import cache
 from pathlib import Path
 from shutil import rmtree
 from tempfile import mkdtemp
+from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.drafters import build_drafter
 from specdec_engine.drafters.base import LoadedDraft, RunGrammar
+from specdec_engine.models.pretrained import load_config
 from specdec_engine.models.translation import Translation
 from specdec_engine.runtime.generic import GenericRuntime
 from tests.fakes import VOCAB, byte_tokenizer, graph, host, lean, save_eagle_head, save_head_draft, tiny_llama
 from tests.gemma import save_assistant, tiny_gemma
+from tests.mtp import save_mtp_target
 
 SPECS = {
     "none": "none",
@@ -26,10 +30,12 @@ SPECS = {
     "model": "model:small",
     "head": "head:HEAD",
     "assistant": "assistant:ASSISTANT",
+    "mtp": "mtp",
     "self": "self:1",
 }
 CASES = [*SPECS.values(), "head:EAGLE", "ngram:1", "ngram,model:small", "none,ngram,model:small", "suffix,head:HEAD"]
 CASES += [
+    "lean@mtp",
     "lean@model:small",
     "light@model:small",
     "graph@model:small",
@@ -75,20 +81,43 @@ def draft_folders() -> tuple[Path, Path, Path]:
     return head, eagle, save_assistant(folder / "assistant")
 
 
+@cache
+def mtp_target(kind: str) -> tuple[Path, Any]:
+    """A target with a module in its checkpoint, and its model: a hybrid's, or MiMo's, which runs on our own forward."""
+    folder = Path(mkdtemp(prefix="specdec-mtp-"))
+    atexit.register(rmtree, folder, ignore_errors=True)
+    save_mtp_target(folder, kind, std=0.15)  # with 0.3 a hybrid that reads in other passes is 1e-4 off
+    made: Any = AutoModelForCausalLM
+    model = made.from_pretrained(folder, config=load_config(folder, False), dtype=torch.float32)
+    return folder, model.eval()
+
+
+OWN_TARGETS = ("assistant:ASSISTANT", "mtp", "lean@mtp")
+"""Drafts that are made for another target than the rest."""
+
+
+def _mtp_kind(spec):
+    return {"mtp": "qwen3_5_text", "lean@mtp": "mimo"}.get(spec)
+
+
 def model_of(spec):
     """The target that it drafts for."""
+    if (kind := _mtp_kind(spec)) is not None:
+        return mtp_target(kind)[1]
     return GEMMA if "ASSISTANT" in spec else TARGET
 
 
 def runtime_of(spec):
     """The target's runtime: ours, where the model runs on it."""
-    return GenericRuntime(GEMMA, "gemma") if "ASSISTANT" in spec else lean(TARGET)
+    if spec in OWN_TARGETS and spec != "lean@mtp":
+        return GenericRuntime(model_of(spec), "target")
+    return lean(model_of(spec))
 
 
 def parts(spec, target=None, matching=None):
     """The drafter that `spec` names, on the generic runtime or on the one before an @; and the target's runtime."""
     runtime, _, plain = spec.rpartition("@")
-    target = target or runtime_of(plain)
+    target = target or runtime_of(spec)
     about = host(
         VOCAB,
         tokenizer=TOKENIZER,
@@ -96,6 +125,8 @@ def parts(spec, target=None, matching=None):
         output_rows=lambda ids: TARGET.lm_head.weight.detach()[ids],
     )
     about = replace(about, load_draft=lambda name: RUNTIMES[runtime or "generic"](), grammar=RunGrammar(matching))
+    if (kind := _mtp_kind(spec)) is not None:
+        about = replace(about, checkpoint=mtp_target(kind)[0])
     head, eagle, assistant = draft_folders()
     folders = {"HEAD": head, "EAGLE": eagle, "ASSISTANT": assistant}
     for word, folder in folders.items():

@@ -302,6 +302,8 @@ FORESEEING = [
     "graph@model:small",
     "reduced@model:small",
     "assistant:ASSISTANT",
+    "mtp",
+    "lean@mtp",
 ]
 
 

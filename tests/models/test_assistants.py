@@ -15,9 +15,10 @@ from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.core.randomness import KeyedRandomness
 from specdec_engine.errors import ModelUnavailable, PairIncompatible, UsageError
 from specdec_engine.models.assistant_files import load_assistant
-from specdec_engine.models.compatibility import check, offers
+from specdec_engine.models.compatibility import check
 from specdec_engine.models.draft_files import read_draft
 from specdec_engine.models.loading import Candidate
+from specdec_engine.models.offers import offers
 from specdec_engine.models.options import LoadOptions
 from specdec_engine.pair import load_pair
 from tests.fakes import byte_tokenizer, cycles, emitted, save_checkpoint

@@ -21,6 +21,7 @@ CASES = [
     ("HuggingFaceTB/SmolLM2-1.7B-Instruct", "ngram,HuggingFaceTB/SmolLM2-135M-Instruct", 4, True),
     ("HuggingFaceTB/SmolLM2-1.7B-Instruct", "suffix", 6, True),
     ("builtin", "ngram,builtin", 3, False),
+    ("Qwen/Qwen3.5-0.8B", "ngram,mtp", 3, True),
 ]
 
 VLLM = """

@@ -13,7 +13,7 @@ from specdec_engine.core.cycle_types import Draft, Sampling
 from specdec_engine.core.randomness import KeyedRandomness
 from specdec_engine.decoding.control import Controls
 from specdec_engine.drafters.context_ids import ContextIds
-from specdec_engine.drafters.head import told_in_one_size
+from specdec_engine.drafters.on_features import told_in_one_size
 from specdec_engine.drafters.on_runtime import RuntimeDrafter
 from specdec_engine.drafters.token_choice import DraftChoice
 from specdec_engine.errors import UsageError

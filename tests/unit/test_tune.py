@@ -241,6 +241,7 @@ def test_answers_are_spread_and_cut():
 def test_of_a_cascade_servers_get_the_checkpoint_before_the_lookup():
     assert served("ngram,org/small") == ("org/small", ("ngram",))
     assert served("ngram:5,builtin") == ("ngram:5", ("builtin",))
+    assert served("ngram,mtp") == ("mtp", ("ngram",))
     assert served("builtin")[0] is served("self:4,head:x")[0] is served("none")[0] is None
 
 
@@ -267,6 +268,15 @@ def test_launch_lines_say_the_same_k_and_what_is_not_the_same():
     assert "--spec-ngram-simple-size-n 5" in llama.line
     assert all(any("its own lookup" in need for need in launch.needs) for launch in (vllm, sglang, llama))
     assert any("not as a GGUF" in need for need in vllm.needs)
+
+
+def test_the_targets_own_module_is_asked_for_without_a_model():
+    vllm, sglang, llama = launches(Wanted("org/big", "mtp", 2, sampled=True))
+    words = shlex.split(vllm.line)
+    assert json.loads(words[words.index("--speculative-config") + 1]) == {"method": "mtp", "num_speculative_tokens": 2}
+    assert "NEXTN --speculative-num-steps 2 --speculative-eagle-topk 1 --speculative-num-draft-tokens 3" in sglang.line
+    assert "--spec-type draft-mtp --spec-draft-n-max 2" in llama.line
+    assert not any("lookup" in need for launch in (vllm, sglang, llama) for need in launch.needs)
 
 
 # -- negative control --------------------------------------------------------------------------------------------------

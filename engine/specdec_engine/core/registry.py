@@ -69,6 +69,13 @@ OURS = (
         "specdec_engine.drafters.assistant:build",
     ),
     DrafterEntry(
+        "mtp",
+        ("mtp",),
+        "the target's own module for multi-token prediction, where its checkpoint has one",
+        "specdec_engine.drafters.mtp:build",
+        servers=ServerNames("mtp", "NEXTN", "draft-mtp"),
+    ),
+    DrafterEntry(
         "ngram",
         ("ngram", "ngram:N"),
         "what followed the same tokens before, N at most",

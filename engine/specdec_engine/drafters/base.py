@@ -149,6 +149,8 @@ class DraftSetup:
     """Looked at by drafters whose proposals follow it where that costs next to nothing; none has to."""
     find: Callable[[str], Path] = Path
     """The files of a draft by its name (hub id, folder, .gguf), fetched if need be."""
+    checkpoint: Path | None = None
+    """The target's files: a folder, or a GGUF."""
     models: dict[str, ModelInfo] = field(default_factory=dict)
     """Filled while drafters are built: each model in use, by name."""
     notes: list[str] = field(default_factory=list)

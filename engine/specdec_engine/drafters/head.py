@@ -1,27 +1,17 @@
-"""A draft head as drafter (EAGLE; Li et al. 2024, arXiv:2401.15077): drafts from what the target computed on the way.
-
-The head reads the target's features of every token that the target has read, and of its own drafted tokens its own states.
-When the target has verified a draft, slots that stood on own states are computed again from true features.
-"""
+"""A draft head as drafter: one that `specdec distill` made, or an EAGLE-3 head of others, on the lean runtime."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from specdec_engine.core.cycle_types import Draft, Sampling, Verdict
-from specdec_engine.core.randomness import Randomness
-from specdec_engine.core.transfer import upload
-from specdec_engine.drafters.base import DraftSetup, ModelInfo, empty_draft
-from specdec_engine.drafters.context_ids import MOST, ContextIds
-from specdec_engine.drafters.token_choice import DraftChoice, TextSampler, draft_numbers, masked
+from specdec_engine.drafters.base import DraftSetup, ModelInfo
+from specdec_engine.drafters.context_ids import ContextIds
+from specdec_engine.drafters.on_features import FeatureDrafter, stored_bytes
 from specdec_engine.errors import ModelUnavailable, PairIncompatible, UsageError
 from specdec_engine.models.draft_files import builtin_draft, head_weights, read_draft
 from specdec_engine.models.draft_folder import DraftFolder
-from specdec_engine.runtime import Runtime
 from specdec_engine.runtime.arithmetic import refuse_packing
 from specdec_engine.runtime.decoder import Decoder, Embedding
 from specdec_engine.runtime.head import HeadForward, HeadRuntime, check_weights, head_shape
@@ -29,109 +19,7 @@ from specdec_engine.runtime.lean import LeanRuntime
 from specdec_engine.runtime.shape import Unsupported
 
 
-class HeadDrafter:
-    """A head on a target whose features are tapped."""
-
-    def __init__(self, head: HeadRuntime, target: LeanRuntime, ids: ContextIds, setup: DraftSetup, name: str) -> None:
-        self.name = name
-        self._head, self._target, self._ids, self._setup = head, target, ids, setup
-
-    def another(self, target: Runtime) -> HeadDrafter:
-        """See `Repeatable`; the target's runtime is tapped as the first one's."""
-        assert isinstance(target, LeanRuntime)
-        return HeadDrafter(self._head.another(), target, self._ids.another(), self._setup, self.name)
-
-    def begin(self, prompt: Sequence[int]) -> None:
-        """The target has read the prompt but for its last token."""
-        self._ids.forget()
-        known = min(self._head.known.common(prompt), len(prompt) - 1)  # the newest is for the draft
-        self._head.rollback(max(0, known - 1))
-        self._catch_up(prompt, keep=1)
-
-    def propose(self, context: Sequence[int], k: int, sampling: Sampling, random: Randomness) -> Draft:
-        """Nothing after a single token, of which there are no features yet."""
-        read = self._target.cached
-        if read == 0:
-            return empty_draft(self._setup.device, self.name)
-        self._catch_up(context, keep=_IN_ONE_PASS)
-        begin = self._head.cached
-        self._ids.read(context)
-        ids = self._ids.ids
-        u, temperature = draft_numbers(random, sampling, len(context), k, self._setup.vocab, self._head.device)
-        stop = self._setup.draft_limits.early_stop_on(self._head.device, self.name)
-        eager = self._head.device.type == "cpu"
-        choice = DraftChoice(sampling, len(ids), eager, confident=stop is not None)
-        with masked(choice, self._setup.grammar, self._head.device, ids) as sampler:
-            drawn = self._head.unroll(
-                self._target.features(begin, read),
-                self._tokens(context[begin + 1 :]),
-                u[:, ids] if sampling.coupled else u,
-                temperature,
-                sampler,
-                ids,
-                stop,
-                self._ids.rows,
-            )
-        self._head.rollback(read)
-        self._head.known.note(context, len(context))
-        raw, raw_ids = drawn.raw, ids
-        if raw is not None and not eager:  # or a verdict would be recorded anew for each id of the context
-            raw, raw_ids = told_in_one_size(raw, self._ids)
-        return Draft(drawn.tokens, self._widened(drawn.rows), self.name, raw, raw_ids)
-
-    def observe(self, draft: Draft, verdict: Verdict) -> None:
-        """Slots of drafted tokens were forgotten at once: all of them stood on own states."""
-
-    def acceptance_along(
-        self, context: Sequence[int], p: Sequence[float], k: int, sampling: Sampling
-    ) -> list[list[float]]:
-        """A draft begun at each place and led along the text: what the head says depends on how many of its own states it
-        has read."""
-        begin, rows = len(context) - len(p), list[list[float]]()
-        self._head.rollback(0)
-        self._ids.forget()
-        self._feed(context, begin - 2)
-        for at in range(begin, len(context)):
-            if at < 2:
-                rows.append([])
-                continue
-            self._ids.read(context, at)
-            said = TextSampler([self._ids.column(token) for token in context[at : at + k]], p[at - begin :], sampling)
-            steps = torch.zeros(min(k, len(context) - at), device=self._head.device)
-            newest = self._tokens([context[at - 1]])
-            features, ids = self._target.features(at - 2, at - 1), self._ids
-            self._head.unroll(features, newest, steps, steps[0], said, ids.ids, said.stop, ids.rows)
-            self._head.rollback(at - 1)  # the first slot was a true one
-            rows.append(said.chances)
-        return rows
-
-    def _catch_up(self, context: Sequence[int], keep: int) -> None:
-        """Feed slots whose features are there, but for the last `keep`; usually there are none."""
-        self._feed(context, self._target.cached - keep)
-
-    def _feed(self, context: Sequence[int], end: int) -> None:
-        for start in range(self._head.cached, end, _CHUNK):
-            stop = min(start + _CHUNK, end)
-            self._head.forward(self._target.features(start, stop), self._tokens(context[start + 1 : stop + 1]))
-            self._head.known.note(context, stop + 1)
-
-    def _tokens(self, tokens: Sequence[int]) -> Tensor:
-        return upload(torch.tensor(tokens), self._head.device)
-
-    def _widened(self, rows: Tensor | None) -> Tensor | None:
-        if rows is None:
-            return None
-        wide = torch.zeros(rows.shape[0], self._setup.vocab, dtype=rows.dtype, device=rows.device)
-        return wide.index_copy_(1, self._ids.ids, rows)
-
-
-def told_in_one_size(raw: Tensor, ids: ContextIds) -> tuple[Tensor, Tensor]:
-    """Rows over a head's columns, and their ids, with room for all that the context may bring: of probability 0."""
-    more = len(ids.own) + MOST - len(ids.ids) if ids.grows else 0
-    return pad(raw, (0, more)), torch.cat([ids.ids, ids.ids[:1].expand(more)])
-
-
-def build(argument: str, setup: DraftSetup) -> HeadDrafter:
+def build(argument: str, setup: DraftSetup) -> FeatureDrafter:
     """`head:NAME`: a folder as `specdec distill` writes it, or an EAGLE-3 head, a folder or a hub id. Raises PairIncompatible
     for another target than it was made for."""
     path = builtin_draft() if argument == "builtin" else setup.find(argument)
@@ -172,11 +60,11 @@ def build(argument: str, setup: DraftSetup) -> HeadDrafter:
         runtime=target.name,
         dtype=str(target.decoder.dtype).removeprefix("torch."),
         weights=forward.forms,
-        weight_bytes=int(numbers * _BYTES.get(forward.forms, 4)),
+        weight_bytes=stored_bytes(numbers, forward.forms),
     )
     more = None if "head.weight" in weights else _output_rows(target.decoder)
     ids = ContextIds(draft.ids.to(setup.device), more)
-    return HeadDrafter(HeadRuntime(forward, target.capacity), target, ids, setup, argument)
+    return FeatureDrafter(HeadRuntime(forward, target.capacity), target, ids, setup, argument)
 
 
 def _output_rows(decoder: Decoder) -> Callable[[Tensor], Tensor]:
@@ -215,10 +103,3 @@ def _forward(
     )
     read = sum(t.numel() for name, t in weights.items() if name not in ("embedding.weight", "head.weight"))
     return forward, read + rows.numel()
-
-
-_BYTES = {"int4": 0.625, "int8": 1.0, "bfloat16": 2, "float16": 2}
-"""A number; in 4 bits with a scale and an offset for each group of 32."""
-_IN_ONE_PASS = 64
-"""Slots behind that still go into a draft's first pass instead of passes of their own."""
-_CHUNK = 512

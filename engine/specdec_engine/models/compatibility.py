@@ -7,12 +7,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from specdec_engine.core.registry import entry_of, levels_of, members_of
-from specdec_engine.errors import OutOfMemory, PairIncompatible, SpecdecError
+from specdec_engine.errors import OutOfMemory, PairIncompatible
 from specdec_engine.models.draft_files import found_draft, read_draft
 from specdec_engine.models.draft_folder import DraftFolder
-from specdec_engine.models.hub_cache import cached_heads, cached_models, drafts_for
+from specdec_engine.models.hub_cache import cached_models, drafts_for
 from specdec_engine.models.kinds import mask_of
 from specdec_engine.models.loading import Candidate, find_model
+from specdec_engine.models.mtp_files import find_mtp
 from specdec_engine.models.options import LoadOptions
 from specdec_engine.models.pretrained import load_config
 from specdec_engine.models.tokenizers import Difference, compare_tokenizers, shared_share
@@ -26,8 +27,6 @@ from specdec_engine.system.memory import free_bytes, gib
 Level = Literal["ok", "note", "open", "bad"]
 """open: what cannot be known before it is tried."""
 _SHOWN = 3
-_MOST_LOOKED_AT = 8
-"""Cached models that are looked at as drafts, the smallest first: each takes up to a second."""
 _ALPHAS = (0.5, 0.8)
 """Acceptance of a weak and of an apt draft: what published pairs lie between on mixed text."""
 
@@ -66,54 +65,7 @@ tokens, which fits by its text, or another package's."""
 
 
 @dataclass(frozen=True, slots=True)
-class Offer:
-    """Something that could draft for a target."""
-
-    draft: str
-    """As after --draft."""
-    kind: Kind
-    c: tuple[float, float] | None
-    """A draft step's cost in target passes, between what reading the weights costs and what layers cost; None for a lookup,
-    which costs next to nothing."""
-    speedup: tuple[float, float] | None
-    """At the best k, with half of the tokens accepted and with four in five; None where that depends on the text alone."""
-
-
-def offers(target: str, options: LoadOptions) -> list[Offer]:
-    """What could draft for a target, of what needs nothing and of what is on this machine. Raises what loading the target
-    would; a model that cannot be looked at is passed over."""
-    ours = find_model(target, options).rehearsed()
-    if ours.plain_only:
-        raise PairIncompatible(ours.plain_only, f"specdec generate -t {ours.name} --draft none decodes it")
-    found = [Offer(name, "lookup", None, None) for name in ("ngram", "suffix")]
-    if not isinstance(ours.shape, Unsupported) and (layers := ours.shape.layers) > 1:
-        n = max(1, layers // 3)
-        found.append(Offer(f"self:{n}", "layers", (n / layers, n / layers), None))
-    heads = ["builtin"] if ours.name == "builtin" else [head.name for head in cached_heads(ours.name)]
-    found += filter(None, (_looked_at(ours, name, "head", options) for name in heads))
-    smaller = [model for model in cached_models() if model.name != ours.name and 2 * model.size <= ours.need.weights]
-    found += filter(None, (_looked_at(ours, model.name, "model", options) for model in smaller[:_MOST_LOOKED_AT]))
-    return found
-
-
-def _looked_at(ours: Candidate, draft: str, wanted: Literal["head", "model"], options: LoadOptions) -> Offer | None:
-    """None for one that does not fit, cannot be had, or is of another kind."""
-    try:
-        found = _member(ours, draft, replace(options, offline=True))
-    except SpecdecError:
-        return None
-    if any(finding.level == "bad" for finding in found.findings) or (found.kind == "head") != (wanted == "head"):
-        return None
-    c = found.figures.get("c")
-    return Offer(draft, found.kind, None, None) if c is None else _offer(draft, found.kind, *c)
-
-
-def _offer(draft: str, kind: Kind, low: float, high: float) -> Offer:
-    return Offer(draft, kind, (low, high), _band(low, high))
-
-
-@dataclass(frozen=True, slots=True)
-class _Looked:
+class Looked:
     """What was found of one draft."""
 
     kind: Kind
@@ -129,7 +81,7 @@ def check(target: str, draft: str, options: LoadOptions) -> Fit:
     ours = find_model(target, options).rehearsed()
     findings, figures = [*_going_back(ours, draft)], dict[str, Any]()
     for name in members_of(draft)[1] if not findings else ():
-        found = _member(ours, name, options)
+        found = member(ours, name, options)
         findings += found.findings
         figures |= found.figures
     return Fit(target, draft, (*_running(ours), *findings), figures)
@@ -141,25 +93,28 @@ def _going_back(ours: Candidate, draft: str) -> Iterator[Finding]:
         yield Finding("cache", "bad", f"{ours.plain_only}; choose --draft none")
 
 
-def _member(ours: Candidate, draft: str, options: LoadOptions) -> _Looked:
+def member(ours: Candidate, draft: str, options: LoadOptions) -> Looked:
+    """Look at one draft of those that `--draft` joins. Raises what `check` does."""
     if (levels := levels_of(draft)) is not None:
         return _two_levels(ours, *levels, options)
     entry, argument = entry_of(draft), draft.partition(":")[2]
     if entry is not None and entry.package:
         said = f"{draft} is {entry.package}'s, which alone can say what it needs; it is loaded by generate"
-        return _Looked("package", [Finding("draft", "open", said)])
+        return Looked("package", [Finding("draft", "open", said)])
     if entry is not None and entry.name == "self":
-        return _Looked("layers", [_own_layers(ours, argument)])
+        return Looked("layers", [_own_layers(ours, argument)])
+    if entry is not None and entry.name == "mtp":
+        return Looked("head", [_mtp(ours)])
     if entry is not None and entry.name not in ("model", "head", "assistant"):
         said = f"{draft} drafts without a model of its own, and fits every target"
-        return _Looked("lookup", [Finding("draft", "ok", said)])
+        return Looked("lookup", [Finding("draft", "ok", said)])
     draft = draft if entry is None else argument  # model:NAME and head:FOLDER
     made = read_draft(found_draft(draft, options))
     if made is not None and made.kind != "model":
-        return _Looked("head", (_head if made.kind == "head" else _assistant)(ours, draft, made))
+        return Looked("head", (_head if made.kind == "head" else _assistant)(ours, draft, made))
     theirs = find_model(draft, options.for_draft()).rehearsed()
     if theirs.plain_only:
-        return _Looked("ids", [Finding("cache", "bad", theirs.plain_only)])
+        return Looked("ids", [Finding("cache", "bad", theirs.plain_only)])
     tokens, drafted_for_one = _tokens(ours, theirs)
     by_text = drafted_for_one is not None
     in_one_pass = not by_text and mask_of(theirs.config, draft) is not None
@@ -176,19 +131,19 @@ def _member(ours: Candidate, draft: str, options: LoadOptions) -> _Looked:
     ]
     if any(f.level == "bad" for f in findings):
         findings += _others(ours)
-    return _Looked("text" if by_text else "ids", findings, figures, in_one_pass)
+    return Looked("text" if by_text else "ids", findings, figures, in_one_pass)
 
 
 _IN_ONE_PASS = "it fills in masked places (PARD): a whole draft takes one of its passes"
 
 
-def _two_levels(ours: Candidate, lower: str, upper: str, options: LoadOptions) -> _Looked:
+def _two_levels(ours: Candidate, lower: str, upper: str, options: LoadOptions) -> Looked:
     """`ngram+MODEL`, as `drafters` builds it."""
     if not upper:
-        return _Looked("lookup", [Finding("draft", "bad", f"{lower}+ names no model to draft for")])
+        return Looked("lookup", [Finding("draft", "bad", f"{lower}+ names no model to draft for")])
     if not lower.startswith("ngram"):
-        return _Looked("lookup", [Finding("draft", "bad", f"{lower} cannot draft for another draft, as ngram can")])
-    found = _member(ours, upper, options)
+        return Looked("lookup", [Finding("draft", "bad", f"{lower} cannot draft for another draft, as ngram can")])
+    found = member(ours, upper, options)
     if found.kind in ("ids", "layers") and not found.in_one_pass:
         return found
     said = f"{lower} drafts for models with the target's tokens, token by token, and {upper} is none"
@@ -202,6 +157,20 @@ def _own_layers(ours: Candidate, argument: str) -> Finding:
     if not argument.isdigit() or not 0 < int(argument) < layers:
         return Finding("draft", "bad", f"self:{argument} is not from self:1 to self:{layers - 1}")
     return Finding("draft", "ok", f"the first {argument} of the target's own {layers} layers")
+
+
+def _mtp(ours: Candidate) -> Finding:
+    found = find_mtp(ours.path)
+    if found is None:
+        return Finding("draft", "bad", "its checkpoint has no module for multi-token prediction (MTP)")
+    lean = not isinstance(ours.shape, Unsupported)
+    recorded = ours.device.type == "cuda" and ours.options.runtime != "generic"
+    if found.is_mimo and not lean:
+        return Finding("draft", "bad", f"its MTP module needs the lean or the graph runtime, and {ours.shape}")
+    if not found.is_mimo and (lean or recorded):
+        return Finding("draft", "bad", "its MTP module needs the generic runtime: add --runtime generic")
+    several = f", the first of {found.modules}" if found.modules > 1 else ""
+    return Finding("draft", "ok", f"the MTP module of its own checkpoint{several}; it drafts all {ours.vocab:,} tokens")
 
 
 def _head(ours: Candidate, name: str, made: DraftFolder) -> list[Finding]:
@@ -349,7 +318,7 @@ def _figures(ours: Candidate, theirs: Candidate, drafted_for_one: float, in_one_
     low, high = sorted(drafted_for_one * ratio for ratio in (sizes[1] / sizes[0], layers[1] / layers[0]))
     return {
         "c": [low, high],
-        "speedup": list(_band(low, high, in_one_pass)),
+        "speedup": list(band(low, high, in_one_pass)),
         "weight_bytes": [m.need.weights for m in (ours, theirs)],
     }
 
@@ -362,7 +331,7 @@ def _read_by_a_token(model: Candidate) -> float:
         return model.need.weights
 
 
-def _band(low: float, high: float, in_one_pass: bool = False) -> tuple[float, float]:
+def band(low: float, high: float, in_one_pass: bool = False) -> tuple[float, float]:
     """The speedup at the best k: of a weak draft at the higher cost, and of an apt one at the lower."""
     least, most = (
         max(_speedup(a, c / max(k, 1) if in_one_pass else c, k) for k in range(9))

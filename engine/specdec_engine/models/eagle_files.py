@@ -8,7 +8,7 @@ feature and the state that is fed back.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -127,32 +127,41 @@ def _eagle_weights(draft: DraftFolder) -> dict[str, Tensor]:
     norms = sorted(name for name in stored if name.startswith("fc_norm."))
     if norms:
         found["feature_norm"] = torch.stack([take(name) for name in norms])
-    heads, kv_heads = draft.config["num_attention_heads"], draft.config["num_key_value_heads"]
-    size, one = draft.config["head_dim"], paired(1, draft.config["head_dim"])
+    heads = tuple(int(draft.config[key]) for key in ("num_attention_heads", "num_key_value_heads", "head_dim"))
     for i in range(int(draft.config.get("num_hidden_layers") or 1)):
-        at, to = f"layers.{i}", f"{i}." if i else ""
-        orders = {
-            "q_proj": paired(heads, size),
-            "k_proj": paired(kv_heads, size),
-            "v_proj": torch.arange(kv_heads * size),
-        }
-        parts = [take(f"{at}.self_attn.{part}.weight")[order] for part, order in orders.items()]
-        found[f"{to}qkv.weight"] = torch.cat(parts)
-        found[f"{to}out.weight"] = take(f"{at}.self_attn.o_proj.weight")
-        if f"{at}.self_attn.q_proj.bias" in stored:
-            parts = [take(f"{at}.self_attn.{part}.bias")[order] for part, order in orders.items()]
-            found[f"{to}qkv.bias"] = torch.cat(parts)
-        if f"{at}.self_attn.o_proj.bias" in stored:
-            found[f"{to}out.bias"] = take(f"{at}.self_attn.o_proj.bias")
-        found[f"{to}gate_up.weight"] = torch.cat([take(f"{at}.mlp.{part}_proj.weight") for part in ("gate", "up")])
-        found[f"{to}down.weight"] = take(f"{at}.mlp.down_proj.weight")
-        found[f"{to}mlp_norm"] = take(f"{at}.post_attention_layernorm.weight")
-        found[f"{to}state_norm"] = take(f"{at}.{'input_layernorm' if i else 'hidden_norm'}.weight")
-        for norm in ("q_norm", "k_norm"):
-            if f"{at}.self_attn.{norm}.weight" in stored:
-                found[f"{to}{norm}"] = take(f"{at}.self_attn.{norm}.weight")[one]
+        norm = "input_layernorm" if i else "hidden_norm"
+        found |= layer_weights(take, stored, heads, f"layers.{i}.", f"{i}." if i else "", norm)
     if left:
         raise ValueError(f"it has {len(left)} tensors that this forward does not know, the first {min(left)}")
+    return found
+
+
+def layer_weights(
+    take: Callable[[str], Tensor], stored: Container[str], heads: tuple[int, ...], at: str, to: str, norm: str
+) -> dict[str, Tensor]:
+    """One layer's tensors, stored after the prefix `at`, by our names after `to`; heads: of queries, of keys, and their size;
+    norm: what its maker calls that of the state."""
+    queries, keys, size = heads
+    orders = {"q_proj": paired(queries, size), "k_proj": paired(keys, size), "v_proj": torch.arange(keys * size)}
+
+    def qkv(part: str) -> Tensor:
+        return torch.cat([take(f"{at}self_attn.{name}.{part}")[order] for name, order in orders.items()])
+
+    found = {
+        f"{to}qkv.weight": qkv("weight"),
+        f"{to}out.weight": take(f"{at}self_attn.o_proj.weight"),
+        f"{to}gate_up.weight": torch.cat([take(f"{at}mlp.{part}_proj.weight") for part in ("gate", "up")]),
+        f"{to}down.weight": take(f"{at}mlp.down_proj.weight"),
+        f"{to}mlp_norm": take(f"{at}post_attention_layernorm.weight"),
+        f"{to}state_norm": take(f"{at}{norm}.weight"),
+    }
+    if f"{at}self_attn.q_proj.bias" in stored:
+        found[f"{to}qkv.bias"] = qkv("bias")
+    if f"{at}self_attn.o_proj.bias" in stored:
+        found[f"{to}out.bias"] = take(f"{at}self_attn.o_proj.bias")
+    for name in ("q_norm", "k_norm"):
+        if f"{at}self_attn.{name}.weight" in stored:
+            found[f"{to}{name}"] = take(f"{at}self_attn.{name}.weight")[paired(1, size)]
     return found
 
 

@@ -20,6 +20,7 @@ from specdec_engine.models.draft_files import read_draft
 from specdec_engine.models.forwards import lean_shape
 from specdec_engine.models.kinds import check_kind, check_plain, rollback_by_kind
 from specdec_engine.models.memory_needs import Need
+from specdec_engine.models.mtp_files import find_mtp
 from specdec_engine.models.options import LoadOptions
 from specdec_engine.models.placement import matrices_of, need_of, packing_of, place
 from specdec_engine.models.pretrained import (
@@ -223,7 +224,10 @@ class Candidate:
         if self.rollback is not None and self.rollback.remark and runtime.name == "generic":
             remark = f"{remark}; {self.rollback.remark}"
         loaded = self._loaded(runtime, form, model.num_parameters(), spread, remark)
-        return replace(loaded, unused=(*loaded.unused, *read.unused))
+        unused = (*loaded.unused, *read.unused)
+        if unused and (drafting := find_mtp(self.path)) is not None:
+            unused = tuple(name for name in unused if not drafting.names.search(name))
+        return replace(loaded, unused=unused)
 
     def _read(self, placement: torch.device | DeviceMap) -> tuple[GenericRuntime, Read]:
         from specdec_engine.runtime.generic import GenericRuntime  # its imports take 2 s

@@ -26,6 +26,8 @@ def load_config(path: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig, __version__
 
     check_sizes(path)
+    if path.is_dir() and (kind := _ALIKE.get(str(raw_config(path).get("model_type")))) is not None:
+        return AutoConfig.for_model(kind, **{k: v for k, v in raw_config(path).items() if k not in _OWN_CLASS})
     try:
         return AutoConfig.from_pretrained(**_source(path, trust_remote_code))
     except ValueError as error:
@@ -36,6 +38,11 @@ def load_config(path: Path, trust_remote_code: bool) -> Any:
             f"{path} is of the type {kind!r}, which transformers {__version__} does not know",
             "a newer one may: pip install -U transformers",
         ) from error
+
+
+_ALIKE = {"mimo": "qwen2"}
+"""Kinds that bring code of their own for what transformers has under another name, but for tensors that it does without."""
+_OWN_CLASS = ("model_type", "auto_map", "architectures")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +96,18 @@ def load_weights(
             )
     else:
         model, info = AutoModelForCausalLM.from_pretrained(
-            **_source(path, trust_remote_code), **common, use_safetensors=True
+            **_source(path, trust_remote_code), **_alike(path), **common, use_safetensors=True
         )
     check_loaded(path, folder, info)
     if isinstance(placement, torch.device):
         model = model.to(placement)
     return Read(model.eval(), tuple(sorted(info["unexpected_keys"])))
+
+
+def _alike(path: Path) -> dict[str, Any]:
+    """Ours for a config of a kind that transformers does not know by its name."""
+    known = raw_config(path).get("model_type") not in _ALIKE
+    return {} if known else {"config": load_config(path, trust_remote_code=False)}
 
 
 def _check_gguf_sizes(path: Path, folder: Path, state: State) -> None:

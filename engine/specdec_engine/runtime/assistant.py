@@ -25,7 +25,7 @@ class Assistant:
     def __init__(self, model: Any, target: GenericRuntime) -> None:
         """Raises Unsupported for a target that has no such layers as it reads."""
         self.model, self._target = model, target
-        self._states, self._kept = target.keep_last()
+        self._states, self._kept = target.keep_last(), target.keys_and_values
         self._layers = layers_read(model.config.get_text_config(), target.model.config.get_text_config())
         self._embed = target.model.get_input_embeddings()
 
@@ -35,7 +35,7 @@ class Assistant:
 
     def ready(self, length: int) -> bool:
         """Say whether a draft can follow a text of so many tokens, all of which the target has read but for the newest."""
-        return 1 < length <= self._target.cached + 1 and self._states.at(length - 2) is not None
+        return 1 < length <= self._target.cached + 1
 
     @torch.inference_mode()
     def unroll(
@@ -43,8 +43,7 @@ class Assistant:
     ) -> DraftTokens:
         """Draft as `Runtime.unroll` does, after the newest token of a text of so many; see `ready`."""
         device = self._target.device
-        state, token = self._states.at(length - 2), upload(torch.tensor([newest]), device)
-        assert state is not None
+        state, token = self._states.between(length - 2, length - 1), upload(torch.tensor([newest]), device)
         read = {kind: self._kept.of_layer(layer, length - 1) for kind, layer in self._layers.items()}
         position = upload(torch.tensor([[length - 1]]), device)
         sampled = list[SampledToken]()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -312,9 +313,13 @@ def check_tensors(weights: Weights, shape: Shape) -> None:
         if weights.size(name) != size:
             raise Unsupported(f"its {name} has the size {weights.size(name)}, and its config asks for {size}")
     ignored = {"lm_head.weight", "rope_freqs.weight"}
-    left = sorted(n for n in names - wanted.keys() - ignored if not n.endswith("rotary_emb.inv_freq"))
+    left = sorted(n for n in names - wanted.keys() - ignored if not _PASSED_OVER.search(n))
     if left:
         raise Unsupported(f"its checkpoint has {len(left)} tensors this forward does not know, the first {left[0]}")
+
+
+_PASSED_OVER = re.compile(r"rotary_emb\.inv_freq$|^model\.mtp_layers\.")
+"""Tensors that a forward does without: a table, and the module that MiMo's `mtp` drafts with."""
 
 
 def _same_head(weights: Weights) -> bool:

@@ -85,7 +85,10 @@ class GenericRuntime:
 
     def another(self) -> GenericRuntime:
         """The same model on a cache of its own, for another text."""
-        return GenericRuntime(self.model, self._label)
+        made = GenericRuntime(self.model, self._label)
+        if self._last is not None:
+            made.keep_last()
+        return made
 
     @property
     def cached(self) -> int:
@@ -105,8 +108,8 @@ class GenericRuntime:
         for inputs in self._state.inputs(tokens):
             found = self.model(**inputs, **wanted)
             passes.append(found.logits[0, -rows:])
-            if self._last is not None:
-                self._last.add(found.hidden_states[-1][0], self.cached)
+            if self._last is not None:  # a pass can feed again what was accepted, and there can be several
+                self._last.add(found.hidden_states[-1][0], self.ready or self.cached)
         logits: Tensor = passes[0] if len(passes) == 1 else torch.cat(passes)[-rows:]
         return logits.to(self.device)  # with a device_map, the last layer may live elsewhere
 
@@ -116,14 +119,23 @@ class GenericRuntime:
         if self._last is not None:
             self._last.cut(to)
 
-    def keep_last(self) -> tuple[LastStates, KeysAndValues]:
-        """Keep from now on what the model computed last of each token, and give that and what its layers keep. Raises
-        Unsupported for a model that keeps no keys and values."""
+    def keep_last(self) -> LastStates:
+        """Keep from the next pass on what the model computes last of each token."""
+        if self._last is None:
+            self.rollback(0)  # of what was read before there is nothing
+            self._last = LastStates()
+        return self._last
+
+    @property
+    def keys_and_values(self) -> KeysAndValues:
+        """What its layers keep. Raises Unsupported for a model that keeps something else."""
         if not isinstance(self._state, KeysAndValues):
             raise Unsupported("it keeps no keys and values that an assistant could read")
-        if self._last is None:
-            self._last = LastStates()
-        return self._last, self._state
+        return self._state
+
+    def features(self, start: int, end: int) -> Tensor:
+        """[end - start, 1, hidden] of cached tokens, which `keep_last` asked for: see `LeanRuntime.features`."""
+        return self.keep_last().between(start, end)[:, None]
 
     unroll = step_by_step
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -23,7 +24,7 @@ from specdec_engine.runtime.decoder import Embedding
 from specdec_engine.runtime.known_text import KnownText
 from specdec_engine.runtime.linear import Projection, Quantize, project
 from specdec_engine.runtime.native import Kernels
-from specdec_engine.runtime.ops import Layer, Network, Ops
+from specdec_engine.runtime.ops import Layer, Network, Ops, Pass
 from specdec_engine.runtime.shape import Rotation, Shape
 
 
@@ -39,7 +40,10 @@ class HeadForm:
     residual_normed: bool = False
     """The first layer adds to its normed state, not to the state."""
     output_normed: bool = False
-    """The state that is fed back is normed as the output is (EAGLE-3.1)."""
+    """The state that is fed back is normed as the output is (EAGLE-3.1, MTP)."""
+    joined: bool = False
+    """State and embedding, each normed, are joined to one vector before ordinary layers (MTP); else both are what the first
+    layer reads, and the state is what it adds to."""
 
 
 def head_shape(config: Mapping[str, Any]) -> Shape:
@@ -70,20 +74,33 @@ def check_weights(
 ) -> None:
     """Look whether a head's weights are what its config says; features: how many it reads, each `target` numbers wide. Raises
     ValueError for other shapes, and for entries that are no numbers, KeyError for a tensor that is missing."""
-    d, width = shape.hidden, shape.heads * shape.head_size
-    expected: dict[str, tuple[int, ...]] = dict.fromkeys(("embedding_norm", "final_norm"), (d,))
     if form.feature_norms == "none" and "feature_norm" in weights:
         raise ValueError("it has norms of features, and its config does not say how they are taken")
     if shape.hidden != target and "head.weight" not in weights:
         raise ValueError(
             f"it is {shape.hidden} numbers wide, its target {target}, and it has no output rows of its own"
         )
+    for name, size in _sizes(weights, shape, intermediate, features, form, target).items():
+        if tuple(weights[name].shape) != size:
+            raise ValueError(f"{name} is {tuple(weights[name].shape)} and should be {size}")
+        if not bool(weights[name].isfinite().all()):
+            raise ValueError(f"{name} has entries that are not finite numbers")
+
+
+def _sizes(
+    weights: Mapping[str, Tensor], shape: Shape, intermediate: int, features: int, form: HeadForm, target: int
+) -> dict[str, tuple[int, ...]]:
+    """Of the tensors that such a head has; see `check_weights`."""
+    d, width = shape.hidden, shape.heads * shape.head_size
+    expected: dict[str, tuple[int, ...]] = dict.fromkeys(("embedding_norm", "final_norm"), (d,))
     if form.feature_norms != "none":
         expected["feature_norm"] = (features, target) if form.feature_norms == "each" else (features * target,)
     if features > 1 or "fuse.weight" in weights:
         expected["fuse.weight"] = (d, features * target)
+    if form.joined:
+        expected |= {"joined_norm": (d,), "join.weight": (d, 2 * d)}
     for i in range(shape.layers):
-        at, inputs = (f"{i}.", d) if i else ("", 2 * d)
+        at, inputs = (f"{i}." if i else "", d if i or form.joined else 2 * d)
         expected |= {
             f"{at}state_norm": (d,),
             f"{at}qkv.weight": (width + 2 * shape.kv_heads * shape.head_size, inputs),
@@ -94,11 +111,7 @@ def check_weights(
         }
     if "head.weight" in weights:
         expected["head.weight"] = (shape.vocab, d)
-    for name, size in expected.items():
-        if tuple(weights[name].shape) != size:
-            raise ValueError(f"{name} is {tuple(weights[name].shape)} and should be {size}")
-        if not bool(weights[name].isfinite().all()):
-            raise ValueError(f"{name} has entries that are not finite numbers")
+    return expected
 
 
 class HeadForward(Blocks):
@@ -109,7 +122,7 @@ class HeadForward(Blocks):
         shape: Shape,
         weights: Mapping[str, Tensor],
         embedding: Embedding,
-        rows: Tensor,
+        rows: Tensor | Projection,
         dtype: torch.dtype,
         device: torch.device,
         quantize: Quantize,
@@ -118,12 +131,12 @@ class HeadForward(Blocks):
         form: HeadForm | None = None,
     ) -> None:
         """weights: as `distill.head.Head` names them, those of layers above the first with its number before; embedding: of
-        the target's ids; rows [V', hidden]: the output matrix for the draft's ids; ops: see `Blocks`; kernels: see
-        `project`."""
+        the target's ids; rows [V', hidden]: the output matrix for the draft's ids, or the target's own as it is; ops: see
+        `Blocks`; kernels: see `project`."""
         super().__init__(shape, dtype, device, ops, kernels)
         self.form = HeadForm() if form is None else form
         self.embedding = embedding
-        self.vocab = rows.shape[0]
+        self.vocab = shape.vocab
 
         def matrix(name: str) -> Projection:
             bias = weights.get(f"{name}.bias")
@@ -134,7 +147,11 @@ class HeadForward(Blocks):
         self._feature_norm = self.norm_weight(weights["feature_norm"]) if "feature_norm" in weights else None
         self._fuse = matrix("fuse") if "fuse.weight" in weights else None
         self._norm = self.norm_weight(weights["final_norm"])
-        self._head = project([rows.to(dtype)], None, dtype, device, quantize, kernels)
+        self._joined_norm = self.norm_weight(weights["joined_norm"]) if self.form.joined else None
+        self._join = matrix("join") if self.form.joined else None
+        self._head = (
+            project([rows.to(dtype)], None, dtype, device, quantize, kernels) if isinstance(rows, Tensor) else rows
+        )
 
     def _layer(self, weights: Mapping[str, Tensor], matrix: Callable[[str], Projection], at: str) -> Layer:
         norms = [weights.get(f"{at}{name}") for name in ("q_norm", "k_norm")]
@@ -170,15 +187,22 @@ class HeadForward(Blocks):
         embedded = step.normed(self._embedding_norm)
         step.x.copy_(states)
         first, *others = self.layers
-        assert first.attention_norm is not None
-        normed = step.normed(first.attention_norm)
-        if self.form.residual_normed:
-            step.x.copy_(normed)
-        step.block(0, first, torch.cat([embedded, normed], 1))
+        step.block(0, first, self._read(step, first, embedded))
         for i, layer in enumerate(others, 1):
             step.block(i, layer)
         last = step.normed(self._norm)[-1:]
         return last, last if self.form.output_normed else step.x[-1:]
+
+    def _read(self, step: Pass, first: Layer, embedded: Tensor) -> Tensor | None:
+        """What the first layer reads of states, which are in `step.x`, and embeddings; None for what is in `step.x` then."""
+        if self._join is not None and self._joined_norm is not None:
+            step.x.copy_(self._join(torch.cat([step.normed(self._joined_norm), embedded], 1)))
+            return None
+        assert first.attention_norm is not None
+        normed = step.normed(first.attention_norm)
+        if self.form.residual_normed:
+            step.x.copy_(normed)
+        return torch.cat([embedded, normed], 1)
 
     def logits(self, last: Tensor, more: Tensor | None) -> Tensor:
         """[n, hidden] -> [n, V' + m]; more [m, hidden]: output rows besides its own."""
@@ -234,15 +258,8 @@ class HeadRuntime:
     ) -> DraftTokens:
         """Pending slots and [k] uniform numbers -> at most [k] tokens, the target's ids, and their distributions
         [k, V' + m]. more [m, hidden]: output rows besides its own; ids: of all columns."""
-        states, sampled, said = self._forward.fused(features), list[SampledToken](), list[Tensor]()
-        for number in u:
-            last, states = self._step(states, tokens)
-            sampled.append(sampler(self._forward.logits(last, more), number, temperature))
-            tokens = ids.index_select(0, sampled[-1].token)
-            said.append(tokens)
-            if stop is not None and stop(sampled[-1].sure):
-                break
-        return DraftTokens.of(sampled, said)
+        logits = partial(self._forward.logits, more=more)
+        return unrolled(self._step, logits, self._forward.fused(features), tokens, u, temperature, sampler, ids, stop)
 
     def _step(self, states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         end = self._cached + tokens.shape[0]
@@ -253,6 +270,30 @@ class HeadRuntime:
         start, self._cached = self._cached, end
         self._written = max(self._written, end)
         return self._forward(states, tokens, start, self._cache, end)
+
+
+def unrolled(
+    step: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    logits: Callable[[Tensor], Tensor],
+    states: Tensor,
+    tokens: Tensor,
+    u: Tensor,
+    temperature: Tensor,
+    sampler: TokenSampler,
+    ids: Tensor,
+    stop: StopDrafting | None,
+) -> DraftTokens:
+    """Draft from pending slots' states and tokens, token by token, each from the state before; step: gives what `logits`
+    takes, and the state that follows."""
+    sampled, said = list[SampledToken](), list[Tensor]()
+    for number in u:
+        last, states = step(states, tokens)
+        sampled.append(sampler(logits(last), number, temperature))
+        tokens = ids.index_select(0, sampled[-1].token)
+        said.append(tokens)
+        if stop is not None and stop(sampled[-1].sure):
+            break
+    return DraftTokens.of(sampled, said)
 
 
 def _rounded(slots: int) -> int:

@@ -4,33 +4,36 @@ from __future__ import annotations
 
 from torch import Tensor
 
-_KEPT = 4096
-"""Tokens of which states are kept at most. A draft reads one, of the newest token; `tune` reads as many as an answer has."""
-
 
 class LastStates:
-    """The states of the newest tokens, by position; there may be gaps."""
+    """Those of all tokens of the text, without a gap."""
 
     def __init__(self) -> None:
-        self._parts: list[tuple[int, Tensor]] = []  # begin, [n, hidden]
+        self.count = 0
+        self._kept: Tensor | None = None  # [room, hidden]
 
     def add(self, states: Tensor, end: int) -> None:
-        """[n, hidden], of the n tokens before position `end`."""
-        self._parts.append((end - len(states), states))
-        while end - self._parts[0][0] > _KEPT + len(self._parts[0][1]):
-            del self._parts[0]
+        """[n, hidden], of the n tokens before position `end`; those that were there are written anew."""
+        begin = end - len(states)
+        assert 0 <= begin <= self.count
+        if self._kept is None or end > len(self._kept):
+            wider = states.new_empty(max(_ROOM, 2 * end), states.shape[1])
+            if self._kept is not None:
+                wider[: self.count] = self._kept[: self.count]
+            self._kept = wider
+        self._kept[begin:end] = states
+        self.count = end
 
     def cut(self, to: int) -> None:
         """Forget all from position `to` on."""
-        while self._parts and self._parts[-1][0] >= to:
-            self._parts.pop()
-        if self._parts:
-            begin, states = self._parts[-1]
-            self._parts[-1] = begin, states[: to - begin]
+        self.count = min(self.count, to)
 
-    def at(self, position: int) -> Tensor | None:
-        """[1, hidden], after the token at this position; None where it is not kept."""
-        for begin, states in reversed(self._parts):
-            if begin <= position < begin + len(states):
-                return states[position - begin, None]
-        return None
+    def between(self, begin: int, end: int) -> Tensor:
+        """[end - begin, hidden], a view, good until the next pass."""
+        assert self._kept is not None
+        assert end <= self.count
+        return self._kept[begin:end]
+
+
+_ROOM = 512
+"""Tokens to make room for at first."""

@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
-from specdec_engine.core.registry import ServerNames, drafters, entry_of, levels_of, members_of
+from specdec_engine.core.registry import ServerNames, drafters, entry_of, is_lookup, levels_of, members_of
 from specdec_engine.drafters import is_checkpoint, is_eagle
 
 BUILTIN_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -37,7 +37,7 @@ class Wanted:
 
     target: str
     draft: str
-    """A checkpoint, or a lookup."""
+    """A checkpoint, a lookup, or `mtp`."""
     k: int
     sampled: bool
     """Whether requests are drawn at a temperature."""
@@ -48,7 +48,7 @@ class Wanted:
 
     @property
     def model(self) -> str | None:
-        """None for a lookup."""
+        """None for a lookup, and for the target's own module."""
         return self.draft if is_checkpoint(self.draft) or is_eagle(self.draft) else None
 
     @property
@@ -70,17 +70,18 @@ class Wanted:
     @property
     def notes(self) -> list[str]:
         """What is not the same."""
-        own = ["with its own lookup, which is not quite ours"] if self.model is None else []
+        own = ["with its own lookup, which is not quite ours"] if is_lookup(self.draft) else []
         return own + ([f"without {', '.join(self.left_out)}"] if self.left_out else [])
 
 
 def served(draft: str, by_text: Container[str] = ()) -> tuple[str | None, tuple[str, ...]]:
-    """Of a draft as after --draft the member that servers can run, a checkpoint before a lookup, and the others. by_text:
-    those with another tokenizer than the target's, which they would take for the target's."""
+    """Of a draft as after --draft the member that servers can run, a lookup last, and the others. by_text: those with another
+    tokenizer than the target's, which they would take for the target's."""
     members = tuple(member for member in members_of(draft)[1] if member != "none")
     uppers = (levels[1] if (levels := levels_of(member)) is not None else member for member in members)
     models = (m for m in uppers if m not in by_text and (is_checkpoint(m) or is_eagle(m)))
-    known = next(iter([*models, *filter(_is_named, members)]), None)
+    named = sorted(filter(_is_named, members), key=is_lookup)
+    known = next(iter([*models, *named]), None)
     return known, tuple(member for member in members if member != known)
 
 
@@ -120,10 +121,10 @@ def _vllm(s: Wanted) -> Launch:
 def _sglang(s: Wanted) -> Launch:
     command = ["python", "-m", "sglang.launch_server", "--model-path", _hub(s.target)]
     command += ["--speculative-algorithm", s.names.sglang]
-    if s.model is None:
+    if is_lookup(s.draft):
         command += ["--speculative-num-draft-tokens", str(s.k)]
     else:
-        command += ["--speculative-draft-model-path", s.model]
+        command += ["--speculative-draft-model-path", s.model] if s.model is not None else []
         command += ["--speculative-num-steps", str(s.k), "--speculative-eagle-topk", "1"]
         command += ["--speculative-num-draft-tokens", str(s.k + 1)]
     needs = ("SGLang 0.5.23, and a GPU", "this line was not tried against its parser", *_folder(s))
@@ -135,9 +136,12 @@ def _llama_cpp(s: Wanted) -> Launch:
     needs = ["llama.cpp of 2026"]
     if s.gguf is None:
         needs.append(f"{_hub(s.target)} as a GGUF")
-    if s.model is None:
+    if is_lookup(s.draft):
         command += ["--spec-type", s.names.llama_cpp, "--spec-ngram-simple-size-n", s.longest]
         command += ["--spec-ngram-simple-size-m", str(s.k)]
+    elif s.model is None:
+        command += ["--spec-type", s.names.llama_cpp, "--spec-draft-n-max", str(s.k)]
+        needs.append("a GGUF that was converted with its MTP layers")
     else:
         command += ["-md", s.model if s.model.endswith(".gguf") else "DRAFT.gguf", "--spec-type", s.names.llama_cpp]
         command += ["--spec-draft-n-max", str(s.k)]

@@ -1,0 +1,139 @@
+"""Modules for multi-token prediction (MTP) in a target's own checkpoint: a layer more, which predicts the token after next.
+
+Three ways to store them: under `mtp.` (Qwen 3.5, Qwen3-Next, Mellum), as layers behind the last (DeepSeek-V3, GLM-4.5), and
+MiMo's `mtp_layers`. transformers reads the first two beside a model of its own; MiMo's runs as a form of our draft head.
+"""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from specdec_engine.errors import PairIncompatible
+from specdec_engine.models.damage import explained
+from specdec_engine.models.eagle_files import layer_weights
+from specdec_engine.models.sources import raw_config, weight_files
+from specdec_engine.runtime.head import HeadForm
+from specdec_engine.runtime.shape import Shape
+from specdec_engine.runtime.weights import SafetensorsWeights
+
+MIMO = "model.mtp_layers.0."
+MIMO_FORM = HeadForm(feature_norms="none", output_normed=True, joined=True)
+_COUNTS = ("num_mtp_layers", "num_nextn_predict_layers", "mtp_num_hidden_layers")
+
+
+@dataclass(frozen=True, slots=True)
+class MtpFiles:
+    """Where a checkpoint has a module, without its weights."""
+
+    path: Path
+    names: re.Pattern[str]
+    """Of its tensors."""
+    modules: int
+    """How many there are, each for one token further."""
+
+    @property
+    def is_mimo(self) -> bool:
+        """Whether it is stored, and computed, as MiMo's."""
+        return self.names.pattern == re.escape(MIMO)
+
+
+def find_mtp(path: Path) -> MtpFiles | None:
+    """The first module in this checkpoint; None if it has none. A GGUF's are not read."""
+    if not path.is_dir():
+        return None
+    config = raw_config(path)
+    text = config.get("text_config") or config
+    behind = text.get("num_hidden_layers") if isinstance(text, dict) else None
+    names = SafetensorsWeights(weight_files(path)).names
+    said = next((n for key in _COUNTS if isinstance(n := text.get(key), int) and n > 0), 1) if behind else 1
+    patterns = (re.escape(MIMO), r"^(model\.)?mtp\.", rf"^model\.(language_model\.)?layers\.{behind}\.")
+    for pattern in map(re.compile, patterns):
+        if any(pattern.search(name) and name.endswith(_JOINS) for name in names):
+            return MtpFiles(path, pattern, said)
+    return None
+
+
+_JOINS = (".fc.weight", ".eh_proj.weight", ".input_proj.weight")
+"""The matrix that joins state and embedding: what tells a module from another layer."""
+
+
+def load_module(found: MtpFiles, model: Any, name: str) -> Any:
+    """transformers' `MtpModel` of the first module, beside the target's model and on its device. Raises ModelUnavailable for
+    a damaged one, and PairIncompatible where transformers has no such class."""
+    try:
+        from transformers.modeling_layers import MtpModel
+    except ImportError:
+        from transformers import __version__
+
+        raise PairIncompatible(
+            f"transformers {__version__} has no class for MTP modules", "pip install -U transformers, or another draft"
+        ) from None
+    _describe(model.config)
+    # Under its own name: transformers looks up by name and module how tensors are renamed.
+    regex = staticmethod(lambda main_model: found.names)
+    own = {"get_mtp_weights_regex": regex, "__module__": MtpModel.__module__}
+    made: Any = type("MtpModel", (MtpModel,), own)
+    usual, model.config.name_or_path = model.config.name_or_path, str(found.path)
+    try:
+        with explained(f"the MTP module of {name}", found.path):
+            module: Any = made.from_pretrained(model, device_map={"": model.device})
+    finally:
+        model.config.name_or_path = usual
+    return module.to(model.dtype).eval()
+
+
+def _describe(config: Any) -> None:
+    """Say of one module what transformers asks a config for, where it does not say so itself: Qwen's."""
+    text = config.get_text_config()
+    text.num_mtp_layers = 1
+    for kinds, ours, plain in (
+        ("layer_types", "mtp_layer_types", "full_attention"),
+        ("mlp_layer_types", "mtp_mlp_layer_types", "sparse"),
+    ):
+        if getattr(text, kinds, None) is not None:
+            with suppress(AttributeError):  # some make it of the count
+                setattr(text, ours, list(getattr(text, ours, None) or [plain])[:1])
+
+
+def mimo_weights(found: MtpFiles, shape: Shape) -> dict[str, Tensor]:
+    """Its tensors by our names. Raises KeyError for one that is missing, ValueError for one that is not known."""
+    weights = SafetensorsWeights(weight_files(found.path))
+    stored = {name.removeprefix(MIMO): name for name in weights.names if name.startswith(MIMO)}
+    left = {name for name in stored if not name.startswith("self_attn.rotary_emb.")}
+
+    def take(name: str) -> Tensor:
+        left.discard(name)
+        return weights.dense(stored[name])
+
+    made = {ours: take(theirs) for theirs, ours in _MIMO_NAMES.items()}
+    made |= layer_weights(take, stored, (shape.heads, shape.kv_heads, shape.head_size), "", "", "input_layernorm")
+    if left:
+        raise ValueError(f"it has {len(left)} tensors that this forward does not know, the first {min(left)}")
+    return made
+
+
+_MIMO_NAMES = {
+    "token_layernorm.weight": "embedding_norm",
+    "hidden_layernorm.weight": "joined_norm",
+    "input_proj.weight": "join.weight",
+    "final_layernorm.weight": "final_norm",
+}
+
+
+def mimo_shape(shape: Shape) -> dict[str, Any]:
+    """The config of a module of a target so shaped, as `head_shape` reads it."""
+    return {
+        "head_dim": shape.head_size,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "hidden_size": shape.hidden,
+        "vocab_size": shape.vocab,
+        "rms_norm_eps": shape.eps,
+        "rotation": shape.rotations[0],
+    }
