@@ -41,6 +41,7 @@ LEAN: dict[str, tuple[str, dict[str, Any]]] = {
     "exaone4": ("Exaone4Config", {"sliding_window": None, "layer_types": ["full_attention"] * 12}),
     "gemma3": ("Gemma3TextConfig", {"sliding_window": 512, "query_pre_attn_scalar": 64}),
     "olmo3": ("Olmo3Config", {}),
+    "gpt_oss": ("GptOssConfig", {"num_local_experts": 32, "num_experts_per_tok": 4, "intermediate_size": 768}),
     "mixtral": ("MixtralConfig", {"num_local_experts": 8, "intermediate_size": 1024}),
     "qwen3_moe": ("Qwen3MoeConfig", {"num_experts": 64, "moe_intermediate_size": 256, "num_experts_per_tok": 8}),
 }

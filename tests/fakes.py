@@ -27,6 +27,8 @@ from specdec_engine.runtime.linear import Quantize
 from specdec_engine.runtime.native import Kernels
 from specdec_engine.runtime.ops import TORCH, Ops
 from specdec_engine.runtime.shape import shape_of
+from specdec_engine.runtime.unfused import SplitExperts
+from specdec_engine.runtime.weights import Weights
 from specdec_engine.verify.rules import AcceptanceRule
 from specdec_engine.verify.sampling import draw, warp
 from specdec_engine.verify.verifier import verifier_for
@@ -270,7 +272,9 @@ def lean(
     kernels: Kernels | None = None,
 ) -> LeanRuntime:
     """The lean runtime over a transformers model's weights; with `ops` as on a GPU, with `kernels` on those."""
-    decoder = Decoder(shape_of(model.config), StateWeights(model), dtype, CPU, quantize, ops, kernels)
+    stored: Weights = StateWeights(model)
+    weights = SplitExperts(stored) if model.config.model_type == "gpt_oss" else stored
+    decoder = Decoder(shape_of(model.config), weights, dtype, CPU, quantize, ops, kernels)
     return LeanRuntime(decoder, "lean", model.config.max_position_embeddings, capacity)
 
 
@@ -381,14 +385,30 @@ def save_eagle_head(folder: Path, target: Any, vocab: int, ids: int = 60, says: 
 def _stacked(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Split gates and ways up of experts into tensors of their own, with names that end as a matrix's do."""
     found = dict[str, Tensor]()
+    turned = any(name.endswith("self_attn.sinks") for name in state)  # GPT-OSS's stand on their side, gates between ups
     for name, tensor in state.items():
-        if name.endswith("experts.gate_up_proj"):
+        if turned and ".experts." in name:
+            stem, _, part = name.rpartition(".")
+            kind = "bias" if part.endswith("_bias") else "weight"
+            upright = tensor if kind == "bias" else tensor.transpose(1, 2)
+            if part.startswith("down_proj"):
+                found[f"{stem}.down_proj.{kind}"] = upright
+            else:
+                found |= {f"{stem}.{p}_proj.{kind}": upright[:, i::2] for i, p in enumerate(("gate", "up"))}
+        elif name.endswith("self_attn.sinks"):
+            found[f"{name}.weight"] = tensor
+        elif name.endswith("experts.gate_up_proj"):
             gates, ups = tensor.chunk(2, 1)
             stem = name.removesuffix("gate_up_proj")
             found |= {f"{stem}gate_proj.weight": gates, f"{stem}up_proj.weight": ups}
         else:
             found[f"{name}.weight" if name.endswith("experts.down_proj") else name] = tensor
     return found
+
+
+def is_matrix(name: str, tensor: Tensor) -> bool:
+    """Say whether llama.cpp packs it: routers and the biases of experts it does not."""
+    return tensor.dim() > 1 and name.endswith("weight") and ".gate." not in name and ".router." not in name
 
 
 def save_gguf(
@@ -434,16 +454,17 @@ def save_gguf(
         writer.add_sliding_window(config.sliding_window)
         if arch != "cohere2":
             writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
-    if arch.startswith(("gemma", "glm4", "qwen3")):
+    if arch.startswith(("gemma", "glm4", "gpt-oss", "qwen3")):
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
     if arch.startswith("gemma") and "sliding_attention" in config.layer_types:
         writer.add_sliding_window(config.sliding_window)
-    if arch == "qwen3moe":
+    if arch in ("gpt-oss", "qwen3moe"):
         writer.add_expert_count(config.num_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
-        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-    if arch == "phi3":
+        inner = config.intermediate_size if arch == "gpt-oss" else config.moe_intermediate_size
+        writer.add_expert_feed_forward_length(inner)
+    if arch in ("gpt-oss", "phi3"):
         writer.add_sliding_window(config.sliding_window or 0)
     if arch == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
@@ -481,7 +502,7 @@ def save_gguf(
                 tensor = tensor.view(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
         if name.endswith("norm.weight") and arch.startswith("gemma"):
             tensor = tensor + 1
-        packed = gguf.GGMLQuantizationType[kind if tensor.dim() > 1 and ".gate." not in name else "F32"]
+        packed = gguf.GGMLQuantizationType[kind if is_matrix(name, tensor) else "F32"]
         stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
         writer.add_tensor(stored, gguf.quantize(tensor.float().numpy(), packed), raw_dtype=packed)
     writer.write_header_to_file()

@@ -9,7 +9,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from specdec_engine.runtime import fused, ops
+from specdec_engine.runtime import attention, fused, ops
 from specdec_engine.runtime.blocks import Blocks
 from specdec_engine.runtime.ops import HeadNorms
 from specdec_engine.runtime.shape import Unsupported
@@ -111,8 +111,8 @@ def test_attend(numbers, n, heads, groups, size, end, window, dtype):
     queries, kept = numbers(n, heads, size, dtype=dtype), numbers(2 * groups, end + 70, size, dtype=dtype)
     kept[:, end:] = torch.nan
     positions = torch.arange(end - n, end)
-    mask = ops.causal_mask(positions, end, window, torch.float32)
-    expected = ops.attend_in_groups(queries.float(), kept[:, :end].float(), mask).to(dtype)
+    mask = attention.causal_mask(positions, end, window, torch.float32)
+    expected = attention.attend_in_groups(queries.float(), kept[:, :end].float(), mask).to(dtype)
     assert close(fused.attend(queries, kept, positions, window), expected, dtype)
 
 
@@ -121,8 +121,10 @@ def test_positions_need_not_be_known_to_the_host(numbers):
     queries, kept, positions = numbers(2, 4, 64), numbers(4, 512, 64), torch.tensor([3, 4])
     for end in (5, 77, 512):
         positions.copy_(torch.arange(end - 2, end))
-        mask = ops.causal_mask(positions, end, None, torch.float32)
-        assert close(fused.attend(queries, kept, positions, None), ops.attend_in_groups(queries, kept[:, :end], mask))
+        mask = attention.causal_mask(positions, end, None, torch.float32)
+        assert close(
+            fused.attend(queries, kept, positions, None), attention.attend_in_groups(queries, kept[:, :end], mask)
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -28,6 +28,10 @@ COMMON = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0,
 }  # fmt: skip
 GEMMA = {"head_dim": 32, "sliding_window": 16, "query_pre_attn_scalar": 32}
+PLAIN = {
+    "rope_type": "default",
+    "rope_theta": 150000.0,
+}  # stretched, llama.cpp rounds YaRN's bounds, and OpenAI does not
 LOCAL = {"rope_type": "default", "rope_theta": 10000.0}
 
 
@@ -51,6 +55,17 @@ CASES = {
             "num_experts": 8,
             "num_experts_per_tok": 3,
             "norm_topk_prob": True,
+        },
+    ),
+    "gpt-oss": (
+        "gpt-oss",
+        "GptOssConfig",
+        {
+            "head_dim": 32,
+            "sliding_window": 16,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "rope_parameters": PLAIN,
         },
     ),
     "gemma2": ("gemma2", "Gemma2Config", GEMMA),

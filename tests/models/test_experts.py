@@ -6,11 +6,13 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from specdec_engine.errors import ModelUnavailable
 from specdec_engine.models.compatibility import check
 from specdec_engine.models.forwards import lean_shape
-from specdec_engine.models.loading import load_model
+from specdec_engine.models.loading import find_model, load_model
 from specdec_engine.models.options import LoadOptions
 from specdec_engine.pair import load_pair
 from specdec_engine.runtime import native
@@ -43,6 +45,71 @@ def test_a_row_alone_is_the_row_among_others(kind, quantize, own):
     together = torch.cat([runtime.forward(part, len(part)) for part in tokens.split(9)])
     runtime.rollback(9)
     assert torch.equal(torch.cat([runtime.forward(token, 1) for token in tokens[9:].split(1)]), together[9:])
+
+
+GPT_OSS = {
+    "vocab_size": 300, "hidden_size": 64, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 16, "sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2,
+}  # fmt: skip
+CODES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def in_four_bits(weights):
+    """[experts, in, out] -> MXFP4's blocks and scales, as OpenAI stores them."""
+    groups = weights.float().transpose(1, 2).unflatten(-1, (-1, 32))
+    exponents = (groups.abs().amax(-1) / 6).log2().floor() + 1
+    codes = (groups / exponents.exp2()[..., None]).unsqueeze(-1).sub(CODES).abs().argmin(-1).to(torch.uint8)
+    return codes[..., ::2] | codes[..., 1::2] << 4, (exponents + 127).to(torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def mxfp4(tmp_path_factory):
+    """GPT-OSS as it is published: experts in 4 bits, the rest in bfloat16."""
+    folder = tmp_path_factory.mktemp("gpt-oss")
+    model = build("GptOssConfig", GPT_OSS)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    stored = load_file(folder / "model.safetensors")
+    for name in [name for name in stored if name.endswith(("gate_up_proj", "down_proj"))]:
+        stored[f"{name}_blocks"], stored[f"{name}_scales"] = in_four_bits(stored.pop(name))
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    apart = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    quantized = {"quantization_config": {"quant_method": "mxfp4", "modules_not_to_convert": apart}}
+    config = json.loads((folder / "config.json").read_text()) | quantized
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(("how", "weights", "most"), [
+    ({"dtype": "float32"}, "float32", 1e-5),
+    ({"dtype": "auto"}, "int8", 0.02),
+    ({"dtype": "bfloat16", "quantize": "none"}, "bfloat16", 0.05),
+])  # fmt: skip
+def test_gpt_oss_in_four_bits_is_read_to_the_very_numbers(mxfp4, how, weights, most, own):
+    """As transformers unpacks it; packed it is 8 bits, which hold each of the 16 codes."""
+    plain = AutoModelForCausalLM.from_pretrained(mxfp4, dtype=torch.float32).eval()
+    ids = torch.randint(5, 300, (30,), generator=torch.Generator().manual_seed(3))
+    expected = plain(ids[None]).logits[0].detach()
+    pair = load_pair(str(mxfp4), "ngram", LoadOptions(device="cpu", threads=1, **how)).asking(ignore_eos=True)
+    assert pair.target.runtime.name == "lean"
+    assert weights in pair.environment["weights"]
+    assert not pair.notes
+    assert torch.allclose(pair.target.runtime.forward(ids, 30).float(), expected, atol=most)
+    if how == {"dtype": "float32"}:
+        text = plain.generate(ids[None], do_sample=False, max_new_tokens=20, eos_token_id=None)[0, 30:].tolist()
+        assert emitted(pair.decode(ids.tolist(), k=3, max_tokens=20)) == text
+
+
+def test_what_gpt_oss_needs_is_reckoned_by_its_codes(mxfp4):
+    stored = load_file(mxfp4 / "model.safetensors")
+    codes = 2 * sum(tensor.numel() for name, tensor in stored.items() if name.endswith("_blocks"))
+    packed, dense = (
+        find_model(str(mxfp4), LoadOptions(device="cpu", threads=1, dtype="bfloat16", quantize=form)).need.weights
+        for form in ("auto", "none")
+    )
+    assert dense - packed == pytest.approx(codes * (2 - 1.125), rel=0.01)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -161,6 +161,38 @@ def other(request, tmp_path_factory):
     return [save_gguf(folder / f"{kind}.gguf", kind, arch=arch, model=model) for kind in ("F16", "Q4_0")], model
 
 
+@pytest.mark.parametrize("kind", ["F16", "MXFP4"])
+def test_gpt_oss_computes_what_its_model_does(kind, tmp_path):
+    """Stretched, by bounds that are not rounded, with sinks, biases of experts and every other layer in a window; packed in
+    the 4 bits in which it is published, to the very numbers."""
+    rope = {
+        "rope_type": "yarn", "factor": 8.0, "rope_theta": 150000.0, "original_max_position_embeddings": 16,
+        "truncate": False, "beta_fast": 32.0, "beta_slow": 1.0,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    config = transformers.GptOssConfig(
+        **_SMALL, head_dim=32, sliding_window=5, num_local_experts=4, num_experts_per_tok=2, rope_parameters=rope
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+            if name.endswith("norm.weight"):
+                parameter += 1
+            elif kind == "MXFP4" and parameter.dim() > 1:  # numbers that it has
+                codes = torch.tensor([-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6]) / 16
+                parameter.copy_(codes[(parameter[..., None] - codes).abs().argmin(-1)])
+    file = save_gguf(tmp_path / "gpt-oss.gguf", kind, arch="gpt-oss", model=model, scaling=("yarn", 8.0, 16))
+    loaded = load_model(str(file), LoadOptions(dtype="float32"))
+    assert loaded.runtime.name == "lean"
+    with torch.inference_mode():
+        expected = model(TOKENS[None]).logits[0]
+    found = loaded.runtime.forward(TOKENS, len(TOKENS))
+    assert (found - expected).abs().max() < (1e-4 if kind == "MXFP4" else 0.03) * expected.abs().max()
+    with pytest.raises(ModelUnavailable, match="which only the lean runtime reads"):
+        load_model(str(file), LoadOptions(dtype="float32", runtime="generic"))
+
+
 @pytest.mark.parametrize("runtime", ["generic", "lean"])
 def test_other_architectures_compute_what_their_models_do(other, runtime):
     (file, _), model = other

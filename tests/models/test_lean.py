@@ -102,6 +102,10 @@ FAMILY = {
         },
     ),
     "exaone4 with windows": ("Exaone4Config", {"sliding_window": 5, "layer_types": WINDOWED}),
+    "gpt_oss": (
+        "GptOssConfig",
+        {"head_dim": 16, "sliding_window": 5, "num_local_experts": 4, "num_experts_per_tok": 2, "swiglu_limit": 0.5},
+    ),
     "mixtral": ("MixtralConfig", {"sliding_window": 5, "num_local_experts": 4}),
     "qwen3 with experts": (
         "Qwen3MoeConfig",
@@ -115,7 +119,7 @@ FAMILY = {
         },
     ),
 }  # fmt: skip
-OTHERWISE = ("cohere", "granite", "olmo", "exaone4", "gemma", "glm4", "mixtral", "qwen3 with experts")
+OTHERWISE = ("cohere", "granite", "olmo", "exaone4", "gemma", "glm4", "gpt_oss", "mixtral", "qwen3 with experts")
 PLAIN = [name for name in FAMILY if not name.startswith(OTHERWISE)]
 """What kernels of our own do a layer of in one call."""
 

@@ -21,9 +21,10 @@ from specdec_engine.models import loading
 from specdec_engine.models.loading import find_model
 from specdec_engine.models.options import LoadOptions
 from specdec_engine.pair import Pair
+from specdec_engine.runtime.attention import attend_in_groups, causal_mask
 from specdec_engine.runtime.decoder import Decoder
 from specdec_engine.runtime.graphs import repeatable, room_for, span_for
-from specdec_engine.runtime.ops import TORCH, attend_in_groups, causal_mask
+from specdec_engine.runtime.ops import TORCH
 from specdec_engine.runtime.shape import Unsupported
 from specdec_engine.runtime.target import ModelTarget
 from specdec_engine.system.timing import HostTimer

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from specdec_engine.runtime import native
-from specdec_engine.runtime.ops import TORCH, HeadNorms, attend_in_groups, causal_mask
+from specdec_engine.runtime.attention import attend_in_groups, causal_mask
+from specdec_engine.runtime.ops import TORCH, HeadNorms
 
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 DTYPES = [torch.float32, torch.bfloat16]

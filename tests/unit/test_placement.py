@@ -20,9 +20,10 @@ from specdec_engine.models.loading import find_model
 from specdec_engine.models.options import LoadOptions
 from specdec_engine.pair import _verifier
 from specdec_engine.runtime.arithmetic import Matrices, choose
+from specdec_engine.runtime.attention import causal_of
 from specdec_engine.runtime.decoder import Decoder
 from specdec_engine.runtime.graphs import room_for
-from specdec_engine.runtime.ops import TORCH, _causal
+from specdec_engine.runtime.ops import TORCH
 from specdec_engine.runtime.shape import shape_of
 from specdec_engine.runtime.weights import Entry
 from specdec_engine.system import devices
@@ -166,7 +167,7 @@ def test_rows_in_order_need_no_mask_and_others_one_each():
     decoder = lean(tiny_llama(max_position_embeddings=1024), ops=TORCH).decoder
     cache, positions = decoder.new_cache(512), torch.arange(40)
     assert decoder.begin(positions, cache, 512, start=0)._masks == {}
-    assert isinstance(_causal(40, 140, CUDA), CausalBias)
+    assert isinstance(causal_of(40, 140, CUDA), CausalBias)
     (mask,) = decoder.begin(positions[:4], cache, 512)._masks.values()
     assert mask.shape[0] == 4 * 2  # heads that share keys
     assert mask.stride(0) != 0

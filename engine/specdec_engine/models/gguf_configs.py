@@ -151,6 +151,23 @@ def _qwen3_moe(keys: Keys) -> dict[str, Any]:
     }
 
 
+def _gpt_oss(keys: Keys) -> dict[str, Any]:
+    """Every other layer has a window, and the rotation's bounds are not rounded; no key says either."""
+    rope = {"rope_type": "default", "rope_theta": float(keys("rope.freq_base", 150000.0)), "truncate": False}
+    layers = range(int(keys("block_count")))
+    return {
+        "model_type": "gpt_oss",
+        "head_dim": int(keys("attention.key_length")),
+        "num_local_experts": int(keys("expert_count")),
+        "num_experts_per_tok": int(keys("expert_used_count")),
+        "intermediate_size": int(keys("expert_feed_forward_length")),
+        "sliding_window": int(keys("attention.sliding_window")),
+        "layer_types": ["full_attention" if i % 2 else "sliding_attention" for i in layers],
+        "rope_parameters": rope,
+        **_rms(keys),
+    }
+
+
 def _logits(keys: Keys) -> dict[str, Any]:
     """Command R's own: norms that take the mean away, and scaled logits."""
     return {"logit_scale": float(keys("logit_scale")), "layer_norm_eps": float(keys("attention.layer_norm_epsilon"))}
@@ -168,6 +185,7 @@ _MADE: Mapping[str, Callable[[Keys], dict[str, Any]]] = {
     "command-r": _cohere,
     "exaone4": _exaone4,
     "glm4": _glm4,
+    "gpt-oss": _gpt_oss,
     "granite": _granite,
     "olmo2": _olmo,
     "qwen3moe": _qwen3_moe,

@@ -30,7 +30,7 @@ from specdec_engine.system.folders import cache_folder
 if TYPE_CHECKING:
     from specdec_engine.runtime.weights import Entry
 
-LAYOUT = 8
+LAYOUT = 9
 """Version of the folder; raise it when its contents change."""
 SCRATCH = ".scratch-"
 _INDEX = "index.json"
@@ -49,14 +49,16 @@ class _Member:
     """Those of `_FUSED` that are one matrix."""
     plus: float = 0.0
     """A number that is added to the norms' weights: llama.cpp keeps Gemma's whole, Hugging Face less one."""
-    experts: bool = False
-    """It has experts, each kind of matrix of all of a layer in one tensor."""
+    more: tuple[str, ...] = ()
+    """What a layer has beside matrices and norms, by Hugging Face's names."""
 
 
 _FUSED = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
 }
+_EXPERTS = ("mlp.experts.gate_proj", "mlp.experts.up_proj", "mlp.experts.down_proj")
+"""Each of all experts of a layer is one tensor."""
 _MEMBERS = {
     "cohere2": _Member(),
     "command-r": _Member(),
@@ -64,13 +66,14 @@ _MEMBERS = {
     "gemma2": _Member(plus=-1.0),
     "gemma3": _Member(plus=-1.0),
     "glm4": _Member(fused=("mlp.gate_up_proj",)),
+    "gpt-oss": _Member(more=("mlp.router", "self_attn.sinks", *_EXPERTS)),
     "granite": _Member(interleaved=True),
     "llama": _Member(interleaved=True),
     "olmo2": _Member(),
     "phi3": _Member(fused=tuple(_FUSED)),
     "qwen2": _Member(),
     "qwen3": _Member(),
-    "qwen3moe": _Member(experts=True),
+    "qwen3moe": _Member(more=("mlp.gate", *_EXPERTS)),
     "smollm3": _Member(interleaved=True),
 }
 """GGUF architectures whose tensors have Hugging Face names one to one. Others are left to transformers."""
@@ -252,7 +255,7 @@ def _read_entries(reader: Any, model_type: str) -> dict[str, Entry]:
     from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
 
     from specdec_engine.models.gguf_header import FACTORS
-    from specdec_engine.runtime.shape import norms_of
+    from specdec_engine.runtime.tensors import norms_of
     from specdec_engine.runtime.weights import Entry
 
     arch = reader.fields["general.architecture"].contents()
@@ -264,14 +267,14 @@ def _read_entries(reader: Any, model_type: str) -> dict[str, Entry]:
     kv_heads = int(reader.fields[f"{arch}.attention.head_count_kv"].contents())
     member = _MEMBERS[arch]
     interleaved = {"q_proj": heads, "k_proj": kv_heads} if member.interleaved else {}
-    more = ("mlp.gate", *_EXPERTS) if member.experts else ()
-    parts = (*norms_of(model_type).names, *more)
+    parts = (*norms_of(model_type).names, *member.more)
     names = _hf_names(get_tensor_name_map(number[arch], layers), layers, member.fused, parts)
     found = dict[str, Entry]()
     for tensor, part in zip(reader.tensors, reader.part_of, strict=True):
         if tensor.name in FACTORS:  # these are in the config
             continue
         name = names.get(tensor.name, tensor.name)  # an unknown one keeps its name, and is seen to be left over
+        name = name.removesuffix(".weight") if name.endswith(".sinks.weight") else name
         entry = Entry(
             kind=tensor.tensor_type.name,
             shape=tuple(int(size) for size in reversed(tensor.shape)),
@@ -283,9 +286,6 @@ def _read_entries(reader: Any, model_type: str) -> dict[str, Entry]:
         )
         found |= _each_expert(name, entry) if ".mlp.experts." in name else {name: entry}
     return found
-
-
-_EXPERTS = ("mlp.experts.gate_proj", "mlp.experts.up_proj", "mlp.experts.down_proj")
 
 
 def _each_expert(name: str, entry: Entry) -> dict[str, Entry]:

@@ -42,7 +42,8 @@ from specdec_engine.runtime.context_limit import context_limit
 from specdec_engine.runtime.decoder import Decoder, check_tensors
 from specdec_engine.runtime.graphs import CudaRecorder, GraphRuntime, room_for
 from specdec_engine.runtime.lean import Forward, LeanRuntime
-from specdec_engine.runtime.shape import FAMILY, Shape, Unsupported
+from specdec_engine.runtime.shape import FAMILY, Shape, Unsupported, is_mxfp4
+from specdec_engine.runtime.unfused import SplitExperts
 from specdec_engine.runtime.weights import PACKED, GgufWeights, SafetensorsWeights, Weights
 from specdec_engine.system.devices import pick_device, pick_dtype
 from specdec_engine.verify.processors import Asked, asked_by, left_out_of
@@ -283,7 +284,8 @@ class Candidate:
 
     def _weights(self) -> Weights:
         if self.path.is_dir():
-            return (TextWeights if self.text_of else SafetensorsWeights)(weight_files(self.path))
+            stored = (TextWeights if self.text_of else SafetensorsWeights)(weight_files(self.path))
+            return SplitExperts(stored) if self.config.model_type == "gpt_oss" else stored
         found = gguf_files.entries(self.folder)
         if not found:
             raise Unsupported("the names in this GGUF are known to transformers only")
@@ -305,6 +307,9 @@ class Candidate:
                 )
             if not found:
                 return None
+            if self.config.model_type == "gpt_oss":
+                what = f"{self.name} is a GGUF of GPT-OSS, which only the lean runtime reads, on a CPU"
+                raise ModelUnavailable(what, "leave out --runtime, add --device cpu, or use the safetensors checkpoint")
             weights, config = self._weights(), load_config(self.folder, self.options.trust_remote_code)
         # Copied: an unpacked tensor is the mapped file itself, and whoever wrote to it would be killed.
         return State(config, {name: weights.dense(name).clone() for name in weights.names})
@@ -335,7 +340,7 @@ def find_model(name: str, options: LoadOptions) -> Candidate:
         if not path.is_file() and not getattr(config, "quantization_config", None):
             check_plain(path, name)
         shape = lean_shape(config, options, device)
-        packed = any(e.kind in PACKED for e in found.values())
+        packed = any(e.kind in PACKED for e in found.values()) or is_mxfp4(config)
         if options.dtype != "auto":
             pick_dtype(options.dtype, device)  # what is refused is refused before anything is compiled
         if device.type == "cpu" and not native.is_ready():

@@ -44,9 +44,14 @@ def estimate(
 
     Raises SafetensorError for a file whose size is not what its header says: a truncated download.
     """
-    packed = files[0].suffix != ".safetensors"
-    numbers = _parameters(config) if packed else sum(_stored_numbers(file, ours) for file in files)
-    return Need(int(numbers * PACKED_BYTES.get(quantize, dtype.itemsize)), cache)
+    each = PACKED_BYTES.get(quantize, dtype.itemsize)
+    if files[0].suffix != ".safetensors":
+        return Need(int(_parameters(config) * each), cache)
+    stored = [size for file in files for size in _stored_numbers(file, ours)]
+    # Two codes of 4 bits a byte (MXFP4), which are kept in 8 bits with a scale for each group of 32, or dense.
+    of_codes = 2 * (dtype.itemsize if quantize == "none" else 1.125)
+    kept = sum(numbers * (of_codes if name.endswith("_blocks") else each) for name, numbers in stored)
+    return Need(int(kept), cache)
 
 
 PACKED_BYTES: dict[Packing, float] = {"int4": 0.7, "int8": 1.15, "light": 1.6}
@@ -69,10 +74,11 @@ def kv_bytes(config: Any, dtype: torch.dtype, tokens: int) -> int:
     return sum(2 * math.prod(kv_size(layer)) for layer in layer_configs(config)) * dtype.itemsize * tokens
 
 
-def _stored_numbers(file: Path, ours: Callable[[str], str]) -> int:
+def _stored_numbers(file: Path, ours: Callable[[str], str]) -> list[tuple[str, int]]:
+    """How many each tensor has, by its name."""
     with safe_open(file, "pt") as tensors:
         names = filter(ours, tensors.keys())
-        return int(sum(math.prod(tensors.get_slice(name).get_shape()) for name in names))
+        return [(name, math.prod(tensors.get_slice(name).get_shape())) for name in names]
 
 
 def _parameters(config: Any) -> int:

@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from specdec_engine.runtime.cpu import whole
 from specdec_engine.runtime.experts import Experts
 from specdec_engine.runtime.linear import Packing, Projection, Rows, head_packing, project
 from specdec_engine.runtime.native import Kernels
-from specdec_engine.runtime.ops import Layer, Network, Ops, Pass, PassOfPrompts, PassTogether
+from specdec_engine.runtime.ops import Layer, Network, Ops, Pass, PassOfPrompts, PassTogether, clamped_gate
 from specdec_engine.runtime.shape import Shape, Unsupported
-from specdec_engine.runtime.weights import Grouped, Unfused, Weights
+from specdec_engine.runtime.unfused import Unfused
+from specdec_engine.runtime.weights import Grouped, Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +186,7 @@ class Decoder(Blocks):
             rotation=shape.rotation_of_layer[i] if shape.rotation_of_layer else 0,
             attention_after=norm(shape.norms.attention_after),
             mlp_after=norm(shape.norms.mlp_after),
+            sinks=take.optional(f"{attention}.sinks", device=self.device),
         )
         return whole(layer, shape)
 
@@ -197,12 +200,14 @@ class Decoder(Blocks):
         dtype, device, _, kernels = to
         gate, up, down = mixture.parts
         stems = [f"{at}.{mixture.expert.format(number)}" for number in range(mixture.count)]
+        router, bias = f"{at}.{mixture.router}", take.bias(f"{at}.{mixture.router}")
         return Experts(
-            router=project([take.dense(f"{at}.{mixture.router}.weight")], None, dtype, device, "none", kernels),
+            router=project([take.dense(f"{router}.weight")], bias, dtype, device, "none", kernels),
             gate_ups=[take.projection(stem, (gate, up), to) for stem in stems],
             downs=[take.projection(stem, (down,), to) for stem in stems],
             taken=mixture.taken,
             renormed=mixture.renormed,
+            gate=None if mixture.gate is None else partial(clamped_gate, mixture.gate),
         )
 
     def _head_norm(self, take: _Taker, name: str, order: Tensor | None) -> Tensor | None:

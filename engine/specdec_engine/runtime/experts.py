@@ -25,6 +25,8 @@ class Experts:
     downs: Sequence[Projection]
     taken: int
     renormed: bool
+    gate: Callable[[Tensor], Tensor] | None = None
+    """Another than the layer's."""
 
     @property
     def projections(self) -> tuple[Projection, ...]:
@@ -34,6 +36,7 @@ class Experts:
     def __call__(self, x: Tensor, gate: Callable[[Tensor], Tensor]) -> Tensor:
         """[n, hidden] -> [n, hidden]; a row's sum is taken in the order of the experts, so that it does not depend on the
         rows beside it."""
+        gate = self.gate or gate
         weights, chosen = self.router(x).float().softmax(-1).topk(self.taken)
         chosen, order = chosen.sort(-1)
         weights = weights.gather(-1, order)

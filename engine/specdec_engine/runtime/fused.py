@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specdec_engine.runtime.ops import FEW_ROWS, TORCH, HeadNorms, Ops, attend_in_groups, causal_mask
+from specdec_engine.runtime.attention import attend_in_groups, causal_mask
+from specdec_engine.runtime.ops import FEW_ROWS, TORCH, HeadNorms, Ops
 from specdec_engine.runtime.shape import Shape, Unsupported
 
 

@@ -7,6 +7,14 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
+class Gate:
+    """GPT-OSS's: g · sigmoid(steep · g) · (u + 1), of g and u that are kept below a limit, and u above its negative."""
+
+    limit: float
+    steep: float
+
+
+@dataclass(frozen=True, slots=True)
 class Mixture:
     """A config's experts."""
 
@@ -25,6 +33,10 @@ class Mixture:
     """Name in a layer of an expert, with {} for its number."""
     parts: tuple[str, str, str]
     """Names in an expert of its gate, its way up and its way down."""
+    biased: bool = False
+    """The router and each expert's matrices add a bias."""
+    gate: Gate | None = None
+    """Another gate than a silu."""
 
     def unread(self, hidden: int) -> int:
         """Numbers of the experts that a token does not take, in all layers."""
@@ -38,6 +50,8 @@ class Mixture:
             at = self.expert.format(i)
             found |= {f"{at}.{part}.weight": (self.inner, hidden) for part in (gate, up)}
             found[f"{at}.{down}.weight"] = (hidden, self.inner)
+        if self.biased:
+            found |= {name.replace(".weight", ".bias"): (size[0],) for name, size in found.items()}
         return found
 
 
@@ -54,6 +68,19 @@ def mixture_of(config: Any) -> Mixture | None:
             router="block_sparse_moe.gate",
             expert="block_sparse_moe.experts.{}",
             parts=("w1", "w3", "w2"),
+        )
+    if config.model_type == "gpt_oss":
+        return Mixture(
+            count=config.num_local_experts,
+            taken=config.num_experts_per_tok,
+            inner=config.intermediate_size,
+            layers=frozenset(layers),
+            renormed=True,  # it takes the softmax of those that are taken alone, which is the same
+            router="mlp.router",
+            expert="mlp.experts.{}",
+            parts=("gate_proj", "up_proj", "down_proj"),
+            biased=True,
+            gate=Gate(getattr(config, "swiglu_limit", 7.0), getattr(config, "swiglu_alpha", 1.702)),
         )
     if config.model_type != "qwen3_moe":
         return None

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, layer_norm, rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import gelu, layer_norm, rms_norm, silu
 
+from specdec_engine.runtime.attention import attend_grouped, attend_in_groups, attend_scored, causal_mask, causal_of
 from specdec_engine.runtime.experts import Experts
 from specdec_engine.runtime.linear import Projection, multiply_texts
+from specdec_engine.runtime.mixture import Gate
 from specdec_engine.runtime.native import Kernels, LayerFields, of_texts, pass_fields
 from specdec_engine.runtime.shape import Growth, Shape
 
@@ -55,6 +56,8 @@ class Layer:
     attention_after: Tensor | None = None
     """The norm of what attention gives; None where that is added as it is."""
     mlp_after: Tensor | None = None
+    sinks: Tensor | None = None
+    """[heads] float32: the score that each head has for nothing."""
     fields: LayerFields | None = None
     """All this for our own kernels on a CPU, where they multiply all its matrices."""
 
@@ -119,10 +122,10 @@ class Pass:
         self._rotations = rotations
         self.kept = cache.unbind(0)
         self._end = span if start is None else start + n
-        capped = shape.scales.cap_scores != 0.0
+        capped = shape.scales.cap_scores != 0.0 or shape.sinks  # no kernel knows of either
         self._hidden = hidden
         tree = hidden is not None
-        self._causal = None if start is None or capped or tree else _causal(n, self._end, positions.device)
+        self._causal = None if start is None or capped or tree else causal_of(n, self._end, positions.device)
         self._attend_few = ops.attend if n <= ops.few and not capped else None
         self._grouped = n <= FEW_ROWS and (start is None or tree) and not capped
         together = shape.heads // shape.kv_heads if self._grouped else 1
@@ -191,7 +194,7 @@ class Pass:
             queries = queries * self.shape.scales.scores
         if self._growth is not None:
             queries = (queries * self._growth).to(queries.dtype)
-        return self._attended(queries, kept, layer.window)
+        return self._attended(queries, kept, layer.window, layer.sinks)
 
     def _read(self, norm: Tensor | None) -> Tensor:
         """What attention or the feed-forward network reads of the stream."""
@@ -212,15 +215,15 @@ class Pass:
         keys = rms_norm(wide[:, len(q_norm) : end], k_norm.shape, k_norm, self.eps)
         return torch.cat([queries, keys, wide[:, end:]], 1).to(qkv.dtype)
 
-    def _attended(self, queries: Tensor, kept: Tensor, window: int | None) -> Tensor:
+    def _attended(self, queries: Tensor, kept: Tensor, window: int | None, sinks: Tensor | None) -> Tensor:
         """[n, heads, head_size] -> [n, heads · head_size]"""
         if self._attend_few is not None:
             tree = () if self._hidden is None else (self._hidden,)
             return self._attend_few(queries, kept, self.positions, window, *tree).to(self.dtype)
         queries, kept = queries.to(self._wide_dtype), kept[:, : self._end].to(self._wide_dtype)
-        if self.shape.scales.cap_scores != 0.0:
+        if self.shape.scales.cap_scores != 0.0 or sinks is not None:
             mask = self._masks[window]
-            return attend_capped(queries, kept, mask, self.shape.scales.cap_scores).to(self.dtype)
+            return attend_scored(queries, kept, mask, self.shape.scales.cap_scores, sinks).to(self.dtype)
         if self._grouped:
             return attend_grouped(queries, kept, self._masks[window]).to(self.dtype)
         return attend_in_groups(queries, kept, self._masks.get(window, self._causal)).to(self.dtype)
@@ -276,84 +279,9 @@ class PassOfPrompts(PassTogether):
         return torch.cat([experts(own, self.ops.gate) for own in torch.split(x, self._sizes)])
 
 
-def causal_mask(positions: Tensor, span: int, window: int | None, dtype: torch.dtype) -> Tensor:
-    """[n, span]: 0 where a position may look, else -inf."""
-    columns = torch.arange(span, device=positions.device)
-    seen = columns <= positions[:, None]
-    if window is not None:
-        seen &= columns > positions[:, None] - window
-    return torch.zeros(seen.shape, dtype=dtype, device=positions.device).masked_fill_(~seen, float("-inf"))
-
-
 def factors(positions: Tensor, growth: Growth) -> Tensor:
     """[n, 1, 1] float32: what queries at these positions are multiplied by."""
     return (1.0 + growth.beta * torch.log1p((positions // growth.length).float()))[:, None, None]
-
-
-def attend_grouped(queries: Tensor, kept: Tensor, mask: Tensor) -> Tensor:
-    """[n, heads, head_size] queries, [2 · kv_heads, span, head_size] keys and values -> [n, heads · head_size].
-
-    mask: [n · heads a group, span], for heads that share keys are rows of one.
-    """
-    n, _, size = queries.shape
-    keys, values = kept.chunk(2)
-    groups = keys.shape[0]
-    rows = queries.view(n, groups, -1, size).transpose(0, 1).reshape(1, groups, -1, size)
-    attended: Tensor = scaled_dot_product_attention(rows, keys[None], values[None], mask, scale=size**-0.5)
-    return attended.view(groups, n, -1, size).transpose(0, 1).reshape(n, -1)
-
-
-def attend_in_groups(queries: Tensor, kept: Tensor, mask: Tensor | Literal["causal"] | None) -> Tensor:
-    """The same for many rows; mask: [n, span], what torch takes for one, or `causal` for a span of n.
-
-    Groups are a batch, and a group's keys are repeated without a copy: not all of torch's kernels know of heads that share
-    keys, and the one that is left works in float32.
-    """
-    n, heads, size = queries.shape
-    keys, values = kept.chunk(2)
-    groups = keys.shape[0]
-    grouped = queries.view(n, groups, -1, size).permute(1, 2, 0, 3)
-    shared = (-1, heads // groups, -1, -1)
-    attended: Tensor = scaled_dot_product_attention(
-        grouped,
-        keys[:, None].expand(shared),
-        values[:, None].expand(shared),
-        None if mask == "causal" else mask,
-        is_causal=mask == "causal",
-        scale=size**-0.5,
-    )
-    return attended.permute(2, 0, 1, 3).reshape(n, -1)
-
-
-def attend_capped(queries: Tensor, kept: Tensor, mask: Tensor, cap: float) -> Tensor:
-    """The same, with scores of cap · tanh(score / cap) (Gemma 2), which none of torch's kernels knows; mask: [n, span].
-
-    Some rows at a time: a score of each row and head for each position takes 1 GB at 4,096 rows of 16 heads.
-    """
-    keys, values = kept.chunk(2)
-    attended = []
-    for rows, seen in zip(torch.split(queries, _CAPPED_ROWS), torch.split(mask, _CAPPED_ROWS), strict=True):
-        n, _, size = rows.shape
-        grouped = rows.view(n, len(keys), -1, size).transpose(0, 1).reshape(len(keys), -1, size)
-        scores = (grouped @ keys.mT).float().mul_(size**-0.5 / cap).tanh_().mul_(cap)
-        scores = scores.view(len(keys), n, -1, keys.shape[1]).add_(seen[:, None])
-        found = scores.softmax(-1).to(values.dtype).flatten(1, 2) @ values
-        attended.append(found.view(len(keys), n, -1, size).transpose(0, 1).reshape(n, -1))
-    return torch.cat(attended)
-
-
-_CAPPED_ROWS = 128
-
-
-def _causal(n: int, end: int, device: torch.device) -> Tensor | Literal["causal"] | None:
-    """What makes each of the last n rows look at all before it, without a mask; None where that needs one."""
-    if n == end:
-        return "causal"
-    if device.type == "cpu":  # where torch would make a mask of it, and its import takes 1.4 s
-        return None
-    from torch.nn.attention.bias import causal_lower_right
-
-    return causal_lower_right(n, end)
 
 
 def add_norm(x: Tensor, more: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -387,6 +315,13 @@ def gelu_gate(gate_up: Tensor) -> Tensor:
     """The same with a gelu, by tanh."""
     gates, ups = gate_up.chunk(2, -1)
     return gelu(gates, approximate="tanh").mul_(ups)
+
+
+def clamped_gate(form: Gate, gate_up: Tensor) -> Tensor:
+    """The same as GPT-OSS has it: see `Gate`."""
+    gates, ups = gate_up.chunk(2, -1)
+    gates, ups = gates.clamp(max=form.limit), ups.clamp(-form.limit, form.limit)
+    return (gates * form.steep).sigmoid_().mul_(gates).mul_(ups.add_(1.0))
 
 
 TORCH = Ops(add_norm, rotate, gate)

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from specdec_engine.runtime.mixture import Mixture, mixture_of
+from specdec_engine.runtime.tensors import Norms, norms_of, tensors_of
 
 FAMILY = (
-    "cohere", "cohere2", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "granite", "llama", "ministral",
-    "ministral3", "mistral", "mixtral", "olmo2", "olmo3", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3",
+    "cohere", "cohere2", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt_oss", "granite", "llama",
+    "ministral", "ministral3", "mistral", "mixtral", "olmo2", "olmo3", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3",
 )  # fmt: skip
 """transformers' model types that `shape_of` knows."""
 
@@ -62,47 +63,6 @@ class Growth:
     """Positions up to which they do not."""
 
 
-@dataclass(frozen=True, slots=True)
-class Norms:
-    """The names of a layer's norms, by where they stand; None where there is none."""
-
-    attention: str | None = "input_layernorm"
-    """The norm of what attention reads."""
-    attention_after: str | None = None
-    """The norm of what it gives, before that is added."""
-    mlp: str | None = "post_attention_layernorm"
-    mlp_after: str | None = None
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names of those that there are."""
-        return tuple(n for n in (self.attention, self.attention_after, self.mlp, self.mlp_after) if n is not None)
-
-
-NORMS_AFTER = Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
-"""OLMo 2 and 3, EXAONE 4."""
-NORMS_AROUND = Norms(
-    "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
-)
-"""Gemma 2 and 3."""
-_NORMS = {
-    "cohere": Norms(mlp=None),
-    "cohere2": Norms(mlp=None),
-    "exaone4": NORMS_AFTER,
-    "gemma2": NORMS_AROUND,
-    "gemma3_text": NORMS_AROUND,
-    "glm4": Norms("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
-    "olmo2": NORMS_AFTER,
-    "olmo3": NORMS_AFTER,
-}
-"""By model type, where they are not as Llama's."""
-
-
-def norms_of(model_type: str) -> Norms:
-    """Where the layers of models of this type have norms."""
-    return _NORMS.get(model_type, Norms())
-
-
 _PAIRED = ("cohere", "cohere2", "glm", "glm4")
 _PARTLY_ROTATED = ("glm", "glm4", "phi3")
 
@@ -144,6 +104,9 @@ class Shape:
     """The feed-forward network reads what attention reads (Cohere), not the stream after it."""
     centred: bool = False
     """A norm takes the mean away first (Cohere): it is torch's layer norm."""
+    sinks: bool = False
+    """Each head gives a part of its attention to nothing, by a score of its own (GPT-OSS; Xiao et al. 2023, "attention
+    sinks")."""
     growth: Growth | None = None
     mixture: Mixture | None = None
     """Experts in the place of feed-forward networks."""
@@ -152,7 +115,7 @@ class Shape:
     @property
     def plain(self) -> bool:
         """Whether a layer is as Llama's or Qwen's, which kernels of our own do in one call."""
-        other = self.wide_norms or self.gelu or self.parallel or self.centred
+        other = self.wide_norms or self.gelu or self.parallel or self.centred or self.sinks
         return self.norms == Norms() and not other and self.scales == Scales()
 
     @property
@@ -172,7 +135,7 @@ def shape_of(config: Any) -> Shape:
     """Raises Unsupported, with the reason, for a model that this forward would not compute exactly."""
     if config.model_type not in FAMILY:
         raise Unsupported(f"{config.model_type} is not one of the kinds that our own forward computes")
-    if getattr(config, "quantization_config", None) is not None:
+    if getattr(config, "quantization_config", None) is not None and not is_mxfp4(config):
         raise Unsupported("its weights are quantized")
     gemma, cohere = (config.model_type.startswith(name) for name in ("gemma", "cohere"))
     if getattr(config, "use_qk_norm", False):
@@ -194,7 +157,7 @@ def shape_of(config: Any) -> Shape:
         vocab=config.vocab_size,
         eps=config.layer_norm_eps if cohere else config.rms_norm_eps,
         tied=config.tie_word_embeddings,
-        tensors=_tensors(config, head_size, mixture),
+        tensors=tensors_of(config, head_size, mixture),
         windows=_windows(config, layers),
         rotations=rotations,
         rotation_of_layer=rotation_of_layer,
@@ -207,10 +170,18 @@ def shape_of(config: Any) -> Shape:
         paired=config.model_type in _PAIRED,
         parallel=cohere,
         centred=cohere,
+        sinks=config.model_type == "gpt_oss",
         growth=_growth(config),
         mixture=mixture,
         scales=_scales(config, head_size),
     )
+
+
+def is_mxfp4(config: Any) -> bool:
+    """Say whether experts are stored as GPT-OSS's are, in 4 bits."""
+    said = getattr(config, "quantization_config", None)
+    method = said.get("quant_method") if isinstance(said, dict) else getattr(said, "quant_method", None)
+    return config.model_type == "gpt_oss" and str(getattr(method, "value", method)) == "mxfp4"
 
 
 def _growth(config: Any) -> Growth | None:
@@ -313,71 +284,3 @@ def _windows(config: Any, layers: int) -> tuple[int | None, ...]:
     if set(config.layer_types) - {"full_attention", "sliding_attention"}:
         raise Unsupported(f"it has layers of the kinds {', '.join(sorted(set(config.layer_types)))}")
     return tuple(window if kind == "sliding_attention" else None for kind in config.layer_types)
-
-
-def _tensors(config: Any, head_size: int, mixture: Mixture | None) -> dict[str, tuple[int, ...]]:
-    """Names and sizes of all tensors that transformers' model of this config has, but for an untied head's."""
-    biased = getattr(config, "attention_bias", False)
-    of_queries, of_out, of_mlp = {
-        "cohere": (biased, biased, False),
-        "cohere2": (biased, biased, False),
-        "gemma": (biased, biased, False),
-        "gemma2": (biased, biased, False),
-        "gemma3_text": (biased, biased, False),
-        "glm": (biased, False, False),
-        "glm4": (biased, False, False),
-        "granite": (biased, biased, getattr(config, "mlp_bias", False)),
-        "llama": (biased, biased, getattr(config, "mlp_bias", False)),
-        "olmo2": (biased, biased, False),
-        "olmo3": (biased, biased, False),
-        "qwen2": (True, False, False),
-        "qwen3": (biased, biased, False),
-        "qwen3_moe": (biased, biased, False),
-        "smollm3": (biased, biased, getattr(config, "mlp_bias", False)),
-    }.get(config.model_type, (False, False, False))
-    hidden, inner, queries = config.hidden_size, config.intermediate_size, config.num_attention_heads * head_size
-    keys = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_size
-    matrices = {
-        "self_attn.q_proj": (queries, hidden, of_queries),
-        "self_attn.k_proj": (keys, hidden, of_queries),
-        "self_attn.v_proj": (keys, hidden, of_queries),
-        "self_attn.o_proj": (hidden, queries, of_out),
-        "mlp.gate_proj": (inner, hidden, of_mlp),
-        "mlp.up_proj": (inner, hidden, of_mlp),
-        "mlp.down_proj": (hidden, inner, of_mlp),
-    }
-    if config.model_type == "phi3":
-        matrices = {
-            "self_attn.qkv_proj": (queries + 2 * keys, hidden, False),
-            "self_attn.o_proj": (hidden, queries, False),
-            "mlp.gate_up_proj": (2 * inner, hidden, False),
-            "mlp.down_proj": (hidden, inner, False),
-        }
-    elif config.model_type in ("glm", "glm4"):
-        del matrices["mlp.gate_proj"], matrices["mlp.up_proj"]
-        matrices["mlp.gate_up_proj"] = (2 * inner, hidden, False)
-    norms = norms_of(config.model_type)
-    layer: dict[str, tuple[int, ...]] = {f"{norm}.weight": (hidden,) for norm in norms.names}
-    for name, (rows, columns, has_bias) in matrices.items():
-        layer[f"{name}.weight"] = (rows, columns)
-        if has_bias:
-            layer[f"{name}.bias"] = (rows,)
-    if config.model_type in ("exaone4", "gemma3_text", "olmo2", "olmo3", "qwen3", "qwen3_moe"):
-        wide = config.model_type in ("olmo2", "olmo3")
-        layer["self_attn.q_norm.weight"] = (queries if wide else head_size,)
-        layer["self_attn.k_norm.weight"] = (keys if wide else head_size,)
-    sizes = _of_layers(layer, config.num_hidden_layers, mixture, hidden)
-    return sizes | {"model.embed_tokens.weight": (config.vocab_size, hidden), "model.norm.weight": (hidden,)}
-
-
-def _of_layers(
-    layer: Mapping[str, tuple[int, ...]], layers: int, mixture: Mixture | None, hidden: int
-) -> dict[str, tuple[int, ...]]:
-    """A dense layer's tensors as those of all layers, with experts in the place of a feed-forward network where they are."""
-    mixed = {name: size for name, size in layer.items() if not name.startswith("mlp.")}
-    mixed |= {} if mixture is None else mixture.tensors(hidden)
-    found = dict[str, tuple[int, ...]]()
-    for i in range(layers):
-        own = mixed if mixture is not None and i in mixture.layers else layer
-        found |= {f"model.layers.{i}.{name}": size for name, size in own.items()}
-    return found

@@ -76,49 +76,6 @@ class Weights(Protocol):
         ...
 
 
-class Unfused:
-    """Weights whose queries, keys and values are one matrix, and whose gate and up are another, as if they were several."""
-
-    def __init__(self, weights: Weights, queries: int, keys: int) -> None:
-        """queries, keys: rows of each; as many are values as keys."""
-        self._weights = weights
-        fused = [name for name in weights.names if ".qkv_proj." in name or ".gate_up_proj." in name]
-        self._where: dict[str, tuple[str, int, int]] = {}
-        for name in fused:
-            rows = weights.size(name)[0]
-            parts = (
-                {"q_proj": (0, queries), "k_proj": (queries, queries + keys), "v_proj": (queries + keys, rows)}
-                if "qkv_proj" in name
-                else {"gate_proj": (0, rows // 2), "up_proj": (rows // 2, rows)}
-            )
-            for part, (first, end) in parts.items():
-                self._where[name.replace("qkv_proj", part).replace("gate_up_proj", part)] = (name, first, end)
-        self._others = weights.names - set(fused)
-
-    @property
-    def names(self) -> frozenset[str]:
-        return frozenset(self._where) | self._others
-
-    def size(self, name: str) -> tuple[int, ...]:
-        if name not in self._where:
-            return self._weights.size(name)
-        whole, first, end = self._where[name]
-        return (end - first, *self._weights.size(whole)[1:])
-
-    def dense(self, name: str) -> Tensor:
-        if name not in self._where:
-            return self._weights.dense(name)
-        whole, first, end = self._where[name]
-        return self._weights.dense(whole)[first:end]
-
-    def stored(self, name: str) -> Tensor | Grouped:
-        if name not in self._where:
-            return self._weights.stored(name)
-        whole, first, end = self._where[name]
-        found = self._weights.stored(whole)
-        return found.rows(torch.arange(first, end)) if isinstance(found, Grouped) else found[first:end]
-
-
 class SafetensorsWeights:
     """The shards of a folder."""
 
@@ -310,12 +267,22 @@ def _q6_k(raw: np.ndarray, shape: Sequence[int]) -> Grouped:
     return Grouped(torch.from_numpy(q.reshape(tuple(shape))), grouped, None, bits=8)
 
 
+def _mxfp4(raw: np.ndarray, shape: Sequence[int]) -> Grouped:
+    """A power of two for each group of 32, 127 for 1, and codes of 4 bits; kept in 8 bits, which hold each number."""
+    blocks = raw.reshape(shape[0], -1, 1 + GROUP // 2)
+    scale = torch.exp2(torch.from_numpy(blocks[..., 0].astype(np.float32)) - 128.0)
+    return Grouped(MXFP4[_nibbles(blocks[..., 1:], shape).int()], scale, None, bits=8)
+
+
+MXFP4 = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=torch.int8)
+"""Twice the number that each of its 16 codes stands for (Open Compute Project 2023)."""
 _PLAIN = {
     "F32": (np.float32, torch.float32),
     "F16": (np.float16, torch.float16),
     "BF16": (np.int16, torch.bfloat16),
 }
 _UNPACK = {
+    "MXFP4": _mxfp4,
     "Q4_0": _q4_0,
     "Q4_1": _q4_1,
     "Q4_K": _q4_k,
