@@ -25,10 +25,11 @@ _EXPERTS: dict[str, Any] = {"moe_intermediate_size": 16, "num_experts_per_tok": 
 KINDS = ("qwen3_5_text", "qwen3_next", "glm4_moe", "deepseek_v3", "mimo")
 
 
-def save_mtp_target(folder: Path, kind: str, std: float = 0.3, seed: int = 0) -> Path:
-    """Save a target of this kind with a module; std: of its weights, which are flat with a small one."""
+def save_mtp_target(folder: Path, kind: str, std: float = 0.3, seed: int = 0, **sizes: int) -> Path:
+    """Save a target of this kind with a module; std: of its weights, which are flat with a small one; sizes: others than
+    those of its config."""
     torch.manual_seed(seed)
-    model = spread(_model(kind), std)
+    model = spread(_model(kind, sizes), std)
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     stored = load_file(folder / "model.safetensors")
@@ -67,7 +68,7 @@ NAMES: dict[str, tuple[list[str], str]] = {
 """What each calls the norms of embedding, state and output, and the matrix; and where the layer stands."""
 
 
-def _model(kind: str) -> Any:
+def _model(kind: str, sizes: dict[str, int]) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     more: dict[str, Any] = {
@@ -80,6 +81,6 @@ def _model(kind: str) -> Any:
                         "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4},
         "mimo": {"num_hidden_layers": 2, "head_dim": 16},
     }[kind]  # fmt: skip
-    config = AutoConfig.for_model("qwen2" if kind == "mimo" else kind, **{**_ALIKE, **more})
+    config = AutoConfig.for_model("qwen2" if kind == "mimo" else kind, **{**_ALIKE, **more, **sizes})
     made: Any = AutoModelForCausalLM
     return made.from_config(config)

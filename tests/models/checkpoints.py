@@ -169,6 +169,8 @@ rejected tokens:
 **Drafts**: of what there is for a target ([drafts](drafts.md)). `specdec distill` makes drafts for all that run on our own
 forward; on a GPU for Llama, Mistral, Qwen 2 and Qwen 3 only.
 
+MiMo-7B, of which transformers has no class, is read as the Qwen 2 that it is, without the code that it brings.
+
 Of Nemotron-H and Zamba 2, transformers puts a floor under the time steps of several tokens, and none under those of one:
 logits of spread 1.6 differ by 0.005 between a pass over several tokens and passes over one, in its own `generate` too.
 

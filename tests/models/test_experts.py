@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from specdec_engine.errors import ModelUnavailable
+from specdec_engine.errors import ModelUnavailable, SpecdecError
 from specdec_engine.models.compatibility import check
 from specdec_engine.models.forwards import lean_shape
 from specdec_engine.models.loading import find_model, load_model
@@ -102,14 +103,32 @@ def test_gpt_oss_in_four_bits_is_read_to_the_very_numbers(mxfp4, how, weights, m
         assert emitted(pair.decode(ids.tolist(), k=3, max_tokens=20)) == text
 
 
+@pytest.mark.parametrize("part", ["gate_up_proj_scales", "down_proj_blocks", "down_proj_bias"])
+@pytest.mark.parametrize(
+    "change", [lambda t: t[:, :1], lambda t: t[..., :1], lambda t: t.flatten(), lambda t: t.short()]
+)
+def test_codes_and_scales_that_do_not_belong_together_are_refused(mxfp4, part, change, tmp_path):
+    """Before a kernel reads as far as one of them says."""
+    folder = shutil.copytree(mxfp4, tmp_path / "broken")
+    stored = load_file(folder / "model.safetensors")
+    name = f"model.layers.1.mlp.experts.{part}"
+    broken = change(stored[name]).contiguous()
+    if part == "down_proj_bias" and broken.shape == stored[name].shape:
+        pytest.skip("a bias may be of any dtype")
+    save_file({**stored, name: broken}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SpecdecError):
+        load_pair(str(folder), "none", LoadOptions(device="cpu", threads=1))
+
+
 def test_what_gpt_oss_needs_is_reckoned_by_its_codes(mxfp4):
     stored = load_file(mxfp4 / "model.safetensors")
     codes = 2 * sum(tensor.numel() for name, tensor in stored.items() if name.endswith("_blocks"))
-    packed, dense = (
+    four, packed, dense = (
         find_model(str(mxfp4), LoadOptions(device="cpu", threads=1, dtype="bfloat16", quantize=form)).need.weights
-        for form in ("auto", "none")
+        for form in ("int4", "auto", "none")
     )
     assert dense - packed == pytest.approx(codes * (2 - 1.125), rel=0.01)
+    assert four < packed - codes * (1.125 - 0.7)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -21,8 +21,9 @@ from specdec_engine.models.loading import load_config
 from specdec_engine.models.mtp_files import find_mtp
 from specdec_engine.models.offers import offers
 from specdec_engine.models.options import LoadOptions
-from specdec_engine.pair import load_pair
-from tests.fakes import byte_tokenizer, cycles, emitted, save_checkpoint
+from specdec_engine.pair import Loader, load_pair
+from tests.fakes import byte_tokenizer, cycles, emitted, save_checkpoint, save_head_draft
+from tests.models import vllm_mtp
 from tests.mtp import KINDS, NAMES, save_mtp_target
 
 OPTIONS = LoadOptions(device="cpu", dtype="float32", threads=1)
@@ -70,6 +71,8 @@ def by_the_equations(kind, folder, text, k):
         tokens, drafted = list(text), []
         for _ in range(k):
             embedded = model.get_input_embeddings()(torch.tensor(tokens[1:]))
+            if kind == "mimo":
+                embedded[0] = 0.0
             parts = [normed(embedded, embedding_norm), normed(states, hidden_norm)]
             x = linear(torch.cat(parts[::-1] if kind == "mimo" else parts, -1), join)[None]
             n = x.shape[1]
@@ -116,6 +119,20 @@ def test_the_first_token_is_that_of_transformers_own_way(tmp_path, kind):
     pair.drafter.begin(text)
     pair.target.prefill(text[:-1])
     assert pair.drafter.propose(text, 1, Sampling(), KeyedRandomness(0)).tokens.tolist() == ids[0, len(text) :].tolist()
+
+
+@pytest.mark.parametrize("kind", json.loads(vllm_mtp.RECORD.read_text("utf-8")))
+def test_it_drafts_what_vllm_drafts(tmp_path, kind):
+    """At every place of a text, each draft of several tokens; what it drafted is recorded."""
+    record = json.loads(vllm_mtp.RECORD.read_text("utf-8"))[kind]
+    pair = load_pair(str(vllm_mtp.save(kind, tmp_path / kind)), "mtp", OPTIONS)
+    assert len(record["drafted"]) == len(record["said"]) == vllm_mtp.TOKENS, "it accepted nothing"
+    for i, drafted in enumerate(record["drafted"][:-1], 1):
+        text = [*vllm_mtp.PROMPT, *record["said"][:i]]
+        pair.drafter.begin(text)
+        pair.target.prefill(text[:-1])
+        found = pair.drafter.propose(text, vllm_mtp.K, Sampling(), KeyedRandomness(0)).tokens.tolist()
+        assert found == drafted
 
 
 @pytest.mark.parametrize("k", [1, 4])
@@ -174,6 +191,12 @@ def test_it_is_offered_looked_at_and_said_to_be_missing(target, tmp_path):
             load_pair(str(folder), "mtp", replace(OPTIONS, draft_quantize="int8"))
     with pytest.raises(UsageError, match="the module has no other name"):
         load_pair(str(folder), "mtp:1", OPTIONS)
+    assert not check(str(folder), "mtp:1", OPTIONS).fits
+    packed = replace(OPTIONS, draft_quantize="int8")
+    assert check(str(folder), "mtp", packed).fits == (kind == "mimo")
+    if kind == "mimo":
+        with pytest.raises(UsageError, match="cannot be packed to int8 on cpu in dtype float32"):
+            load_pair(str(folder), "mtp", packed)
 
 
 def test_a_module_that_is_cut_is_damaged(target, tmp_path):
@@ -182,11 +205,21 @@ def test_a_module_that_is_cut_is_damaged(target, tmp_path):
     stored = load_file(folder / "model.safetensors")
     found = find_mtp(folder)
     assert found is not None
-    lost = max(name for name in stored if found.names.search(name) and "layernorm" in name)
-    del stored[lost]
-    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelUnavailable, match=r"the MTP module of .* (is damaged|cannot be loaded)"):
-        load_pair(str(folder), "mtp", OPTIONS)
+    for part, change, said in (
+        (
+            "layernorm",
+            lambda tensor: None,
+            "is damaged: .*layernorm|lacks tensors that transformers' has, the first layers.0",
+        ),
+        ("o_proj", lambda tensor: tensor[:8].contiguous(), "is damaged|has the size|cannot be loaded|does not run"),
+        ("down_proj", lambda tensor: tensor * torch.nan, "entries that are not finite numbers"),
+    ):
+        name = max(name for name in stored if found.names.search(name) and part in name)
+        broken = {**stored, name: change(stored[name])}
+        given = {name: tensor for name, tensor in broken.items() if tensor is not None}
+        save_file(given, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises((ModelUnavailable, PairIncompatible), match=said):
+            load_pair(str(folder), "mtp", OPTIONS)
 
 
 def test_of_several_modules_the_first_drafts_and_says_so(tmp_path):
@@ -214,6 +247,21 @@ def test_it_drafts_for_the_text_part_of_a_vision_language_model_as_for_the_model
     pairs = [load_pair(str(folder), "mtp", OPTIONS).asking(ignore_eos=True) for folder in (alone, whole)]
     found = [cycles(pair.decode([5, 9, 7, 9, 5, 9, 11], k=3, max_tokens=20)) for pair in pairs]
     assert [c.drafted for c in found[0]] == [c.drafted for c in found[1]]
+
+
+def test_a_head_and_the_module_serve_one_target_in_any_order(tmp_path):
+    """They tap one runtime, and each reads its own of it."""
+    folder = save_mtp_target(tmp_path / "t", "mimo")
+    head = save_head_draft(tmp_path / "head", model_of(folder), byte_tokenizer())
+    plain = emitted(load_pair(str(folder), "none", OPTIONS).decode([5, 9, 7, 9, 5], k=0, max_tokens=20))
+    alone = cycles(load_pair(str(folder), "mtp", OPTIONS).decode([5, 9, 7, 9, 5], k=3, max_tokens=20))
+    loader = Loader(str(folder), OPTIONS)
+    pairs = [loader.pair(draft) for draft in ("mtp", f"head:{head}", f"mtp,head:{head}", "mtp")]
+    for pair in (*pairs, *pairs[::-1]):
+        found = list(pair.decode([5, 9, 7, 9, 5], k=3, max_tokens=20))
+        assert emitted(found) == plain
+        if pair is pairs[0]:
+            assert [cycle.drafted for cycle in cycles(found)] == [cycle.drafted for cycle in alone]
 
 
 def test_mimo_is_read_as_the_qwen_that_it_is(tmp_path):

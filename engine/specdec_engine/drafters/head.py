@@ -8,11 +8,10 @@ from torch import Tensor
 
 from specdec_engine.drafters.base import DraftSetup, ModelInfo
 from specdec_engine.drafters.context_ids import ContextIds
-from specdec_engine.drafters.on_features import FeatureDrafter, stored_bytes
+from specdec_engine.drafters.on_features import FeatureDrafter, check_packing, stored_bytes
 from specdec_engine.errors import ModelUnavailable, PairIncompatible, UsageError
 from specdec_engine.models.draft_files import builtin_draft, head_weights, read_draft
 from specdec_engine.models.draft_folder import DraftFolder
-from specdec_engine.runtime.arithmetic import refuse_packing
 from specdec_engine.runtime.decoder import Decoder, Embedding
 from specdec_engine.runtime.head import HeadForward, HeadRuntime, check_weights, head_shape
 from specdec_engine.runtime.lean import LeanRuntime
@@ -33,12 +32,11 @@ def build(argument: str, setup: DraftSetup) -> FeatureDrafter:
             f"a draft head needs the lean or the graph runtime, and the target runs on {target.name}",
             "leave out --runtime and --device-map, or choose another draft",
         )
-    if setup.draft_quantize in ("int8", "int4") and target.decoder.kernels is None:
-        refuse_packing(setup.draft_quantize, str(target.decoder.dtype).removeprefix("torch."), setup.device)
+    check_packing(setup, target.decoder)
     try:
         taps = draft.taps_on(target.decoder.shape.hidden, target.decoder.shape.layers)
         forward, numbers = _forward(draft, weights, taps, target.decoder, setup)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
         raise ModelUnavailable(f"the draft in {path} is damaged: {error}", "fetch or distill it again") from error
     if draft.layers.counted == "guessed":
         setup.notes.append(

@@ -11,7 +11,7 @@ from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.core.transfer import upload
 from specdec_engine.drafters.base import DraftSetup, ModelInfo
 from specdec_engine.drafters.context_ids import ContextIds
-from specdec_engine.drafters.on_features import Featured, FeatureDrafter, stored_bytes
+from specdec_engine.drafters.on_features import Featured, FeatureDrafter, check_packing, stored_bytes
 from specdec_engine.drafters.token_choice import DraftChoice
 from specdec_engine.errors import ModelUnavailable, PairIncompatible, UsageError, first_line
 from specdec_engine.models.mtp_files import MIMO_FORM, MtpFiles, find_mtp, load_module, mimo_shape, mimo_weights
@@ -21,7 +21,6 @@ from specdec_engine.runtime.generic import GenericRuntime
 from specdec_engine.runtime.head import HeadForward, HeadRuntime, check_weights, head_shape
 from specdec_engine.runtime.lean import LeanRuntime
 from specdec_engine.runtime.mtp import MtpRuntime
-from specdec_engine.runtime.shape import Unsupported
 from specdec_engine.system.memory import ran_out
 
 
@@ -50,12 +49,7 @@ def build(argument: str, setup: DraftSetup) -> FeatureDrafter:
         module, info = _on_generic(found, target, setup)
         kept = target
     else:
-        needs = "the lean or the graph runtime" if found.is_mimo else "the generic runtime on one device"
-        way_out = "leave out --runtime and --device-map" if found.is_mimo else "add --runtime generic"
-        raise PairIncompatible(
-            f"the MTP module of {setup.name} needs {needs}, and the target runs on {_where(target)}",
-            f"{way_out}, or choose another draft",
-        )
+        raise _misplaced(found, target, setup)
     if found.modules > 1:
         setup.notes.append(
             f"{setup.name} has {found.modules} MTP modules, each for one token further: the first drafts them all"
@@ -64,13 +58,22 @@ def build(argument: str, setup: DraftSetup) -> FeatureDrafter:
     return FeatureDrafter(module, kept, ContextIds(torch.arange(setup.vocab, device=setup.device), None), setup, "mtp")
 
 
+def _misplaced(found: MtpFiles, target: Runtime, setup: DraftSetup) -> PairIncompatible:
+    spread = isinstance(target, GenericRuntime) and _spread(target)
+    needs, way_out = "the generic runtime", "add --runtime generic"
+    if found.is_mimo:
+        needs, way_out = "the lean or the graph runtime", "leave out --runtime and --device-map"
+    elif spread:
+        needs, way_out = "one device", "leave out --device-map"
+    where = "several devices" if spread else target.name
+    return PairIncompatible(
+        f"the MTP module of {setup.name} needs {needs}, and the target runs on {where}",
+        f"{way_out}, or choose another draft",
+    )
+
+
 def _spread(target: GenericRuntime) -> bool:
     return getattr(target.model, "hf_device_map", None) is not None
-
-
-def _where(target: Runtime) -> str:
-    spread = isinstance(target, GenericRuntime) and _spread(target)
-    return "several devices" if spread else target.name
 
 
 def _on_generic(found: MtpFiles, target: GenericRuntime, setup: DraftSetup) -> tuple[MtpRuntime, ModelInfo]:
@@ -79,6 +82,9 @@ def _on_generic(found: MtpFiles, target: GenericRuntime, setup: DraftSetup) -> t
     module = MtpRuntime(model)
     own = {id(weight) for weight in target.model.parameters()}
     numbers = [weight for weight in model.parameters() if id(weight) not in own]
+    if not all(bool(weight.isfinite().all()) for weight in numbers if weight.is_floating_point()):
+        what = f"the MTP module of {setup.name} is damaged: it has entries that are not finite numbers"
+        raise ModelUnavailable(what, f"fetch it again: {found.path}")
     try:
         target.keep_last()
         tokens = upload(torch.tensor([1, 2]), target.device) % target.vocab
@@ -103,6 +109,7 @@ def _on_lean(
     found: MtpFiles, target: LeanRuntime, decoder: Decoder, setup: DraftSetup
 ) -> tuple[HeadRuntime, ModelInfo]:
     """MiMo's, as a form of our draft head."""
+    check_packing(setup, decoder)
     try:
         config = mimo_shape(decoder.shape)
         weights, shape = mimo_weights(found, decoder.shape), head_shape(config)
@@ -119,16 +126,11 @@ def _on_lean(
             kernels=decoder.kernels,
             form=MIMO_FORM,
         )
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
         raise ModelUnavailable(
             f"the MTP module of {setup.name} is damaged: {first_line(error)}", f"fetch it again: {found.path}"
         ) from error
-    try:
-        target.tap(())
-    except Unsupported as reason:
-        raise PairIncompatible(
-            f"the target cannot serve its MTP module: {reason}", "choose the head or mtp, not both"
-        ) from reason
+    target.tap(())
     numbers = sum(tensor.numel() for tensor in weights.values())
     dtype = str(decoder.dtype).removeprefix("torch.")
     return HeadRuntime(forward, target.capacity), _info(

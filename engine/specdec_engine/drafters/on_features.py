@@ -21,6 +21,8 @@ from specdec_engine.drafters.base import DraftSetup, empty_draft
 from specdec_engine.drafters.context_ids import MOST, ContextIds
 from specdec_engine.drafters.token_choice import DraftChoice, TextSampler, draft_numbers, masked
 from specdec_engine.runtime import Runtime
+from specdec_engine.runtime.arithmetic import refuse_packing
+from specdec_engine.runtime.decoder import Decoder
 from specdec_engine.runtime.head import HeadRuntime
 from specdec_engine.runtime.mtp import MtpRuntime
 
@@ -137,6 +139,12 @@ def told_in_one_size(raw: Tensor, ids: ContextIds) -> tuple[Tensor, Tensor]:
     """Rows over a head's columns, and their ids, with room for all that the context may bring: of probability 0."""
     more = len(ids.own) + MOST - len(ids.ids) if ids.grows else 0
     return pad(raw, (0, more)), torch.cat([ids.ids, ids.ids[:1].expand(more)])
+
+
+def check_packing(setup: DraftSetup, decoder: Decoder) -> None:
+    """Raises UsageError where a head cannot be packed as was asked."""
+    if setup.draft_quantize in ("int8", "int4") and decoder.kernels is None:
+        refuse_packing(setup.draft_quantize, str(decoder.dtype).removeprefix("torch."), setup.device)
 
 
 def stored_bytes(numbers: int, form: str) -> int:

@@ -104,7 +104,7 @@ def member(ours: Candidate, draft: str, options: LoadOptions) -> Looked:
     if entry is not None and entry.name == "self":
         return Looked("layers", [_own_layers(ours, argument)])
     if entry is not None and entry.name == "mtp":
-        return Looked("head", [_mtp(ours)])
+        return Looked("head", [_mtp(ours, argument, options)])
     if entry is not None and entry.name not in ("model", "head", "assistant"):
         said = f"{draft} drafts without a model of its own, and fits every target"
         return Looked("lookup", [Finding("draft", "ok", said)])
@@ -159,8 +159,10 @@ def _own_layers(ours: Candidate, argument: str) -> Finding:
     return Finding("draft", "ok", f"the first {argument} of the target's own {layers} layers")
 
 
-def _mtp(ours: Candidate) -> Finding:
+def _mtp(ours: Candidate, argument: str, options: LoadOptions) -> Finding:
     found = find_mtp(ours.path)
+    if argument:
+        return Finding("draft", "bad", f"mtp:{argument} is no draft: mtp alone is the target's own module")
     if found is None:
         return Finding("draft", "bad", "its checkpoint has no module for multi-token prediction (MTP)")
     lean = not isinstance(ours.shape, Unsupported)
@@ -169,6 +171,10 @@ def _mtp(ours: Candidate) -> Finding:
         return Finding("draft", "bad", f"its MTP module needs the lean or the graph runtime, and {ours.shape}")
     if not found.is_mimo and (lean or recorded):
         return Finding("draft", "bad", "its MTP module needs the generic runtime: add --runtime generic")
+    if not found.is_mimo and (options.device_map is not None or options.draft_quantize in ("int8", "int4")):
+        return Finding(
+            "draft", "bad", "its MTP module runs as it is and on one device: no --device-map, no --draft-quantize"
+        )
     several = f", the first of {found.modules}" if found.modules > 1 else ""
     return Finding("draft", "ok", f"the MTP module of its own checkpoint{several}; it drafts all {ours.vocab:,} tokens")
 

@@ -227,7 +227,7 @@ class Candidate:
         loaded = self._loaded(runtime, form, model.num_parameters(), spread, remark)
         unused = (*loaded.unused, *read.unused)
         if unused and (drafting := find_mtp(self.path)) is not None:
-            unused = tuple(name for name in unused if not drafting.names.search(name))
+            unused = tuple(name for name in unused if not drafting.all_names.search(name))
         return replace(loaded, unused=unused)
 
     def _read(self, placement: torch.device | DeviceMap) -> tuple[GenericRuntime, Read]:
@@ -308,7 +308,7 @@ class Candidate:
             if not found:
                 return None
             if self.config.model_type == "gpt_oss":
-                what = f"{self.name} is a GGUF of GPT-OSS, which only the lean runtime reads, on a CPU"
+                what = f"{self.name} is a GGUF of GPT-OSS, which only the lean runtime reads: {self.shape}"
                 raise ModelUnavailable(what, "leave out --runtime, add --device cpu, or use the safetensors checkpoint")
             weights, config = self._weights(), load_config(self.folder, self.options.trust_remote_code)
         # Copied: an unpacked tensor is the mapped file itself, and whoever wrote to it would be killed.

@@ -49,7 +49,7 @@ def estimate(
         return Need(int(_parameters(config) * each), cache)
     stored = [size for file in files for size in _stored_numbers(file, ours)]
     # Two codes of 4 bits a byte (MXFP4), which are kept in 8 bits with a scale for each group of 32, or dense.
-    of_codes = 2 * (dtype.itemsize if quantize == "none" else 1.125)
+    of_codes = 2 * {"none": dtype.itemsize, "int4": each}.get(quantize, 1.125)
     kept = sum(numbers * (of_codes if name.endswith("_blocks") else each) for name, numbers in stored)
     return Need(int(kept), cache)
 

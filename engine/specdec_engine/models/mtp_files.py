@@ -7,14 +7,16 @@ MiMo's `mtp_layers`. transformers reads the first two beside a model of its own;
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from specdec_engine.errors import PairIncompatible
+from specdec_engine.errors import ModelUnavailable, PairIncompatible
 from specdec_engine.models.damage import explained
 from specdec_engine.models.eagle_files import layer_weights
 from specdec_engine.models.sources import raw_config, weight_files
@@ -25,6 +27,12 @@ from specdec_engine.runtime.weights import SafetensorsWeights
 MIMO = "model.mtp_layers.0."
 MIMO_FORM = HeadForm(feature_norms="none", output_normed=True, joined=True)
 _COUNTS = ("num_mtp_layers", "num_nextn_predict_layers", "mtp_num_hidden_layers")
+_MANY = 100
+_JOINS = (".fc.weight", ".eh_proj.weight", ".input_proj.weight")
+"""The matrix that joins state and embedding: what tells a module from another layer."""
+_LAYER = r"^model\.(language_model\.)?layers\."
+_LOADED: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+"""Modules by the target's model: pairs of one target share one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,34 +41,39 @@ class MtpFiles:
 
     path: Path
     names: re.Pattern[str]
-    """Of its tensors."""
+    """Of the first module's tensors."""
+    all_names: re.Pattern[str]
+    """Of those of all modules."""
     modules: int
     """How many there are, each for one token further."""
-
-    @property
-    def is_mimo(self) -> bool:
-        """Whether it is stored, and computed, as MiMo's."""
-        return self.names.pattern == re.escape(MIMO)
+    is_mimo: bool
+    """Whether it is stored, and computed, as MiMo's."""
 
 
 def find_mtp(path: Path) -> MtpFiles | None:
     """The first module in this checkpoint; None if it has none. A GGUF's are not read."""
     if not path.is_dir():
         return None
-    config = raw_config(path)
-    text = config.get("text_config") or config
-    behind = text.get("num_hidden_layers") if isinstance(text, dict) else None
+    text = raw_config(path).get("text_config") or raw_config(path)
+    text = text if isinstance(text, dict) else {}
+    layers, modules = (_count(text, key) for key in (("num_hidden_layers",), _COUNTS))
+    behind = "|".join(str(layers + i) for i in range(min(modules, _MANY)))
     names = SafetensorsWeights(weight_files(path)).names
-    said = next((n for key in _COUNTS if isinstance(n := text.get(key), int) and n > 0), 1) if behind else 1
-    patterns = (re.escape(MIMO), r"^(model\.)?mtp\.", rf"^model\.(language_model\.)?layers\.{behind}\.")
-    for pattern in map(re.compile, patterns):
+    for first, every, mimo in (
+        (re.escape(MIMO), r"^model\.mtp_layers\.", True),
+        (r"^(model\.)?mtp\.", r"^(model\.)?mtp\.", False),
+        (rf"{_LAYER}{layers}\.", rf"{_LAYER}({behind})\.", False),
+    ):
+        pattern = re.compile(first)
         if any(pattern.search(name) and name.endswith(_JOINS) for name in names):
-            return MtpFiles(path, pattern, said)
+            return MtpFiles(path, pattern, re.compile(every), modules, mimo)
     return None
 
 
-_JOINS = (".fc.weight", ".eh_proj.weight", ".input_proj.weight")
-"""The matrix that joins state and embedding: what tells a module from another layer."""
+def _count(text: dict[str, Any], keys: Sequence[str]) -> int:
+    """What a config says under the first of these keys, where that is a number; else 1."""
+    said = (value for key in keys if isinstance(value := text.get(key), int) and value > 0)
+    return next(said, 1)
 
 
 def load_module(found: MtpFiles, model: Any, name: str) -> Any:
@@ -74,6 +87,8 @@ def load_module(found: MtpFiles, model: Any, name: str) -> Any:
         raise PairIncompatible(
             f"transformers {__version__} has no class for MTP modules", "pip install -U transformers, or another draft"
         ) from None
+    if model in _LOADED:
+        return _LOADED[model]
     _describe(model.config)
     # Under its own name: transformers looks up by name and module how tensors are renamed.
     regex = staticmethod(lambda main_model: found.names)
@@ -82,10 +97,24 @@ def load_module(found: MtpFiles, model: Any, name: str) -> Any:
     usual, model.config.name_or_path = model.config.name_or_path, str(found.path)
     try:
         with explained(f"the MTP module of {name}", found.path):
-            module: Any = made.from_pretrained(model, device_map={"": model.device})
+            module: Any = _read(made, model, name)
     finally:
         model.config.name_or_path = usual
-    return module.to(model.dtype).eval()
+    _LOADED[model] = module = module.to(model.dtype).eval()
+    return module
+
+
+def _read(made: Any, model: Any, name: str) -> Any:
+    try:
+        return made.from_pretrained(model, device_map={"": model.device})
+    except RuntimeError as error:
+        if "weights are missing" not in str(error):
+            raise
+        first = str(error).partition("[")[2].partition(",")[0].strip("'\"]")
+        raise ModelUnavailable(
+            f"the MTP module of {name} lacks tensors that transformers' has, the first {first}",
+            "its file is cut, or the module is of a kind that transformers does not know: choose another draft",
+        ) from error
 
 
 def _describe(config: Any) -> None:

@@ -61,7 +61,7 @@ def attend_scored(queries: Tensor, kept: Tensor, mask: Tensor, cap: float, sinks
     """
     keys, values = kept.chunk(2)
     attended = []
-    for rows, seen in zip(torch.split(queries, _CAPPED_ROWS), torch.split(mask, _CAPPED_ROWS), strict=True):
+    for rows, seen in zip(torch.split(queries, _ROWS_AT_ONCE), torch.split(mask, _ROWS_AT_ONCE), strict=True):
         n, _, size = rows.shape
         grouped = rows.view(n, len(keys), -1, size).transpose(0, 1).reshape(len(keys), -1, size)
         scores = (grouped @ keys.mT).float().mul_(size**-0.5)
@@ -78,7 +78,7 @@ def attend_scored(queries: Tensor, kept: Tensor, mask: Tensor, cap: float, sinks
     return torch.cat(attended)
 
 
-_CAPPED_ROWS = 128
+_ROWS_AT_ONCE = 128
 
 
 def causal_of(n: int, end: int, device: torch.device) -> Tensor | Literal["causal"] | None:

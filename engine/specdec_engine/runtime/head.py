@@ -43,7 +43,7 @@ class HeadForm:
     """The state that is fed back is normed as the output is (EAGLE-3.1, MTP)."""
     joined: bool = False
     """State and embedding, each normed, are joined to one vector before ordinary layers (MTP); else both are what the first
-    layer reads, and the state is what it adds to."""
+    layer reads, and the state is what it adds to. The first slot sees no token."""
 
 
 def head_shape(config: Mapping[str, Any]) -> Shape:
@@ -171,6 +171,7 @@ class HeadForward(Blocks):
     def fused(self, features: Tensor) -> Tensor:
         """[n, taps + 1, hidden of the target] -> [n, hidden]: the states that the target leaves to these slots."""
         read = features if self.form.final else features[:, :-1]
+        read = features[:, -1:] if self.form.joined else read  # what others tap beside it is not its own
         if self.form.feature_norms == "whole":
             read = read.flatten(1)[:, None]
         if self._feature_norm is not None:
@@ -184,6 +185,8 @@ class HeadForward(Blocks):
         positions = torch.arange(start, start + tokens.shape[0], device=self.device)
         step = self.begin(positions, cache, span, start)
         step.x.copy_(self.embedding(tokens))
+        if self.form.joined and start == 0:
+            step.x[0] = 0.0  # as MiMo's makers have it in vLLM
         embedded = step.normed(self._embedding_norm)
         step.x.copy_(states)
         first, *others = self.layers

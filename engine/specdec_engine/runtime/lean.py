@@ -151,12 +151,14 @@ class LeanRuntime:
         return LeanRuntime(self.decoder.first(layers), f"{self._label}:{layers}", self.limit, self.capacity)
 
     def tap(self, layers: tuple[int, ...]) -> None:
-        """Keep what a draft head reads, from the next pass on. Raises Unsupported where the forward is not a Decoder."""
+        """Keep what a draft head reads, from the next pass on; without layers, the last state, which is kept with those of
+        any. Raises Unsupported where the forward is not a Decoder."""
         if not isinstance(self.decoder, Decoder):
             raise Unsupported("its forward is transformers' own")
-        if self._taps is not None and self._taps.layers != layers:
-            raise Unsupported(f"another draft head reads its layers {self._taps.layers}")
-        if self._taps is None:
+        known = None if self._taps is None else self._taps.layers
+        if known and layers and known != layers:
+            raise Unsupported(f"another draft head reads its layers {', '.join(map(str, known))}")
+        if known is None or (layers and not known):
             self.rollback(0)  # of what was read before there are no features
             self._taps = Taps(layers, self._new_features(len(layers), self.capacity))
 

@@ -83,7 +83,7 @@ def new_cache(config: Any) -> DynamicCache:
 
 
 def mtp_cache(config: Any) -> DynamicCache:
-    """As `new_cache`, for a module whose slots read one token further than their number."""
+    """As `new_cache`, for an MTP module, whose slot t reads token t + 1."""
     cache: DynamicCache = cache_utils.MtpCache(config=config)
     cache.layers = [_windowless(layer) for layer in cache.layers]
     return cache

@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from specdec_engine.runtime.shape import Unsupported
 from specdec_engine.runtime.weights import GROUP, MXFP4, Grouped, Weights
 
 
@@ -63,11 +64,13 @@ class SplitExperts:
     """
 
     def __init__(self, weights: Weights) -> None:
+        """Raises Unsupported for sizes that do not belong together: kernels read as far as these say."""
         self._weights = weights
         self._read: Callable[[str], Tensor] = lru_cache(3)(weights.dense)  # experts are asked for one after another
         self._where: dict[str, tuple[str, int, slice]] = {}
         whole = [name for name in weights.names if _STACKED.search(name)]
         for name in whole:
+            _check(weights, name)
             if name.endswith("_scales"):
                 continue
             stem, kind, suffix = _STACKED.findall(name)[0]
@@ -112,8 +115,23 @@ class SplitExperts:
 _STACKED = re.compile(r"(.*\.mlp\.experts\.)(gate_up_proj|down_proj)(|_bias|_blocks|_scales)$")
 
 
+def _check(weights: Weights, name: str) -> None:
+    size = weights.size(name)
+    stem, _, suffix = name.rpartition("_")
+    if suffix in ("blocks", "scales"):
+        blocks, scales = f"{stem}_blocks", f"{stem}_scales"
+        both = blocks in weights.names and scales in weights.names and stem not in weights.names
+        fit = both and weights.size(blocks) == (*weights.size(scales), GROUP // 2) and len(weights.size(scales)) == 3
+    else:
+        fit = len(size) == (2 if suffix == "bias" else 3)
+    if not fit:
+        raise Unsupported(f"its {name} has the size {size}, which is not that of experts")
+
+
 def _mxfp4(blocks: Tensor, scales: Tensor) -> Grouped:
     """[N, groups, 16] bytes, of two numbers each, the low half first, and [N, groups] powers of two, 127 for 1 -> the very
     numbers, in 8 bits."""
+    if blocks.dtype != torch.uint8 or scales.dtype != torch.uint8:
+        raise ValueError(f"codes of 4 bits are stored as {blocks.dtype}, and their scales as {scales.dtype}")
     codes = torch.stack([blocks & 15, blocks >> 4], -1).flatten(1)
     return Grouped(MXFP4[codes.int()], torch.exp2(scales.float() - 128.0), None, bits=8)
