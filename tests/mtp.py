@@ -21,8 +21,10 @@ _LINEAR: dict[str, Any] = {
     "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
     "linear_value_head_dim": 16, "num_hidden_layers": 4,
 }  # fmt: skip
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _EXPERTS: dict[str, Any] = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
-KINDS = ("qwen3_5_text", "qwen3_next", "glm4_moe", "deepseek_v3", "mimo")
+JOINS = (".fc.weight", ".eh_proj.weight", ".input_proj.weight")
+KINDS = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "glm4_moe", "deepseek_v3", "mellum", "mimo")
 
 
 def save_mtp_target(folder: Path, kind: str, std: float = 0.3, seed: int = 0, **sizes: int) -> Path:
@@ -61,6 +63,8 @@ _MIMO = ["token_layernorm", "hidden_layernorm", "final_layernorm", "input_proj"]
 NAMES: dict[str, tuple[list[str], str]] = {
     "qwen3_5_text": ([f"{name}.weight" for name in _QWEN], "mtp.layers.0."),
     "qwen3_next": ([f"{name}.weight" for name in _QWEN], "mtp.layers.0."),
+    "qwen3_5_moe_text": ([f"{name}.weight" for name in _QWEN], "mtp.layers.0."),
+    "mellum": ([f"{name}.weight" for name in _QWEN], "mtp.layers.0."),
     "glm4_moe": ([f"model.layers.{{}}.{name}.weight" for name in _BEHIND], "model.layers.{}."),
     "deepseek_v3": ([f"model.layers.{{}}.{name}.weight" for name in _BEHIND], "model.layers.{}."),
     "mimo": ([f"model.mtp_layers.0.{name}.weight" for name in _MIMO], "model.mtp_layers.0."),
@@ -73,6 +77,11 @@ def _model(kind: str, sizes: dict[str, int]) -> Any:
 
     more: dict[str, Any] = {
         "qwen3_5_text": {**_LINEAR, "mtp_num_hidden_layers": 1, "layer_types": None},
+        "qwen3_5_moe_text": {**_LINEAR, **_EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 16,
+                             "mtp_num_hidden_layers": 1},
+        "mellum": {**_EXPERTS, "num_hidden_layers": 4, "head_dim": 16, "num_experts": 4, "sliding_window": 8,
+                   "num_mtp_layers": 1, "layer_types": ["full_attention", "sliding_attention"] * 2,
+                   "rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _ROPE)},
         "qwen3_next": {**_LINEAR, **_EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 16},
         "glm4_moe": {**_EXPERTS, "num_hidden_layers": 2, "head_dim": 16, "n_routed_experts": 4, "n_shared_experts": 1,
                      "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},

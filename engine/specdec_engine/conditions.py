@@ -35,7 +35,10 @@ def target_notes(target: Loaded, draft: str) -> Iterator[str]:
     """Say what of a target's files is followed and what is not, and whether it takes the draft that was named as it is."""
     name, vocab = target.name, target.runtime.vocab
     if members_of(draft)[0] and not takes_trees(target.runtime):
-        yield f"{name} verifies chains here: of {draft} the first path alone, on a CPU and our own forward the whole tree"
+        yield (
+            f"{name} verifies chains here: of {draft} the first path alone; whole trees on a CPU, by our own forward, "
+            "without windows"
+        )
     if target.stop_ids and min(target.stop_ids) >= vocab:
         yield f"no token of {name} ends a text: {min(target.stop_ids)} is beyond its {vocab:,} tokens"
     if target.asked:

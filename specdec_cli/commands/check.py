@@ -147,7 +147,8 @@ def _list(target: str, tokens: int, json: bool, where: opt.Placement) -> None:
     width = max(len(offer.draft) for offer in found)
     output.say(f"could draft for {target}:")
     for offer in found:
-        output.say(f"{offer.draft:<{width}}  {_KINDS[offer.kind]}{_cost(offer)}")
+        kind = "the module for multi-token prediction in its checkpoint" if offer.draft == "mtp" else _KINDS[offer.kind]
+        output.say(f"{offer.draft:<{width}}  {kind}{_cost(offer)}")
     output.say(f"specdec check {target} DRAFT --deep measures one, specdec tune -t {target} several on your prompts")
 
 

@@ -306,17 +306,20 @@ were read wrongly (vLLM's pull request 50170)."""
 
 
 def _misfit(pair: Pair, summary: Summary) -> str | None:
-    """What a user of somebody else's head should know if next to nothing of it is accepted: no error ever says it."""
+    """What a user of somebody's head or module should know if next to nothing of it is accepted: no error ever says it."""
     kinds = {draft["model_type"] for draft in pair.environment["drafts"].values()}
     first = next(iter(summary.positions), None)
-    if kinds != {"eagle3"} or "," in pair.drafter.name or first is None or first.tested < _ENOUGH:
+    if kinds not in ({"eagle3"}, {"mtp"}) or "," in pair.drafter.name or first is None or first.tested < _ENOUGH:
         return None
     if first.rate is None or first.rate >= _FEW:
         return None
-    return (
-        f"{first.rate:.0%} of the first tokens of {first.tested} drafts were accepted: the head does not fit this target, or "
-        "is read wrongly (which layers? which target was it trained on? with which chat template?)"
-    )
+    what = "the module was not trained with these weights (a target that was trained further often keeps its old one)"
+    if kinds != {"mtp"}:
+        what = (
+            "the head does not fit this target, or is read wrongly (which layers? which target was it trained on? with which "
+            "chat template?)"
+        )
+    return f"{first.rate:.0%} of the first tokens of {first.tested} drafts were accepted: {what}"
 
 
 def _ending(summary: Summary, max_tokens: int, stops: tuple[str, ...]) -> str:

@@ -121,6 +121,8 @@ def test_models_that_are_not_there(refused, tmp_path):
 def test_a_mistyped_word_is_recognised_at_once(refused, checkpoint):
     assert "did you mean builtin" in refused(3, "hello", "-t", "builtn")
     assert "did you mean ngram" in refused(3, "hello", "-t", checkpoint, "-d", "ngrm")
+    assert "did you mean mtp" in refused(3, "hello", "-t", checkpoint, "-d", "MTP")
+    assert "it is a way of drafting" in refused(3, "hello", "-t", "mtp")
 
 
 def test_a_bare_command_shows_its_help_and_no_empty_error(specdec):

@@ -166,8 +166,8 @@ rejected tokens:
 - *read anew*: the model keeps its state in a way of its own, and the whole text is read at each pass. That is slow for long
   texts, and exact.
 
-**Drafts**: of what there is for a target ([drafts](drafts.md)). `specdec distill` makes drafts for all that run on our own
-forward; on a GPU for Llama, Mistral, Qwen 2 and Qwen 3 only.
+**Drafts**: of what there is for a target ([drafts](drafts.md)), and `mtp` where the checkpoint has a module for it.
+`specdec distill` makes drafts for all that run on our own forward; on a GPU for Llama, Mistral, Qwen 2 and Qwen 3 only.
 
 MiMo-7B, of which transformers has no class, is read as the Qwen 2 that it is, without the code that it brings.
 

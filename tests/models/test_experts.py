@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import product
 
 import pytest
 import torch
@@ -103,19 +104,20 @@ def test_gpt_oss_in_four_bits_is_read_to_the_very_numbers(mxfp4, how, weights, m
         assert emitted(pair.decode(ids.tolist(), k=3, max_tokens=20)) == text
 
 
-@pytest.mark.parametrize("part", ["gate_up_proj_scales", "down_proj_blocks", "down_proj_bias"])
-@pytest.mark.parametrize(
-    "change", [lambda t: t[:, :1], lambda t: t[..., :1], lambda t: t.flatten(), lambda t: t.short()]
-)
+_SHAPES = [lambda t: t[:, :1], lambda t: t[..., :1], lambda t: t.flatten()]
+
+
+@pytest.mark.parametrize(("part", "change"), [
+    *product(("gate_up_proj_scales", "down_proj_blocks", "down_proj_bias"), _SHAPES),
+    *product(("gate_up_proj_scales", "down_proj_blocks"), [lambda t: t.short()]),
+])  # fmt: skip
 def test_codes_and_scales_that_do_not_belong_together_are_refused(mxfp4, part, change, tmp_path):
     """Before a kernel reads as far as one of them says."""
     folder = shutil.copytree(mxfp4, tmp_path / "broken")
     stored = load_file(folder / "model.safetensors")
     name = f"model.layers.1.mlp.experts.{part}"
-    broken = change(stored[name]).contiguous()
-    if part == "down_proj_bias" and broken.shape == stored[name].shape:
-        pytest.skip("a bias may be of any dtype")
-    save_file({**stored, name: broken}, folder / "model.safetensors", metadata={"format": "pt"})
+    changed = {**stored, name: change(stored[name]).contiguous()}
+    save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(SpecdecError):
         load_pair(str(folder), "none", LoadOptions(device="cpu", threads=1))
 

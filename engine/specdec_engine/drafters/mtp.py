@@ -14,7 +14,15 @@ from specdec_engine.drafters.context_ids import ContextIds
 from specdec_engine.drafters.on_features import Featured, FeatureDrafter, check_packing, stored_bytes
 from specdec_engine.drafters.token_choice import DraftChoice
 from specdec_engine.errors import ModelUnavailable, PairIncompatible, UsageError, first_line
-from specdec_engine.models.mtp_files import MIMO_FORM, MtpFiles, find_mtp, load_module, mimo_shape, mimo_weights
+from specdec_engine.models.mtp_files import (
+    MIMO_FORM,
+    MtpFiles,
+    check_module,
+    find_mtp,
+    load_module,
+    mimo_shape,
+    mimo_weights,
+)
 from specdec_engine.runtime import Runtime
 from specdec_engine.runtime.decoder import Decoder
 from specdec_engine.runtime.generic import GenericRuntime
@@ -34,6 +42,7 @@ def build(argument: str, setup: DraftSetup) -> FeatureDrafter:
             f"the checkpoint of {setup.name} has no module for multi-token prediction (MTP)",
             "specdec check TARGET lists what could draft for it",
         )
+    check_module(found, setup.name)
     packed = setup.draft_quantize in ("int8", "int4")
     if packed and not found.is_mimo:
         raise UsageError(

@@ -13,7 +13,7 @@ from specdec_engine.models.draft_folder import DraftFolder
 from specdec_engine.models.hub_cache import cached_models, drafts_for
 from specdec_engine.models.kinds import mask_of
 from specdec_engine.models.loading import Candidate, find_model
-from specdec_engine.models.mtp_files import find_mtp
+from specdec_engine.models.mtp_files import check_module, find_mtp
 from specdec_engine.models.options import LoadOptions
 from specdec_engine.models.pretrained import load_config
 from specdec_engine.models.tokenizers import Difference, compare_tokenizers, shared_share
@@ -165,6 +165,7 @@ def _mtp(ours: Candidate, argument: str, options: LoadOptions) -> Finding:
         return Finding("draft", "bad", f"mtp:{argument} is no draft: mtp alone is the target's own module")
     if found is None:
         return Finding("draft", "bad", "its checkpoint has no module for multi-token prediction (MTP)")
+    check_module(found, ours.name)
     lean = not isinstance(ours.shape, Unsupported)
     recorded = ours.device.type == "cuda" and ours.options.runtime != "generic"
     if found.is_mimo and not lean:

@@ -7,7 +7,6 @@ MiMo's `mtp_layers`. transformers reads the first two beside a model of its own;
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +25,14 @@ from specdec_engine.runtime.weights import SafetensorsWeights
 
 MIMO = "model.mtp_layers.0."
 MIMO_FORM = HeadForm(feature_norms="none", output_normed=True, joined=True)
-_COUNTS = ("num_mtp_layers", "num_nextn_predict_layers", "mtp_num_hidden_layers")
-_MANY = 100
 _JOINS = (".fc.weight", ".eh_proj.weight", ".input_proj.weight")
-"""The matrix that joins state and embedding: what tells a module from another layer."""
+"""The matrix that joins state and embedding."""
+_FIRST_NORM = "input_layernorm.weight"
+_MTP = r"^(model\.)?mtp\."
 _LAYER = r"^model\.(language_model\.)?layers\."
+_BEHIND = re.compile(r"^model\.(?:language_model\.)?layers\.(\d+)\.(?:eh_proj|enorm|hnorm|shared_head)\.")
+"""What only a module has: a layer behind the last may be left over from a model that was cut."""
+_NUMBER = re.compile(r"layers\.(\d+)\.")
 _LOADED: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 """Modules by the target's model: pairs of one target share one."""
 
@@ -48,6 +50,8 @@ class MtpFiles:
     """How many there are, each for one token further."""
     is_mimo: bool
     """Whether it is stored, and computed, as MiMo's."""
+    layers: int
+    """Of the target."""
 
 
 def find_mtp(path: Path) -> MtpFiles | None:
@@ -55,25 +59,46 @@ def find_mtp(path: Path) -> MtpFiles | None:
     if not path.is_dir():
         return None
     text = raw_config(path).get("text_config") or raw_config(path)
-    text = text if isinstance(text, dict) else {}
-    layers, modules = (_count(text, key) for key in (("num_hidden_layers",), _COUNTS))
-    behind = "|".join(str(layers + i) for i in range(min(modules, _MANY)))
+    layers = text.get("num_hidden_layers") if isinstance(text, dict) else None
     names = SafetensorsWeights(weight_files(path)).names
+    behind = [int(found[1]) for name in names if (found := _BEHIND.search(name))]
+    later = "|".join(map(str, sorted({i for i in behind if isinstance(layers, int) and i >= layers})))
     for first, every, mimo in (
         (re.escape(MIMO), r"^model\.mtp_layers\.", True),
-        (r"^(model\.)?mtp\.", r"^(model\.)?mtp\.", False),
-        (rf"{_LAYER}{layers}\.", rf"{_LAYER}({behind})\.", False),
+        (_MTP, _MTP, False),
+        (rf"{_LAYER}{layers}\.", rf"{_LAYER}({later})\.", False),
     ):
-        pattern = re.compile(first)
-        if any(pattern.search(name) and name.endswith(_JOINS) for name in names):
-            return MtpFiles(path, pattern, re.compile(every), modules, mimo)
+        if (every != rf"{_LAYER}()\.") and any(re.search(first, name) for name in names):
+            own = [found[1] for name in names if re.search(every, name) and (found := _NUMBER.search(name))]
+            modules = max(1, len(set(own)))
+            return MtpFiles(path, re.compile(first), re.compile(every), modules, mimo, int(layers or 0))
     return None
 
 
-def _count(text: dict[str, Any], keys: Sequence[str]) -> int:
-    """What a config says under the first of these keys, where that is a number; else 1."""
-    said = (value for key in keys if isinstance(value := text.get(key), int) and value > 0)
-    return next(said, 1)
+def check_module(found: MtpFiles, name: str) -> None:
+    """Look whether a module has what a layer of its target has, and the matrix that joins state and embedding, by names and
+    sizes alone. Raises ModelUnavailable."""
+    weights, hint = SafetensorsWeights(weight_files(found.path)), f"fetch it again: {found.path}"
+    names = [tensor for tensor in weights.names if found.names.search(tensor)]
+    stem = next((tensor.removesuffix(_FIRST_NORM) for tensor in names if tensor.endswith(_FIRST_NORM)), None)
+    if not any(tensor.endswith(_JOINS) for tensor in names):
+        raise ModelUnavailable(f"the MTP module of {name} lacks the matrix that joins state and embedding", hint)
+    last = re.compile(rf"{_LAYER}{found.layers - 1}\.(.+)")
+    coded = "quantization_config" in raw_config(found.path)  # a module beside codes is often left as it was
+    for tensor in sorted(weights.names) if stem is not None and not coded else ():
+        if (part := last.search(tensor)) is None:
+            continue
+        own, size = f"{stem}{part[2]}", weights.size(tensor)
+        if own not in weights.names:
+            raise ModelUnavailable(f"the MTP module of {name} lacks {own}, which layers of its target have", hint)
+        if weights.size(own) != size:
+            raise ModelUnavailable(f"{own} of {name} has the size {weights.size(own)}, and {tensor} {size}", hint)
+    for tensor in (tensor for tensor in names if tensor.endswith(_JOINS)):
+        rows, *columns = weights.size(tensor)
+        if columns != [2 * rows]:
+            raise ModelUnavailable(
+                f"{tensor} of {name} has the size {weights.size(tensor)}, which joins no two states", hint
+            )
 
 
 def load_module(found: MtpFiles, model: Any, name: str) -> Any:

@@ -38,7 +38,10 @@ def resolve(name: str, *, offline: bool = False, trust_remote_code: bool = False
         return _checked_gguf(path)
     if path.suffix.lower() == ".gguf":
         raise ModelUnavailable(f"no file {str(path)!r}", "give the path of a .gguf file")
-    meant = difflib.get_close_matches(name.partition(":")[0], words(), cutoff=0.75)
+    begin = name.partition(":")[0]
+    meant = difflib.get_close_matches(begin.lower(), words(), cutoff=0.75)
+    if begin in words() and not _cached(name):
+        raise ModelUnavailable(f"no model {name!r}: it is a way of drafting", f"give it to --draft: -d {name}")
     if meant and not _cached(name):
         typed = {"self": "self:N"}.get(meant[0], meant[0])
         raise ModelUnavailable(f"no model {name!r}", f"did you mean {typed}? A hub id is org/name")

@@ -9,7 +9,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from specdec_engine.runtime.shape import Unsupported
 from specdec_engine.runtime.weights import GROUP, MXFP4, Grouped, Weights
 
 
@@ -64,7 +63,7 @@ class SplitExperts:
     """
 
     def __init__(self, weights: Weights) -> None:
-        """Raises Unsupported for sizes that do not belong together: kernels read as far as these say."""
+        """Raises ValueError for sizes that do not belong together: kernels read as far as these say."""
         self._weights = weights
         self._read: Callable[[str], Tensor] = lru_cache(3)(weights.dense)  # experts are asked for one after another
         self._where: dict[str, tuple[str, int, slice]] = {}
@@ -121,11 +120,13 @@ def _check(weights: Weights, name: str) -> None:
     if suffix in ("blocks", "scales"):
         blocks, scales = f"{stem}_blocks", f"{stem}_scales"
         both = blocks in weights.names and scales in weights.names and stem not in weights.names
-        fit = both and weights.size(blocks) == (*weights.size(scales), GROUP // 2) and len(weights.size(scales)) == 3
+        if not both:
+            raise ValueError(f"it has not one {blocks} and one {scales}, or {stem} besides")
+        fit = weights.size(blocks) == (*weights.size(scales), GROUP // 2) and len(weights.size(scales)) == 3
     else:
         fit = len(size) == (2 if suffix == "bias" else 3)
     if not fit:
-        raise Unsupported(f"its {name} has the size {size}, which is not that of experts")
+        raise ValueError(f"its {name} has the size {size}, which is not that of experts")
 
 
 def _mxfp4(blocks: Tensor, scales: Tensor) -> Grouped:
