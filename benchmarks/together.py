@@ -4,8 +4,8 @@
         [--tokens 64] [--limit 32] [--rounds 3]
 
 An arm is BATCH@K. All arms answer all prompts, in turns, in shuffled order. A rate is all tokens over the seconds of the
-whole run, prefill and all. Prints one JSON object: the median rate of each arm, its ratio to one at a time by the best k,
-and how many texts are those of batch 1 without a draft.
+whole run, prefill and all; "decoding" leaves out what a run of one token each takes. Prints one JSON object: the median
+rate of each arm, its ratio to one at a time by the best k, and how many texts are those of batch 1 without a draft.
 """
 
 from __future__ import annotations
@@ -35,16 +35,20 @@ def main() -> None:
     prompts = [pair.encode(question.turns[0], system=question.system or None) for question in questions]
     arms = [f"{batch}@{k}" for batch, k in product(options.batches.split(","), options.k.split(","))]
     rates: dict[str, list[float]] = {arm: [] for arm in arms}
+    decoding: dict[str, list[float]] = {arm: [] for arm in arms}
     texts: dict[str, list[list[int]]] = {}
     for arm in arms:
         answered(pair, prompts[:8], arm, 16)
     for number in range(options.rounds):
         for arm in random.Random(number).sample(arms, len(arms)):
+            _, reading = answered(pair, prompts, arm, 1)
             found, seconds = answered(pair, prompts, arm, options.tokens)
             texts[arm] = found
-            rates[arm].append(sum(map(len, found)) / seconds)
+            tokens = sum(map(len, found))
+            rates[arm].append(tokens / seconds)
+            decoding[arm].append((tokens - len(found)) / max(seconds - reading, 1e-3))
             print(f"round {number + 1}, {arm}: {rates[arm][-1]:.1f} tok/s", file=sys.stderr)
-    middle = {arm: median(found) for arm, found in rates.items()}
+    middle, behind = ({arm: median(found) for arm, found in of.items()} for of in (rates, decoding))
     alone = max(rate for arm, rate in middle.items() if arm.startswith("1@"))
     plain = texts.get("1@0", [])
     report = {
@@ -61,6 +65,8 @@ def main() -> None:
                 "ratio_to_one_at_a_time": middle[arm] / alone,
                 "ratio_to_plain_one_at_a_time": middle[arm] / middle["1@0"] if "1@0" in middle else None,
                 "rates": rates[arm],
+                "decoding": behind[arm],
+                "decoding_ratio_to_plain_one_at_a_time": behind[arm] / behind["1@0"] if "1@0" in behind else None,
                 "identical": sum(a == b for a, b in zip(texts[arm], plain, strict=False)),
                 "compared": len(plain),
             }

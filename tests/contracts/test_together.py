@@ -204,6 +204,30 @@ def test_k_is_what_is_fastest_for_so_many_texts():
         assert [k.choose(texts) for _ in range(20)].count(best) >= 19
 
 
+@pytest.mark.parametrize(("free", "accepted", "most"), [(8, 0.4, 1.06), (24, 0.6, 1.15), (64, 0.7, 1.08)])
+def test_trying_costs_little(free, accepted, most):
+    """Of sixteen texts of 64 tokens, eight at once, the last ones fewer: rows up to `free` cost nothing."""
+
+    def seconds(texts, k):
+        return 1.0 + 0.1 * k + max(0, texts * (k + 1) - free) / 8
+
+    def whole(choose, saw):
+        left, time = [64.0] * 16, 0.0
+        while any(left):
+            running = [i for i, tokens in enumerate(left) if tokens][:8]
+            k = choose(len(running))
+            each = 1 + sum(accepted**i for i in range(1, k + 1))
+            for i in running:
+                left[i] = max(0.0, left[i] - each)
+            time += seconds(len(running), k)
+            saw(len(running), k, round(100 * each * len(running)), seconds(len(running), k))
+        return time
+
+    auto = BestK()
+    best = min(whole(lambda texts, k=k: k, lambda *told: None) for k in range(4))
+    assert whole(auto.choose, auto.saw) < most * best
+
+
 @pytest.mark.parametrize("spec", ["ngram", "head:HEAD", "self:1"])
 def test_a_recorded_runtime_is_one_of_several(spec):
     """The first lane is the pair's own, whose passes are recorded; the others are not."""
