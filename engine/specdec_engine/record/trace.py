@@ -60,7 +60,7 @@ def from_json(record: Mapping[str, Any]) -> Event:
     contradicts itself, so that its readers need not look."""
     cls = _KINDS.get(str(record.get("kind")))
     if cls is None:
-        raise ValueError(f"there is no kind {record.get('kind')!r}")
+        raise ValueError(f"there is no kind {record['kind']!r}" if "kind" in record else "it has no kind")
     if cls is Started and record.get("schema") not in _READS:
         raise ValueError(f"schema {record.get('schema')!r} is none of {', '.join(_READS)}")
     event = typed(record, cls)
