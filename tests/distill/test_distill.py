@@ -145,6 +145,7 @@ def test_what_cannot_write_text_for_a_draft_is_refused_before_its_weights_are_re
 KIN: dict[str, dict[str, Any]] = {
     "CohereConfig": {"logit_scale": 0.3},
     "Gemma2Config": {"query_pre_attn_scalar": 12, "final_logit_softcapping": 2.0},
+    "GptOssConfig": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "GraniteConfig": {"logits_scaling": 2.5, "residual_multiplier": 0.3},
     "Qwen3MoeConfig": {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2},
 }
