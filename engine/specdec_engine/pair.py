@@ -298,10 +298,8 @@ class Loader:
 
 def _paired(models: Loader, draft: str | None) -> Pair:
     found, target = models.found, models.found.name
-    drafts, notes = (
-        dict[str, Loaded](),
-        [*machine_notes(models.options.threads, models.options.device, models.found.device)],
-    )
+    drafts = dict[str, Loaded]()
+    notes = [*machine_notes(models.options.threads, models.options.device, models.found.device)]
     if draft is None and found.plain_only:
         notes.append(f"decoded without a draft: {found.plain_only}")
     draft = _default_draft(found) if draft is None else draft

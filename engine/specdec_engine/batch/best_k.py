@@ -36,11 +36,11 @@ class _Rate:
 
 @dataclass(slots=True)
 class _Rates:
-    """What is known of each k, with one number of texts."""
+    """Rates of each k, with one number of texts."""
 
     of: dict[int, _Rate] = field(default_factory=lambda: {k: _Rate() for k in _TRIED})
     first: tuple[int, ...] = _TRIED
-    """What is tried at first: where nearly as many texts were decoded, what was best with those."""
+    """Tried at first: where nearly as many texts were decoded, what was best with those."""
 
     @property
     def best(self) -> int:

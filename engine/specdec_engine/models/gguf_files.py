@@ -50,7 +50,7 @@ class _Member:
     plus: float = 0.0
     """A number that is added to the norms' weights: llama.cpp keeps Gemma's whole, Hugging Face less one."""
     more: tuple[str, ...] = ()
-    """What a layer has beside matrices and norms, by Hugging Face's names."""
+    """Tensors of a layer beside matrices and norms, by Hugging Face's names."""
 
 
 _FUSED = {

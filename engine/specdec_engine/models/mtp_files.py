@@ -31,7 +31,7 @@ _FIRST_NORM = "input_layernorm.weight"
 _MTP = r"^(model\.)?mtp\."
 _LAYER = r"^model\.(language_model\.)?layers\."
 _BEHIND = re.compile(r"^model\.(?:language_model\.)?layers\.(\d+)\.(?:eh_proj|enorm|hnorm|shared_head)\.")
-"""What only a module has: a layer behind the last may be left over from a model that was cut."""
+"""Tensors that only a module has: a layer behind the last may be left over from a model that was cut."""
 _NUMBER = re.compile(r"layers\.(\d+)\.")
 _LOADED: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 """Modules by the target's model: pairs of one target share one."""
@@ -39,7 +39,7 @@ _LOADED: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 @dataclass(frozen=True, slots=True)
 class MtpFiles:
-    """Where a checkpoint has a module, without its weights."""
+    """A checkpoint's module, without its weights."""
 
     path: Path
     names: re.Pattern[str]
