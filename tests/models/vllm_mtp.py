@@ -39,7 +39,7 @@ drafts = []
 for found in pkgutil.iter_modules(spec_decode.__path__):
     try:
         module = importlib.import_module("vllm.v1.spec_decode." + found.name)
-    except Exception:
+    except Exception:  # those for other devices
         continue
     for kind in [c for c in vars(module).values() if inspect.isclass(c) and "propose" in vars(c)]:
         def kept(self, *given, usual=kind.propose, **more):

@@ -43,15 +43,15 @@ class MtpFiles:
 
     path: Path
     names: re.Pattern[str]
-    """Of the first module's tensors."""
+    """Matches the first module's tensors."""
     all_names: re.Pattern[str]
-    """Of those of all modules."""
+    """Matches those of all modules."""
     modules: int
     """How many there are, each for one token further."""
     is_mimo: bool
     """Whether it is stored, and computed, as MiMo's."""
     layers: int
-    """Of the target."""
+    """Layers that the target has."""
 
 
 def find_mtp(path: Path) -> MtpFiles | None:

@@ -1,4 +1,4 @@
-"""What could draft for a target, of what needs nothing and of what is on this machine."""
+"""Drafts that a target could have: those that need nothing, and those that are on this machine."""
 
 from __future__ import annotations
 
