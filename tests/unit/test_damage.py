@@ -155,11 +155,17 @@ def test_weights_that_are_no_numbers(where, options, value, tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "byte", "value"),
-    [("llama.embedding_length", 3, 255), ("tokenizer.ggml.tokens", 0, 9), ("llama.feed_forward_length", 3, 127)],
+    [
+        ("llama.embedding_length", 3, 255),
+        ("tokenizer.ggml.tokens", 0, 9),
+        ("llama.feed_forward_length", 3, 127),
+        ("llama.attention.head_count_kv", 1, 127),
+        ("llama.attention.head_count", 3, 1),
+    ],
 )
 def test_a_header_that_asks_for_more_than_memory(key, byte, value, tmp_path, monkeypatch):
-    """The width of a layer, and an array of arrays that gguf would read until memory ends: what hypothesis found, and was
-    killed by."""
+    """The width of a layer, an array of arrays that gguf would read until memory ends: what hypothesis found, and was killed
+    by; and a count of heads that was told of a file in the cache folder."""
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
     file = save_gguf(tmp_path / "tiny.gguf")
     whole = bytearray(file.read_bytes())

@@ -20,7 +20,7 @@ import numpy as np
 from specdec_engine.errors import ModelUnavailable
 from specdec_engine.models.gguf_configs import Keys, made_here
 from specdec_engine.models.gguf_parts import check_parts
-from specdec_engine.models.kinds import WIDEST
+from specdec_engine.models.kinds import MOST, WIDEST
 
 Count = Callable[[int, int], None]
 """Is told how many tokens of the vocabulary are read, and how many there are."""
@@ -138,10 +138,10 @@ def check_header(header: Header, file: Path, read_here: Collection[str]) -> None
             f"{file} stretches its rotary embedding by the tensor {found[0]}, which is not read for {arch}",
             "use the model's safetensors checkpoint, whose config says how",
         )
-    for key in ("embedding_length", "feed_forward_length", "attention.key_length"):
-        width = _value(header, f"{arch}.{key}", 0)
-        if isinstance(width, int) and width > WIDEST:
-            raise ModelUnavailable(f"{file} says {arch}.{key} = {width}, which no model has", DAMAGED)
+    for key, most in _MOST.items():
+        found = _value(header, f"{arch}.{key}", 0)
+        if isinstance(found, int) and found > most:
+            raise ModelUnavailable(f"{file} says {arch}.{key} = {found}, which no model has", DAMAGED)
     layers = _value(header, f"{arch}.block_count", 0)
     if not header.tensors:
         raise ModelUnavailable(f"{file} has no tensors", "it holds a vocabulary alone, and no model")
@@ -149,6 +149,14 @@ def check_header(header: Header, file: Path, read_here: Collection[str]) -> None
         raise ModelUnavailable(
             f"{file} says that it has {layers} layers, and has {len(header.tensors)} tensors", DAMAGED
         )
+
+
+_MOST = {
+    **dict.fromkeys(("embedding_length", "feed_forward_length", "attention.key_length"), WIDEST),
+    **dict.fromkeys(("attention.head_count", "attention.head_count_kv", "expert_count"), MOST),
+}
+"""Numbers of a header that transformers would make something of before weights are looked at, and the most that they can
+be."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from specdec_engine.runtime.weights import SafetensorsWeights
 if TYPE_CHECKING:
     from specdec_engine.runtime.transformers_cache import Rollback
 
-_MANY = 10_000
+MOST = 10_000
 """Layers, heads or experts of which no model has as many: transformers would make a list of each before it is looked at."""
 _COUNTED = re.compile(r"(n|num)_(\w+_)?(layers?|heads?|experts?|blocks?)|(encoder|decoder)_layers")
 WIDEST = 1_000_000
@@ -27,7 +27,7 @@ def check_sizes(folder: Path) -> None:
     """Look for absurd counts in config.json, before memory is taken for them. Raises ModelUnavailable."""
     for name, value in _numbers(raw_config(folder)):
         least = 1 if name in ("num_hidden_layers", "n_layer", "num_layers") else 0
-        if (_COUNTED.fullmatch(name) and not least <= value <= _MANY) or (_WIDTHS.fullmatch(name) and value > WIDEST):
+        if (_COUNTED.fullmatch(name) and not least <= value <= MOST) or (_WIDTHS.fullmatch(name) and value > WIDEST):
             raise ModelUnavailable(
                 f"{folder / 'config.json'} says {name} = {value}", "get that one file again: it is small"
             )
