@@ -45,7 +45,8 @@ def assistant(request, tmp_path_factory):
 def test_it_drafts_what_transformers_drafts(target, assistant, length):
     """After a prompt, and after a draft of which a part was accepted; shorter and longer than its window."""
     pair = load_pair(str(target), str(assistant), OPTIONS)
-    model, text = pair.target.runtime.model, torch.randint(5, 300, (length,)).tolist()
+    model, seed = pair.target.runtime.model, torch.Generator().manual_seed(length)
+    text = torch.randint(5, 300, (length,), generator=seed).tolist()
     small = load_assistant(read_draft(assistant))
     small.generation_config.num_assistant_tokens = 5
     how = GenerationConfig(max_length=1000)

@@ -14,10 +14,11 @@ from specdec_engine.models.options import LoadOptions
 from specdec_engine.runtime import native
 from specdec_engine.runtime.cpu import whole
 from specdec_engine.runtime.decoder import Decoder, paired
-from specdec_engine.runtime.linear import Joined, project, torch_packs
+from specdec_engine.runtime.linear import Joined, project
 from specdec_engine.runtime.ops import TORCH
 from specdec_engine.runtime.shape import Unsupported, shape_of
 from specdec_engine.runtime.target import ModelTarget
+from specdec_engine.runtime.torch_forms import torch_packs
 from tests.fakes import CPU, VOCAB, ScriptedDrafter, StateWeights, emitted, events, graph, host, lean, run, tiny_llama
 from tests.models.test_architectures import build
 

@@ -37,7 +37,8 @@ def test_a_trees_logits_are_those_of_its_paths(form, torchs, monkeypatch):
     dice, runtime, alone = random.Random(4), FORMS[form](), FORMS[form]()
     runtime.tap((0, 2))
     alone.tap((0, 2))
-    close = {"rtol": 0.05, "atol": 0.06} if form == "bfloat16" else {"rtol": 1e-4, "atol": 1e-4}
+    # Sums begin at other places in a tree; where activations are rounded after them, to 16 bits or 8, they differ by more.
+    close = dict.fromkeys(("rtol", "atol"), {"bfloat16": 0.06, "packed": 1e-3}.get(form, 1e-4))
     context = [dice.randrange(200) for _ in range(dice.choice([20, 126]))]
     runtime.forward(torch.tensor(context[:-1]), 1)
     for n in (1, 2, 7, 12, 20, 62, 5, 5, 5):

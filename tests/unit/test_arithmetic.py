@@ -257,11 +257,11 @@ def test_what_was_compiled_once_needs_no_compiler(compiling, monkeypatch):
 @needs_gcc
 def test_kernels_that_are_wrong_are_not_taken(compiling, monkeypatch, tmp_path):
     """As by a compiler's fault, or on instructions that no one has tried."""
-    wrong = tmp_path / "native.c"
-    wrong.write_text(
-        native.SOURCE.read_text("utf-8").replace("each(scale[r * G + g])", "each(2 * scale[r * G + g])"), "utf-8"
-    )
-    monkeypatch.setattr(native, "SOURCE", wrong)
+    shutil.copytree(native.SOURCE.parent, tmp_path / "kernels")
+    wrong = tmp_path / "kernels" / "packed.h"
+    sound = wrong.read_text("utf-8")
+    wrong.write_text(sound.replace("each(scale[r * G + g])", "each(2 * scale[r * G + g])"), "utf-8")
+    monkeypatch.setattr(native, "SOURCE", wrong.with_name("kernels.c"))
     assert native.kernels() is None
     assert native.why_none() == "they were compiled, and their products with 4 bits are wrong"
 

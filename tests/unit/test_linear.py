@@ -9,18 +9,8 @@ import pytest
 import torch
 
 from specdec_engine.runtime import native
-from specdec_engine.runtime.linear import (
-    Dense,
-    Int4,
-    Int8,
-    Joined,
-    NativeDense,
-    NativePacked,
-    multiply_texts,
-    packing_block,
-    project,
-    quantized,
-)
+from specdec_engine.runtime.linear import Joined, NativeDense, NativePacked, multiply_texts, project, quantized
+from specdec_engine.runtime.torch_forms import Dense, Int4, Int8, packing_block
 from specdec_engine.runtime.weights import Entry, GgufWeights, Grouped
 from tests.fakes import CPU
 
@@ -104,18 +94,50 @@ def test_own_kernels_multiply_every_packed_form(tmp_path, own, kind, rows):
 @pytest.mark.parametrize("at_once", [2**22, 9 * 96])
 def test_own_kernels_unpack_for_a_prompt(monkeypatch, tmp_path, own, kind, at_once):
     """To bfloat16's rounding of weights and activations; in one part or in several, the last of which is smaller."""
-    monkeypatch.setattr("specdec_engine.runtime.linear._AT_ONCE", at_once)
+    monkeypatch.setattr("specdec_engine.runtime.linear.AT_ONCE", at_once)
     weights, expected = k_quants(tmp_path, kind) if kind.endswith("K") else stored(tmp_path, kind)
-    found = project([weights.stored("w").rows(torch.arange(45))], None, torch.float32, CPU, "auto", own.unpacking(True))
+    found = project(
+        [weights.stored("w").rows(torch.arange(45))], None, torch.float32, CPU, "auto", own.reading_as("unpacked")
+    )
     unpacked = torch.cat([part.T for part in found._unpacked()]).float()
     assert (unpacked - expected[:45]).abs().max() < 2**-8 * expected.abs().max()
     x = torch.randn(100, expected.shape[1])
     narrow = torch.cat([found(part) for part in x.split(10)])
-    assert (found(x) - narrow).abs().max() < 0.02 * narrow.abs().max()
-    texts = torch.randn(240, expected.shape[1]).split([66, 9, 65, 100])
+    assert torch.equal(found(x), narrow)  # verified
+    assert 0 < (found(x, reading=True) - narrow).abs().max() < 0.02 * narrow.abs().max()
+    check_texts(found)
+
+
+def check_texts(found):
+    """Hold several texts to the bits of each alone."""
+    texts = torch.randn(240, found.matrices[0].K).split([66, 9, 65, 100])
     joined = Joined([found, found])
     for one, y in ((found, multiply_texts(found, texts)), (joined, multiply_texts(joined, texts))):
-        assert all(torch.equal(one(x), of_it) for x, of_it in zip(texts, y, strict=True))
+        assert all(torch.equal(one(x, reading=True), of_it) for x, of_it in zip(texts, y, strict=True))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "bfloat16"])
+def test_own_kernels_read_a_prompt_in_tiles(tmp_path, own, kind):
+    """To bfloat16's rounding of weights and activations; each row with the bits that it has among any number of others."""
+    if not own.tiled:
+        pytest.skip("no tiles of bfloat16 (AMX)")
+    if kind == "bfloat16":
+        weight = expected = torch.randn(47, 104).bfloat16()
+    else:
+        weights, expected = k_quants(tmp_path, kind) if kind.endswith("K") else stored(tmp_path, kind)
+        weight = weights.stored("w")
+    bias = torch.randn(len(expected))
+    found = project([weight], bias, torch.float32, CPU, "auto", own.reading_as("tiles"))
+    x = torch.randn(70, expected.shape[1])
+    narrow = torch.cat([found(part) for part in x.split(10)])
+    assert torch.equal(found(x), narrow)  # verified
+    read = found(x, reading=True)
+    exact = x.bfloat16().double() @ expected.bfloat16().double().T + bias
+    assert (read - exact).norm() < 3e-3 * exact.norm()
+    for n in (16, 17, 32, 33):
+        assert torch.equal(found(x[:n], reading=True), read[:n])
+    assert torch.equal(found(x[:15], reading=True), narrow[:15])  # for few rows tiles do not pay
+    check_texts(found)
 
 
 @pytest.mark.parametrize("shape", [(47, 96), (64, 101), (960, 576)])
@@ -231,7 +253,7 @@ def test_quantized_groups_keep_their_ends():
 def test_wide_passes_give_what_narrow_ones_give(monkeypatch, kind, rows, at_once):
     """To the rounding of weights and results to bfloat16. Whole blocks of the kernel's are unpacked, and 48 rows are none;
     several parts, the last of which is smaller, are as good as one."""
-    monkeypatch.setattr("specdec_engine.runtime.linear._AT_ONCE", at_once)
+    monkeypatch.setattr("specdec_engine.runtime.torch_forms.AT_ONCE", at_once)
     dense = torch.cat([weight(seed) for seed in range(7)])[:rows]
     eight = torch.randint(-127, 128, dense.shape).to(torch.int8)
     packed = (

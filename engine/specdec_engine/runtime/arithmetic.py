@@ -18,14 +18,16 @@ from functools import cache
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from specdec_engine.errors import UsageError
 from specdec_engine.runtime import native
-from specdec_engine.runtime.linear import Packing, Projection, project, quantized, torch_packs
-from specdec_engine.runtime.native import Kernels
+from specdec_engine.runtime.linear import Packing, Projection, project, quantized
+from specdec_engine.runtime.native import Kernels, Reading
+from specdec_engine.runtime.torch_forms import torch_packs
 from specdec_engine.system.devices import pick_dtype
 from specdec_engine.system.folders import cache_folder
 from specdec_engine.system.machine import cpu_name, usable_cores
@@ -110,8 +112,8 @@ class Measurement:
     timings: tuple[Timing, ...]
     fastest_threads: int
     """With which the best form was fastest: `threads`, or fewer."""
-    unpacks_wide: bool = False
-    """Whether our own kernels read a prompt faster by unpacking for torch's bfloat16."""
+    reading: Reading = "alike"
+    """How our own kernels read a prompt fastest."""
 
     def best(self, forms: Sequence[Form]) -> Form:
         """Of these, the one that costs least; the last where none of them could be timed."""
@@ -170,21 +172,24 @@ def measure(rows: int, columns: int) -> Measurement:
         columns=columns,
         timings=tuple(timings),
         fastest_threads=fastest,
-        unpacks_wide=_unpacks_wide(matrix),
+        reading=_fastest_reading(matrix),
     )
 
 
 @torch.inference_mode()
-def _unpacks_wide(matrix: Tensor) -> bool:
-    """Of passes over `_PROMPT` rows, one way and the other."""
+def _fastest_reading(matrix: Tensor) -> Reading:
+    """Of passes over `_PROMPT` rows in each way; the first, unless another is clearly faster."""
     own = native.kernels()
     if own is None:
-        return False
-    x, seconds = torch.ones(_PROMPT, matrix.shape[1]), list[float]()
-    for kernels in (own, own.unpacking(True)):
-        made = project([quantized(matrix)], None, torch.float32, torch.device("cpu"), "auto", kernels)
-        seconds.append(median(_pass_s([made], x) for _ in range(3)))
-    return seconds[1] < _CLEARLY * seconds[0]
+        return "alike"
+    x, seconds = torch.ones(_PROMPT, matrix.shape[1]), dict[Reading, float]()
+    ways: tuple[Reading, ...] = ("alike", "unpacked", "tiles") if own.tiled else ("alike", "unpacked")
+    for way in ways:
+        cpu = torch.device("cpu")
+        made = project([quantized(matrix)], None, torch.float32, cpu, "auto", own.reading_as(way))
+        seconds[way] = median(_pass_s([made], x, reading=True) for _ in range(3))
+    best = min(ways, key=lambda way: seconds[way])
+    return best if seconds[best] < _CLEARLY * seconds["alike"] else "alike"
 
 
 def _projections(form: Form, matrix: Tensor) -> tuple[list[Projection], torch.dtype]:
@@ -208,11 +213,11 @@ def _time(form: str, projections: Sequence[Projection], dtype: torch.dtype, rows
     return Timing(form, *(round(unit * s, 3) for s in seconds))
 
 
-def _pass_s(projections: Sequence[Projection], x: Tensor) -> float:
+def _pass_s(projections: Sequence[Projection], x: Tensor, reading: bool = False) -> float:
     _evicted().sum()
     began = perf_counter()
     for projection in projections:
-        projection(x)
+        projection(x, reading)
     return perf_counter() - began
 
 
@@ -263,7 +268,7 @@ def choose(matrices: Matrices, dtype: str, packing: Packing, device: torch.devic
         if forms:
             found = measured(matrices.rows, matrices.columns)
             best = found.best(forms).arithmetic
-            kernels = best.kernels and best.kernels.unpacking(found.unpacks_wide)
+            kernels = best.kernels and best.kernels.reading_as(found.reading)
             return replace(best, kernels=kernels, threads=found.fastest_threads)
     if must and matrices.lean:  # else the loader says what is in the way
         refuse_packing(packing, dtype, device)
@@ -308,6 +313,7 @@ def _is_sane(one: Measurement) -> bool:
         and all(isinstance(ms, float) and 0 < ms < math.inf for ms in numbers)
         and all(isinstance(n, int) for n in (one.threads, one.rows, one.columns, one.fastest_threads))
         and 1 <= one.fastest_threads <= one.threads
+        and one.reading in get_args(Reading)
     )
 
 

@@ -85,17 +85,24 @@ class Blocks:
         return weight + 1.0 if self.shape.unit_norms else weight
 
     def begin(
-        self, positions: Tensor, cache: Tensor, span: int, start: int | None = None, tree: TreeRows | None = None
+        self,
+        positions: Tensor,
+        cache: Tensor,
+        span: int,
+        start: int | None = None,
+        tree: TreeRows | None = None,
+        reading: bool = False,
     ) -> Pass:
         """A pass at [n] positions; the residual stream, `x`, is the caller's to fill.
 
         span: places of the cache that take in all positions. start: the first of consecutive positions, where the host knows
-        it; with a tree, the first place in the cache.
+        it; with a tree, the first place in the cache. reading: the rows are a prompt's, of which at most the last is asked
+        for.
         """
         kernels = self._whole if len(positions) <= self.ops.few else None
         rotations = [self.rotation(positions, i) for i in range(len(self._frequencies))]
         places, hidden = (positions, None) if tree is None else (tree.places, tree.hidden)
-        return Pass(self.ops, self.shape, rotations, self.dtype, places, cache, span, start, kernels, hidden)
+        return Pass(self.ops, self.shape, rotations, self.dtype, places, cache, span, start, kernels, hidden, reading)
 
     def rotation(self, positions: Tensor, which: int = 0) -> Tensor:
         """[n] -> [n, head_size / 2] complex: what pairs of a query's or a key's numbers are multiplied by, in one of the

@@ -9,10 +9,10 @@ import torch
 
 from specdec_engine.runtime import native
 from specdec_engine.runtime.experts import Experts
-from specdec_engine.runtime.linear import WIDE
 from specdec_engine.runtime.native import LayerFields, Matrix
 from specdec_engine.runtime.ops import TORCH, Layer, Ops
 from specdec_engine.runtime.shape import Shape
+from specdec_engine.runtime.torch_forms import WIDE
 from specdec_engine.system.machine import has_amx
 
 

@@ -118,7 +118,8 @@ class Decoder(Blocks):
         Writes their keys and values into `cache`, and looks at its first `span` positions, which must take in all of
         `positions`. start: see `Blocks.begin`.
         """
-        last, features = self._through(self.begin(positions, cache, span, start), tokens, taps)
+        reading = rows < len(tokens)
+        last, features = self._through(self.begin(positions, cache, span, start, None, reading), tokens, taps)
         if taps is not None:
             taps.kept.index_copy_(0, positions, features)
         return self._logits(last[-rows:])
@@ -137,7 +138,8 @@ class Decoder(Blocks):
 
     def _read(self, sequences: Sequence[OneOfSeveral], kind: type[PassTogether]) -> Tensor:
         """What leaves the last norm, of the rows of all."""
-        parts = [self.begin(s.positions, s.cache, s.span, s.start, s.tree) for s in sequences]
+        reading = kind is PassOfPrompts
+        parts = [self.begin(s.positions, s.cache, s.span, s.start, s.tree, reading) for s in sequences]
         taps = sequences[0].taps
         last, features = self._through(kind(parts), torch.cat([s.tokens for s in sequences]), taps)
         if taps is not None:

@@ -33,7 +33,7 @@ class Experts:
         """The matrices that multiply rows by an expert's weights."""
         return (*self.gate_ups, *self.downs)
 
-    def __call__(self, x: Tensor, gate: Callable[[Tensor], Tensor]) -> Tensor:
+    def __call__(self, x: Tensor, gate: Callable[[Tensor], Tensor], reading: bool = False) -> Tensor:
         """[n, hidden] -> [n, hidden]; a row's sum is taken in the order of the experts, so that it does not depend on the
         rows beside it."""
         gate = self.gate or gate
@@ -42,7 +42,8 @@ class Experts:
         weights = weights.gather(-1, order)
         if self.renormed:
             weights = weights / weights.sum(-1, keepdim=True)
-        given = (self._of_one if len(x) == 1 else self._of_several)(x, chosen.flatten(), gate)
+        chosen = chosen.flatten()
+        given = self._of_one(x, chosen, gate) if len(x) == 1 else self._of_several(x, chosen, gate, reading)
         given = given.float().view(len(x), self.taken, -1) * weights[:, :, None]
         out = given[:, 0].clone()
         for i in range(1, self.taken):
@@ -55,12 +56,14 @@ class Experts:
         gated = gate(torch.cat([self.gate_ups[expert](x) for expert in experts]))
         return torch.cat([self.downs[expert](gated[i : i + 1]) for i, expert in enumerate(experts)])
 
-    def _of_several(self, x: Tensor, chosen: Tensor, gate: Callable[[Tensor], Tensor]) -> Tensor:
+    def _of_several(self, x: Tensor, chosen: Tensor, gate: Callable[[Tensor], Tensor], reading: bool) -> Tensor:
         """[n, hidden] -> [n · taken, hidden], row by row: each expert multiplies all rows that took it."""
         by_expert = chosen.argsort(stable=True)  # places, counted row by row
         found, counts = torch.unique_consecutive(chosen[by_expert], return_counts=True)
         experts, many = found.tolist(), counts.tolist()
         rows = torch.split(x[by_expert // self.taken], many)
-        gated = gate(torch.cat([self.gate_ups[e](own) for e, own in zip(experts, rows, strict=True)]))
-        given = torch.cat([self.downs[e](own) for e, own in zip(experts, torch.split(gated, many), strict=True)])
+        gated = gate(torch.cat([self.gate_ups[e](own, reading) for e, own in zip(experts, rows, strict=True)]))
+        given = torch.cat(
+            [self.downs[e](own, reading) for e, own in zip(experts, torch.split(gated, many), strict=True)]
+        )
         return torch.empty_like(given).index_copy_(0, by_expert, given)

@@ -177,13 +177,13 @@ class HeadForward(Blocks):
         if self._feature_norm is not None:
             read = rms_norm(read.float(), read.shape[-1:], None, self.shape.eps).mul_(self._feature_norm)
         flat = read.to(self.dtype).flatten(1)
-        return flat if self._fuse is None else self._fuse(flat)
+        return flat if self._fuse is None else self._fuse(flat, reading=True)
 
     def __call__(self, states: Tensor, tokens: Tensor, start: int, cache: Tensor, span: int) -> tuple[Tensor, Tensor]:
         """[n, hidden] states and [n] tokens (target ids) at the n slots from `start` -> what `logits` takes of the last
         [1, hidden], and its state [1, hidden] for the slot that follows."""
         positions = torch.arange(start, start + tokens.shape[0], device=self.device)
-        step = self.begin(positions, cache, span, start)
+        step = self.begin(positions, cache, span, start, reading=True)
         step.x.copy_(self.embedding(tokens))
         if self.form.joined and start == 0:
             step.x[0] = 0.0  # as MiMo's makers have it in vLLM
@@ -199,7 +199,7 @@ class HeadForward(Blocks):
     def _read(self, step: Pass, first: Layer, embedded: Tensor) -> Tensor | None:
         """What the first layer reads of states, which are in `step.x`, and embeddings; None for what is in `step.x` then."""
         if self._join is not None and self._joined_norm is not None:
-            step.x.copy_(self._join(torch.cat([step.normed(self._joined_norm), embedded], 1)))
+            step.x.copy_(self._join(torch.cat([step.normed(self._joined_norm), embedded], 1), reading=True))
             return None
         assert first.attention_norm is not None
         normed = step.normed(first.attention_norm)

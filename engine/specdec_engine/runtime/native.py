@@ -12,7 +12,7 @@ import ctypes
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -25,11 +25,17 @@ from specdec_engine.runtime.weights import Grouped
 if TYPE_CHECKING:  # which imports this file
     from specdec_engine.runtime.ops import HeadNorms
 
-SOURCE = Path(__file__).with_name("native.c")
+SOURCE = Path(__file__).parent / "kernels" / "kernels.c"
+
+Reading = Literal["alike", "unpacked", "tiles"]
+"""How a prompt's rows are multiplied: like all others, by torch with weights unpacked to bfloat16, or in tiles of it."""
+TILED = 16
+"""Rows of a prompt from which on it is done in tiles: making them of the weights takes 10 ms a pass, and a row 0.1 to 0.4
+instead of 0.7 to 1.3 (106M weights on two cores, in quiet hours and others)."""
 
 
 class Matrix(ctypes.Structure):
-    """`matrix` in `native.c`. Whoever makes one keeps what it points at."""
+    """`matrix` in `packed.h`. Whoever makes one keeps what it points at."""
 
     _fields_ = (
         *((name, ctypes.c_int) for name in ("bits", "group", "offsets")),
@@ -39,7 +45,7 @@ class Matrix(ctypes.Structure):
 
 
 class PassFields(ctypes.Structure):
-    """`pass` in `native.c`."""
+    """`pass` in `attention.h`."""
 
     _fields_ = (
         *((name, ctypes.c_long) for name in ("n", "heads", "groups", "size", "capacity")),
@@ -49,7 +55,7 @@ class PassFields(ctypes.Structure):
 
 
 class LayerFields(ctypes.Structure):
-    """`layer` in `native.c`."""
+    """`layer` in `kernels.c`."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm")),
@@ -61,7 +67,7 @@ class LayerFields(ctypes.Structure):
 
 
 class Kernels:
-    """`native.c`, loaded. Threads are torch's own pool."""
+    """`kernels.c`, loaded. Threads are torch's own pool."""
 
     def __init__(self, library: Path) -> None:
         """Raises OSError for a library that this machine cannot load."""
@@ -69,27 +75,32 @@ class Kernels:
             ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)
         self._library = ctypes.CDLL(str(library))
         self.lanes = int(self._library.lanes())
-        self.unpacks_wide = False
-        """Whether torch multiplies a prompt's passes faster with unpacked bfloat16 weights, as with AMX."""
+        self.tiled = bool(self._library.reads())
+        """Whether the processor multiplies tiles of bfloat16, as with AMX, and the system lets us."""
+        self.reading: Reading = "alike"
         address, size, small, single = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
         for name, arguments in {
             "pack": (small, small, *[address] * 3, size, size, address, address, small),
-            "multiply": (address, address, size, address, small),
+            "multiply": (address, address, size, small, address, small),
             "unpack": (small, small, small, address, address, size, size, size, address, small),
             "rows": (address, address, size, address),
             "add_norm": (*[address] * 3, single, size, size, small, address, small),
             "gate": (address, size, size, small, address, small),
             "rotate": (address, address, small, address, address, single, address, address, small),
             "attend": (*[address] * 3, size, address, small, small),
-            "block": (*[address] * 3, size, address, address, small),
+            "block": (*[address] * 3, size, address, address, small, small),
         }.items():
             getattr(self._library, name).argtypes = arguments
 
-    def unpacking(self, wide: bool) -> Kernels:
-        """The same, with `unpacks_wide` so."""
+    def reading_as(self, how: Reading) -> Kernels:
+        """The same, with `reading` so."""
         other = copy.copy(self)
-        other.unpacks_wide = wide
+        other.reading = how
         return other
+
+    def reads_tiled(self, rows: int) -> bool:
+        """Whether so many of a prompt are multiplied in tiles."""
+        return self.reading == "tiles" and rows >= TILED
 
     def pack(self, weight: Grouped) -> tuple[Tensor, Tensor]:
         """The words, and the float16 scales and offsets, as `multiply` wants them."""
@@ -115,14 +126,15 @@ class Kernels:
         )
         return words, constants
 
-    def multiply(self, x: Tensor, matrix: Matrix) -> Tensor:
-        """[n, K] float32 -> [n, N] float32."""
+    def multiply(self, x: Tensor, matrix: Matrix, reading: bool = False) -> Tensor:
+        """[n, K] float32 -> [n, N] float32; reading: in tiles, if `reads_tiled`."""
         assert x.dtype == torch.float32
         assert x.shape[1] == matrix.K
         x = x.contiguous()
         out = torch.empty(x.shape[0], matrix.N)
         threads = torch.get_num_threads()
-        failed = self._library.multiply(ctypes.byref(matrix), x.data_ptr(), x.shape[0], out.data_ptr(), threads)
+        tiles = reading and self.reads_tiled(len(x))
+        failed = self._library.multiply(ctypes.byref(matrix), x.data_ptr(), len(x), tiles, out.data_ptr(), threads)
         _check_memory(failed, x.shape[0])
         return out
 
@@ -221,12 +233,13 @@ class Kernels:
         x: Tensor,
         inputs: Tensor | None,
         kept: Sequence[Tensor],
+        tiles: bool = False,
     ) -> None:
         """A whole layer: adds to x [n, hidden] float32, whose rows are those of several texts, one after the other; kept: the
-        layer's cache of each. inputs: see `ops.Pass.block`."""
+        layer's cache of each. inputs: see `ops.Pass.block`. tiles: all are prompts' rows, to be multiplied so."""
         caches = (ctypes.c_void_p * len(kept))(*[cache.data_ptr() for cache in kept])
         at = ctypes.byref(layer), texts, caches, len(kept)
-        failed = self._library.block(*at, x.data_ptr(), _address(inputs), torch.get_num_threads())
+        failed = self._library.block(*at, x.data_ptr(), _address(inputs), tiles, torch.get_num_threads())
         _check_memory(failed, len(x))
 
 

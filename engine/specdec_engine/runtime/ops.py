@@ -110,11 +110,13 @@ class Pass:
         start: int | None,
         kernels: Kernels | None = None,
         hidden: Tensor | None = None,
+        reading: bool = False,
     ) -> None:
         """rotations: see `Blocks.rotation`. span: places of the cache that take in all positions. start: the first position,
         where the host knows it. kernels: our own for a CPU, which do a layer in one call: nine operations take 9 µs of Python
         each, and 1 µs of work for few rows. hidden [n] int64: in a tree of tokens, of each row bits of the rows before it
-        that it does not see; positions are then places in the cache."""
+        that it does not see; positions are then places in the cache. reading: the rows are a prompt's, see `Projection`."""
+        self.reading, self.tiles = reading, reading and kernels is not None and kernels.reads_tiled(len(positions))
         self.ops, self.eps, self.dtype, self.positions = ops, shape.eps, dtype, positions
         n = len(positions)
         self._x = torch.empty(n, shape.hidden, device=positions.device)
@@ -157,7 +159,8 @@ class Pass:
     def block(self, i: int, layer: Layer, inputs: Tensor | None = None) -> None:
         """Layer i, whose attention reads `inputs` [n, ...], already normed, or else the residual stream: adds to that."""
         if self.kernels is not None and layer.fields is not None:
-            self.kernels.block(layer.fields, self.fields[layer.rotation], self.x, inputs, self.layer_caches(i))
+            caches = self.layer_caches(i)
+            self.kernels.block(layer.fields, self.fields[layer.rotation], self.x, inputs, caches, self.tiles)
             return
         inputs = self._read(layer.attention_norm) if inputs is None else inputs
         multiply = self._multiply
@@ -172,10 +175,10 @@ class Pass:
         self._add(multiply(layer.network.down, gated), layer.mlp_after)
 
     def _mixed(self, experts: Experts, x: Tensor) -> Tensor:
-        return experts(x, self.ops.gate)
+        return experts(x, self.ops.gate, self.reading)
 
     def _multiply(self, projection: Projection, x: Tensor) -> Tensor:
-        return projection(x)
+        return projection(x, self.reading)
 
     def layer_caches(self, i: int) -> Sequence[Tensor]:
         """Of layer i, of each text."""
@@ -256,7 +259,8 @@ class PassTogether(Pass):
         self.ops, self.shape, self.eps, self.dtype = first.ops, first.shape, first.eps, first.dtype
         self._x = torch.empty(sum(self._sizes), self.shape.hidden, device=first.positions.device)
         self._more, self.kernels = None, None
-        if all(part.kernels is not None for part in parts):
+        self.reading, self.tiles = first.reading, first.tiles
+        if all(part.kernels is not None and part.tiles == first.tiles for part in parts):
             self.kernels = first.kernels
             by_rotation = zip(*(part.fields for part in parts), strict=True)
             self.fields = [of_texts([own[0] for own in of_one]) for of_one in by_rotation]
@@ -276,7 +280,7 @@ class PassOfPrompts(PassTogether):
         return torch.cat(multiply_texts(projection, torch.split(x, self._sizes)))
 
     def _mixed(self, experts: Experts, x: Tensor) -> Tensor:
-        return torch.cat([experts(own, self.ops.gate) for own in torch.split(x, self._sizes)])
+        return torch.cat([experts(own, self.ops.gate, reading=True) for own in torch.split(x, self._sizes)])
 
 
 def factors(positions: Tensor, growth: Growth) -> Tensor:

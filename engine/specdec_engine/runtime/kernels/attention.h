@@ -1,0 +1,217 @@
+/* Attention, in one order of sums: parts of SPLIT positions, wherever a row ends. */
+#pragma once
+#include "vectors.h"
+
+/* What all layers of a pass share. */
+typedef struct {
+  long n, heads, groups, size; /* groups: heads of keys; size: of a head */
+  long capacity;               /* positions of the cache */
+  int narrow;                  /* the cache is bfloat16 */
+  const float *rotation;
+  const int64_t *positions;
+  const uint64_t *hidden; /* of each row, bits of the pass's rows that it does not see, in a tree of tokens; else missing */
+} pass;
+
+#define SPLIT 64 /* positions of the cache whose softmax is one part: the fewer, the more evenly threads share a short text */
+#define BLOCK 64 /* rows of a group that are worked out at once */
+
+/* LANES keys of [.., size], from `first` on and before `end`, as columns in float32, [size, LANES]: products then need no
+sums across a vector, which took longer than they themselves. */
+INLINE void turn_keys(const int narrow, const char *keys, long first, long end, long size, float *to) {
+  const long row = size * (narrow ? 2 : 4), words = row / 4;
+  for (long at = 0; at < words; at += LANES) {
+    const char *from = keys + first * row + 4 * at;
+    const long many = words - at < LANES ? words - at : LANES;
+    ints rest[LANES], x[LANES];
+    long step = row;
+    if (many < LANES || end - first < LANES) {
+      memset(rest, 0, sizeof rest);
+      for (long i = 0; i < LANES && i < end - first; i++) memcpy(&rest[i], from + i * row, 4 * many);
+      from = (const char *)rest, step = sizeof *rest;
+    }
+    UNROLLED16 for (int i = 0; i < LANES; i++) memcpy(&x[i], from + i * step, sizeof x[i]);
+    turn(x);
+    UNROLLED16 for (int i = 0; i < LANES; i++) {
+      if (i >= many) continue;
+      if (narrow) {
+        store(to, (2 * (at + i)) * LANES, 0, LANES, (floats)(x[i] << 16));
+        store(to, (2 * (at + i) + 1) * LANES, 0, LANES, (floats)(x[i] & (int)0xffff0000));
+      } else store(to, (at + i) * LANES, 0, LANES, (floats)x[i]);
+    }
+  }
+}
+
+/* Positions that a row looks at: first to last, but for those `hidden`, bit 0 of which stands for `base`. */
+typedef struct { long first, last, base; uint64_t hidden; } view;
+
+INLINE ints not_hidden(view v, long at) {
+  ints seen;
+  for (int i = 0; i < LANES; i++) {
+    const long bit = at + i - v.base;
+    seen[i] = bit >= 0 && bit < 64 && (v.hidden >> bit & 1) ? 0 : -1;
+  }
+  return seen;
+}
+
+/* What R rows make of LANES keys, to [R, SPLIT]; keys: [size, LANES]. */
+INLINE void score_tile(const int R, const float *const *queries, const float *keys, long size, float scale, float *to) {
+  floats even[MOST], odd[MOST]; /* two sums at once: one alone would wait for itself */
+  UNROLLED for (int r = 0; r < R; r++) even[r] = odd[r] = (floats){};
+  for (long d = 0; d < size; d += 2) {
+    const floats a = load(keys, d * LANES, 0, LANES), b = load(keys, (d + 1) * LANES, 0, LANES);
+    UNROLLED for (int r = 0; r < R; r++) {
+      even[r] = plus_product(even[r], a, each(queries[r][d]));
+      odd[r] = plus_product(odd[r], b, each(queries[r][d + 1]));
+    }
+  }
+  UNROLLED for (int r = 0; r < R; r++) store(to, r * SPLIT, 0, LANES, (even[r] + odd[r]) * scale);
+}
+
+/* Scores of the `count` positions from `start` on become their exponentials, 0 where `v` does not look. Beside what is seen,
+[padded], lie the largest score and the sum of the exponentials. */
+static void soften(float *scores, long count, long start, view v, long padded, float *part) {
+  floats sum = {}, highest = sum - INFINITY;
+  ints lane;
+  for (int i = 0; i < LANES; i++) lane[i] = i;
+  for (long j = 0; j < count; j += LANES) {
+    const ints at = lane + (int)(start + j);
+    ints seen = (at >= (int)v.first) & (at <= (int)v.last);
+    if (v.hidden && start + j + LANES > v.base) seen &= not_hidden(v, start + j);
+    const floats score = chosen(seen, load(scores, j, 0, LANES), (floats){} - INFINITY);
+    store(scores, j, 0, LANES, score);
+    highest = larger(score, highest);
+  }
+  const float best = largest(highest);
+  for (long j = 0; j < count; j += LANES) {
+    const floats weight = exponential(load(scores, j, 0, LANES) - best);
+    store(scores, j, 0, LANES, weight);
+    sum += weight;
+  }
+  part[padded] = best;
+  part[padded + 1] = total(sum);
+}
+
+/* The values of `count` positions from `start` on, mixed by the weights of R rows, [R, SPLIT]. whole: no row of `values` ends
+within a vector. */
+INLINE void mix_tile(const int R, const int narrow, const int whole, const float *weights, const void *values, long start,
+                     long count, long size, float *parts, long apart) {
+  for (long d = 0; d < size; d += 2 * LANES) {
+    floats left[MOST], right[MOST];
+    UNROLLED for (int r = 0; r < R; r++) left[r] = right[r] = (floats){};
+    for (long j = 0; j < count; j++) {
+      const long at = (start + j) * size + d;
+      const floats a = load(values, at, narrow, whole ? LANES : size - d);
+      const floats b = load(values, at + LANES, narrow, whole ? LANES : size - d - LANES);
+      UNROLLED for (int r = 0; r < R; r++) {
+        const floats weight = each(weights[r * SPLIT + j]);
+        left[r] = plus_product(left[r], a, weight);
+        right[r] = plus_product(right[r], b, weight);
+      }
+    }
+    UNROLLED for (int r = 0; r < R; r++) {
+      store(parts, r * apart + d, 0, LANES, left[r]);
+      store(parts, r * apart + d + LANES, 0, LANES, right[r]);
+    }
+  }
+}
+
+/* Rows of queries that ask the same keys and values, [.., size], from `start` on; for each a part of its softmax, `apart`
+numbers after the part of the row before: see `soften`. */
+static void attend_part(long rows, int narrow, const float *const *queries, const view *views, const char *keys,
+                        const char *values, long start, long size, float *parts, long apart) {
+  const long end = views[rows - 1].last + 1, count = end - start < SPLIT ? end - start : SPLIT; /* views only move on */
+  const long tiles = (rows + MOST - 1) / MOST, tile = (rows + tiles - 1) / tiles;
+  const float scale = 1.f / sqrtf((float)size);
+  float weights[rows * SPLIT], turned[size * LANES];
+  for (long j = 0; j < count; j += LANES) {
+    if (narrow) turn_keys(1, keys, start + j, start + count, size, turned);
+    else turn_keys(0, keys, start + j, start + count, size, turned);
+    for (long r = 0; r < rows; r += tile)
+      BY_MORE_ROWS(rows - r < tile ? rows - r : tile,
+                   score_tile(T, queries + r, turned, size, scale, weights + r * SPLIT + j))
+  }
+  for (long r = 0; r < rows; r++) soften(weights + r * SPLIT, count, start, views[r], apart - 2, parts + r * apart);
+  const int whole = size % (2 * LANES) == 0;
+  for (long r = 0; r < rows; r += tile) {
+    const float *own = weights + r * SPLIT;
+    float *to = parts + r * apart;
+    BY_MORE_ROWS(rows - r < tile ? rows - r : tile,
+                 if (!whole) mix_tile(T, narrow, 0, own, values, start, count, size, to, apart);
+                 else if (narrow) mix_tile(T, 1, 1, own, values, start, count, size, to, apart);
+                 else mix_tile(T, 0, 1, own, values, start, count, size, to, apart))
+  }
+}
+
+/* The parts of a row's softmax, which lie `step` apart, as one. */
+INLINE void merge(const float *parts, long step, view seen, long size, long padded, int narrow, void *out, long at) {
+  const long from = seen.first / SPLIT, to = seen.last / SPLIT;
+  float best = -INFINITY, sum = 0;
+  for (long s = from; s <= to; s++) best = parts[s * step + padded] > best ? parts[s * step + padded] : best;
+  floats mixed[padded / LANES];
+  memset(mixed, 0, sizeof mixed);
+  for (long s = from; s <= to; s++) {
+    const float *part = parts + s * step, share = exponential(each(part[padded] - best))[0];
+    sum += share * part[padded + 1];
+    for (long d = 0; d < size; d += LANES)
+      mixed[d / LANES] = plus_product(mixed[d / LANES], load(part, d, 0, LANES), each(share));
+  }
+  for (long d = 0; d < size; d += LANES) store(out, at + d, narrow, size - d, mixed[d / LANES] / sum);
+}
+
+/* How attention shares out its work. */
+typedef struct {
+  long together;     /* query heads of a group, which ask the same keys */
+  long tokens, rows; /* worked out at once, of each group */
+  long splits;
+  long padded; /* a head's size in whole vectors, an even number */
+} share;
+
+static share share_of(const pass *p) {
+  share s = {.together = p->heads / p->groups};
+  long end = 0;
+  for (long i = 0; i < p->n; i++) end = p->positions[i] >= end ? p->positions[i] + 1 : end;
+  s.tokens = BLOCK / s.together > 1 ? BLOCK / s.together : 1;
+  s.tokens = s.tokens < p->n ? s.tokens : p->n;
+  s.rows = s.tokens * s.together;
+  s.splits = (end + SPLIT - 1) / SPLIT;
+  s.padded = (p->size + 2 * LANES - 1) / (2 * LANES) * 2 * LANES;
+  return s;
+}
+
+/* Bytes that `attend_rows` works in: all parts of the rows' softmax. */
+static long room_to_attend(const pass *p, share s) { return sizeof(float) * p->groups * s.rows * s.splits * (s.padded + 2); }
+
+static void attend_rows(const pass *p, share s, const float *queries, const void *kept, long window, char *room, void *out,
+                        int narrow) {
+  const long size = p->size, apart = s.padded + 2, step = s.rows * apart;
+  const long bytes = p->capacity * size * (p->narrow ? 2 : 4);
+  float *parts = (float *)room;
+  for (long first = 0; first < p->n; first += s.tokens) {
+    const long many = (first + s.tokens < p->n ? s.tokens : p->n - first) * s.together;
+    view views[s.rows];
+    for (long r = 0; r < many; r++) { /* row r of a group: a token's r-th head of those that share keys */
+      const long last = p->positions[first + r / s.together];
+      const uint64_t hidden = p->hidden ? p->hidden[first + r / s.together] : 0;
+      views[r] = (view){window > 0 && last >= window ? last - window + 1 : 0, last, p->positions[0], hidden};
+    }
+#pragma omp for schedule(static, 1)
+    for (long at = 0; at < p->groups * s.splits; at++) {
+      const long g = at / s.splits, start = at % s.splits * SPLIT;
+      const char *keys = (const char *)kept + g * bytes, *values = keys + p->groups * bytes;
+      const float *asked[s.rows];
+      for (long r = 0; r < many; r++)
+        asked[r] = queries + ((first + r / s.together) * p->heads + g * s.together + r % s.together) * size;
+      long from = 0, to = many;
+      while (from < many && views[from].last < start) from++;
+      while (to > from && views[to - 1].first >= start + SPLIT) to--;
+      if (from < to)
+        attend_part(to - from, p->narrow, asked + from, views + from, keys, values, start, size,
+                    parts + at * step + from * apart, apart);
+    }
+#pragma omp for schedule(static)
+    for (long at = 0; at < p->groups * many; at++) {
+      const long g = at / many, r = at % many, head = (first + r / s.together) * p->heads + g * s.together + r % s.together;
+      merge(parts + g * s.splits * step + r * apart, step, views[r], size, s.padded, narrow, out, head * size);
+    }
+  }
+}
