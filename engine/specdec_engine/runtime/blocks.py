@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from specdec_engine.runtime import cpu, native
-from specdec_engine.runtime.native import Kernels
+from specdec_engine.runtime.native import Kernels, Stack
 from specdec_engine.runtime.ops import TORCH, Layer, Ops, Pass
 from specdec_engine.runtime.shape import Shape
 
@@ -48,6 +48,7 @@ class Blocks:
         self._whole = kernels if ops is None else None
         self.cache_dtype = cache_dtype(dtype, device, kernels)
         self.layers: Sequence[Layer] = ()
+        self._stack: Stack | None = None
         self._frequencies = [rotation.frequencies.to(device) for rotation in shape.rotations]
 
     @property
@@ -99,10 +100,12 @@ class Blocks:
         it; with a tree, the first place in the cache. reading: the rows are a prompt's, of which at most the last is asked
         for.
         """
-        kernels = self._whole if len(positions) <= self.ops.few else None
+        if self._stack is None:
+            self._stack = native.stacked(self._whole, [layer.fields for layer in self.layers])
+        stack = self._stack if self._whole is not None and len(positions) <= self.ops.few else None
         rotations = [self.rotation(positions, i) for i in range(len(self._frequencies))]
         places, hidden = (positions, None) if tree is None else (tree.places, tree.hidden)
-        return Pass(self.ops, self.shape, rotations, self.dtype, places, cache, span, start, kernels, hidden, reading)
+        return Pass(self.ops, self.shape, rotations, self.dtype, places, cache, span, start, stack, hidden, reading)
 
     def rotation(self, positions: Tensor, which: int = 0) -> Tensor:
         """[n] -> [n, head_size / 2] complex: what pairs of a query's or a key's numbers are multiplied by, in one of the

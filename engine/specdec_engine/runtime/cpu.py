@@ -40,6 +40,7 @@ def whole(layer: Layer, shape: Shape) -> Layer:
         shape.hidden,
         parts[3][0].K,
         max(matrix.K for matrix in matrices),
+        layer.rotation,
         tuple(map(len, parts)),
         (Matrix * 8)(*matrices),
     )

@@ -152,11 +152,12 @@ class Decoder(Blocks):
         """What leaves the last norm, and what a head reads [n, taps + 1, hidden]; the same again without taps."""
         embedded, scales = self.embedding(tokens), self.shape.scales
         step.x.copy_(embedded if scales.embedding == 1.0 else embedded * scales.embedding)
-        kept = []
-        for i, layer in enumerate(self.layers):
-            step.block(i, layer)
-            if taps is not None and i in taps.layers:
-                kept.append(step.x.to(self.dtype, copy=True))
+        kept, done = [], 0
+        for end in () if taps is None else [i + 1 for i in sorted(set(taps.layers)) if i < len(self.layers)]:
+            step.through(self.layers, range(done, end))
+            kept.append(step.x.to(self.dtype, copy=True))
+            done = end
+        step.through(self.layers, range(done, len(self.layers)))
         last = step.normed(self.norm)
         return last, last if taps is None else torch.stack([*kept, last], 1)
 

@@ -189,10 +189,7 @@ class HeadForward(Blocks):
             step.x[0] = 0.0  # as MiMo's makers have it in vLLM
         embedded = step.normed(self._embedding_norm)
         step.x.copy_(states)
-        first, *others = self.layers
-        step.block(0, first, self._read(step, first, embedded))
-        for i, layer in enumerate(others, 1):
-            step.block(i, layer)
+        step.through(self.layers, range(len(self.layers)), self._read(step, self.layers[0], embedded))
         last = step.normed(self._norm)[-1:]
         return last, last if self.form.output_normed else step.x[-1:]
 

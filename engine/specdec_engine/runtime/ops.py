@@ -18,7 +18,7 @@ from specdec_engine.runtime.attention import attend_grouped, attend_in_groups, a
 from specdec_engine.runtime.experts import Experts
 from specdec_engine.runtime.linear import Projection, multiply_texts
 from specdec_engine.runtime.mixture import Gate
-from specdec_engine.runtime.native import Kernels, LayerFields, of_texts, pass_fields
+from specdec_engine.runtime.native import LayerFields, Stack, of_texts, pass_fields
 from specdec_engine.runtime.shape import Growth, Shape
 
 FEW_ROWS = 16
@@ -108,15 +108,15 @@ class Pass:
         cache: Tensor,
         span: int,
         start: int | None,
-        kernels: Kernels | None = None,
+        stack: Stack | None = None,
         hidden: Tensor | None = None,
         reading: bool = False,
     ) -> None:
         """rotations: see `Blocks.rotation`. span: places of the cache that take in all positions. start: the first position,
-        where the host knows it. kernels: our own for a CPU, which do a layer in one call: nine operations take 9 µs of Python
-        each, and 1 µs of work for few rows. hidden [n] int64: in a tree of tokens, of each row bits of the rows before it
-        that it does not see; positions are then places in the cache. reading: the rows are a prompt's, see `Projection`."""
-        self.reading, self.tiles = reading, reading and kernels is not None and kernels.reads_tiled(len(positions))
+        where the host knows it. stack: all layers, where our own kernels do them whole. hidden [n] int64: in a tree of
+        tokens, of each row bits of the rows before it that it does not see; positions are then places in the cache.
+        reading: the rows are a prompt's, see `Projection`."""
+        self.reading, self.tiles = reading, reading and stack is not None and stack.kernels.reads_tiled(len(positions))
         self.ops, self.eps, self.dtype, self.positions = ops, shape.eps, dtype, positions
         n = len(positions)
         self._x = torch.empty(n, shape.hidden, device=positions.device)
@@ -134,10 +134,11 @@ class Pass:
         self._wide_dtype = cache.dtype if cache.dtype == torch.float32 else ops.wide_dtype or cache.dtype
         grown = shape.growth is not None and (start is None or start + n > shape.growth.length)
         self._growth = factors(positions, shape.growth) if grown and shape.growth is not None else None
-        self.kernels = kernels = None if grown else kernels
-        if kernels is not None:
-            fields = [pass_fields(shape.heads, rotation, positions, cache[0], hidden) for rotation in rotations]
-            self.fields = [of_texts([of_rotation]) for of_rotation in fields]
+        self.stack = None if grown else stack
+        if self.stack is not None:
+            assert cache.is_contiguous()  # the layers' follow one another
+            self.fields = [pass_fields(shape.heads, rotation, positions, cache[0], hidden) for rotation in rotations]
+            self._texts = of_texts(self.fields)
         self.shape = shape
         self._masks = {w: self._mask(w, together, self._wide_dtype) for w in self._masked(shape.windows)}
 
@@ -156,12 +157,17 @@ class Pass:
         more, self._more = self._more, None
         return self.ops.add_norm(self._x, more, weight, self.eps, self.dtype)
 
+    def through(self, layers: Sequence[Layer], which: range, inputs: Tensor | None = None) -> None:
+        """Some of the layers, one after the other; inputs: what the first of them reads, see `block`."""
+        if self.stack is not None and which:
+            caches = self.layer_caches(which.start)
+            self.stack.kernels.through(self.stack.layers, which, self._texts, self.x, inputs, caches, self.tiles)
+            return
+        for i in which:
+            self.block(i, layers[i], inputs if i == which.start else None)
+
     def block(self, i: int, layer: Layer, inputs: Tensor | None = None) -> None:
         """Layer i, whose attention reads `inputs` [n, ...], already normed, or else the residual stream: adds to that."""
-        if self.kernels is not None and layer.fields is not None:
-            caches = self.layer_caches(i)
-            self.kernels.block(layer.fields, self.fields[layer.rotation], self.x, inputs, caches, self.tiles)
-            return
         inputs = self._read(layer.attention_norm) if inputs is None else inputs
         multiply = self._multiply
         attended = self.attention(i, layer, multiply(layer.qkv, inputs))
@@ -258,12 +264,12 @@ class PassTogether(Pass):
         self._parts, self._sizes = parts, [len(part.positions) for part in parts]
         self.ops, self.shape, self.eps, self.dtype = first.ops, first.shape, first.eps, first.dtype
         self._x = torch.empty(sum(self._sizes), self.shape.hidden, device=first.positions.device)
-        self._more, self.kernels = None, None
+        self._more, self.stack = None, None
         self.reading, self.tiles = first.reading, first.tiles
-        if all(part.kernels is not None and part.tiles == first.tiles for part in parts):
-            self.kernels = first.kernels
+        if all(part.stack is not None and part.tiles == first.tiles for part in parts):
+            self.stack = first.stack
             by_rotation = zip(*(part.fields for part in parts), strict=True)
-            self.fields = [of_texts([own[0] for own in of_one]) for of_one in by_rotation]
+            self._texts = of_texts([fields for of_one in by_rotation for fields in of_one])
 
     def layer_caches(self, i: int) -> Sequence[Tensor]:
         return [part.kept[i] for part in self._parts]

@@ -2,6 +2,8 @@
 #pragma once
 #include "vectors.h"
 
+extern int omp_get_thread_num(void), omp_get_num_threads(void); /* omp.h comes with gcc alone */
+
 /* What all layers of a pass share. */
 typedef struct {
   long n, heads, groups, size; /* groups: heads of keys; size: of a head */
@@ -158,60 +160,95 @@ INLINE void merge(const float *parts, long step, view seen, long size, long padd
   for (long d = 0; d < size; d += LANES) store(out, at + d, narrow, size - d, mixed[d / LANES] / sum);
 }
 
-/* How attention shares out its work. */
+/* Rows of one text that are worked out at once, and where they read and write. */
 typedef struct {
-  long together;     /* query heads of a group, which ask the same keys */
-  long tokens, rows; /* worked out at once, of each group */
-  long splits;
-  long padded; /* a head's size in whole vectors, an even number */
-} share;
+  const pass *p;
+  const float *queries;
+  const char *kept;
+  void *out;
+  long first, tokens; /* of the text's pass */
+  long together;      /* query heads of a group, which ask the same keys */
+  long splits;        /* parts of the cache */
+  long apart;         /* numbers of one row's part: a head's size in whole vectors, an even number, and two more */
+} job;
 
-static share share_of(const pass *p) {
-  share s = {.together = p->heads / p->groups};
-  long end = 0;
-  for (long i = 0; i < p->n; i++) end = p->positions[i] >= end ? p->positions[i] + 1 : end;
-  s.tokens = BLOCK / s.together > 1 ? BLOCK / s.together : 1;
-  s.tokens = s.tokens < p->n ? s.tokens : p->n;
-  s.rows = s.tokens * s.together;
-  s.splits = (end + SPLIT - 1) / SPLIT;
-  s.padded = (p->size + 2 * LANES - 1) / (2 * LANES) * 2 * LANES;
-  return s;
+INLINE long rows_of(job j) { return j.tokens * j.together; }
+
+INLINE long parts_of(job j) { return j.p->groups * j.splits; }
+
+INLINE long room_of(job j) { return parts_of(j) * rows_of(j) * j.apart; }
+
+/* Row r of group g: a token's r-th head of those that share keys. */
+INLINE long head_of(job j, long g, long r) {
+  return (j.first + r / j.together) * j.p->heads + g * j.together + r % j.together;
 }
 
-/* Bytes that `attend_rows` works in: all parts of the rows' softmax. */
-static long room_to_attend(const pass *p, share s) { return sizeof(float) * p->groups * s.rows * s.splits * (s.padded + 2); }
+INLINE view view_of(job j, long r, long window) {
+  const long token = j.first + r / j.together, last = j.p->positions[token];
+  return (view){window > 0 && last >= window ? last - window + 1 : 0, last, j.p->positions[0],
+                j.p->hidden ? j.p->hidden[token] : 0};
+}
 
-static void attend_rows(const pass *p, share s, const float *queries, const void *kept, long window, char *room, void *out,
-                        int narrow) {
-  const long size = p->size, apart = s.padded + 2, step = s.rows * apart;
-  const long bytes = p->capacity * size * (p->narrow ? 2 : 4);
-  float *parts = (float *)room;
-  for (long first = 0; first < p->n; first += s.tokens) {
-    const long many = (first + s.tokens < p->n ? s.tokens : p->n - first) * s.together;
-    view views[s.rows];
-    for (long r = 0; r < many; r++) { /* row r of a group: a token's r-th head of those that share keys */
-      const long last = p->positions[first + r / s.together];
-      const uint64_t hidden = p->hidden ? p->hidden[first + r / s.together] : 0;
-      views[r] = (view){window > 0 && last >= window ? last - window + 1 : 0, last, p->positions[0], hidden};
+/* The number of jobs that a text is; they are written to `to`, where there is that. */
+static long jobs_of(const pass *p, const float *queries, const void *kept, void *out, job *to) {
+  const long together = p->heads / p->groups, most = BLOCK / together > 1 ? BLOCK / together : 1;
+  for (long first = 0; to && first < p->n; first += most) {
+    const long tokens = p->n - first < most ? p->n - first : most;
+    const long padded = (p->size + 2 * LANES - 1) / (2 * LANES) * 2 * LANES;
+    const long splits = p->positions[first + tokens - 1] / SPLIT + 1; /* positions never decrease */
+    *to++ = (job){p, queries, kept, out, first, tokens, together, splits, padded + 2};
+  }
+  return (p->n + most - 1) / most;
+}
+
+static void attend_job(job j, long at, long window, float *parts) {
+  const long size = j.p->size, rows = rows_of(j), g = at / j.splits, start = at % j.splits * SPLIT;
+  const long bytes = j.p->capacity * size * (j.p->narrow ? 2 : 4);
+  const char *keys = j.kept + g * bytes, *values = keys + j.p->groups * bytes;
+  const float *asked[rows];
+  view views[rows];
+  for (long r = 0; r < rows; r++) views[r] = view_of(j, r, window), asked[r] = j.queries + head_of(j, g, r) * size;
+  long from = 0, to = rows; /* who looks at this part: views only move on */
+  while (from < rows && views[from].last < start) from++;
+  while (to > from && views[to - 1].first >= start + SPLIT) to--;
+  if (from < to)
+    attend_part(to - from, j.p->narrow, asked + from, views + from, keys, values, start, size,
+                parts + (at * rows + from) * j.apart, j.apart);
+}
+
+/* Row r of group g. */
+static void merge_job(job j, long g, long r, long window, const float *parts, int narrow) {
+  const long step = rows_of(j) * j.apart;
+  merge(parts + g * j.splits * step + r * j.apart, step, view_of(j, r, window), j.p->size, j.apart - 2, narrow, j.out,
+        head_of(j, g, r) * j.p->size);
+}
+
+#define ROOM (1 << 20) /* numbers: parts of softmax that are worked out before any are merged, if they are not one job's */
+
+static long most_room(const job *jobs, long count) {
+  long most = ROOM;
+  for (long i = 0; i < count; i++) most = room_of(jobs[i]) > most ? room_of(jobs[i]) : most;
+  return most;
+}
+
+/* Several texts at once: of each alone the threads would often have an odd number of parts, and wait for each other. */
+static void attend_jobs(const job *jobs, long count, long window, float *room, int narrow) {
+  const long me = omp_get_thread_num(), team = omp_get_num_threads();
+  for (long i = 0, end; i < count; i = end) {
+    long used = room_of(jobs[i]), turn = 0;
+    for (end = i + 1; end < count && used + room_of(jobs[end]) <= ROOM; end++) used += room_of(jobs[end]);
+    float *parts = room;
+    for (long j = i; j < end; parts += room_of(jobs[j++]))
+      for (long at = 0; at < parts_of(jobs[j]); at++)
+        if (turn++ % team == me) attend_job(jobs[j], at, window, parts);
+#pragma omp barrier
+    parts = room;
+    for (long j = i; j < end; parts += room_of(jobs[j++])) {
+      const long rows = rows_of(jobs[j]);
+      for (long at = 0; at < jobs[j].p->groups * rows; at++)
+        if (turn++ % team == me)
+          merge_job(jobs[j], at / rows, at % rows, window, parts, narrow);
     }
-#pragma omp for schedule(static, 1)
-    for (long at = 0; at < p->groups * s.splits; at++) {
-      const long g = at / s.splits, start = at % s.splits * SPLIT;
-      const char *keys = (const char *)kept + g * bytes, *values = keys + p->groups * bytes;
-      const float *asked[s.rows];
-      for (long r = 0; r < many; r++)
-        asked[r] = queries + ((first + r / s.together) * p->heads + g * s.together + r % s.together) * size;
-      long from = 0, to = many;
-      while (from < many && views[from].last < start) from++;
-      while (to > from && views[to - 1].first >= start + SPLIT) to--;
-      if (from < to)
-        attend_part(to - from, p->narrow, asked + from, views + from, keys, values, start, size,
-                    parts + at * step + from * apart, apart);
-    }
-#pragma omp for schedule(static)
-    for (long at = 0; at < p->groups * many; at++) {
-      const long g = at / many, r = at % many, head = (first + r / s.together) * p->heads + g * s.together + r % s.together;
-      merge(parts + g * s.splits * step + r * apart, step, views[r], size, s.padded, narrow, out, head * size);
-    }
+#pragma omp barrier
   }
 }

@@ -8,8 +8,6 @@ machine it runs on, and describes the functions. */
 
 #define MANY_ROWS 16 /* from which on a second thread is worth its waking, between two products */
 
-extern int omp_get_thread_num(void); /* omp.h comes with gcc alone */
-
 long lanes(void) { return LANES; }
 
 /* Whether `reading` means anything here. */
@@ -113,7 +111,7 @@ static void rotate_head(const pass *p, const void *qkv, int narrow, const float 
 
 static void rotate_rows(const pass *p, const void *qkv, int narrow, const float *q_norm, const float *k_norm, float eps,
                         float *queries, void *kept) {
-#pragma omp for schedule(static) collapse(2)
+#pragma omp for schedule(static) collapse(2) nowait
   for (long r = 0; r < p->n; r++)
     for (long h = 0; h < p->heads + 2 * p->groups; h++)
       rotate_head(p, qkv, narrow, h < p->heads ? q_norm : k_norm, eps, r, h, queries, kept);
@@ -126,11 +124,13 @@ void rotate(const pass *p, const void *qkv, int narrow, const float *q_norm, con
 }
 
 int attend(const pass *p, const float *queries, const void *kept, long window, void *out, int narrow, int threads) {
-  const share s = share_of(p);
-  char *room = malloc(room_to_attend(p, s));
+  const long count = jobs_of(p, 0, 0, 0, 0);
+  job jobs[count];
+  jobs_of(p, queries, kept, out, jobs);
+  float *room = malloc(sizeof(float) * most_room(jobs, count));
   if (!room) return 1;
 #pragma omp parallel num_threads(threads)
-  attend_rows(p, s, queries, kept, window, room, out, narrow);
+  attend_jobs(jobs, count, window, room, narrow);
   free(room);
   return 0;
 }
@@ -141,50 +141,77 @@ typedef struct {
   float eps;
   long window; /* 0: none */
   long hidden, inner, widest;
-  long many[4]; /* matrices that lie beside each other: queries, keys and values; out; gate and up; down */
+  long rotation; /* the number of its rotation */
+  long many[4];  /* matrices that lie beside each other: queries, keys and values; out; gate and up; down */
   matrix matrices[8];
 } layer;
 
-/* x [n, hidden] += what the layer makes of `inputs`, or where there are none of x, normed. The rows are those of `count`
-texts, one after the other: the matrices take them together, and each text looks at its own cache. */
-int block(const layer *l, const pass *texts, void *const *kept, long count, float *x, const float *inputs, int reading,
-          int threads) {
+/* What a layer's steps hand on, of n rows. */
+typedef struct {
+  long n;
+  float *normed, *more, *qkv, *queries, *seen, *gate_up, *gated;
+  char *room;
+} scratch;
+
+/* The bytes of `scratch`, which lies at `memory` if that is not missing. */
+static long lay_out(const layer *l, const pass *p, long n, long room, char *memory, scratch *to) {
+  const long width = p->heads * p->size, all = width + 2 * p->groups * p->size;
+  const long sizes[] = {l->hidden, l->hidden, all, width, width, 2 * l->inner, l->inner};
+  float **parts[] = {&to->normed, &to->more, &to->qkv, &to->queries, &to->seen, &to->gate_up, &to->gated};
+  long at = 0;
+  for (int i = 0; i < 7; at += n * sizes[i++]) *parts[i] = (float *)memory + at;
+  to->n = n, to->room = (char *)((float *)memory + at);
+  return sizeof(float) * at + room;
+}
+
+/* Each text looks at its own cache. */
+static void look_back(const layer *l, const pass *texts, void *const *kept, long count, long number, long most, scratch s) {
   const long width = texts->heads * texts->size, all = width + 2 * texts->groups * texts->size;
-  share shares[count];
-  long n = 0, attend_room = 0;
-  for (long t = 0; t < count; t++) {
-    shares[t] = share_of(texts + t);
-    const long room = room_to_attend(texts + t, shares[t]);
-    attend_room = room > attend_room ? room : attend_room;
-    n += texts[t].n;
+  job jobs[most], *next = jobs;
+  for (long t = 0, row = 0; t < count; row += texts[t++].n) {
+    float *asked = s.queries + row * width;
+    const long values = 2 * texts[t].groups * texts[t].capacity * texts[t].size;
+    char *own = (char *)kept[t] + number * values * (texts[t].narrow ? 2 : 4);
+    rotate_rows(texts + t, s.qkv + row * all, 0, l->q_norm, l->k_norm, l->eps, asked, own);
+    next += jobs_of(texts + t, asked, own, s.seen + row * width, next);
   }
-  const long products_room = room_for(n, l->widest, reading ? threads : 0);
-  float *normed = malloc(sizeof(float) * n * (2 * l->hidden + all + 2 * width + 3 * l->inner) +
-                         (products_room > attend_room ? products_room : attend_room));
-  if (!normed) return 1;
-  float *more = normed + n * l->hidden, *qkv = more + n * l->hidden, *queries = qkv + n * all, *seen = queries + n * width;
-  float *gate_up = seen + n * width, *gated = gate_up + 2 * n * l->inner;
-  char *room = (char *)(gated + n * l->inner);
-  const matrix *out = l->matrices + l->many[0], *up = out + l->many[1], *down = up + l->many[2];
-#pragma omp parallel num_threads(threads)
+#pragma omp barrier
+  attend_jobs(jobs, next - jobs, l->window, (float *)s.room, 0);
+}
+
+/* x [n, hidden] += what `layers` layers make of it, one after the other, or the first of `inputs`, already normed, where
+there are any. The rows are those of `count` texts, one after the other: the matrices take them together. texts: of each
+rotation; kept: of each text, the first layer's cache, which the others' follow. */
+int blocks(const layer *l, long layers, const pass *texts, void *const *kept, long count, float *x, const float *inputs,
+           int reading, int threads) {
+  long n = 0, most = 0, widest = 0, room = 0;
+  for (long t = 0; t < count; t++) n += texts[t].n, most += jobs_of(texts + t, 0, 0, 0, 0);
+  for (long i = 0; i < layers; i++) widest = l[i].widest > widest ? l[i].widest : widest;
   {
-    if (!inputs) norm_rows(x, 0, l->attention_norm, l->eps, n, l->hidden, 0, normed);
-    products(l->matrices, l->many[0], inputs ? inputs : normed, n, reading, room, qkv);
-    long row = 0;
-    for (long t = 0; t < count; t++) {
-      float *asked = queries + row * width;
-      rotate_rows(texts + t, qkv + row * all, 0, l->q_norm, l->k_norm, l->eps, asked, kept[t]);
-      attend_rows(texts + t, shares[t], asked, kept[t], l->window, room, seen + row * width, 0);
-      row += texts[t].n;
-    }
-    products(out, l->many[1], seen, n, reading, room, more);
-    norm_rows(x, more, l->mlp_norm, l->eps, n, l->hidden, 0, normed);
-    products(up, l->many[2], normed, n, reading, room, gate_up);
-    gate_rows(gate_up, n, l->inner, 0, gated);
-    products(down, l->many[3], gated, n, reading, room, more);
-#pragma omp for schedule(static)
-    for (long i = 0; i < n * l->hidden; i++) x[i] += more[i];
+    job jobs[most], *next = jobs;
+    for (long t = 0; t < count; t++) next += jobs_of(texts + t, 0, 0, 0, next);
+    room = sizeof(float) * most_room(jobs, most);
   }
-  free(normed);
+  const long others = room_for(n, widest, reading ? threads : 0);
+  scratch s;
+  char *memory = malloc(lay_out(l, texts, n, others > room ? others : room, 0, &s));
+  if (!memory) return 1;
+  lay_out(l, texts, n, 0, memory, &s);
+#pragma omp parallel num_threads(threads)
+  for (long i = 0; i < layers; i++) {
+    const layer *own = l + i;
+    const matrix *out = own->matrices + own->many[0], *up = out + own->many[1], *down = up + own->many[2];
+    const int given = i == 0 && inputs;
+    if (!given) norm_rows(x, i ? s.more : 0, own->attention_norm, own->eps, n, own->hidden, 0, s.normed);
+    products(own->matrices, own->many[0], given ? inputs : s.normed, n, reading, s.room, s.qkv);
+    look_back(own, texts + own->rotation * count, kept, count, i, most, s);
+    products(out, own->many[1], s.seen, n, reading, s.room, s.more);
+    norm_rows(x, s.more, own->mlp_norm, own->eps, n, own->hidden, 0, s.normed);
+    products(up, own->many[2], s.normed, n, reading, s.room, s.gate_up);
+    gate_rows(s.gate_up, n, own->inner, 0, s.gated);
+    products(down, own->many[3], s.gated, n, reading, s.room, s.more);
+  }
+  for (long i = 0; i < n * l->hidden; i++) x[i] += s.more[i];
+  free(memory);
   return 0;
 }
