@@ -14,6 +14,7 @@ from specdec_engine.models.options import LoadOptions
 from specdec_engine.runtime import native
 from specdec_engine.runtime.cpu import whole
 from specdec_engine.runtime.decoder import Decoder, paired
+from specdec_engine.runtime.lean import read_together
 from specdec_engine.runtime.linear import Joined, project
 from specdec_engine.runtime.ops import TORCH
 from specdec_engine.runtime.shape import Unsupported, shape_of
@@ -190,6 +191,46 @@ def test_a_layer_in_one_call_is_the_same_operation_by_operation(name, own):
         assert torch.equal(*logits)
         whole.rollback(20)
         assert torch.equal(torch.cat([whole.forward(token, 1) for token in tokens[20:60].split(1)]), logits[0][20:60])
+
+
+@pytest.mark.parametrize("reading", ["alike", "tiles"])
+def test_two_threads_say_what_one_says(reading, own):
+    """To the bit: how the work is shared out changes no sum."""
+    model, threads = build(FAMILY["qwen3"][0], FAMILY["qwen3"][1] | {"hidden_size": 64}), torch.get_num_threads()
+    tokens, found = torch.randint(0, 97, (190,), generator=torch.Generator().manual_seed(3)), []
+    try:
+        for threads_now in (1, 2, 3):
+            torch.set_num_threads(threads_now)
+            runtime = lean(model, quantize="int8", kernels=own.reading_as(reading if own.tiled else "alike"))
+            runtime.forward(tokens[:100], 1)
+            found.append(torch.cat([runtime.forward(part, len(part)) for part in tokens[100:].split(29)]))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_prompt_in_tiles_is_the_same_alone_and_together(name, own):
+    """To the bit, in one call and operation by operation: too short for tiles, for our own attention, and for torch's. What is
+    verified after it is not in tiles."""
+    if not own.tiled:
+        pytest.skip("no tiles of bfloat16 (AMX)")
+    model = build(FAMILY[name][0], FAMILY[name][1] | {"hidden_size": 64, "intermediate_size": 96})
+    first = lean(model, quantize="int8", kernels=own.reading_as("tiles"))
+    first.tap((0,))
+    seed = torch.Generator().manual_seed(2)
+    for lengths in ((10, 300), (40, 70, 100)):
+        prompts = [torch.randint(0, 97, (n,), generator=seed) for n in lengths]
+        together = [first.another() for _ in prompts]
+        read_together(together, prompts)
+        for prompt, found in zip(prompts, together, strict=True):
+            alone, n = first.another(), len(prompt)
+            alone.forward(prompt, 1)
+            assert torch.equal(alone.features(0, n), found.features(0, n))
+            assert torch.equal(alone._cache[:, :, :n], found._cache[:, :, :n])
+            rows = alone.forward(prompt[:30], len(prompt[:30]))
+            assert torch.equal(torch.cat([found.forward(token, 1) for token in prompt[:30].split(1)]), rows)
 
 
 def test_matrices_that_lie_beside_each_other_are_multiplied_in_one_call(own):

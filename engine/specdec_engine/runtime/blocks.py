@@ -100,12 +100,19 @@ class Blocks:
         it; with a tree, the first place in the cache. reading: the rows are a prompt's, of which at most the last is asked
         for.
         """
-        if self._stack is None:
-            self._stack = native.stacked(self._whole, [layer.fields for layer in self.layers])
-        stack = self._stack if self._whole is not None and len(positions) <= self.ops.few else None
+        stack = self._stack_for(len(positions), start or 0, reading)
         rotations = [self.rotation(positions, i) for i in range(len(self._frequencies))]
         places, hidden = (positions, None) if tree is None else (tree.places, tree.hidden)
         return Pass(self.ops, self.shape, rotations, self.dtype, places, cache, span, start, stack, hidden, reading)
+
+    def _stack_for(self, rows: int, start: int, reading: bool) -> Stack | None:
+        """All layers, where our own kernels do them whole for so many rows."""
+        if self._whole is None:
+            return None
+        if self._stack is None:
+            self._stack = native.stacked(self._whole, [layer.fields for layer in self.layers])
+        reads = reading and self._whole.reads_tiled(rows) and rows * (start + rows) <= _SHORT
+        return self._stack if rows <= self.ops.few or reads else None
 
     def rotation(self, positions: Tensor, which: int = 0) -> Tensor:
         """[n] -> [n, head_size / 2] complex: what pairs of a query's or a key's numbers are multiplied by, in one of the
@@ -115,6 +122,11 @@ class Blocks:
         if self.shape.rotary:  # what is not rotated is not scaled
             lengths[:, self.shape.rotary // 2 :] = 1.0
         return torch.polar(lengths, angles)
+
+
+_SHORT = 2**16
+"""Rows of a prompt times the positions that the last of them looks at, up to which our own attention is faster than torch's
+with AMX: 256 rows of a new text, or 150 after 300 tokens."""
 
 
 def cache_dtype(dtype: torch.dtype, device: torch.device, kernels: Kernels | None) -> torch.dtype:

@@ -128,7 +128,7 @@ class Pass:
         self._hidden = hidden
         tree = hidden is not None
         self._causal = None if start is None or capped or tree else causal_of(n, self._end, positions.device)
-        self._attend_few = ops.attend if n <= ops.few and not capped else None
+        self._attend_few = ops.attend if (n <= ops.few or stack is not None) and not capped else None
         self._grouped = n <= FEW_ROWS and (start is None or tree) and not capped
         together = shape.heads // shape.kv_heads if self._grouped else 1
         self._wide_dtype = cache.dtype if cache.dtype == torch.float32 else ops.wide_dtype or cache.dtype
