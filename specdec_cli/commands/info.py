@@ -74,7 +74,10 @@ def _measured(runtime: dict[str, Any]) -> Iterator[str]:
         forms = sorted(one["timings"], key=lambda form: form["one_ms"] + form["four_ms"])
         figures = " · ".join(f"{form['form']} {form['one_ms']:.1f} and {form['four_ms']:.1f}" for form in forms)
         size = f"{one['rows']} x {one['columns']}, {one['threads']} threads, torch {one['torch']}"
-        yield f"ms for 1 and 4 rows of 100M weights ({size}): {figures}"
+        yield f"ms for 1 and 4 rows of 100M weights ({size}): {figures}{_READING[one['reading']]}"
+
+
+_READING = {"alike": "", "unpacked": " · prompts unpacked for torch", "tiles": " · prompts in tiles of bfloat16"}
 
 
 def _found() -> dict[str, Any]:

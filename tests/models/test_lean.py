@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from specdec_engine.runtime.cpu import whole
 from specdec_engine.runtime.decoder import Decoder, paired
 from specdec_engine.runtime.lean import read_together
 from specdec_engine.runtime.linear import Joined, project
+from specdec_engine.runtime.native import Reading
 from specdec_engine.runtime.ops import TORCH
 from specdec_engine.runtime.shape import Unsupported, shape_of
 from specdec_engine.runtime.target import ModelTarget
@@ -210,14 +212,15 @@ def test_two_threads_say_what_one_says(reading, own):
     assert torch.equal(found[0], found[2])
 
 
+@pytest.mark.parametrize("reading", get_args(Reading))
 @pytest.mark.parametrize("name", PLAIN)
-def test_a_prompt_in_tiles_is_the_same_alone_and_together(name, own):
-    """To the bit, in one call and operation by operation: too short for tiles, for our own attention, and for torch's. What is
-    verified after it is not in tiles."""
-    if not own.tiled:
+def test_a_prompt_is_the_same_alone_and_together(name, reading, own):
+    """To the bit, in one call and operation by operation: too short for tiles, for our own attention, and for torch's. What
+    is verified after it is not read so, nor is a draft's pass that asks for more than its last row."""
+    if reading == "tiles" and not own.tiled:
         pytest.skip("no tiles of bfloat16 (AMX)")
     model = build(FAMILY[name][0], FAMILY[name][1] | {"hidden_size": 64, "intermediate_size": 96})
-    first = lean(model, quantize="int8", kernels=own.reading_as("tiles"))
+    first = lean(model, quantize="int8", kernels=own.reading_as(reading))
     first.tap((0,))
     seed = torch.Generator().manual_seed(2)
     for lengths in ((10, 300), (40, 70, 100)):
@@ -231,6 +234,8 @@ def test_a_prompt_in_tiles_is_the_same_alone_and_together(name, own):
             assert torch.equal(alone._cache[:, :, :n], found._cache[:, :, :n])
             rows = alone.forward(prompt[:30], len(prompt[:30]))
             assert torch.equal(torch.cat([found.forward(token, 1) for token in prompt[:30].split(1)]), rows)
+            alone.rollback(n)
+            assert torch.equal(alone.forward(prompt[:30], len(rows) - 2), rows[2:])
 
 
 def test_matrices_that_lie_beside_each_other_are_multiplied_in_one_call(own):

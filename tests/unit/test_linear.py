@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 
 import numpy as np
@@ -106,6 +107,14 @@ def test_own_kernels_unpack_for_a_prompt(monkeypatch, tmp_path, own, kind, at_on
     assert torch.equal(found(x), narrow)  # verified
     assert 0 < (found(x, reading=True) - narrow).abs().max() < 0.02 * narrow.abs().max()
     check_texts(found)
+
+
+def test_tiles_that_another_process_found_fastest_are_not_taken_where_there_are_none(own):
+    """The system may refuse this one, and an older compiler may know of none: what is remembered holds for neither."""
+    other = copy.copy(own)
+    other.tiled = False
+    assert other.reading_as("tiles").reading == "alike"
+    assert other.reading_as("unpacked").reading == "unpacked"
 
 
 def check_texts(found):

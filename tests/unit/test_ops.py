@@ -71,14 +71,18 @@ def test_heads_are_rotated_as_torch_rotates_them(own, n, heads, groups, size, dt
 
 
 def heads_at(n, end, heads, groups, size, dtype):
-    """Queries of the last n of `end` positions, and a cache with junk behind them."""
-    return numbers(n, heads, size), numbers(2 * groups, end + 40, size, dtype=dtype, seed=3), torch.arange(end - n, end)
+    """Queries of the last n of `end` positions, and a cache with junk behind them, which is no number."""
+    kept = numbers(2 * groups, end + 40, size, dtype=dtype, seed=3)
+    kept[:, end:] = torch.nan
+    return numbers(n, heads, size), kept, torch.arange(end - n, end)
 
 
 @pytest.mark.parametrize("window", [None, 5, 200])
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32 cached", "bfloat16 cached"])
-@pytest.mark.parametrize(("heads", "groups", "size"), [(4, 2, 8), (9, 3, 64), (2, 2, 20), (70, 1, 16)])
-@pytest.mark.parametrize(("n", "end"), [(1, 1), (1, 128), (3, 129), (17, 300), (200, 300)])
+@pytest.mark.parametrize(
+    ("heads", "groups", "size"), [(4, 2, 8), (9, 3, 64), (2, 2, 20), (71, 1, 16), (4, 2, 80), (4, 2, 112)]
+)
+@pytest.mark.parametrize(("n", "end"), [(1, 1), (1, 128), (3, 129), (17, 300), (200, 300), (65, 6000)])
 def test_attention_is_torchs(own, n, end, heads, groups, size, dtype, window):
     queries, kept, positions = heads_at(n, end, heads, groups, size, dtype)
     expected = attend_in_groups(queries, kept[:, :end].float(), causal_mask(positions, end, window, torch.float32))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -48,7 +49,6 @@ class Blocks:
         self._whole = kernels if ops is None else None
         self.cache_dtype = cache_dtype(dtype, device, kernels)
         self.layers: Sequence[Layer] = ()
-        self._stack: Stack | None = None
         self._frequencies = [rotation.frequencies.to(device) for rotation in shape.rotations]
 
     @property
@@ -93,26 +93,33 @@ class Blocks:
         start: int | None = None,
         tree: TreeRows | None = None,
         reading: bool = False,
+        rotations: Sequence[Tensor] | None = None,
     ) -> Pass:
         """A pass at [n] positions; the residual stream, `x`, is the caller's to fill.
 
         span: places of the cache that take in all positions. start: the first of consecutive positions, where the host knows
         it; with a tree, the first place in the cache. reading: the rows are a prompt's, of which at most the last is asked
-        for.
+        for. rotations: those of these positions, where they were made with others'.
         """
         stack = self._stack_for(len(positions), start or 0, reading)
-        rotations = [self.rotation(positions, i) for i in range(len(self._frequencies))]
+        rotations = self.rotations(positions) if rotations is None else rotations
         places, hidden = (positions, None) if tree is None else (tree.places, tree.hidden)
         return Pass(self.ops, self.shape, rotations, self.dtype, places, cache, span, start, stack, hidden, reading)
+
+    @cached_property
+    def _stack(self) -> Stack | None:
+        return native.stacked(self._whole, [layer.fields for layer in self.layers])
 
     def _stack_for(self, rows: int, start: int, reading: bool) -> Stack | None:
         """All layers, where our own kernels do them whole for so many rows."""
         if self._whole is None:
             return None
-        if self._stack is None:
-            self._stack = native.stacked(self._whole, [layer.fields for layer in self.layers])
         reads = reading and self._whole.reads_tiled(rows) and rows * (start + rows) <= _SHORT
         return self._stack if rows <= self.ops.few or reads else None
+
+    def rotations(self, positions: Tensor) -> list[Tensor]:
+        """`rotation` of each that the shape has."""
+        return [self.rotation(positions, i) for i in range(len(self._frequencies))]
 
     def rotation(self, positions: Tensor, which: int = 0) -> Tensor:
         """[n] -> [n, head_size / 2] complex: what pairs of a query's or a key's numbers are multiplied by, in one of the

@@ -118,7 +118,7 @@ class Decoder(Blocks):
         Writes their keys and values into `cache`, and looks at its first `span` positions, which must take in all of
         `positions`. start: see `Blocks.begin`.
         """
-        reading = rows < len(tokens)
+        reading = rows == 1 < len(tokens)
         last, features = self._through(self.begin(positions, cache, span, start, None, reading), tokens, taps)
         if taps is not None:
             taps.kept.index_copy_(0, positions, features)
@@ -138,12 +138,17 @@ class Decoder(Blocks):
 
     def _read(self, sequences: Sequence[OneOfSeveral], kind: type[PassTogether]) -> Tensor:
         """What leaves the last norm, of the rows of all."""
-        reading = kind is PassOfPrompts
-        parts = [self.begin(s.positions, s.cache, s.span, s.start, s.tree, reading) for s in sequences]
+        reading, lengths = kind is PassOfPrompts, [len(s.tokens) for s in sequences]
+        turns = self.rotations(torch.cat([s.positions for s in sequences]))
+        own_turns = zip(*(torch.split(turn, lengths) for turn in turns), strict=True)
+        parts = [
+            self.begin(s.positions, s.cache, s.span, s.start, s.tree, reading, own)
+            for s, own in zip(sequences, own_turns, strict=True)
+        ]
         taps = sequences[0].taps
         last, features = self._through(kind(parts), torch.cat([s.tokens for s in sequences]), taps)
         if taps is not None:
-            for s, own in zip(sequences, torch.split(features, [len(s.tokens) for s in sequences]), strict=True):
+            for s, own in zip(sequences, torch.split(features, lengths), strict=True):
                 assert s.taps is not None
                 s.taps.kept.index_copy_(0, s.positions if s.tree is None else s.tree.places, own)
         return last

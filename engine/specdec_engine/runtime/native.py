@@ -94,9 +94,9 @@ class Kernels:
             getattr(self._library, name).argtypes = arguments
 
     def reading_as(self, how: Reading) -> Kernels:
-        """The same, with `reading` so."""
+        """The same, with `reading` so, where it can be: what was remembered may be another process's, or compiler's."""
         other = copy.copy(self)
-        other.reading = how
+        other.reading = "alike" if how == "tiles" and not self.tiled else how
         return other
 
     def reads_tiled(self, rows: int) -> bool:
@@ -238,8 +238,10 @@ class Kernels:
         tiles: bool = False,
     ) -> None:
         """Whole layers, one after the other: each adds to x [n, hidden] float32, whose rows are those of several texts.
-        texts: of each rotation, of each text; kept: of each text, the cache of the first of these layers, which those of the others
-        follow. inputs: see `ops.Pass.block`. tiles: all are prompts' rows, to be multiplied so."""
+
+        texts: of each rotation, of each text. kept: of each text, the cache of the first of these layers, which those of the
+        others follow. inputs: see `ops.Pass.block`. tiles: all are prompts' rows, to be multiplied so.
+        """
         first = ctypes.byref(layers, which.start * ctypes.sizeof(LayerFields))
         caches = (ctypes.c_void_p * len(kept))(*[cache.data_ptr() for cache in kept])
         at = first, len(which), texts, caches, len(kept)
@@ -326,7 +328,7 @@ def key() -> str:
 def check(kernels: Kernels) -> None:
     """Raises Unavailable for kernels that do not compute what torch does. On sizes that leave a rest everywhere, some ms."""
     some = torch.Generator().manual_seed(0)
-    rows, columns, n = 2 * kernels.lanes + 5, 96, 7
+    rows, columns, n = 2 * kernels.lanes + 5, 96, 2 * TILED + 1
     x = torch.randn(n, columns, generator=some)
     for bits, group, offsets in ((4, 32, True), (8, 32, True), (8, 32, False), (8, 16, False)):
         q = torch.randint(0, 16, (rows, columns), generator=some, dtype=torch.int8)
@@ -334,20 +336,34 @@ def check(kernels: Kernels) -> None:
         weight = Grouped(q, scale, offset if offsets else None, bits)
         words, constants = kernels.pack(weight)
         matrix = Matrix(bits, group, offsets, rows, columns, words.data_ptr(), constants.data_ptr(), None)
-        _check_close(f"products with {bits} bits", kernels.multiply(x, matrix), x @ weight.dense().T)
+        _check_products(kernels, f"with {bits} bits", x, matrix, weight.dense())
     dense = torch.randn(rows, columns, generator=some).bfloat16()
     matrix = Matrix(16, 0, 0, rows, columns, dense.data_ptr(), None, None)
-    _check_close("products in bfloat16", kernels.multiply(x, matrix), x @ dense.float().T)
-    kept, queries = torch.randn(4, 140, 24, generator=some).bfloat16(), torch.randn(n, 6, 24, generator=some)
-    positions = torch.arange(133, 140)
+    _check_products(kernels, "in bfloat16", x, matrix, dense.float())
+    for size, dtype in ((24, torch.bfloat16), (64, torch.float32)):
+        kept = torch.randn(4, 140, size, generator=some).to(dtype)
+        _check_attention(kernels, torch.randn(7, 6, size, generator=some), kept)
+
+
+def _check_products(kernels: Kernels, what: str, x: Tensor, matrix: Matrix, dense: Tensor) -> None:
+    _check_close(f"products {what}", kernels.multiply(x, matrix), x @ dense.T)
+    if kernels.tiled:
+        read = kernels.reading_as("tiles").multiply(x, matrix, reading=True)
+        _check_close(f"products {what}, in tiles,", read, x.bfloat16().float() @ dense.bfloat16().float().T)
+
+
+def _check_attention(kernels: Kernels, queries: Tensor, kept: Tensor) -> None:
+    """Of a chain of tokens, the last that are cached, and of a tree."""
+    n, end = len(queries), kept.shape[1]
+    positions = torch.arange(end - n, end)
     seen = kernels.attend(torch.float32, queries, kept, positions, None)
     keys, values = (part.float().repeat_interleave(3, 0) for part in kept.chunk(2))
-    mask = torch.arange(140) <= positions[:, None]
+    mask = torch.arange(end) <= positions[:, None]
     expected = scaled_dot_product_attention(queries.transpose(0, 1), keys, values, mask)
     _check_close("attention", seen, expected.transpose(0, 1).reshape(n, -1))
     hidden = torch.tensor([0, 0, 0b10, 0b110, 0, 0b1011, 0b100000])
     seen = kernels.attend(torch.float32, queries, kept, positions, None, hidden)
-    mask[:, 133:] &= (hidden[:, None] >> torch.arange(n) & 1) == 0
+    mask[:, end - n :] &= (hidden[:, None] >> torch.arange(n) & 1) == 0
     expected = scaled_dot_product_attention(queries.transpose(0, 1), keys, values, mask)
     _check_close("attention in a tree", seen, expected.transpose(0, 1).reshape(n, -1))
 

@@ -122,7 +122,7 @@ class Pass:
         self._x = torch.empty(n, shape.hidden, device=positions.device)
         self._more: Tensor | None = None
         self._rotations = rotations
-        self.kept = cache.unbind(0)
+        self.cache = cache
         self._end = span if start is None else start + n
         capped = shape.scales.cap_scores != 0.0 or shape.sinks  # no kernel knows of either
         self._hidden = hidden
@@ -188,11 +188,11 @@ class Pass:
 
     def layer_caches(self, i: int) -> Sequence[Tensor]:
         """Of layer i, of each text."""
-        return (self.kept[i],)
+        return (self.cache[i],)
 
     def attention(self, i: int, layer: Layer, qkv: Tensor) -> Tensor:
         """Layer i's, of queries, keys and values as they come from its matrix -> [n, heads · head_size]."""
-        kept, norms = self.kept[i], None
+        kept, norms = self.cache[i], None
         if layer.q_norm is not None and layer.k_norm is not None:
             if self.shape.wide_norms:
                 qkv = self._widely_normed(qkv, layer.q_norm, layer.k_norm)
@@ -272,7 +272,7 @@ class PassTogether(Pass):
             self._texts = of_texts([fields for of_one in by_rotation for fields in of_one])
 
     def layer_caches(self, i: int) -> Sequence[Tensor]:
-        return [part.kept[i] for part in self._parts]
+        return [part.cache[i] for part in self._parts]
 
     def attention(self, i: int, layer: Layer, qkv: Tensor) -> Tensor:
         rows = zip(self._parts, torch.split(qkv, self._sizes), strict=True)

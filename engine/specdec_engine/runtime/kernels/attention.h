@@ -167,6 +167,7 @@ typedef struct {
   const char *kept;
   void *out;
   long first, tokens; /* of the text's pass */
+  long group, groups; /* of keys */
   long together;      /* query heads of a group, which ask the same keys */
   long splits;        /* parts of the cache */
   long apart;         /* numbers of one row's part: a head's size in whole vectors, an even number, and two more */
@@ -174,7 +175,7 @@ typedef struct {
 
 INLINE long rows_of(job j) { return j.tokens * j.together; }
 
-INLINE long parts_of(job j) { return j.p->groups * j.splits; }
+INLINE long parts_of(job j) { return j.groups * j.splits; }
 
 INLINE long room_of(job j) { return parts_of(j) * rows_of(j) * j.apart; }
 
@@ -189,20 +190,27 @@ INLINE view view_of(job j, long r, long window) {
                 j.p->hidden ? j.p->hidden[token] : 0};
 }
 
-/* The number of jobs that a text is; they are written to `to`, where there is that. */
+#define ROOM (1 << 20) /* numbers: parts of softmax that are worked out before any are merged, if they are not one job's */
+
+/* The number of jobs that a text is; they are written to `to`, where there is that. All groups are one, unless their parts
+would be more than ROOM: 100,000 positions of 8 groups would take 400 MB for 16 tokens. */
 static long jobs_of(const pass *p, const float *queries, const void *kept, void *out, job *to) {
   const long together = p->heads / p->groups, most = BLOCK / together > 1 ? BLOCK / together : 1;
-  for (long first = 0; to && first < p->n; first += most) {
+  long count = 0;
+  for (long first = 0; first < p->n; first += most) {
     const long tokens = p->n - first < most ? p->n - first : most;
     const long padded = (p->size + 2 * LANES - 1) / (2 * LANES) * 2 * LANES;
     const long splits = p->positions[first + tokens - 1] / SPLIT + 1; /* positions never decrease */
-    *to++ = (job){p, queries, kept, out, first, tokens, together, splits, padded + 2};
+    job j = {p, queries, kept, out, first, tokens, 0, p->groups, together, splits, padded + 2};
+    if (room_of(j) > ROOM) j.groups = 1;
+    for (; j.group < p->groups; j.group += j.groups, count++)
+      if (to) to[count] = j;
   }
-  return (p->n + most - 1) / most;
+  return count;
 }
 
 static void attend_job(job j, long at, long window, float *parts) {
-  const long size = j.p->size, rows = rows_of(j), g = at / j.splits, start = at % j.splits * SPLIT;
+  const long size = j.p->size, rows = rows_of(j), g = j.group + at / j.splits, start = at % j.splits * SPLIT;
   const long bytes = j.p->capacity * size * (j.p->narrow ? 2 : 4);
   const char *keys = j.kept + g * bytes, *values = keys + j.p->groups * bytes;
   const float *asked[rows];
@@ -216,14 +224,12 @@ static void attend_job(job j, long at, long window, float *parts) {
                 parts + (at * rows + from) * j.apart, j.apart);
 }
 
-/* Row r of group g. */
+/* Row r of the job's g-th group. */
 static void merge_job(job j, long g, long r, long window, const float *parts, int narrow) {
   const long step = rows_of(j) * j.apart;
   merge(parts + g * j.splits * step + r * j.apart, step, view_of(j, r, window), j.p->size, j.apart - 2, narrow, j.out,
-        head_of(j, g, r) * j.p->size);
+        head_of(j, j.group + g, r) * j.p->size);
 }
-
-#define ROOM (1 << 20) /* numbers: parts of softmax that are worked out before any are merged, if they are not one job's */
 
 static long most_room(const job *jobs, long count) {
   long most = ROOM;
@@ -245,7 +251,7 @@ static void attend_jobs(const job *jobs, long count, long window, float *room, i
     parts = room;
     for (long j = i; j < end; parts += room_of(jobs[j++])) {
       const long rows = rows_of(jobs[j]);
-      for (long at = 0; at < jobs[j].p->groups * rows; at++)
+      for (long at = 0; at < jobs[j].groups * rows; at++)
         if (turn++ % team == me)
           merge_job(jobs[j], at / rows, at % rows, window, parts, narrow);
     }

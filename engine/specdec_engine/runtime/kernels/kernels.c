@@ -33,6 +33,7 @@ static void products(const matrix *m, long many, const float *x, long rows, int 
 }
 
 int multiply(const matrix *m, const float *x, long rows, int reading, float *out, int threads) {
+  reading = reading && has_tiles();
   char *room = malloc(room_for(rows, m->K, reading ? threads : 0));
   if (!room) return 1;
 #pragma omp parallel num_threads(threads)
@@ -153,13 +154,15 @@ typedef struct {
   char *room;
 } scratch;
 
+#define WHOLE(n) (((n) + 15) / 16 * 16) /* numbers that fill cache lines: what is read or streamed crosses none */
+
 /* The bytes of `scratch`, which lies at `memory` if that is not missing. */
 static long lay_out(const layer *l, const pass *p, long n, long room, char *memory, scratch *to) {
   const long width = p->heads * p->size, all = width + 2 * p->groups * p->size;
   const long sizes[] = {l->hidden, l->hidden, all, width, width, 2 * l->inner, l->inner};
   float **parts[] = {&to->normed, &to->more, &to->qkv, &to->queries, &to->seen, &to->gate_up, &to->gated};
   long at = 0;
-  for (int i = 0; i < 7; at += n * sizes[i++]) *parts[i] = (float *)memory + at;
+  for (int i = 0; i < 7; at += WHOLE(n * sizes[i++])) *parts[i] = (float *)memory + at;
   to->n = n, to->room = (char *)((float *)memory + at);
   return sizeof(float) * at + room;
 }
@@ -185,6 +188,7 @@ rotation; kept: of each text, the first layer's cache, which the others' follow.
 int blocks(const layer *l, long layers, const pass *texts, void *const *kept, long count, float *x, const float *inputs,
            int reading, int threads) {
   long n = 0, most = 0, widest = 0, room = 0;
+  reading = reading && has_tiles();
   for (long t = 0; t < count; t++) n += texts[t].n, most += jobs_of(texts + t, 0, 0, 0, 0);
   for (long i = 0; i < layers; i++) widest = l[i].widest > widest ? l[i].widest : widest;
   {
@@ -194,7 +198,7 @@ int blocks(const layer *l, long layers, const pass *texts, void *const *kept, lo
   }
   const long others = room_for(n, widest, reading ? threads : 0);
   scratch s;
-  char *memory = malloc(lay_out(l, texts, n, others > room ? others : room, 0, &s));
+  char *memory = aligned_alloc(64, (lay_out(l, texts, n, others > room ? others : room, 0, &s) + 63) / 64 * 64);
   if (!memory) return 1;
   lay_out(l, texts, n, 0, memory, &s);
 #pragma omp parallel num_threads(threads)

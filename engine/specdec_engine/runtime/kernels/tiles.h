@@ -73,15 +73,20 @@ static int has_tiles(void) {
   return found;
 }
 
+/* gcc does not know that a tile's instructions read memory: what lies at `x`, and all else, is written by now. */
+#define WRITTEN(x) __asm__ volatile("" : : "r"(x) : "memory")
+
 static void shape_tiles(void) {
   struct { uint8_t palette, start, reserved[14]; uint16_t bytes[16]; uint8_t rows[16]; } shape = {.palette = 1};
   for (int t = 0; t < 8; t++) shape.rows[t] = LANES, shape.bytes[t] = 64;
+  WRITTEN(&shape);
   _tile_loadconfig(&shape);
 }
 
 /* Products of READ rows, or of half as many, with two blocks, to [2, READ, LANES]. */
 static void multiply_tiles(long rows, const uint16_t *a, const uint16_t *w, long deep, float *to) {
   const uint16_t *lower = a + LANES * deep, *right = w + LANES * deep;
+  WRITTEN(a);
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
