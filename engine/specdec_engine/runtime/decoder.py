@@ -16,7 +16,7 @@ from specdec_engine.runtime.blocks import Blocks, TreeRows
 from specdec_engine.runtime.cpu import whole
 from specdec_engine.runtime.experts import Experts
 from specdec_engine.runtime.linear import Packing, Projection, Rows, head_packing, project
-from specdec_engine.runtime.native import Kernels
+from specdec_engine.runtime.native import Kernels, Tapped
 from specdec_engine.runtime.ops import Layer, Network, Ops, Pass, PassOfPrompts, PassTogether, clamped_gate
 from specdec_engine.runtime.shape import Shape, Unsupported
 from specdec_engine.runtime.unfused import Unfused
@@ -157,14 +157,18 @@ class Decoder(Blocks):
         """What leaves the last norm, and what a head reads [n, taps + 1, hidden]; the same again without taps."""
         embedded, scales = self.embedding(tokens), self.shape.scales
         step.x.copy_(embedded if scales.embedding == 1.0 else embedded * scales.embedding)
-        kept, done = [], 0
-        for end in () if taps is None else [i + 1 for i in sorted(set(taps.layers)) if i < len(self.layers)]:
-            step.through(self.layers, range(done, end))
-            kept.append(step.x.to(self.dtype, copy=True))
-            done = end
-        step.through(self.layers, range(done, len(self.layers)))
+        tapped = None
+        if taps is not None:
+            features = torch.empty(
+                len(tokens), len(taps.layers) + 1, self.shape.hidden, dtype=self.dtype, device=self.device
+            )
+            tapped = Tapped(tuple(sorted(taps.layers)), features)  # as the layers follow
+        step.through(self.layers, tapped=tapped)
         last = step.normed(self.norm)
-        return last, last if taps is None else torch.stack([*kept, last], 1)
+        if tapped is None:
+            return last, last
+        tapped.features[:, -1].copy_(last)
+        return last, tapped.features
 
     def _logits(self, last: Tensor) -> Tensor:
         return self.shape.scales.of_logits(self.head(last))

@@ -189,7 +189,7 @@ class HeadForward(Blocks):
             step.x[0] = 0.0  # as MiMo's makers have it in vLLM
         embedded = step.normed(self._embedding_norm)
         step.x.copy_(states)
-        step.through(self.layers, range(len(self.layers)), self._read(step, self.layers[0], embedded))
+        step.through(self.layers, self._read(step, self.layers[0], embedded))
         last = step.normed(self._norm)[-1:]
         return last, last if self.form.output_normed else step.x[-1:]
 

@@ -89,7 +89,7 @@ class Kernels:
             "gate": (address, size, size, small, address, small),
             "rotate": (address, address, small, address, address, single, address, address, small),
             "attend": (*[address] * 3, size, address, small, small),
-            "blocks": (address, size, address, address, size, address, address, small, small),
+            "blocks": (address, size, address, address, size, *[address] * 3, size, address, small, small),
         }.items():
             getattr(self._library, name).argtypes = arguments
 
@@ -230,23 +230,35 @@ class Kernels:
     def through(
         self,
         layers: ctypes.Array[LayerFields],
-        which: range,
+        many: int,
         texts: ctypes.Array[PassFields],
         x: Tensor,
         inputs: Tensor | None,
         kept: Sequence[Tensor],
+        tapped: Tapped | None = None,
         tiles: bool = False,
     ) -> None:
-        """Whole layers, one after the other: each adds to x [n, hidden] float32, whose rows are those of several texts.
+        """The first so many layers, one after the other: each adds to x [n, hidden] float32, whose rows are those of several
+        texts.
 
-        texts: of each rotation, of each text. kept: of each text, the cache of the first of these layers, which those of the
-        others follow. inputs: see `ops.Pass.block`. tiles: all are prompts' rows, to be multiplied so.
+        texts: of each rotation, of each text. kept: of each text, the cache of the first layer, which those of the others
+        follow. inputs: see `ops.Pass.block`. tiles: all are prompts' rows, to be multiplied so.
         """
-        first = ctypes.byref(layers, which.start * ctypes.sizeof(LayerFields))
         caches = (ctypes.c_void_p * len(kept))(*[cache.data_ptr() for cache in kept])
-        at = first, len(which), texts, caches, len(kept)
-        failed = self._library.blocks(*at, x.data_ptr(), _address(inputs), tiles, torch.get_num_threads())
+        taps = () if tapped is None else tapped.layers
+        told = (ctypes.c_long * len(taps))(*taps), len(taps), _address(None if tapped is None else tapped.features)
+        at = ctypes.byref(layers), many, texts, caches, len(kept)
+        failed = self._library.blocks(*at, x.data_ptr(), _address(inputs), *told, tiles, torch.get_num_threads())
         _check_memory(failed, len(x))
+
+
+@dataclass(frozen=True, slots=True)
+class Tapped:
+    """Where the stream is left as it leaves some of the layers."""
+
+    layers: tuple[int, ...]
+    features: Tensor
+    """[n, layers + 1, hidden] in the activations' dtype; the last is the caller's."""
 
 
 @dataclass(frozen=True, slots=True)

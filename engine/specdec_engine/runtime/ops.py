@@ -18,7 +18,7 @@ from specdec_engine.runtime.attention import attend_grouped, attend_in_groups, a
 from specdec_engine.runtime.experts import Experts
 from specdec_engine.runtime.linear import Projection, multiply_texts
 from specdec_engine.runtime.mixture import Gate
-from specdec_engine.runtime.native import LayerFields, Stack, of_texts, pass_fields
+from specdec_engine.runtime.native import LayerFields, Stack, Tapped, of_texts, pass_fields
 from specdec_engine.runtime.shape import Growth, Shape
 
 FEW_ROWS = 16
@@ -157,14 +157,18 @@ class Pass:
         more, self._more = self._more, None
         return self.ops.add_norm(self._x, more, weight, self.eps, self.dtype)
 
-    def through(self, layers: Sequence[Layer], which: range, inputs: Tensor | None = None) -> None:
-        """Some of the layers, one after the other; inputs: what the first of them reads, see `block`."""
-        if self.stack is not None and which:
-            caches = self.layer_caches(which.start)
-            self.stack.kernels.through(self.stack.layers, which, self._texts, self.x, inputs, caches, self.tiles)
+    def through(self, layers: Sequence[Layer], inputs: Tensor | None = None, tapped: Tapped | None = None) -> None:
+        """All layers, one after the other; inputs: what the first of them reads, see `block`."""
+        if self.stack is not None:
+            caches, many = self.layer_caches(0), len(layers)
+            kernels, fields = self.stack.kernels, self.stack.layers
+            kernels.through(fields, many, self._texts, self.x, inputs, caches, tapped, self.tiles)
             return
-        for i in which:
-            self.block(i, layers[i], inputs if i == which.start else None)
+        for i, layer in enumerate(layers):
+            self.block(i, layer, inputs if i == 0 else None)
+            for place, tap in enumerate(tapped.layers if tapped is not None else ()):
+                if tapped is not None and tap == i:
+                    tapped.features[:, place].copy_(self.x)
 
     def block(self, i: int, layer: Layer, inputs: Tensor | None = None) -> None:
         """Layer i, whose attention reads `inputs` [n, ...], already normed, or else the residual stream: adds to that."""

@@ -182,11 +182,19 @@ static void look_back(const layer *l, const pass *texts, void *const *kept, long
   attend_jobs(jobs, next - jobs, l->window, (float *)s.room, 0);
 }
 
+/* x as it leaves layer i, to `features` [n, tapped + 1, hidden], if that is one of the `taps`. */
+static void tap(const long *taps, long tapped, long i, const float *x, long n, long hidden, float *features) {
+  for (long t = 0; t < tapped; t++)
+    if (taps[t] == i)
+#pragma omp for schedule(static) nowait
+      for (long r = 0; r < n; r++) memcpy(features + (r * (tapped + 1) + t) * hidden, x + r * hidden, sizeof(float) * hidden);
+}
+
 /* x [n, hidden] += what `layers` layers make of it, one after the other, or the first of `inputs`, already normed, where
 there are any. The rows are those of `count` texts, one after the other: the matrices take them together. texts: of each
-rotation; kept: of each text, the first layer's cache, which the others' follow. */
+rotation; kept: of each text, the first layer's cache, which the others' follow. taps, features: see `tap`. */
 int blocks(const layer *l, long layers, const pass *texts, void *const *kept, long count, float *x, const float *inputs,
-           int reading, int threads) {
+           const long *taps, long tapped, float *features, int reading, int threads) {
   long n = 0, most = 0, widest = 0, room = 0;
   reading = reading && has_tiles();
   for (long t = 0; t < count; t++) n += texts[t].n, most += jobs_of(texts + t, 0, 0, 0, 0);
@@ -202,11 +210,12 @@ int blocks(const layer *l, long layers, const pass *texts, void *const *kept, lo
   if (!memory) return 1;
   lay_out(l, texts, n, 0, memory, &s);
 #pragma omp parallel num_threads(threads)
-  for (long i = 0; i < layers; i++) {
+  for (long i = 0; i < layers; i++) { /* what the last made is added by the next, and seen by taps after that */
     const layer *own = l + i;
     const matrix *out = own->matrices + own->many[0], *up = out + own->many[1], *down = up + own->many[2];
     const int given = i == 0 && inputs;
     if (!given) norm_rows(x, i ? s.more : 0, own->attention_norm, own->eps, n, own->hidden, 0, s.normed);
+    tap(taps, tapped, i - 1, x, n, own->hidden, features);
     products(own->matrices, own->many[0], given ? inputs : s.normed, n, reading, s.room, s.qkv);
     look_back(own, texts + own->rotation * count, kept, count, i, most, s);
     products(out, own->many[1], s.seen, n, reading, s.room, s.more);
@@ -216,6 +225,7 @@ int blocks(const layer *l, long layers, const pass *texts, void *const *kept, lo
     products(down, own->many[3], s.gated, n, reading, s.room, s.more);
   }
   for (long i = 0; i < n * l->hidden; i++) x[i] += s.more[i];
+  tap(taps, tapped, layers - 1, x, n, l->hidden, features);
   free(memory);
   return 0;
 }
