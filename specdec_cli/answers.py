@@ -133,7 +133,8 @@ def asking(
 def answer_all(pair: Pair, asked: Asking) -> None:
     """Every prompt that is not answered yet. Ends with exit code 1 where one failed, and with 130 where it was interrupted.
     Raises UsageError for a file that cannot be gone on with."""
-    with _Answers.begun(asked) as answers:
+    computed = {name: pair.environment.get(name) for name in _COMPUTED}
+    with _Answers.begun(replace(asked, settings={**asked.settings, **computed})) as answers:
         todo = [number for number in range(asked.answers) if number not in answers.done]
         if answers.done:
             what = counted(asked.answers, "prompt" if asked.many.samples == 1 else "answer")
@@ -294,13 +295,16 @@ def _before(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
 
 _BEFORE = {"samples": 1}
 """Of files from before there was such a setting."""
+_COMPUTED = ("dtype", "weights", "runtime")
+"""In what the target is computed: near-ties fall otherwise in another. Older files do not say it."""
 
 
 def _same(path: Path, head: Mapping[str, Any] | None, asked: Asking) -> int:
     """The seed of a file that can be gone on with. Raises UsageError for another one."""
     assert head is not None
     now = json.loads(json.dumps(asked.settings))
-    other = [name for name in now if head["settings"].get(name, _BEFORE.get(name)) != now[name]]
+    before = _BEFORE | {name: now[name] for name in _COMPUTED}
+    other = [name for name in now if head["settings"].get(name, before.get(name)) != now[name]]
     if head["prompts"] != digest_of(asked.questions):
         raise UsageError(f"{path} is of other prompts", "give the same file, or another --out")
     if other:

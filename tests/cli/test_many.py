@@ -242,6 +242,8 @@ def test_several_answers_to_each_prompt_are_those_of_their_seeds_and_resumed(gen
     assert {(line["index"], line["sample"]): line for line in again} == lines
     other = generate(*options[:-1], "2", "--out", out, "--resume")
     assert (other.code, "was begun with samples 3, not 2" in other.err) == (2, True)
+    other = generate(*options, "--out", out, "--resume", "--dtype", "bfloat16")
+    assert (other.code, "was begun with dtype float32, not bfloat16" in other.err) == (2, True)
 
 
 def test_parts_of_characters_among_the_likeliest_are_written_too(generate, tmp_path):
