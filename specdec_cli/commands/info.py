@@ -16,6 +16,7 @@ from specdec_cli import options as opt
 from specdec_cli import output, profiles
 from specdec_engine import __version__
 from specdec_engine.errors import UsageError
+from specdec_engine.record.text import counted
 
 _PACKAGES = (
     "torch",
@@ -73,11 +74,13 @@ def _measured(runtime: dict[str, Any]) -> Iterator[str]:
     for one in runtime.get("measured", ()):
         forms = sorted(one["timings"], key=lambda form: form["one_ms"] + form["four_ms"])
         figures = " · ".join(f"{form['form']} {form['one_ms']:.1f} and {form['four_ms']:.1f}" for form in forms)
-        size = f"{one['rows']} x {one['columns']}, {one['threads']} threads, torch {one['torch']}"
-        yield f"ms for 1 and 4 rows of 100M weights ({size}): {figures}{_READING[one['reading']]}"
+        size = f"{one['rows']} x {one['columns']}, {counted(one['threads'], 'thread')}, torch {one['torch']}"
+        yield f"ms for 1 and 4 rows of 100M weights ({size}): {figures}"
+        if one["reading"] in _READING:
+            yield f"a prompt's rows of packed weights are multiplied {_READING[one['reading']]}"
 
 
-_READING = {"alike": "", "unpacked": " · prompts unpacked for torch", "tiles": " · prompts in tiles of bfloat16"}
+_READING = {"unpacked": "by torch in bfloat16, unpacked", "tiles": "in tiles of bfloat16 by our own kernels"}
 
 
 def _found() -> dict[str, Any]:

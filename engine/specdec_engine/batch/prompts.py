@@ -37,8 +37,8 @@ def read_prompts(asked: Sequence[tuple[ModelTarget, Sequence[int]]], lanes: Sequ
 
 
 def _read(prompts: _Prompts) -> None:
-    """Where they share a decoder of ours, short prompts by one pass over several: what a pass takes whatever its rows is as
-    much as 30 to 100 of them take (`native.TILED`), or 230 (`torch_forms.WIDE`)."""
+    """Read short prompts by one pass over several, where they share a decoder of ours: what a pass takes whatever its rows is
+    as much as 30 to 100 of them take (`native.TILED`), or 230 (`torch_forms.WIDE`)."""
     for group in _passes(prompts):
         for target in group.values():
             target.rollback(0)

@@ -178,8 +178,8 @@ def measure(rows: int, columns: int) -> Measurement:
 
 @torch.inference_mode()
 def _fastest_reading(matrix: Tensor) -> Reading:
-    """Of passes over `_PROMPT` rows in each way, in turns, by the best of each: what disturbs one disturbs it alone. The
-    first way unless another is clearly faster."""
+    """Time passes over `_PROMPT` rows in each way, in turns, and compare the best of each: what disturbs one disturbs it
+    alone. Give the first way unless another is clearly faster."""
     own = native.kernels()
     if own is None:
         return "alike"

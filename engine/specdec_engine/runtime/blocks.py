@@ -111,7 +111,7 @@ class Blocks:
         return native.stacked(self._whole, [layer.fields for layer in self.layers])
 
     def _stack_for(self, rows: int, start: int, reading: bool) -> Stack | None:
-        """All layers, where our own kernels do them whole for so many rows."""
+        """Give all layers, where our own kernels do them whole for so many rows."""
         if self._whole is None:
             return None
         reads = reading and self._whole.reads_tiled(rows) and rows * (start + rows) <= _SHORT

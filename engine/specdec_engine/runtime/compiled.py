@@ -72,8 +72,8 @@ def is_ready(source: Path) -> bool:
 
 
 def key(source: Path) -> str:
-    """What a library depends on: the source, the headers beside it and the processor's instructions. The compiler may be gone
-    since."""
+    """Name what a library depends on: the source, the headers beside it and the processor's instructions. The compiler may
+    be gone since."""
     headers = [file.read_bytes() for file in sorted(source.parent.glob("*.h"))]
     return _hash(source.read_bytes(), headers, _FLAGS, cpu_flags())
 

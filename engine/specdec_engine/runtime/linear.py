@@ -138,7 +138,7 @@ def multiply_texts(projection: Projection, texts: Sequence[Tensor]) -> list[Tens
 
 
 def _multiplied(kernels: Kernels, matrix: Matrix, texts: Sequence[Tensor]) -> list[Tensor]:
-    """By kernels of our own: those in tiles together, and the others together."""
+    """Multiply by kernels of our own: those in tiles together, and the others together."""
     tiled = [kernels.reads_tiled(len(x)) for x in texts]
     found = dict[bool, Iterator[Tensor]]()
     for kind in set(tiled):

@@ -77,7 +77,7 @@ class Kernels:
         self._library = ctypes.CDLL(str(library))
         self.lanes = int(self._library.lanes())
         self.tiled = bool(self._library.reads())
-        """Whether the processor multiplies tiles of bfloat16, as with AMX, and the system lets us."""
+        """True where the processor multiplies tiles of bfloat16, as with AMX, and the system lets us."""
         self.reading: Reading = "alike"
         address, size, small, single = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
         for name, arguments in {
@@ -100,7 +100,7 @@ class Kernels:
         return other
 
     def reads_tiled(self, rows: int) -> bool:
-        """Whether so many of a prompt are multiplied in tiles."""
+        """Tell whether so many of a prompt are multiplied in tiles."""
         return self.reading == "tiles" and rows >= TILED
 
     def pack(self, weight: Grouped) -> tuple[Tensor, Tensor]:
@@ -254,7 +254,7 @@ class Kernels:
 
 @dataclass(frozen=True, slots=True)
 class Tapped:
-    """Where the stream is left as it leaves some of the layers."""
+    """The places for the stream as it leaves some of the layers."""
 
     layers: tuple[int, ...]
     features: Tensor

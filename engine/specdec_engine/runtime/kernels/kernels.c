@@ -147,23 +147,22 @@ typedef struct {
   matrix matrices[8];
 } layer;
 
-/* What a layer's steps hand on, of n rows. */
+/* What a layer's steps hand on. */
 typedef struct {
-  long n;
   float *normed, *more, *qkv, *queries, *seen, *gate_up, *gated;
   char *room;
 } scratch;
 
 #define WHOLE(n) (((n) + 15) / 16 * 16) /* numbers that fill cache lines: what is read or streamed crosses none */
 
-/* The bytes of `scratch`, which lies at `memory` if that is not missing. */
+/* The bytes of `scratch` for n rows, which lies at `memory` if that is not missing. */
 static long lay_out(const layer *l, const pass *p, long n, long room, char *memory, scratch *to) {
   const long width = p->heads * p->size, all = width + 2 * p->groups * p->size;
   const long sizes[] = {l->hidden, l->hidden, all, width, width, 2 * l->inner, l->inner};
   float **parts[] = {&to->normed, &to->more, &to->qkv, &to->queries, &to->seen, &to->gate_up, &to->gated};
   long at = 0;
   for (int i = 0; i < 7; at += WHOLE(n * sizes[i++])) *parts[i] = (float *)memory + at;
-  to->n = n, to->room = (char *)((float *)memory + at);
+  to->room = (char *)((float *)memory + at);
   return sizeof(float) * at + room;
 }
 
