@@ -145,20 +145,23 @@ def test_own_kernels_read_a_prompt_in_tiles(tmp_path, own, kind):
     assert (read - exact).norm() < 3e-3 * exact.norm()
     for n in (16, 17, 32, 33):
         assert torch.equal(found(x[:n], reading=True), read[:n])
+    assert torch.equal(found(torch.cat(4 * [x]), reading=True)[:70], read)  # many rows
     assert torch.equal(found(x[:15], reading=True), narrow[:15])  # for few rows tiles do not pay
     check_texts(found)
 
 
-@pytest.mark.parametrize("shape", [(47, 96), (64, 101), (960, 576)])
+@pytest.mark.parametrize("shape", [(47, 96), (64, 101), (33, 7), (3, 40), (960, 576)])
 def test_own_kernels_multiply_bfloat16(own, shape):
+    """Activations are not rounded to it: with tiles of bfloat16 they are two of its numbers."""
     dense = torch.randn(shape, generator=torch.Generator().manual_seed(2)).bfloat16()
     found = project([dense], None, torch.float32, CPU, "none", own)
     assert isinstance(found, NativeDense)
-    x = torch.randn(9, shape[1])
-    together = found(x)
-    assert torch.allclose(together, x @ dense.float().T, atol=1e-3)
-    for n in range(1, 9):
+    x = torch.randn(70, shape[1])
+    together, exact = found(x), x.double() @ dense.double().T
+    assert (together - exact).norm() < 1e-5 * exact.norm()
+    for n in (*range(1, 20), 31, 32, 33):
         assert torch.equal(found(x[:n]), together[:n])
+        assert torch.equal(found(x[n : 2 * n]), together[n : 2 * n])
     assert found._weight.data_ptr() == dense.data_ptr()  # read where it lies: a tied table is not kept twice
 
 

@@ -3,8 +3,7 @@ machine it runs on, and describes the functions. */
 #include <stdlib.h>
 
 #include "attention.h"
-#include "packed.h"
-#include "tiles.h"
+#include "dense.h"
 
 #define MANY_ROWS 16 /* from which on a second thread is worth its waking, between two products */
 
@@ -13,20 +12,24 @@ long lanes(void) { return LANES; }
 /* Whether `reading` means anything here. */
 int reads(void) { return has_tiles(); }
 
-/* Bytes that `products` works in; readers: threads that read a prompt, or none. */
-static long room_for(long rows, long K, long readers) {
-  return readers ? shared_room(rows, K) + readers * own_room(K) : packed_room(rows, K);
+/* Bytes that `products` works in: what the threads share, and what each has for itself. */
+INLINE long common_room(long rows, long K) {
+  const long read = shared_room(rows, K), dense = dense_room(rows, K), packed = packed_room(rows, K);
+  const long more = read > dense ? read : dense;
+  return (more > packed ? more : packed) / 64 * 64 + 64;
 }
 
-/* x [rows, K] times matrices that lie beside each other in `out`. reading: the rows are a prompt's, see `read_products`. For
+static long room_for(long rows, long K, long threads) { return common_room(rows, K) + threads * own_room(K); }
+
+/* x [rows, K] times matrices that lie beside each other in `out`. reading: the rows are a prompt's, see `tiles.h`. For
 all threads of a team, as is every function that is static here and has a loop; all have done when it returns. */
 static void products(const matrix *m, long many, const float *x, long rows, int reading, char *room, float *out) {
   long apart = 0;
   for (long i = 0; i < many; i++) apart += m[i].N;
   for (long i = 0; i < many; out += m[i++].N) {
-    char *own = room + shared_room(rows, m[i].K) + omp_get_thread_num() * own_room(m[i].K);
-    if (reading) read_products(m[i], x, rows, room, (uint16_t *)own, out, apart);
-    else if (m[i].bits == 16) dense_products(m[i], x, rows, out, apart);
+    uint16_t *own = (uint16_t *)(room + common_room(rows, m[i].K) + omp_get_thread_num() * own_room(m[i].K));
+    if (m[i].bits == 16) dense_products(m[i], x, rows, reading, room, own, out, apart);
+    else if (reading) read_products(m[i], x, rows, room, own, out, apart);
     else packed_products(m[i], x, rows, room, out, apart);
 #pragma omp barrier
   }
@@ -34,7 +37,7 @@ static void products(const matrix *m, long many, const float *x, long rows, int 
 
 int multiply(const matrix *m, const float *x, long rows, int reading, float *out, int threads) {
   reading = reading && has_tiles();
-  char *room = malloc(room_for(rows, m->K, reading ? threads : 0));
+  char *room = aligned_alloc(64, (room_for(rows, m->K, threads) + 63) / 64 * 64);
   if (!room) return 1;
 #pragma omp parallel num_threads(threads)
   products(m, 1, x, rows, reading, room, out);
@@ -203,7 +206,7 @@ int blocks(const layer *l, long layers, const pass *texts, void *const *kept, lo
     for (long t = 0; t < count; t++) next += jobs_of(texts + t, 0, 0, 0, next);
     room = sizeof(float) * most_room(jobs, most);
   }
-  const long others = room_for(n, widest, reading ? threads : 0);
+  const long others = room_for(n, widest, threads);
   scratch s;
   char *memory = aligned_alloc(64, (lay_out(l, texts, n, others > room ? others : room, 0, &s) + 63) / 64 * 64);
   if (!memory) return 1;

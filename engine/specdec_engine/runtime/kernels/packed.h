@@ -1,4 +1,4 @@
-/* Products with packed weights, and with bfloat16.
+/* Products with packed weights.
 
 Activations are rounded to 16 bits, with a scale for each group of their row: 80 times closer to float32 than bfloat16 is.
 Products and sums inside a group are integers, so exact. The sums over groups run in one order, whatever the number of
@@ -10,7 +10,6 @@ columns of all LANES output columns. */
 #pragma once
 #include "vectors.h"
 
-#define TILE 4 /* rows that share what is read of a dense matrix */
 #define CHUNK 64 /* rows whose activations stay in the second-level cache */
 #define AHEAD 5120 /* bytes: two groups of columns further, or a matrix of 3072 x 576 takes a half longer for one row */
 
@@ -104,6 +103,7 @@ INLINE void packed_tile(const int R, const int bits, const int group, const int 
     ints dot[MOST];
     for (int r = 0; r < R; r++) dot[r] = (ints){};
     for (long at = 0; at < step; at += 32) __builtin_prefetch(w + AHEAD / 2 + at);
+    __builtin_prefetch(constants + AHEAD / 2 / step * (1 + offsets) * LANES);
 #pragma GCC unroll 1 /* or sums are put off until their products no longer fit the registers */
     for (int j = 0; j < group / (2 * per); j++) {
       lanes16 word;
@@ -204,42 +204,4 @@ void rows(const matrix *m, const int64_t *order, long n, float *out) {
         out[r * m->K + g * m->group + k] = m->offsets ? weight + offset : weight;
       }
     }
-}
-
-INLINE void bfloat16_tile(const int R, const float *x, const uint16_t *w, long K, float bias, float *out, long apart) {
-  floats acc[TILE];
-  long k = 0;
-  for (int r = 0; r < R; r++) acc[r] = (floats){};
-  for (; k + LANES <= K; k += LANES) {
-    const floats weights = load(w, k, 1, LANES);
-    for (int r = 0; r < R; r++) {
-      floats a;
-      memcpy(&a, x + r * K + k, sizeof a);
-      acc[r] = plus_product(acc[r], weights, a);
-    }
-  }
-  for (int r = 0; r < R; r++) {
-    float total = 0;
-    float part[LANES];
-    memcpy(part, &acc[r], sizeof part);
-    for (int i = 1; i < LANES; i++) part[0] += part[i];
-    for (long i = k; i < K; i++) {
-      const uint32_t bits = (uint32_t)w[i] << 16;
-      float weight;
-      memcpy(&weight, &bits, 4);
-      total = fmaf(weight, x[r * K + i], total);
-    }
-    out[r * apart] = part[0] + total + bias;
-  }
-}
-
-static void dense_products(matrix m, const float *x, long rows, float *out, long apart) {
-  for (long first = 0; first < rows; first += CHUNK) {
-    const long end = first + CHUNK < rows ? first + CHUNK : rows;
-#pragma omp for schedule(static) nowait
-    for (long n = 0; n < m.N; n++)
-      for (long r = first; r < end; r += TILE)
-        BY_ROWS(end - r, bfloat16_tile(T, x + r * m.K, m.words + n * m.K, m.K, m.bias ? m.bias[n] : 0,
-                                       out + r * apart + n, apart))
-  }
 }
