@@ -232,6 +232,8 @@ ARMS: dict[str, Callable[[argparse.Namespace, dict[str, Any]], Arm]] = {
     "specdec packed by torch": lambda o, m: ours(our_pair(o, m, "none", "auto", "bfloat16"), 0),
     "specdec float32, ngram,builtin": lambda o, m: ours(our_pair(o, m, "ngram,builtin", "auto", "float32"), "auto"),
     "specdec float32": lambda o, m: ours(our_pair(o, m, "none", "auto", "float32"), 0),
+    "specdec dense": lambda o, m: ours(our_pair(o, m, "none", "none"), 0),
+    "specdec dense, ngram,builtin": lambda o, m: ours(our_pair(o, m, "ngram,builtin", "none"), "auto"),
     "specdec bfloat16": lambda o, m: ours(our_pair(o, m, "none", "none", "bfloat16"), 0),
     "specdec bfloat16, ngram k 8": lambda o, m: ours(our_pair(o, m, "ngram", "none", "bfloat16"), 8),
     "transformers bfloat16": lambda o, m: with_transformers(their_model(o, m)),
@@ -319,7 +321,8 @@ def passes(options: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds of one target pass over n tokens after 128 cached, by runtime, taken in turns."""
     found: dict[str, Any] = {}
     tokens = torch.arange(1, 160)
-    kinds = {"packed": LoadOptions(), "bfloat16": LoadOptions(quantize="none", dtype="bfloat16")}
+    kinds = {"packed": LoadOptions(), "dense": LoadOptions(quantize="none")}
+    kinds["bfloat16"] = LoadOptions(quantize="none", dtype="bfloat16")
     kinds["generic bfloat16"] = LoadOptions(runtime="generic", dtype="bfloat16")
     for kind, load in kinds.items():
         runtime = our_runtime(options, load)
