@@ -242,7 +242,7 @@ def tree_run(passes, step, alphas, cycles=300, seed=0):
 @pytest.mark.parametrize("alphas", [{"ngram": 0.4, "model": 0.55}, {"ngram": 0.7, "model": 0.6}])
 def test_drafts_join_in_a_tree_where_rows_are_free_and_not_where_they_are_dear(alphas):
     """And never fall far behind the better of both alone."""
-    free, dear = dict.fromkeys(range(1, 17), 1.0), {n: 1.0 + 0.3 * (n - 1) for n in range(1, 17)}
+    free, dear = dict.fromkeys(range(1, 24), 1.0), {n: 1.0 + 0.3 * (n - 1) for n in range(1, 24)}
     (share, rate), model, lookup, _ = tree_run(free, 0.02, alphas)
     assert share > 0.6
     assert rate > 1.03 * max(model[1], lookup[1])

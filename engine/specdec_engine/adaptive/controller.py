@@ -16,7 +16,7 @@ from itertools import accumulate
 from math import prod
 
 from specdec_engine.adaptive.cost import Choice, Costs, CostsByLength, best_k, cycle_of
-from specdec_engine.adaptive.history import FIRST, FIRST_PROBE, MEMORY, MOST, DrafterHistory
+from specdec_engine.adaptive.history import FIRST, FIRST_PROBE, MEMORY, DrafterHistory
 from specdec_engine.core.cycle_types import Part
 from specdec_engine.record.events import Cycle, TokenId, known_phases
 
@@ -223,7 +223,9 @@ class AutoK:
             return ""
         reach = history.reach()
         now = self._choice_at(history, reach, history.k)
-        best = self._choice_at(history, reach, MOST) if history.sure_before else self._best_choice(history, reach)
+        best = (
+            self._choice_at(history, reach, history.most) if history.sure_before else self._best_choice(history, reach)
+        )
         if not best.k and not history.sure_before and self._best_choice(history, history.optimistic_reach()).k:
             before, history.k = history.k, 1
             return "" if before == 1 else f"{name} may yet pay: too few drafts to tell"
@@ -272,11 +274,11 @@ class AutoK:
         """
         rate, gain, nets = self._rate, 0.0, list[float]()
         now = history.draft(drafted) + self._costs.passes(drafted + 1)
-        for k in range(drafted + 1, MOST + 1):
+        for k in range(drafted + 1, history.most + 1):
             reach *= first if k == drafted + 1 else later
             gain += reach
             nets.append(gain - rate * (history.draft(k) + self._costs.passes(k + 1) - now))
-        return max(zip(nets, range(1, MOST + 1), strict=False), default=(0.0, 0))
+        return max(zip(nets, range(1, history.most + 1), strict=False), default=(0.0, 0))
 
     def _net_gain_of_draft(self, history: DrafterHistory) -> float:
         """The same for a whole draft of a drafter that is sure of nothing before; 0 for one that is off, or not known yet."""
