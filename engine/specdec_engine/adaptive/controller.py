@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from math import prod
+from operator import mul
 
 from specdec_engine.adaptive.cost import Choice, Costs, CostsByLength, best_k, cycle_of
 from specdec_engine.adaptive.history import FIRST, FIRST_PROBE, MEMORY, DrafterHistory
@@ -162,6 +163,19 @@ class AutoK:
 
         return stop_now
 
+    def siblings(self, name: str, sure: Sequence[float], chances: Sequence[float]) -> list[int]:
+        """Of a draft whose tokens are so sure, the places at which a second candidate of these chances pays for its row."""
+        history, passes, rows = self._history(name), self._costs.passes, 1 + len(sure)
+        if not self._knows(history):
+            return []
+        reached = accumulate((history.chance(one, place) for place, one in enumerate(sure)), mul, initial=1.0)
+        gains = [reach * history.chance_of_sibling(chance) for reach, chance in zip(reached, chances, strict=False)]
+        best = sorted(range(len(gains)), key=lambda place: -gains[place])
+        nets = [0.0]
+        for many, place in enumerate(best, start=1):
+            nets.append(nets[-1] + gains[place] - self._rate * (passes(rows + many) - passes(rows + many - 1)))
+        return sorted(best[: nets.index(max(nets))])
+
     def observe(self, cycle: Cycle, parts: Sequence[Part] = ()) -> str:
         """Learn from a cycle. Returns why `k` is another now; empty if it is not. parts: see `Draft`."""
         before, reasons = self.k, list[str]()
@@ -184,7 +198,9 @@ class AutoK:
                 history.forget_a_little()
         for part in parts:
             kept = _agreed(part.tokens, cycle.emitted)
-            self._history(part.drafter).learn(len(part.tokens), costs.drift.evened(part.seconds), kept)
+            history = self._history(part.drafter)
+            history.learn(len(part.tokens), costs.drift.evened(part.seconds), kept)
+            history.learn_of_siblings(part.siblings, part.tokens, cycle.emitted)
         if cycle.drafted and not parts:
             self._history(cycle.drafter).learn(len(cycle.drafted), draft_s, self._kept(cycle))
         drafted = {part.drafter for part in parts} or ({cycle.drafter} if cycle.drafted else set())

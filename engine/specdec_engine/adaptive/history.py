@@ -9,6 +9,8 @@ from math import inf, sqrt
 from operator import mul
 
 from specdec_engine.adaptive.cost import Drafting
+from specdec_engine.core.cycle_types import Sibling
+from specdec_engine.record.events import TokenId
 
 MOST = 7
 """The largest k that is tried: passes of up to 8 rows."""
@@ -70,6 +72,8 @@ class DrafterHistory:
     by_position: list[_Odds] = field(default_factory=lambda: [_Odds() for _ in range(MOST_SURE)])
     by_confidence: list[_Odds] = field(default_factory=lambda: [_Odds() for _ in range(2 * _BINS)])
     """Of first tokens, then of later ones: where a lookup was right once, it mostly goes on to be right."""
+    by_sibling: list[_Odds] = field(default_factory=lambda: [_Odds() for _ in range(_BINS)])
+    """Of second candidates, by the drafter's own chance of them, which is a half at most."""
     draft: Drafting = field(default_factory=Drafting)
     confidences: list[float] = field(default_factory=list)
     """Of the draft in flight."""
@@ -136,6 +140,13 @@ class DrafterHistory:
             return self.chance(confidence, position)
         return self.by_position[min(position, self.most - 1)].value(self.alpha)
 
+    def chance_of_sibling(self, chance: float) -> float:
+        """Of a second candidate, given that all before it are right."""
+        return self._odds_of_sibling(chance).value(chance)
+
+    def _odds_of_sibling(self, chance: float) -> _Odds:
+        return self.by_sibling[min(int(2 * chance * _BINS), _BINS - 1)]
+
     def _odds(self, confidence: float, position: int) -> _Odds:
         return self.by_confidence[min(int(confidence * _BINS), _BINS - 1) + (_BINS if position else 0)]
 
@@ -146,7 +157,7 @@ class DrafterHistory:
 
     def forget_a_little(self) -> None:
         """Fade what is known of confidences, so that old failures stop counting."""
-        for odds in self.by_confidence:
+        for odds in (*self.by_confidence, *self.by_sibling):
             odds.fade(_LONG_MEMORY)
 
     @property
@@ -179,3 +190,9 @@ class DrafterHistory:
         for position, (confidence, hit) in enumerate(zip(self.confidences, kept, strict=False)):
             self._odds(confidence, position).add(hit)
         self.confidences = []
+
+    def learn_of_siblings(self, siblings: Sequence[Sibling], tokens: Sequence[int], emitted: Sequence[TokenId]) -> None:
+        """Learn from second candidates beside drafted tokens: those all before which are the text's."""
+        for one in siblings:
+            if one.place < len(emitted) and tuple(tokens[: one.place]) == tuple(emitted[: one.place]):
+                self._odds_of_sibling(one.chance).add(emitted[one.place] == one.token)

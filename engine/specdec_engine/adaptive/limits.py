@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from operator import mul
 
 import torch
 
@@ -29,6 +31,16 @@ class DraftLimits:
         """Say whether a draft should be made beside those that are in a tree; others: their drafters, and how many tokens."""
         return self.controller is None or not others or self.controller.should_join(drafter, others)
 
+    def siblings(self, drafter: str, sure: Sequence[float], chances: Sequence[float]) -> list[int]:
+        """Give the places of a draft at which a second candidate is worth a row of the pass. sure: of each token how sure the
+        drafter is; chances: of each second candidate. Without a controller, where it may well be the one."""
+        if self.controller is not None:
+            return self.controller.siblings(drafter, sure, chances)
+        reached = accumulate(sure, mul, initial=1.0)
+        return [
+            at for at, (reach, chance) in enumerate(zip(reached, chances, strict=False)) if reach * chance >= _LIKELY
+        ]
+
     def early_stop(self, drafter: str) -> StopDrafting | None:
         """Asked once a draft: what to ask after each of its tokens; None if there is nothing to ask."""
         return None if self.controller is None else self.controller.early_stop(drafter)
@@ -36,3 +48,7 @@ class DraftLimits:
     def early_stop_on(self, device: torch.device, drafter: str) -> StopDrafting | None:
         """The same for a draft made on this device: there is nothing to ask where looking would wait for it."""
         return self.early_stop(drafter) if device.type == "cpu" else None
+
+
+_LIKELY = 0.1
+"""Chance from which on a second candidate is taken where costs are not known."""

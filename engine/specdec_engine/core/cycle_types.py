@@ -66,6 +66,17 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class Sibling:
+    """A drafter's second candidate for a token of its draft."""
+
+    place: int
+    """That token's in the draft, from 0 on."""
+    token: int
+    chance: float
+    """The drafter's own probability of it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Part:
     """One drafter's share of a token tree."""
 
@@ -73,6 +84,8 @@ class Part:
     tokens: tuple[int, ...]
     seconds: float
     """The host's clock tells how long making it took."""
+    siblings: tuple[Sibling, ...] = ()
+    """Second candidates beside its tokens, none of which is followed by others."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.core.randomness import Randomness
 from specdec_engine.core.transfer import upload
 from specdec_engine.drafters.base import RunGrammar
-from specdec_engine.runtime import SampledToken
+from specdec_engine.runtime import SampledToken, TokenSampler
 from specdec_engine.verify.coupling import choice, gumbel_noise
 from specdec_engine.verify.sampling import draw, draw_on_host, warp, wide
 
@@ -55,11 +55,36 @@ class DraftChoice:
         return SampledToken(drawn[None], row, sure, raw)
 
 
+class TwoLikeliest:
+    """The likeliest token, whatever the temperature, and how likely the second one was: a `TokenSampler` for one draft."""
+
+    def __init__(self, vocab: int) -> None:
+        """vocab: only ids below this may be chosen."""
+        self.vocab = vocab
+        self.sure: list[float] = []
+        """Of each token its probability."""
+        self.seconds: list[int] = []
+        self.chances: list[float] = []
+        """Of each second candidate its probability."""
+
+    @property
+    def key(self) -> Hashable:
+        return id(self)
+
+    def __call__(self, logits: Tensor, u: Tensor, temperature: Tensor) -> SampledToken:
+        most, at = logits[0, : self.vocab].float().softmax(-1).topk(2)
+        (_, second), (sure, chance) = at.tolist(), most.tolist()
+        self.sure.append(sure)
+        self.seconds.append(second)
+        self.chances.append(chance)
+        return SampledToken(at[:1], None, most[0])
+
+
 class MaskedChoice:
     """A draft's choice among what a grammar allows: q is masked and normalised, and that is what it is drawn from. A draft
     that has left the grammar, or has none of the tokens that are allowed, chooses freely."""
 
-    def __init__(self, choice: DraftChoice, walk: Walk, ids: Tensor | None) -> None:
+    def __init__(self, choice: DraftChoice | TwoLikeliest, walk: Walk, ids: Tensor | None) -> None:
         """ids [V']: the target's id of each of the draft's."""
         self._choice, self._walk, self._ids = choice, walk, ids
 
@@ -80,8 +105,8 @@ class MaskedChoice:
 
 @contextmanager
 def masked(
-    choice: DraftChoice, grammar: RunGrammar, device: torch.device, ids: Tensor | None = None
-) -> Iterator[DraftChoice | MaskedChoice]:
+    choice: DraftChoice | TwoLikeliest, grammar: RunGrammar, device: torch.device, ids: Tensor | None = None
+) -> Iterator[TokenSampler]:
     """The choice for one draft, by the run's grammar if there is one; on a device nothing is looked at, which would wait for
     each token."""
     if grammar.matching is None or device.type != "cpu":

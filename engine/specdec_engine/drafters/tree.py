@@ -52,18 +52,19 @@ class TreeDrafter(Several):
             draft = member.propose(context, own, sampling, _Later(random, number * k))
             if len(draft):
                 self._proposed.append((member, draft))
-                parts.append(Part(member.name, tuple(draft.tokens.tolist()), perf_counter() - began))
+                part = draft.parts[0] if draft.parts else Part(member.name, tuple(draft.tokens.tolist()), 0.0)
+                parts.append(replace(part, seconds=perf_counter() - began))
                 if not self._limits.merging:
                     break
         drafts = [draft for _, draft in self._proposed]
         if len(drafts) < 2:
-            return drafts[0] if drafts else empty_draft(self._device)
+            return _alone(drafts[0], parts) if drafts else empty_draft(self._device)
         return replace(merged(drafts, self._device), parts=tuple(parts))
 
     def observe(self, draft: Draft, verdict: Verdict) -> None:
         """Each member is told how far its own draft agrees with what was emitted."""
         for member, own in self._proposed:
-            tokens = own.tokens.tolist()
+            tokens = own.as_chain().tokens.tolist()
             agreed = sum(accumulate((a == b for a, b in zip(tokens, verdict.tokens, strict=False)), mul))
             accepted = min(agreed, verdict.accepted)
             member.observe(
@@ -80,6 +81,11 @@ class TreeDrafter(Several):
                     residual=(),
                 ),
             )
+
+
+def _alone(draft: Draft, parts: Sequence[Part]) -> Draft:
+    """Of a chain all is known without parts."""
+    return draft if draft.parents is None else replace(draft, parts=tuple(parts))
 
 
 class _Later:
@@ -124,15 +130,19 @@ class _Tree:
 
 
 def merged(drafts: Sequence[Draft], device: torch.device) -> Draft:
-    """One tree of several chains, or the chain that they all are; whoever proposed, it is called a tree."""
+    """One tree of several drafts, or the chain that they all are; whoever proposed, it is called a tree."""
     tree = _Tree()
     for draft in drafts:
-        at = -1
+        places: dict[int, int] = {-1: -1}  # of its tokens in the tree
         for i, token in enumerate(draft.tokens.tolist()):
+            at = places.get(i - 1 if draft.parents is None else draft.parents[i])
+            if at is None:
+                continue
             there = tree.child(at, token)
-            if there is None and len(tree.tokens) == MOST:
-                break
-            at = tree.add(at, token, None if draft.probs is None else draft.probs[i]) if there is None else there
+            if there is None and len(tree.tokens) < MOST:
+                there = tree.add(at, token, None if draft.probs is None else draft.probs[i])
+            if there is not None:
+                places[i] = there
     parents = tuple(tree.parents)
     chain = parents == tuple(range(-1, len(parents) - 1))
     return Draft(upload(torch.tensor(tree.tokens), device), _rows(tree), "tree", parents=None if chain else parents)
