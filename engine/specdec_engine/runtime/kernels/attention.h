@@ -43,17 +43,8 @@ INLINE void turn_keys(const int narrow, const char *keys, long first, long end, 
   }
 }
 
-/* Positions that a row looks at: first to last, but for those `hidden`, bit 0 of which stands for `base`. */
-typedef struct { long first, last, base; uint64_t hidden; } view;
-
-INLINE ints not_hidden(view v, long at) {
-  ints seen;
-  for (int i = 0; i < LANES; i++) {
-    const long bit = at + i - v.base;
-    seen[i] = bit >= 0 && bit < 64 && (v.hidden >> bit & 1) ? 0 : -1;
-  }
-  return seen;
-}
+/* Positions that a row looks at: first to last. */
+typedef struct { long first, last; } view;
 
 /* What R rows make of LANES keys, to [R, SPLIT]; keys: [size, LANES]. */
 INLINE void score_tile(const int R, const float *const *queries, const float *keys, long size, float scale, float *to) {
@@ -77,8 +68,7 @@ static void soften(float *scores, long count, long start, view v, long padded, f
   for (int i = 0; i < LANES; i++) lane[i] = i;
   for (long j = 0; j < count; j += LANES) {
     const ints at = lane + (int)(start + j);
-    ints seen = (at >= (int)v.first) & (at <= (int)v.last);
-    if (v.hidden && start + j + LANES > v.base) seen &= not_hidden(v, start + j);
+    const ints seen = (at >= (int)v.first) & (at <= (int)v.last);
     const floats score = chosen(seen, load(scores, j, 0, LANES), (floats){} - INFINITY);
     store(scores, j, 0, LANES, score);
     highest = larger(score, highest);
@@ -93,15 +83,15 @@ static void soften(float *scores, long count, long start, view v, long padded, f
   part[padded + 1] = total(sum);
 }
 
-/* The values of `count` positions from `start` on, mixed by the weights of R rows, [R, SPLIT]. whole: no row of `values` ends
+/* Values of `count` positions, mixed by the weights of R rows, [R, SPLIT]. whole: no row of `values` ends
 within a vector. */
-INLINE void mix_tile(const int R, const int narrow, const int whole, const float *weights, const void *values, long start,
-                     long count, long size, float *parts, long apart) {
+INLINE void mix_tile(const int R, const int narrow, const int whole, const float *weights, const void *values, long count,
+                     long size, float *parts, long apart) {
   for (long d = 0; d < size; d += 2 * LANES) {
     floats left[MOST], right[MOST];
     UNROLLED for (int r = 0; r < R; r++) left[r] = right[r] = (floats){};
     for (long j = 0; j < count; j++) {
-      const long at = (start + j) * size + d;
+      const long at = j * size + d;
       const floats a = load(values, at, narrow, whole ? LANES : size - d);
       const floats b = load(values, at + LANES, narrow, whole ? LANES : size - d - LANES);
       UNROLLED for (int r = 0; r < R; r++) {
@@ -121,21 +111,20 @@ INLINE void fetch(const char *from, long bytes) {
   for (long i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
 }
 
-/* Rows of queries that ask the same keys and values, [.., size], from `start` on; for each a part of its softmax, `apart`
-numbers after the part of the row before: see `soften`. next: positions from here to the thread's next part, whose keys are
-fetched on the way, as the values are: a pass of one row after 4,000 tokens takes a fifth less. */
+/* Rows of queries that ask the same keys and values, [count, size], of positions from `start` on; for each a part of its
+softmax, `apart` numbers after the part of the row before: see `soften`. next: positions from here to the thread's next part,
+whose keys are fetched on the way, as the values are: a pass of one row after 4,000 tokens takes a fifth less. */
 static void attend_part(long rows, int narrow, const float *const *queries, const view *views, const char *keys,
-                        const char *values, long start, long next, long size, float *parts, long apart) {
+                        const char *values, long start, long count, long next, long size, float *parts, long apart) {
   const long row = size * (narrow ? 2 : 4);
-  const long end = views[rows - 1].last + 1, count = end - start < SPLIT ? end - start : SPLIT; /* views only move on */
   const long tiles = (rows + MOST - 1) / MOST, tile = (rows + tiles - 1) / tiles;
   const float scale = 1.f / sqrtf((float)size);
   float weights[rows * SPLIT], turned[size * LANES];
   for (long j = 0; j < count; j += LANES) {
-    fetch(values + (start + j) * row, LANES * row);
-    fetch(keys + (start + next + j) * row, LANES * row);
-    if (narrow) turn_keys(1, keys, start + j, start + count, size, turned);
-    else turn_keys(0, keys, start + j, start + count, size, turned);
+    fetch(values + j * row, LANES * row);
+    fetch(keys + (next + j) * row, LANES * row);
+    if (narrow) turn_keys(1, keys, j, count, size, turned);
+    else turn_keys(0, keys, j, count, size, turned);
     for (long r = 0; r < rows; r += tile)
       BY_MORE_ROWS(rows - r < tile ? rows - r : tile,
                    score_tile(T, queries + r, turned, size, scale, weights + r * SPLIT + j))
@@ -146,9 +135,9 @@ static void attend_part(long rows, int narrow, const float *const *queries, cons
     const float *own = weights + r * SPLIT;
     float *to = parts + r * apart;
     BY_MORE_ROWS(rows - r < tile ? rows - r : tile,
-                 if (!whole) mix_tile(T, narrow, 0, own, values, start, count, size, to, apart);
-                 else if (narrow) mix_tile(T, 1, 1, own, values, start, count, size, to, apart);
-                 else mix_tile(T, 0, 1, own, values, start, count, size, to, apart))
+                 if (!whole) mix_tile(T, narrow, 0, own, values, count, size, to, apart);
+                 else if (narrow) mix_tile(T, 1, 1, own, values, count, size, to, apart);
+                 else mix_tile(T, 0, 1, own, values, count, size, to, apart))
   }
 }
 
@@ -192,10 +181,12 @@ INLINE long head_of(job j, long g, long r) {
   return (j.first + r / j.together) * j.p->heads + g * j.together + r % j.together;
 }
 
+INLINE uint64_t hidden_of(job j, long r) { return j.p->hidden ? j.p->hidden[j.first + r / j.together] : 0; }
+
+/* On a side branch of a tree a row's positions are those that it has as a chain. */
 INLINE view view_of(job j, long r, long window) {
-  const long token = j.first + r / j.together, last = j.p->positions[token];
-  return (view){window > 0 && last >= window ? last - window + 1 : 0, last, j.p->positions[0],
-                j.p->hidden ? j.p->hidden[token] : 0};
+  const long token = j.first + r / j.together, last = j.p->positions[token] - __builtin_popcountll(hidden_of(j, r));
+  return (view){window > 0 && last >= window ? last - window + 1 : 0, last};
 }
 
 #define ROOM (1 << 20) /* numbers: parts of softmax that are worked out before any are merged, if they are not one job's */
@@ -217,19 +208,43 @@ static long jobs_of(const pass *p, const float *queries, const void *kept, void 
   return count;
 }
 
+/* Positions `start` to `end`, [.., row] bytes, of what a row on a side branch sees, as if they lay in a chain. */
+static void gather(const char *from, long start, long end, long base, uint64_t hidden, long row, char *to) {
+  const long before = base < end ? base - start : end - start;
+  long slot = base, at = base;
+  if (before > 0) memcpy(to, from + start * row, before * row);
+  for (; at < end; slot++)
+    if (!(hidden >> (slot - base) & 1)) {
+      if (at >= start) memcpy(to + (at - start) * row, from + slot * row, row);
+      at++;
+    }
+}
+
 static void attend_job(job j, long at, long team, long window, float *parts) {
   const long size = j.p->size, rows = rows_of(j), g = j.group + at / j.splits, start = at % j.splits * SPLIT;
-  const long bytes = j.p->capacity * size * (j.p->narrow ? 2 : 4);
+  const long row = size * (j.p->narrow ? 2 : 4), bytes = j.p->capacity * row, base = j.p->positions[0];
+  const long all = j.p->positions[j.first + j.tokens - 1] + 1 - start, count = all < SPLIT ? all : SPLIT;
   const char *keys = j.kept + g * bytes, *values = keys + j.p->groups * bytes;
   const float *asked[rows];
   view views[rows];
   for (long r = 0; r < rows; r++) views[r] = view_of(j, r, window), asked[r] = j.queries + head_of(j, g, r) * size;
-  long from = 0, to = rows; /* who looks at this part: views only move on */
+  long from = 0, to = rows; /* who looks at this part, and perhaps some between who do not */
   while (from < rows && views[from].last < start) from++;
   while (to > from && views[to - 1].first >= start + SPLIT) to--;
+  float *part = parts + at * rows * j.apart;
   if (from < to)
-    attend_part(to - from, j.p->narrow, asked + from, views + from, keys, values, start, team * SPLIT, size,
-                parts + (at * rows + from) * j.apart, j.apart);
+    attend_part(to - from, j.p->narrow, asked + from, views + from, keys + start * row, values + start * row, start, count,
+                team * SPLIT, size, part + from * j.apart, j.apart);
+  /* A side branch sums in the order of a chain, or near-ties would fall otherwise: 5 of 60 greedy answers did. */
+  for (long r = from; r < to; r += j.together) {
+    const long end = views[r].last + 1 < start + SPLIT ? views[r].last + 1 : start + SPLIT;
+    if (!hidden_of(j, r) || end <= base || end <= start) continue;
+    char own[2][SPLIT * row];
+    gather(keys, start, end, base, hidden_of(j, r), row, own[0]);
+    gather(values, start, end, base, hidden_of(j, r), row, own[1]);
+    attend_part(j.together, j.p->narrow, asked + r, views + r, own[0], own[1], start, end - start, 0, size,
+                part + r * j.apart, j.apart);
+  }
 }
 
 /* Row r of the job's g-th group. */
