@@ -75,12 +75,14 @@ def _measured(runtime: dict[str, Any]) -> Iterator[str]:
         forms = sorted(one["timings"], key=lambda form: form["one_ms"] + form["four_ms"])
         figures = " · ".join(f"{form['form']} {form['one_ms']:.1f} and {form['four_ms']:.1f}" for form in forms)
         size = f"{one['rows']} x {one['columns']}, {counted(one['threads'], 'thread')}, torch {one['torch']}"
-        yield f"ms for 1 and 4 rows of 100M weights ({size}): {figures}"
-        if one["reading"] in _READING:
-            yield f"a prompt's rows of packed weights are multiplied {_READING[one['reading']]}"
+        yield f"ms for 1 and 4 rows of 100M weights ({size}{_READING.get(one['reading'], '')}):"
+        yield f"  {figures}"
 
 
-_READING = {"unpacked": "by torch in bfloat16, unpacked", "tiles": "in tiles of bfloat16 by our own kernels"}
+_READING = {
+    "unpacked": "; a prompt's rows of packed weights by torch in bfloat16, unpacked",
+    "tiles": "; a prompt's rows in tiles of bfloat16 by our own kernels",
+}
 
 
 def _found() -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from specdec_engine.core.cycle_types import Sampling
+from specdec_engine.core.trees import first_path
 from specdec_engine.drafters import build_drafter
 from specdec_engine.models.loading import load_model
 from specdec_engine.models.options import LoadOptions
@@ -148,6 +149,17 @@ def test_the_builtin_pair_says_what_its_target_says(pair, i):
     texts = [emitted(list(pair.decode(prompt, k=k, max_tokens=TOKENS))) for k in (0, 4, "auto")]
     assert texts[1] == texts[0]
     assert texts[2] == texts[0]
+
+
+@pytest.mark.parametrize("i", range(2))
+def test_a_trees_second_candidates_win_and_the_text_stays_the_targets(builtin, i):
+    pair = load_pair("builtin", "tree:ngram,builtin")
+    prompt = pair.encode(PROMPTS[i])
+    said = [cycles(pair.decode(prompt, k=k, max_tokens=80)) for k in (0, 4)]
+    ids = [emitted(of_it) for of_it in said]
+    assert ids[0] == ids[1]
+    won = [cycle for cycle in said[1] if cycle.parents and set(cycle.path) - set(first_path(cycle.parents))]
+    assert won
 
 
 def test_the_builtin_draft_is_right_often_enough_to_pay(builtin):

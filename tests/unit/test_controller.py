@@ -12,7 +12,7 @@ from specdec_engine.adaptive.controller import AutoK
 from specdec_engine.adaptive.cost import CostsByLength, Drafting, Drift, Staircase, Times, best_k, expected_emitted
 from specdec_engine.adaptive.history import MOST
 from specdec_engine.adaptive.limits import DraftLimits
-from specdec_engine.core.cycle_types import Part
+from specdec_engine.core.cycle_types import Part, Sibling
 from specdec_engine.decoding.control import Controls
 from specdec_engine.models.options import LoadOptions
 from specdec_engine.pair import load_pair
@@ -219,7 +219,15 @@ def tree_run(passes, step, alphas, cycles=300, seed=0):
             for name in ("ngram", "model"):
                 asked = name in forced if forced else True
                 k = auto.limit(name) if auto.k and asked else 0
-                join = not parts or forced or auto.should_join(name, {part.drafter: len(part.tokens) for part in parts})
+                join = (
+                    not parts
+                    or forced
+                    or auto.should_join(
+                        name,
+                        {part.drafter: len(part.tokens) for part in parts},
+                        sum(len(part.tokens) for part in parts),
+                    )
+                )
                 if k and join and (name == "model" or auto.should_draft(name, 0.5, alone=False)):
                     enough = auto.early_stop(name)
                     k = next((i for i in range(1, k) if enough(0.5)), k)
@@ -259,7 +267,7 @@ def test_a_draft_that_did_not_pay_beside_others_is_tried_again():
             auto.observe(cycle(0, 0, 0.0, 1.0))
             continue
         parts = [Part("a", (0, 99), 0.0)]
-        if (asked := auto.limit("b")) and auto.should_join("b", {"a": 2}):
+        if (asked := auto.limit("b")) and auto.should_join("b", {"a": 2}, 2):
             auto.early_stop("b")
             parts.append(Part("b", (*range(50),)[:asked] if i > 100 else (98,) * asked, 0.02 * asked))
         joined.append(len(parts) == 2)
@@ -268,6 +276,43 @@ def test_a_draft_that_did_not_pay_beside_others_is_tried_again():
         auto.observe(replace(cycle(drafted, right, 0.0, 1.0 + 0.05 * drafted), emitted=(*range(right), 97)), parts)
     assert sum(joined[60:100]) <= 3
     assert sum(joined[-200:]) > 180
+
+
+@pytest.mark.parametrize(("row", "right", "stands"), [(0.01, 0.2, True), (0.4, 0.2, False), (0.05, 0.0, False)])
+def test_a_second_candidate_stands_where_it_is_right_oftener_than_its_row_costs(row, right, stands):
+    """Its drafter gives it 0.3, and half to the first, which is right every other time; row: of a plain pass."""
+    auto, rng, stood = AutoK(), random.Random(1), list[bool]()
+    for _ in range(600):
+        if not auto.limit("head") or not auto.k:
+            auto.observe(cycle(0, 0, 0.0, 1.0))
+            continue
+        drawn = rng.random()
+        chosen = auto.places_of_siblings("head", [0.5], [0.3], 0)
+        stood.append(chosen == [0])
+        said = 0 if drawn < 0.5 else 1 if drawn < 0.5 + right else 2  # the first candidate, the second, another
+        kept = said < 1 + len(chosen)
+        siblings = tuple(Sibling(place, 1, 0.3) for place in chosen)
+        made = cycle(1 + len(chosen), int(kept), 0.02, 1.0 + row * (1 + len(chosen)))
+        emitted_ids = (said, 9) if kept else (said,)
+        auto.observe(replace(made, emitted=emitted_ids), [Part("head", (0,), 0.02, siblings)])
+    assert (sum(stood[-200:]) > 150) == stands
+    assert auto.places_of_siblings("unknown", [0.5], [0.3], 0) == []
+
+
+def test_a_third_drafter_is_held_against_a_lookup_and_another():
+    """Of which the one may draft further than the other."""
+    auto = AutoK()
+    auto.should_draft("ngram", 0.9)
+    for _ in range(40):
+        parts = [Part(name, (*range(k),), 0.0) for name, k in (("ngram", 9), ("head", 3), ("self", 2))]
+        auto.observe(replace(cycle(14, 9, 0.0, 1.0), emitted=(*range(9), 9)), parts)
+        auto.observe(cycle(0, 0, 0.0, 1.0))
+    assert auto.should_join("self", {"ngram": 9, "head": 3}, 12) in (True, False)
+    assert auto.limit("ngram") == 15
+
+
+def test_without_costs_a_second_candidate_stands_where_it_is_likely():
+    assert DraftLimits().places_of_siblings("head", [0.5, 0.9, 0.9], [0.4, 0.1, 0.3]) == [0, 2]
 
 
 def test_without_a_controller_every_draft_goes_as_far_as_k():

@@ -12,7 +12,7 @@ Nothing here looks at the value of a drawn token before it is in the draft, so n
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 from math import prod
 from operator import mul
 
@@ -39,6 +39,10 @@ _BETTER = 1.02
 """A new k must promise this much more than the one in force, or it would change with every breath of noise."""
 _BETTER_OFF = 1.03
 """The same for none at all, after which nothing more is learnt."""
+
+
+_ROW = 0.02
+"""Tokens that a row of a second candidate must bring at least: a width that was not measured yet seems free."""
 
 
 class AutoK:
@@ -119,15 +123,15 @@ class AutoK:
             gain += max(0.0, self._net_gain_beside(best, missed, 1 + drafted))
         return gain > max(0.0, found)
 
-    def should_join(self, name: str, others: Mapping[str, int]) -> bool:
-        """Say whether a draft pays beside those of others in a token tree, so many tokens each: it counts as far as it gets
-        further than they do, and it costs its steps and its rows."""
+    def should_join(self, name: str, others: Mapping[str, int], drafted: int) -> bool:
+        """Say whether a draft pays beside those of others in a token tree, so many tokens each, and `drafted` in all, second
+        candidates among them: it counts as far as it gets further than they do, and it costs its steps and its rows."""
         history = self._history(name)
         if not self._knows(history):
             return True
         reached = [self._history(other).reach_of_draft(tokens) for other, tokens in others.items()]
-        missed = [prod(1.0 - reach for reach in at) for at in zip(*reached, strict=True)]
-        joins = self._net_gain_beside(history, missed, 1 + sum(others.values())) > 0
+        missed = [prod(1.0 - reach for reach in at) for at in zip_longest(*reached, fillvalue=0.0)]
+        joins = self._net_gain_beside(history, missed, 1 + drafted) > 0
         history.refused = 0 if joins else history.refused + 1
         history.backlog += not joins
         if history.refused < _REFUSALS:
@@ -163,9 +167,10 @@ class AutoK:
 
         return stop_now
 
-    def siblings(self, name: str, sure: Sequence[float], chances: Sequence[float]) -> list[int]:
-        """Of a draft whose tokens are so sure, the places at which a second candidate of these chances pays for its row."""
-        history, passes, rows = self._history(name), self._costs.passes, 1 + len(sure)
+    def places_of_siblings(self, name: str, sure: Sequence[float], chances: Sequence[float], drafted: int) -> list[int]:
+        """Choose the places at which a second candidate of these chances pays for its row; sure: of each token of the draft
+        how sure the drafter is; drafted: tokens of others that are in the tree."""
+        history, passes, rows = self._history(name), self._costs.passes, 1 + drafted + len(sure)
         if not self._knows(history):
             return []
         reached = accumulate((history.chance(one, place) for place, one in enumerate(sure)), mul, initial=1.0)
@@ -173,7 +178,8 @@ class AutoK:
         best = sorted(range(len(gains)), key=lambda place: -gains[place])
         nets = [0.0]
         for many, place in enumerate(best, start=1):
-            nets.append(nets[-1] + gains[place] - self._rate * (passes(rows + many) - passes(rows + many - 1)))
+            cost = max(_ROW, self._rate * (passes(rows + many) - passes(rows + many - 1)))
+            nets.append(nets[-1] + gains[place] - cost)
         return sorted(best[: nets.index(max(nets))])
 
     def observe(self, cycle: Cycle, parts: Sequence[Part] = ()) -> str:

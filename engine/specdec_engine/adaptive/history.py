@@ -141,7 +141,7 @@ class DrafterHistory:
         return self.by_position[min(position, self.most - 1)].value(self.alpha)
 
     def chance_of_sibling(self, chance: float) -> float:
-        """Of a second candidate, given that all before it are right."""
+        """Its chance, given that all before it are right; chance: the drafter's own of it."""
         return self._odds_of_sibling(chance).value(chance)
 
     def _odds_of_sibling(self, chance: float) -> _Odds:

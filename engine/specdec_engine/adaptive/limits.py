@@ -18,6 +18,8 @@ class DraftLimits:
     controller: AutoK | None = None
     merging: bool = False
     """Several drafters propose at once, whose drafts are one token tree."""
+    drafted: int = 0
+    """Tokens that are in the tree so far, before those alike are merged."""
 
     def limit(self, drafter: str, k: int) -> int:
         """Tokens that this drafter may propose in this cycle, at most k."""
@@ -29,13 +31,13 @@ class DraftLimits:
 
     def should_join(self, drafter: str, others: Mapping[str, int]) -> bool:
         """Say whether a draft should be made beside those that are in a tree; others: their drafters, and how many tokens."""
-        return self.controller is None or not others or self.controller.should_join(drafter, others)
+        return self.controller is None or not others or self.controller.should_join(drafter, others, self.drafted)
 
-    def siblings(self, drafter: str, sure: Sequence[float], chances: Sequence[float]) -> list[int]:
+    def places_of_siblings(self, drafter: str, sure: Sequence[float], chances: Sequence[float]) -> list[int]:
         """Give the places of a draft at which a second candidate is worth a row of the pass. sure: of each token how sure the
         drafter is; chances: of each second candidate. Without a controller, where it may well be the one."""
         if self.controller is not None:
-            return self.controller.siblings(drafter, sure, chances)
+            return self.controller.places_of_siblings(drafter, sure, chances, self.drafted)
         reached = accumulate(sure, mul, initial=1.0)
         return [
             at for at, (reach, chance) in enumerate(zip(reached, chances, strict=False)) if reach * chance >= _LIKELY

@@ -109,7 +109,7 @@ class Draft:
     parents: tuple[int, ...] | None = None
     """The token that each follows in a tree, see `core.trees`; None for a chain."""
     parts: tuple[Part, ...] = ()
-    """The share that each of several drafters had in a draft."""
+    """The share that each drafter had in a tree."""
 
     def __len__(self) -> int:
         return self.tokens.shape[0]

@@ -123,7 +123,7 @@ def _on_lean(
         config = mimo_shape(decoder.shape)
         weights, shape = mimo_weights(found, decoder.shape), head_shape(config)
         check_weights(weights, shape, weights["down.weight"].shape[-1], 1, MIMO_FORM, shape.hidden)
-        packed = setup.draft_quantize == "auto" and "int4" in decoder.forms
+        packed = setup.draft_quantize == "auto" and ("int4" in decoder.forms or decoder.kernels is not None)
         forward = HeadForward(
             shape,
             weights,

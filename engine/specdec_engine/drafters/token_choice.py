@@ -56,7 +56,7 @@ class DraftChoice:
 
 
 class TwoLikeliest:
-    """The likeliest token, whatever the temperature, and how likely the second one was: a `TokenSampler` for one draft."""
+    """The likeliest token, and how likely the second one was: a `TokenSampler` for one draft."""
 
     def __init__(self, vocab: int) -> None:
         """vocab: only ids below this may be chosen."""

@@ -42,7 +42,7 @@ class TreeDrafter(Several):
 
     def propose(self, context: Sequence[int], k: int, sampling: Sampling, random: Randomness) -> Draft:
         """A chain where one member alone proposes."""
-        self._proposed, parts = [], list[Part]()
+        self._proposed, parts, self._limits.drafted = [], list[Part](), 0
         for number, member in enumerate(self._members):
             others = {part.drafter: len(part.tokens) for part in parts}
             own = self._limits.limit(member.name, k)
@@ -52,13 +52,16 @@ class TreeDrafter(Several):
             draft = member.propose(context, own, sampling, _Later(random, number * k))
             if len(draft):
                 self._proposed.append((member, draft))
-                part = draft.parts[0] if draft.parts else Part(member.name, tuple(draft.tokens.tolist()), 0.0)
+                part = (
+                    draft.parts[0] if draft.parts else Part(member.name, tuple(draft.as_chain().tokens.tolist()), 0.0)
+                )
                 parts.append(replace(part, seconds=perf_counter() - began))
+                self._limits.drafted += len(draft)
                 if not self._limits.merging:
                     break
         drafts = [draft for _, draft in self._proposed]
         if len(drafts) < 2:
-            return _alone(drafts[0], parts) if drafts else empty_draft(self._device)
+            return told_alone(drafts[0], parts) if drafts else empty_draft(self._device)
         return replace(merged(drafts, self._device), parts=tuple(parts))
 
     def observe(self, draft: Draft, verdict: Verdict) -> None:
@@ -83,8 +86,8 @@ class TreeDrafter(Several):
             )
 
 
-def _alone(draft: Draft, parts: Sequence[Part]) -> Draft:
-    """Of a chain all is known without parts."""
+def told_alone(draft: Draft, parts: Sequence[Part]) -> Draft:
+    """The draft of one member, of which all is known without parts if it is a chain."""
     return draft if draft.parents is None else replace(draft, parts=tuple(parts))
 
 

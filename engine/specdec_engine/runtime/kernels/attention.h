@@ -11,7 +11,8 @@ typedef struct {
   int narrow;                  /* the cache is bfloat16 */
   const float *rotation;
   const int64_t *positions;
-  const uint64_t *hidden; /* of each row, bits of the pass's rows that it does not see, in a tree of tokens; else missing */
+  const uint64_t *hidden; /* of each row, bits of the pass's rows before it that it does not see, in a tree of tokens; else
+                             missing */
 } pass;
 
 #define SPLIT 64 /* positions of the cache whose softmax is one part: the fewer, the more evenly threads share a short text */
@@ -112,17 +113,17 @@ INLINE void fetch(const char *from, long bytes) {
 }
 
 /* Rows of queries that ask the same keys and values, [count, size], of positions from `start` on; for each a part of its
-softmax, `apart` numbers after the part of the row before: see `soften`. next: positions from here to the thread's next part,
-whose keys are fetched on the way, as the values are: a pass of one row after 4,000 tokens takes a fifth less. */
+softmax, `apart` numbers after the part of the row before: see `soften`. next: the keys of the thread's next part, which are
+fetched on the way, as the values are: a pass of one row after 4,000 tokens takes a fifth less. */
 static void attend_part(long rows, int narrow, const float *const *queries, const view *views, const char *keys,
-                        const char *values, long start, long count, long next, long size, float *parts, long apart) {
+                        const char *values, long start, long count, const char *next, long size, float *parts, long apart) {
   const long row = size * (narrow ? 2 : 4);
   const long tiles = (rows + MOST - 1) / MOST, tile = (rows + tiles - 1) / tiles;
   const float scale = 1.f / sqrtf((float)size);
   float weights[rows * SPLIT], turned[size * LANES];
   for (long j = 0; j < count; j += LANES) {
     fetch(values + j * row, LANES * row);
-    fetch(keys + (next + j) * row, LANES * row);
+    fetch(next + j * row, LANES * row);
     if (narrow) turn_keys(1, keys, j, count, size, turned);
     else turn_keys(0, keys, j, count, size, turned);
     for (long r = 0; r < rows; r += tile)
@@ -225,6 +226,7 @@ static void attend_job(job j, long at, long team, long window, float *parts) {
   const long row = size * (j.p->narrow ? 2 : 4), bytes = j.p->capacity * row, base = j.p->positions[0];
   const long all = j.p->positions[j.first + j.tokens - 1] + 1 - start, count = all < SPLIT ? all : SPLIT;
   const char *keys = j.kept + g * bytes, *values = keys + j.p->groups * bytes;
+  const char *next = j.kept + (j.group + (at + team) / j.splits) * bytes + (at + team) % j.splits * SPLIT * row;
   const float *asked[rows];
   view views[rows];
   for (long r = 0; r < rows; r++) views[r] = view_of(j, r, window), asked[r] = j.queries + head_of(j, g, r) * size;
@@ -234,7 +236,7 @@ static void attend_job(job j, long at, long team, long window, float *parts) {
   float *part = parts + at * rows * j.apart;
   if (from < to)
     attend_part(to - from, j.p->narrow, asked + from, views + from, keys + start * row, values + start * row, start, count,
-                team * SPLIT, size, part + from * j.apart, j.apart);
+                next, size, part + from * j.apart, j.apart);
   /* A side branch sums in the order of a chain, or near-ties would fall otherwise: 5 of 60 greedy answers did. */
   for (long r = from; r < to; r += j.together) {
     const long end = views[r].last + 1 < start + SPLIT ? views[r].last + 1 : start + SPLIT;
@@ -242,7 +244,7 @@ static void attend_job(job j, long at, long team, long window, float *parts) {
     char own[2][SPLIT * row];
     gather(keys, start, end, base, hidden_of(j, r), row, own[0]);
     gather(values, start, end, base, hidden_of(j, r), row, own[1]);
-    attend_part(j.together, j.p->narrow, asked + r, views + r, own[0], own[1], start, end - start, 0, size,
+    attend_part(j.together, j.p->narrow, asked + r, views + r, own[0], own[1], start, end - start, own[0], size,
                 part + r * j.apart, j.apart);
   }
 }

@@ -14,12 +14,15 @@ int reads(void) { return has_tiles(); }
 
 /* Bytes that `products` works in: what the threads share, and what each has for itself. */
 INLINE long common_room(long rows, long K) {
-  const long read = shared_room(rows, K), dense = dense_room(rows, K), packed = packed_room(rows, K);
-  const long more = read > dense ? read : dense;
-  return (more > packed ? more : packed) / 64 * 64 + 64;
+  long most = packed_room(rows, K);
+  if (has_tiles() && shared_room(rows, K) > most) most = shared_room(rows, K);
+  if (has_tiles() && dense_room(rows, K) > most) most = dense_room(rows, K);
+  return most / 64 * 64 + 64;
 }
 
-static long room_for(long rows, long K, long threads) { return common_room(rows, K) + threads * own_room(K); }
+static long room_for(long rows, long K, long threads) {
+  return common_room(rows, K) + (has_tiles() ? threads * own_room(K) : 0);
+}
 
 /* x [rows, K] times matrices that lie beside each other in `out`. reading: the rows are a prompt's, see `tiles.h`. For
 all threads of a team, as is every function that is static here and has a loop; all have done when it returns. */
