@@ -43,23 +43,14 @@ class FeatureDrafter:
     """A head, or a module, on a target whose features are kept."""
 
     def __init__(
-        self,
-        head: HeadRuntime | MtpRuntime,
-        target: Featured,
-        ids: ContextIds,
-        setup: DraftSetup,
-        name: str,
-        branches: bool = True,
+        self, head: HeadRuntime | MtpRuntime, target: Featured, ids: ContextIds, setup: DraftSetup, name: str
     ) -> None:
-        """branches: in a tree it may propose second candidates."""
-        self.name, self._branches = name, branches
+        self.name = name
         self._head, self._target, self._ids, self._setup = head, target, ids, setup
 
     def another(self, target: Runtime) -> FeatureDrafter:
-        """See `Repeatable`; the target's runtime keeps what the first one's does. Texts of a batch compete for rows, and no
-        second candidate takes one."""
-        head, ids = self._head.another(), self._ids.another()
-        return FeatureDrafter(head, cast(Featured, target), ids, self._setup, self.name, branches=False)
+        """See `Repeatable`; the target's runtime keeps what the first one's does."""
+        return FeatureDrafter(self._head.another(), cast(Featured, target), self._ids.another(), self._setup, self.name)
 
     def begin(self, prompt: Sequence[int]) -> None:
         """The target has read the prompt but for its last token."""
@@ -81,7 +72,7 @@ class FeatureDrafter:
         stop = self._setup.draft_limits.early_stop_on(self._head.device, self.name)
         eager = self._head.device.type == "cpu"
         # Not where tokens are drawn: at temperature 0.8 the two likeliest made 1.69 tokens a cycle of drawn ones' 1.85.
-        branching = self._branches and eager and self._setup.draft_limits.merging and sampling.greedy
+        branching = eager and self._setup.draft_limits.merging and sampling.greedy
         two = TwoLikeliest(len(ids)) if branching and not sampling.raw else None
         choice = two or DraftChoice(sampling, len(ids), eager, confident=stop is not None)
         with masked(choice, self._setup.grammar, self._head.device, ids) as sampler:
