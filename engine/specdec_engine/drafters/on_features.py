@@ -73,7 +73,7 @@ class FeatureDrafter:
         eager = self._head.device.type == "cpu"
         # Not where tokens are drawn: at temperature 0.8 the two likeliest made 1.69 tokens a cycle of drawn ones' 1.85.
         branching = eager and self._setup.draft_limits.merging and sampling.greedy
-        two = TwoLikeliest(len(ids)) if branching and not sampling.raw else None
+        two = TwoLikeliest(len(ids), sampling.raw) if branching else None
         choice = two or DraftChoice(sampling, len(ids), eager, confident=stop is not None)
         with masked(choice, self._setup.grammar, self._head.device, ids) as sampler:
             drawn = self._head.unroll(
@@ -88,26 +88,26 @@ class FeatureDrafter:
             )
         self._head.rollback(read)
         self._head.known.note(context, len(context))
-        if two is not None:
-            return self._branched(drawn.tokens, two)
+        if two is not None and (siblings := self._siblings(two)):
+            return self._branched(drawn.tokens, siblings)
         raw, raw_ids = drawn.raw, ids
         if raw is not None and not eager:  # or a verdict would be recorded anew for each id of the context
             raw, raw_ids = told_in_one_size(raw, self._ids)
         return Draft(drawn.tokens, self._widened(drawn.rows), self.name, raw, raw_ids)
 
-    def _branched(self, tokens: Tensor, two: TwoLikeliest) -> Draft:
-        """The draft, and second candidates where they pay."""
+    def _siblings(self, two: TwoLikeliest) -> tuple[Sibling, ...]:
+        """Second candidates where they pay."""
         places = self._setup.draft_limits.places_of_siblings(self.name, two.sure, two.chances)
-        places = places[: max(0, LARGEST - len(tokens))]
-        if not places:
-            return Draft(tokens, None, self.name)
-        seconds = self._ids.ids[[two.seconds[place] for place in places]]
-        found = zip(places, seconds.tolist(), strict=True)
-        part = Part(
-            self.name, tuple(tokens.tolist()), 0.0, tuple(Sibling(at, token, two.chances[at]) for at, token in found)
-        )
-        parents = (*range(-1, len(tokens) - 1), *(place - 1 for place in places))
-        return Draft(torch.cat([tokens, seconds]), None, self.name, parents=parents, parts=(part,))
+        places = places[: max(0, LARGEST - len(two.sure))]
+        tokens = self._ids.ids[[two.seconds[place] for place in places]].tolist()
+        return tuple(Sibling(at, token, two.chances[at]) for at, token in zip(places, tokens, strict=True))
+
+    def _branched(self, tokens: Tensor, siblings: Sequence[Sibling]) -> Draft:
+        """The draft, and second candidates beside its tokens."""
+        part = Part(self.name, tuple(tokens.tolist()), 0.0, tuple(siblings))
+        parents = (*range(-1, len(tokens) - 1), *(one.place - 1 for one in siblings))
+        together = torch.cat([tokens, self._tokens([one.token for one in siblings])])
+        return Draft(together, None, self.name, parents=parents, parts=(part,))
 
     def observe(self, draft: Draft, verdict: Verdict) -> None:
         """Slots of drafted tokens were forgotten at once: all of them stood on own states."""

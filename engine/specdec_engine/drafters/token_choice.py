@@ -58,9 +58,9 @@ class DraftChoice:
 class TwoLikeliest:
     """The likeliest token, and how likely the second one was: a `TokenSampler` for one draft."""
 
-    def __init__(self, vocab: int) -> None:
-        """vocab: only ids below this may be chosen."""
-        self.vocab = vocab
+    def __init__(self, vocab: int, raw: bool) -> None:
+        """vocab: only ids below this may be chosen; raw: distributions are asked for."""
+        self.vocab, self._raw = vocab, raw
         self.sure: list[float] = []
         """Of each token its probability."""
         self.seconds: list[int] = []
@@ -72,12 +72,13 @@ class TwoLikeliest:
         return id(self)
 
     def __call__(self, logits: Tensor, u: Tensor, temperature: Tensor) -> SampledToken:
-        most, at = logits[0, : self.vocab].float().softmax(-1).topk(2)
+        row = logits[:, : self.vocab].float().softmax(-1)
+        most, at = row[0].topk(2)
         (_, second), (sure, chance) = at.tolist(), most.tolist()
         self.sure.append(sure)
         self.seconds.append(second)
         self.chances.append(chance)
-        return SampledToken(at[:1], None, most[0])
+        return SampledToken(at[:1], None, most[0], row if self._raw else None)
 
 
 class MaskedChoice:
