@@ -296,7 +296,7 @@ def _before(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
 _BEFORE = {"samples": 1}
 """Of files from before there was such a setting."""
 _COMPUTED = ("dtype", "weights", "runtime")
-"""In what the target is computed: near-ties fall otherwise in another. Older files do not say it."""
+"""Settings in which the target is computed: near-ties fall otherwise in another. Older files do not say it."""
 
 
 def _same(path: Path, head: Mapping[str, Any] | None, asked: Asking) -> int:

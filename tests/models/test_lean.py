@@ -215,8 +215,8 @@ def test_two_threads_say_what_one_says(reading, own):
 @pytest.mark.parametrize("reading", get_args(Reading))
 @pytest.mark.parametrize("name", PLAIN)
 def test_a_prompt_is_the_same_alone_and_together(name, reading, own):
-    """To the bit, in one call and operation by operation: too short for tiles, for our own attention, and for torch's. What
-    is verified after it is not read so, nor is a draft's pass that asks for more than its last row."""
+    """One call and operation by operation give the same bits: too short for tiles, for our own attention,
+    and for torch's. What is verified after it is not read so, nor is a draft's pass that asks for more than its last row."""
     if reading == "tiles" and not own.tiled:
         pytest.skip("no tiles of bfloat16 (AMX)")
     model = build(FAMILY[name][0], FAMILY[name][1] | {"hidden_size": 64, "intermediate_size": 96})

@@ -73,7 +73,7 @@ class DrafterHistory:
     by_confidence: list[_Odds] = field(default_factory=lambda: [_Odds() for _ in range(2 * _BINS)])
     """Of first tokens, then of later ones: where a lookup was right once, it mostly goes on to be right."""
     by_sibling: list[_Odds] = field(default_factory=lambda: [_Odds() for _ in range(_BINS)])
-    """Of second candidates, by the drafter's own chance of them, which is a half at most."""
+    """Second candidates, by the drafter's own chance of them, which is a half at most."""
     draft: Drafting = field(default_factory=Drafting)
     confidences: list[float] = field(default_factory=list)
     """Of the draft in flight."""

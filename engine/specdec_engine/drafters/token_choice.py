@@ -62,10 +62,10 @@ class TwoLikeliest:
         """vocab: only ids below this may be chosen; raw: distributions are asked for."""
         self.vocab, self._raw = vocab, raw
         self.sure: list[float] = []
-        """Of each token its probability."""
+        """Probabilities of the tokens."""
         self.seconds: list[int] = []
         self.chances: list[float] = []
-        """Of each second candidate its probability."""
+        """Probabilities of the second candidates."""
 
     @property
     def key(self) -> Hashable:

@@ -365,7 +365,7 @@ def _check_products(kernels: Kernels, what: str, x: Tensor, matrix: Matrix, dens
 
 
 def _check_attention(kernels: Kernels, queries: Tensor, kept: Tensor) -> None:
-    """Of a chain of tokens, the last that are cached, and of a tree."""
+    """Check a chain of tokens, the last that are cached, and a tree."""
     n, end = len(queries), kept.shape[1]
     positions = torch.arange(end - n, end)
     seen = kernels.attend(torch.float32, queries, kept, positions, None)

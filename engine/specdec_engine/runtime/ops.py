@@ -158,7 +158,7 @@ class Pass:
         return self.ops.add_norm(self._x, more, weight, self.eps, self.dtype)
 
     def through(self, layers: Sequence[Layer], inputs: Tensor | None = None, tapped: Tapped | None = None) -> None:
-        """All layers, one after the other; inputs: what the first of them reads, see `block`."""
+        """Pass all layers, one after the other; inputs: what the first of them reads, see `block`."""
         if self.stack is not None:
             caches, many = self.layer_caches(0), len(layers)
             kernels, fields = self.stack.kernels, self.stack.layers
