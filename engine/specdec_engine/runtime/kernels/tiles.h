@@ -26,23 +26,17 @@ INLINE long own_room(long K) { return 4 * (K + DEEP) * LANES; }
 /* A group of a block in pairs of columns, [group / 2, LANES, 2]. */
 INLINE void pair_group(const int bits, const int group, const int offsets, const uint16_t *w, const half *constants,
                        uint16_t *to) {
-  const int per = 16 / bits;
   const floats d = widened(constants), m = offsets ? widened(constants + LANES) : (floats){};
   lanes16 woven; /* the two columns in turns */
   for (int i = 0; i < 2 * LANES; i++) woven[i] = (uint16_t)(i / 2 + i % 2 * LANES);
-  for (int j = 0; j < group / (2 * per); j++) {
-    lanes32 both;
-    memcpy(&both, w + j * LANES * 2, sizeof both);
-    UNROLLED for (int t = 0; t < per; t++) {
-      floats weight[2];
-      UNROLLED for (int e = 0; e < 2; e++) {
-        const lanes32 up = both << (32 - bits - bits * t - 16 * e);
-        const floats q = __builtin_convertvector(bits == 4 ? (ints)(up >> 28) : (ints)up >> 24, floats);
-        weight[e] = offsets ? plus_product(m, q, d) : q * d;
-      }
-      const __m512i apart = (__m512i)_mm512_cvtne2ps_pbh((__m512)weight[1], (__m512)weight[0]);
-      _mm512_storeu_si512(to + (per * j + t) * 2 * LANES, _mm512_permutexvar_epi16((__m512i)woven, apart));
+  UNROLLED for (int k = 0; k < group; k += 2) {
+    floats weight[2];
+    UNROLLED for (int e = 0; e < 2; e++) {
+      const floats q = unpacked(bits, k + e, w);
+      weight[e] = offsets ? plus_product(m, q, d) : q * d;
     }
+    const __m512i apart = (__m512i)_mm512_cvtne2ps_pbh((__m512)weight[1], (__m512)weight[0]);
+    _mm512_storeu_si512(to + k * LANES, _mm512_permutexvar_epi16((__m512i)woven, apart));
   }
 }
 
