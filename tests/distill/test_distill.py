@@ -50,7 +50,7 @@ from specdec_engine.models.options import LoadOptions
 from specdec_engine.pair import load_pair
 from specdec_engine.record.events import Started
 from specdec_engine.record.trace import TraceWriter
-from specdec_engine.runtime.head import HeadForward, HeadRuntime, head_shape
+from specdec_engine.runtime.head import Features, HeadForward, HeadRuntime, State, head_shape
 from specdec_engine.system.timing import HostTimer
 from tests.fakes import CPU, FakeClock, byte_tokenizer, cycles, emitted, lean, save_checkpoint, tiny_llama
 from tests.models.test_architectures import build
@@ -226,10 +226,11 @@ def test_the_head_in_use_computes_what_the_head_in_training_computes():
     runtime = HeadRuntime(forward, 4)
     runtime.forward(features[0, :4], tokens[1:5])
     with torch.inference_mode():
-        state = forward.fused(features[0, 4:7])
+        read = Features(features[0, 4:7])
         for step, at in enumerate((slice(5, 8), slice(8, 9), slice(9, 10))):
-            last, state = runtime._step(state, tokens[at])
-            assert torch.allclose(forward.logits(last, None)[0], trained[step][0, 6 + step] @ rows.T, atol=1e-3)
+            logits, state = runtime._step(read, tokens[at])
+            assert torch.allclose(logits[0], trained[step][0, 6 + step] @ rows.T, atol=1e-3)
+            read = State(state)
 
 
 @pytest.mark.parametrize("kind", ["head", "model"])

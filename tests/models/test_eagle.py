@@ -20,7 +20,7 @@ from specdec_engine.models.draft_folder import TargetLayers
 from specdec_engine.models.options import LoadOptions
 from specdec_engine.pair import load_pair
 from specdec_engine.runtime.decoder import Embedding
-from specdec_engine.runtime.head import HeadForward, HeadRuntime, check_weights, head_shape
+from specdec_engine.runtime.head import Features, HeadForward, HeadRuntime, State, check_weights, head_shape
 from tests.fakes import CPU, cycles, emitted, save_checkpoint, save_eagle_head, tiny_llama
 
 RECORDED = Path(__file__).with_name("eagle")
@@ -41,12 +41,12 @@ def head(folder):
         "none",
         form=draft.form,
     )
-    return draft, HeadRuntime(forward, 16), forward
+    return draft, HeadRuntime(forward, 16)
 
 
 def drafted(folder, said):
     """As `record.py` asks: from each slot on, fed the text's own tokens."""
-    draft, runtime, forward = head(folder)
+    draft, runtime = head(folder)
     features = torch.tensor(said["features"])
     features = torch.cat([features, torch.zeros_like(features[:, :1])], 1)  # a place for the final state
     tokens, steps = torch.tensor(said["tokens"]), len(said["drafted"])
@@ -56,10 +56,11 @@ def drafted(folder, said):
         if slot:
             runtime.forward(features[:slot], tokens[:slot])
         with torch.inference_mode():
-            state = forward.fused(features[slot : slot + 1])
+            read = Features(features[slot : slot + 1])
             for step in range(steps):
-                last, state = runtime._step(state, tokens[slot + step : slot + step + 1])
-                found[step].append(int(draft.ids[forward.logits(last, None).argmax()]))
+                logits, state = runtime._step(read, tokens[slot + step : slot + step + 1])
+                found[step].append(int(draft.ids[logits.argmax()]))
+                read = State(state)
     return found
 
 

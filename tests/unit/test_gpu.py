@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from specdec_engine.models.draft_files import head_weights, read_draft
 from specdec_engine.runtime.blocks import _ops_for as ops_for
 from specdec_engine.runtime.decoder import Decoder, Embedding
-from specdec_engine.runtime.head import HeadForward, HeadRuntime, head_shape
+from specdec_engine.runtime.head import Features, HeadForward, HeadRuntime, head_shape
 from specdec_engine.runtime.ops import TORCH
 from specdec_engine.runtime.shape import shape_of
 from tests.fakes import CPU, StateWeights, byte_tokenizer, lean, save_head_draft, tiny_llama
@@ -101,6 +101,6 @@ def test_a_head_drafts_on_a_gpu_as_on_a_cpu(tmp_path):
         features = torch.randn(30, 2, 32, generator=torch.Generator().manual_seed(0))
         runtime.forward(features[:25], torch.arange(25))
         with torch.inference_mode():
-            said.append(runtime._step(forward.fused(features[25:]), torch.arange(25, 30)))
+            said.append(runtime._step(Features(features[25:]), torch.arange(25, 30)))
     for mine, theirs in zip(*said, strict=True):
         assert torch.allclose(mine, theirs, atol=1e-4)

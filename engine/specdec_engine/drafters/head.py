@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from specdec_engine.drafters.base import DraftSetup, ModelInfo
@@ -66,8 +67,10 @@ def build(argument: str, setup: DraftSetup) -> FeatureDrafter:
 
 
 def _output_rows(decoder: Decoder) -> Callable[[Tensor], Tensor]:
+    dtype = decoder.dtype if decoder.kernels is None else torch.bfloat16  # in which our own multiply them
+
     def rows(ids: Tensor) -> Tensor:
-        return decoder.output_rows(ids).to(decoder.dtype)
+        return decoder.output_rows(ids).to(dtype)
 
     return rows
 

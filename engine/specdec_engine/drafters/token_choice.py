@@ -14,7 +14,8 @@ from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.core.randomness import Randomness
 from specdec_engine.core.transfer import upload
 from specdec_engine.drafters.base import RunGrammar
-from specdec_engine.runtime import SampledToken, TokenSampler
+from specdec_engine.runtime import SampledToken, TokenSampler, native
+from specdec_engine.runtime.native import Likely
 from specdec_engine.verify.coupling import choice, gumbel_noise
 from specdec_engine.verify.sampling import draw, draw_on_host, warp, wide
 
@@ -43,6 +44,8 @@ class DraftChoice:
         logits = logits[:, : self.vocab]
         raw = logits.float().softmax(-1) if self.sampling.raw else None
         if self.sampling.greedy:
+            if self.eager and raw is None and (two := two_likeliest(logits[0])) is not None:
+                return SampledToken(torch.tensor([two[0].place]), None, two[0].share)
             if not self.confident:
                 return SampledToken(logits.argmax(-1), None, None, raw)
             most, at = (logits.float().softmax(-1) if raw is None else raw).max(-1)
@@ -72,13 +75,25 @@ class TwoLikeliest:
         return id(self)
 
     def __call__(self, logits: Tensor, u: Tensor, temperature: Tensor) -> SampledToken:
-        row = logits[:, : self.vocab].float().softmax(-1)
-        most, at = row[0].topk(2)
-        (_, second), (sure, chance) = at.tolist(), most.tolist()
-        self.sure.append(sure)
-        self.seconds.append(second)
-        self.chances.append(chance)
-        return SampledToken(at[:1], None, most[0], row if self._raw else None)
+        logits = logits[:, : self.vocab]
+        row = logits.float().softmax(-1) if self._raw else None
+        first, second = two_likeliest(logits[0]) or _likely(logits[0])
+        self.sure.append(first.share)
+        self.seconds.append(second.place)
+        self.chances.append(second.share)
+        return SampledToken(torch.tensor([first.place]), None, first.share, row)
+
+
+def two_likeliest(logits: Tensor) -> tuple[Likely, Likely] | None:  # [n]
+    """By our own kernels, where a CPU has some and the numbers are theirs."""
+    kernels = native.kernels() if logits.dtype == torch.float32 and logits.device.type == "cpu" else None
+    return None if kernels is None or len(logits) < 2 else kernels.likeliest(logits)
+
+
+def _likely(logits: Tensor) -> tuple[Likely, Likely]:  # [n]
+    shares, places = logits.float().softmax(-1).topk(2)
+    first, second = map(Likely, places.tolist(), shares.tolist())
+    return first, second
 
 
 class MaskedChoice:

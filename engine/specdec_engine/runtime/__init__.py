@@ -21,8 +21,8 @@ class SampledToken(NamedTuple):
     """[1]"""
     row: Tensor | None
     """[1, V], what it was drawn from; None if it was not drawn."""
-    confidence: Tensor | None
-    """[]: the largest probability of the draft's distribution; None where nobody asks."""
+    confidence: Tensor | float | None
+    """[], a number where nothing is recorded: the largest probability of the draft's distribution; None where nobody asks."""
     raw: Tensor | None = None
     """[1, V'], the distribution before temperature and filters over the draft's own ids, where it was asked for."""
 

@@ -9,7 +9,7 @@ import torch
 
 from specdec_engine.runtime import native
 from specdec_engine.runtime.experts import Experts
-from specdec_engine.runtime.native import LayerFields, Matrix
+from specdec_engine.runtime.native_records import LayerFields, Matrix
 from specdec_engine.runtime.ops import TORCH, Layer, Ops
 from specdec_engine.runtime.shape import Shape
 from specdec_engine.runtime.torch_forms import WIDE

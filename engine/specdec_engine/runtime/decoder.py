@@ -16,7 +16,8 @@ from specdec_engine.runtime.blocks import Blocks, TreeRows
 from specdec_engine.runtime.cpu import whole
 from specdec_engine.runtime.experts import Experts
 from specdec_engine.runtime.linear import Packing, Projection, Rows, head_packing, project
-from specdec_engine.runtime.native import Kernels, Tapped
+from specdec_engine.runtime.native import Kernels
+from specdec_engine.runtime.native_records import Tapped
 from specdec_engine.runtime.ops import Layer, Network, Ops, Pass, PassOfPrompts, PassTogether, clamped_gate
 from specdec_engine.runtime.shape import Shape, Unsupported
 from specdec_engine.runtime.unfused import Unfused
@@ -118,60 +119,57 @@ class Decoder(Blocks):
         Writes their keys and values into `cache`, and looks at its first `span` positions, which must take in all of
         `positions`. start: see `Blocks.begin`.
         """
-        reading = rows == 1 < len(tokens)
-        last, features = self._through(self.begin(positions, cache, span, start, None, reading), tokens, taps)
+        step = self.begin(positions, cache, span, start, None, rows == 1 < len(tokens))
+        features = None
         if taps is not None:
+            features = self._features(taps, len(tokens)) if start is None else taps.kept[start : start + len(tokens)]
+        logits = self._through(step, tokens, taps, features, rows)
+        if taps is not None and features is not None and start is None:
             taps.kept.index_copy_(0, positions, features)
-        return self._logits(last[-rows:])
+        return logits
 
     @torch.inference_mode()
     def together(self, sequences: Sequence[OneOfSeveral]) -> list[Tensor]:
         """Several sequences in one pass -> [n, V] logits of each, of all its tokens. They read the same layers for a head, or
         none does."""
-        last = self._read(sequences, PassTogether)
-        return list(torch.split(self._logits(last), [len(s.tokens) for s in sequences]))
+        lengths = [len(s.tokens) for s in sequences]
+        return list(torch.split(self._read(sequences, PassTogether, sum(lengths)), lengths))
 
     @torch.inference_mode()
     def read_together(self, sequences: Sequence[OneOfSeveral]) -> None:
         """As `together`, of prompts: without logits, and with each one's own bits."""
-        self._read(sequences, PassOfPrompts)
+        self._read(sequences, PassOfPrompts, 0)
 
-    def _read(self, sequences: Sequence[OneOfSeveral], kind: type[PassTogether]) -> Tensor:
-        """What leaves the last norm, of the rows of all."""
+    def _read(self, sequences: Sequence[OneOfSeveral], kind: type[PassTogether], rows: int) -> Tensor:
+        """[rows, V] logits of the last rows of all."""
         reading, lengths = kind is PassOfPrompts, [len(s.tokens) for s in sequences]
-        turns = self.rotations(torch.cat([s.positions for s in sequences]))
+        turns = self.rotations(torch.cat([s.positions for s in sequences]), max(s.span for s in sequences))
         own_turns = zip(*(torch.split(turn, lengths) for turn in turns), strict=True)
         parts = [
             self.begin(s.positions, s.cache, s.span, s.start, s.tree, reading, own)
             for s, own in zip(sequences, own_turns, strict=True)
         ]
         taps = sequences[0].taps
-        last, features = self._through(kind(parts), torch.cat([s.tokens for s in sequences]), taps)
-        if taps is not None:
+        features = None if taps is None else self._features(taps, sum(lengths))
+        logits = self._through(kind(parts), torch.cat([s.tokens for s in sequences]), taps, features, rows)
+        if features is not None:
             for s, own in zip(sequences, torch.split(features, lengths), strict=True):
                 assert s.taps is not None
-                s.taps.kept.index_copy_(0, s.positions if s.tree is None else s.tree.places, own)
-        return last
+                s.taps.kept[s.start : s.start + len(own)] = own
+        return logits
 
-    def _through(self, step: Pass, tokens: Tensor, taps: Taps | None) -> tuple[Tensor, Tensor]:
-        """What leaves the last norm, and what a head reads [n, taps + 1, hidden]; the same again without taps."""
+    def _through(self, step: Pass, tokens: Tensor, taps: Taps | None, features: Tensor | None, rows: int) -> Tensor:
+        """[rows, V] logits of the last rows; features [n, taps + 1, hidden]: the place for what a head reads."""
         embedded, scales = self.embedding(tokens), self.shape.scales
         step.x.copy_(embedded if scales.embedding == 1.0 else embedded * scales.embedding)
         tapped = None
-        if taps is not None:
-            features = torch.empty(
-                len(tokens), len(taps.layers) + 1, self.shape.hidden, dtype=self.dtype, device=self.device
-            )
+        if taps is not None and features is not None:
             tapped = Tapped(tuple(sorted(taps.layers)), features)  # as the layers follow
-        step.through(self.layers, tapped=tapped)
-        last = step.normed(self.norm)
-        if tapped is None:
-            return last, last
-        tapped.features[:, -1].copy_(last)
-        return last, tapped.features
+        _, out = step.finish(self.layers, self.norm, self.head if rows else None, rows, tapped)
+        return scales.of_logits(out) if rows else out[:0]
 
-    def _logits(self, last: Tensor) -> Tensor:
-        return self.shape.scales.of_logits(self.head(last))
+    def _features(self, taps: Taps, rows: int) -> Tensor:
+        return torch.empty(rows, len(taps.layers) + 1, self.shape.hidden, dtype=self.dtype, device=self.device)
 
     def _layer(self, take: _Taker, i: int, to: _To) -> Layer:
         shape, at = self.shape, f"model.layers.{i}"

@@ -14,7 +14,8 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from specdec_engine.runtime.native import Kernels, Matrix
+from specdec_engine.runtime.native import Kernels
+from specdec_engine.runtime.native_records import Matrix
 from specdec_engine.runtime.torch_forms import (
     AT_ONCE,
     INT8_COLUMNS,

@@ -38,7 +38,7 @@ class MtpRuntime:
     @torch.inference_mode()
     def forward(self, features: Tensor, tokens: Tensor) -> None:
         """Cache slots: the target's [n, 1, hidden] states and the [n] tokens that follow them."""
-        self._step(features[:, 0], tokens)
+        self._passed(features[:, 0], tokens)
 
     def rollback(self, to: int) -> None:
         """Forget all but the first `to` slots; idempotent."""
@@ -59,16 +59,25 @@ class MtpRuntime:
     ) -> DraftTokens:
         """As `HeadRuntime.unroll`; all of the target's ids are its own, so there is no more."""
         assert more is None
-        return unrolled(self._step, self._logits, features[:, 0], tokens, u, temperature, sampler, ids, stop)
+        return unrolled(
+            lambda state, tokens: self._step(features[:, 0] if state is None else state, tokens),
+            tokens,
+            u,
+            temperature,
+            sampler,
+            ids,
+            stop,
+        )
 
     def _step(self, states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        last = self._passed(states, tokens)
+        logits: Tensor = self._model._project_to_logits(last)  # noqa: SLF001 - scales and cuts as its target does
+        return logits.to(self.device), last
+
+    def _passed(self, states: Tensor, tokens: Tensor) -> Tensor:
+        """[1, hidden]: the state of the last slot."""
         start = self.cached
         positions = torch.arange(start + 1, start + 1 + tokens.shape[0], device=self.device)
         given = states.to(self.device, self._model.dtype)[None]
-        found = self._model.forward_layer(0, given, positions[None], self._cache, input_ids=tokens[None])
-        last = found[0, -1:]
-        return last, last
-
-    def _logits(self, last: Tensor) -> Tensor:
-        found: Tensor = self._model._project_to_logits(last)  # noqa: SLF001 - scales and cuts as its target does
-        return found.to(self.device)
+        found: Tensor = self._model.forward_layer(0, given, positions[None], self._cache, input_ids=tokens[None])
+        return found[0, -1:]

@@ -18,7 +18,8 @@ from specdec_engine.runtime.attention import attend_grouped, attend_in_groups, a
 from specdec_engine.runtime.experts import Experts
 from specdec_engine.runtime.linear import Projection, multiply_texts
 from specdec_engine.runtime.mixture import Gate
-from specdec_engine.runtime.native import LayerFields, Stack, Tapped, of_texts, pass_fields
+from specdec_engine.runtime.native import Stack
+from specdec_engine.runtime.native_records import Beginning, Following, LayerFields, Tapped, of_texts, pass_fields
 from specdec_engine.runtime.shape import Growth, Shape
 
 FEW_ROWS = 16
@@ -157,12 +158,36 @@ class Pass:
         more, self._more = self._more, None
         return self.ops.add_norm(self._x, more, weight, self.eps, self.dtype)
 
-    def through(self, layers: Sequence[Layer], inputs: Tensor | None = None, tapped: Tapped | None = None) -> None:
-        """Pass all layers, one after the other; inputs: what the first of them reads, see `block`."""
-        if self.stack is not None:
+    def finish(
+        self, layers: Sequence[Layer], norm: Tensor, output: Projection | None, rows: int, tapped: Tapped | None
+    ) -> tuple[Tensor, Tensor]:
+        """Pass all layers and the last norm [hidden] -> [n, hidden] as it leaves that, and the last `rows` rows times the
+        output's matrix; without one they are as they leave the norm."""
+        matrices = () if output is None or rows == 0 else output.matrices
+        if self.stack is not None and (output is None or matrices):
+            after = Following(len(self._x), norm, matrices, rows if matrices else 0)
+            self.through(layers, tapped=tapped, after=after)
+            return after.last, after.out if output is not None else after.last
+        self.through(layers, tapped=tapped)
+        last = self.normed(norm)
+        if tapped is not None:
+            tapped.features[:, -1].copy_(last)
+        return last, last if output is None else output(last[-rows:])
+
+    def through(
+        self,
+        layers: Sequence[Layer],
+        inputs: Tensor | None = None,
+        tapped: Tapped | None = None,
+        before: Beginning | None = None,
+        after: Following | None = None,
+    ) -> None:
+        """Pass all layers, one after the other; inputs: what the first of them reads, see `block`; before, after: around a
+        `stack`."""
+        if self.stack is not None and inputs is None:
             caches, many = self.layer_caches(0), len(layers)
             kernels, fields = self.stack.kernels, self.stack.layers
-            kernels.through(fields, many, self._texts, self.x, inputs, caches, tapped, self.tiles)
+            kernels.through(fields, many, self._texts, self.x, caches, tapped, self.tiles, before, after)
             return
         for i, layer in enumerate(layers):
             self.block(i, layer, inputs if i == 0 else None)

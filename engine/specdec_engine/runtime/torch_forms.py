@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from specdec_engine.runtime.native import Matrix
+from specdec_engine.runtime.native_records import Matrix
 from specdec_engine.runtime.weights import GROUP, Grouped
 
 

@@ -59,6 +59,12 @@ INLINE float scale_of(const float *x, long size, float eps) {
   return 1.f / sqrtf(total(squares) / (float)size + eps);
 }
 
+static void norm_row(const float *row, const float *weight, float eps, long size, int narrow, void *out, long at) {
+  const float scale = scale_of(row, size, eps);
+  for (long i = 0; i < size; i += LANES)
+    store(out, at + i, narrow, size - i, load(row, i, 0, size - i) * load(weight, i, 0, size - i) * scale);
+}
+
 static void norm_rows(float *x, const void *more, const float *weight, float eps, long rows, long size, int narrow,
                       void *out) {
 #pragma omp for schedule(static)
@@ -66,9 +72,7 @@ static void norm_rows(float *x, const void *more, const float *weight, float eps
     float *row = x + r * size;
     for (long i = 0; more && i < size; i += LANES)
       store(row, i, 0, size - i, load(row, i, 0, size - i) + load(more, r * size + i, narrow, size - i));
-    const float scale = scale_of(row, size, eps);
-    for (long i = 0; i < size; i += LANES)
-      store(out, r * size + i, narrow, size - i, load(row, i, 0, size - i) * load(weight, i, 0, size - i) * scale);
+    norm_row(row, weight, eps, size, narrow, out, r * size);
   }
 }
 
@@ -142,6 +146,25 @@ int attend(const pass *p, const float *queries, const void *kept, long window, v
   return 0;
 }
 
+/* The two largest of n numbers, their places and their shares of a softmax over all; the first of those that are alike. */
+void likeliest(const float *x, long n, int64_t *places, float *shares) {
+  float two[2] = {-INFINITY, -INFINITY};
+  places[0] = places[1] = 0;
+  for (long i = 0; i < n; i += LANES) {
+    const long many = n - i < LANES ? n - i : LANES;
+    if (many == LANES && largest(load(x, i, 0, LANES)) <= two[1]) continue;
+    for (long at = i; at < i + many; at++)
+      if (x[at] > two[0]) two[1] = two[0], places[1] = places[0], two[0] = x[at], places[0] = at;
+      else if (x[at] > two[1]) two[1] = x[at], places[1] = at;
+  }
+  floats sum = {};
+  long i = 0;
+  for (; i + LANES <= n; i += LANES) sum += exponential(load(x, i, 0, LANES) - two[0]);
+  for (; i < n; i++) sum[0] += expf(x[i] - two[0]);
+  shares[0] = 1 / total(sum);
+  shares[1] = expf(two[1] - two[0]) * shares[0];
+}
+
 /* A layer all of whose matrices are multiplied here. */
 typedef struct {
   const float *attention_norm, *mlp_norm, *q_norm, *k_norm; /* the last two may be missing */
@@ -195,12 +218,75 @@ static void tap(const long *taps, long tapped, long i, const float *x, long n, l
       for (long r = 0; r < n; r++) memcpy(features + (r * (tapped + 1) + t) * hidden, x + r * hidden, sizeof(float) * hidden);
 }
 
-/* x [n, hidden] += what `layers` layers make of it, one after the other, or the first of `inputs`, already normed, where
-there are any. The rows are those of `count` texts, one after the other: the matrices take them together. texts: of each
-rotation; kept: of each text, the first layer's cache, which the others' follow. taps, features: see `tap`. */
-int blocks(const layer *l, long layers, const pass *texts, void *const *kept, long count, float *x, const float *inputs,
-           const long *taps, long tapped, float *features, int reading, int threads) {
-  long n = 0, most = 0, widest = 0, room = 0;
+/* What a draft head reads before its layers: the embeddings of its slots' tokens, and the states before them, which the
+target's features make, if there are any. */
+typedef struct {
+  const float *features; /* [n, parts of a slot, their size]; missing: x is what it was */
+  long parts, size;
+  const float *feature_norm; /* [parts, size], each part by itself; may be missing */
+  const matrix *fuse;        /* may be missing; then they are the states as they are */
+  const float *embedded, *embedding_norm;
+  int residual_normed; /* the layers add to the normed states */
+} beginning;
+
+/* What follows the layers: the last norm, and of the last `rows` rows their products with matrices beside each other. */
+typedef struct {
+  const float *norm;
+  const matrix *matrices;
+  long many, rows;
+  float *last, *out; /* [n, hidden], [rows, ...] */
+} ending;
+
+/* Numbers that `begin` works in. */
+static long beginning_room(const beginning *b, long n, long hidden) {
+  return b ? WHOLE(n * 2 * hidden) + WHOLE(b->features ? n * b->parts * b->size : 0) : 0;
+}
+
+/* x [n, hidden], and what the first layer reads: embeddings and states, both normed, at `memory`. */
+static void begin(const beginning *b, const layer *first, long n, int reading, float *memory, char *room, float *x) {
+  const long hidden = first->hidden, all = b->parts * b->size;
+  float *inputs = memory, *normed = memory + WHOLE(n * 2 * hidden);
+  if (b->features) {
+#pragma omp for schedule(static) collapse(2)
+    for (long r = 0; r < n; r++)
+      for (long p = 0; p < b->parts; p++) {
+        const long at = r * all + p * b->size;
+        if (b->feature_norm)
+          norm_row(b->features + at, b->feature_norm + p * b->size, first->eps, b->size, 0, normed, at);
+        else memcpy(normed + at, b->features + at, sizeof(float) * b->size);
+      }
+    if (b->fuse) products(b->fuse, 1, normed, n, reading, room, x);
+    else
+#pragma omp for schedule(static)
+      for (long i = 0; i < n * all; i++) x[i] = normed[i];
+  }
+#pragma omp for schedule(static)
+  for (long r = 0; r < n; r++) {
+    float *own = x + r * hidden, *to = inputs + r * 2 * hidden;
+    norm_row(b->embedded + r * hidden, b->embedding_norm, first->eps, hidden, 0, to, 0);
+    norm_row(own, first->attention_norm, first->eps, hidden, 0, to, hidden);
+    if (b->residual_normed) memcpy(own, to + hidden, sizeof(float) * hidden);
+  }
+}
+
+/* x [n, hidden] += what the last layer made of it, and what follows. */
+static void end(const ending *e, const layer *last, long n, float *x, const float *more, char *room) {
+  const long hidden = last->hidden;
+  if (!e) {
+#pragma omp for schedule(static)
+    for (long i = 0; i < n * hidden; i++) x[i] += more[i];
+    return;
+  }
+  norm_rows(x, more, e->norm, last->eps, n, hidden, 0, e->last);
+  if (e->rows) products(e->matrices, e->many, e->last + (n - e->rows) * hidden, e->rows, 0, room, e->out);
+}
+
+/* x [n, hidden] += what `layers` layers make of it, one after the other. The rows are those of `count` texts, one after the
+other: the matrices take them together. texts: of each rotation; kept: of each text, the first layer's cache, which the
+others' follow. b, e: may be missing. taps, features: see `tap`; behind them the last norm's, where there is an ending. */
+int blocks(const layer *l, long layers, const pass *texts, void *const *kept, long count, float *x, const beginning *b,
+           const ending *e, const long *taps, long tapped, float *features, int reading, int threads) {
+  long n = 0, most = 0, widest = b && b->fuse ? b->fuse->K : 0, room = 0;
   reading = reading && has_tiles();
   for (long t = 0; t < count; t++) n += texts[t].n, most += jobs_of(texts + t, 0, 0, 0, 0);
   for (long i = 0; i < layers; i++) widest = l[i].widest > widest ? l[i].widest : widest;
@@ -209,28 +295,34 @@ int blocks(const layer *l, long layers, const pass *texts, void *const *kept, lo
     for (long t = 0; t < count; t++) next += jobs_of(texts + t, 0, 0, 0, next);
     room = sizeof(float) * most_room(jobs, most);
   }
-  const long others = room_for(n, widest, threads);
+  const long others = room_for(n, widest, threads), before = beginning_room(b, n, l->hidden);
   scratch s;
-  char *memory = aligned_alloc(64, (lay_out(l, texts, n, others > room ? others : room, 0, &s) + 63) / 64 * 64);
+  const long bytes = sizeof(float) * before + lay_out(l, texts, n, others > room ? others : room, 0, &s);
+  float *memory = aligned_alloc(64, (bytes + 63) / 64 * 64);
   if (!memory) return 1;
-  lay_out(l, texts, n, 0, memory, &s);
+  lay_out(l, texts, n, 0, (char *)(memory + before), &s);
 #pragma omp parallel num_threads(threads)
-  for (long i = 0; i < layers; i++) { /* what the last made is added by the next, and seen by taps after that */
-    const layer *own = l + i;
-    const matrix *out = own->matrices + own->many[0], *up = out + own->many[1], *down = up + own->many[2];
-    const int given = i == 0 && inputs;
-    if (!given) norm_rows(x, i ? s.more : 0, own->attention_norm, own->eps, n, own->hidden, 0, s.normed);
-    tap(taps, tapped, i - 1, x, n, own->hidden, features);
-    products(own->matrices, own->many[0], given ? inputs : s.normed, n, reading, s.room, s.qkv);
-    look_back(own, texts + own->rotation * count, kept, count, i, most, s);
-    products(out, own->many[1], s.seen, n, reading, s.room, s.more);
-    norm_rows(x, s.more, own->mlp_norm, own->eps, n, own->hidden, 0, s.normed);
-    products(up, own->many[2], s.normed, n, reading, s.room, s.gate_up);
-    gate_rows(s.gate_up, n, own->inner, 0, s.gated);
-    products(down, own->many[3], s.gated, n, reading, s.room, s.more);
+  {
+    if (b) begin(b, l, n, reading, memory, s.room, x);
+    for (long i = 0; i < layers; i++) { /* what the last made is added by the next, and seen by taps after that */
+      const layer *own = l + i;
+      const matrix *out = own->matrices + own->many[0], *up = out + own->many[1], *down = up + own->many[2];
+      const int given = i == 0 && b;
+      if (!given) norm_rows(x, i ? s.more : 0, own->attention_norm, own->eps, n, own->hidden, 0, s.normed);
+      tap(taps, tapped, i - 1, x, n, own->hidden, features);
+      products(own->matrices, own->many[0], given ? memory : s.normed, n, reading, s.room, s.qkv);
+      look_back(own, texts + own->rotation * count, kept, count, i, most, s);
+      products(out, own->many[1], s.seen, n, reading, s.room, s.more);
+      norm_rows(x, s.more, own->mlp_norm, own->eps, n, own->hidden, 0, s.normed);
+      products(up, own->many[2], s.normed, n, reading, s.room, s.gate_up);
+      gate_rows(s.gate_up, n, own->inner, 0, s.gated);
+      products(down, own->many[3], s.gated, n, reading, s.room, s.more);
+    }
+    end(e, l + layers - 1, n, x, s.more, s.room);
+    tap(taps, tapped, layers - 1, x, n, l->hidden, features);
   }
-  for (long i = 0; i < n * l->hidden; i++) x[i] += s.more[i];
-  tap(taps, tapped, layers - 1, x, n, l->hidden, features);
+  for (long r = 0; e && features && r < n; r++)
+    memcpy(features + (r * (tapped + 1) + tapped) * l->hidden, e->last + r * l->hidden, sizeof(float) * l->hidden);
   free(memory);
   return 0;
 }

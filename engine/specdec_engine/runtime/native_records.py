@@ -1,0 +1,107 @@
+"""What kernels of our own are told, as their C has it. Whoever makes one keeps what it points at."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class Matrix(ctypes.Structure):
+    """`matrix` in `packed.h`."""
+
+    _fields_ = (
+        *((name, ctypes.c_int) for name in ("bits", "group", "offsets")),
+        *((name, ctypes.c_long) for name in ("N", "K")),
+        *((name, ctypes.c_void_p) for name in ("words", "constants", "bias")),
+    )
+
+
+class PassFields(ctypes.Structure):
+    """`pass` in `attention.h`."""
+
+    _fields_ = (
+        *((name, ctypes.c_long) for name in ("n", "heads", "groups", "size", "capacity")),
+        ("narrow", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in ("rotation", "positions", "hidden")),
+    )
+
+
+class LayerFields(ctypes.Structure):
+    """`layer` in `kernels.c`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm")),
+        ("eps", ctypes.c_float),
+        *((name, ctypes.c_long) for name in ("window", "hidden", "inner", "widest", "rotation")),
+        ("many", ctypes.c_long * 4),
+        ("matrices", Matrix * 8),
+    )
+
+
+class Beginning(ctypes.Structure):
+    """`beginning` in `kernels.c`."""
+
+    _fields_ = (
+        ("features", ctypes.c_void_p),
+        *((name, ctypes.c_long) for name in ("parts", "size")),
+        ("feature_norm", ctypes.c_void_p),
+        ("fuse", ctypes.POINTER(Matrix)),
+        *((name, ctypes.c_void_p) for name in ("embedded", "embedding_norm")),
+        ("residual_normed", ctypes.c_int),
+    )
+
+
+class Ending(ctypes.Structure):
+    """`ending` in `kernels.c`."""
+
+    _fields_ = (
+        ("norm", ctypes.c_void_p),
+        ("matrices", ctypes.POINTER(Matrix)),
+        *((name, ctypes.c_long) for name in ("many", "rows")),
+        *((name, ctypes.c_void_p) for name in ("last", "out")),
+    )
+
+
+class Following:
+    """What follows the layers of a pass: the last norm, and of the last `rows` rows products with some matrices."""
+
+    def __init__(self, n: int, norm: Tensor, matrices: Sequence[Matrix], rows: int) -> None:
+        """norm [hidden], of a pass of n rows; both, and what matrices point at, live as long as this."""
+        self.last = torch.empty(n, len(norm))
+        """[n, hidden]: what leaves the norm."""
+        self.out = torch.empty(rows, sum(matrix.N for matrix in matrices))
+        """[rows, N of all]"""
+        told = (Matrix * len(matrices))(*matrices)
+        self.fields = Ending(norm.data_ptr(), told, len(matrices), rows, self.last.data_ptr(), self.out.data_ptr())
+
+
+@dataclass(frozen=True, slots=True)
+class Tapped:
+    """The places for the stream as it leaves some of the layers."""
+
+    layers: tuple[int, ...]
+    features: Tensor
+    """[n, layers + 1, hidden] in the activations' dtype; the last is the caller's."""
+
+
+def of_texts(fields: Sequence[PassFields]) -> ctypes.Array[PassFields]:
+    """As `Kernels.through` takes them."""
+    return (PassFields * len(fields))(*fields)
+
+
+def pass_fields(
+    heads: int, rotation: Tensor | None, positions: Tensor, kept: Tensor, hidden: Tensor | None = None
+) -> PassFields:
+    """Of tensors that live as long as it; kept: see `ops.Ops`; hidden: see `ops.Pass`."""
+    groups, capacity, size = kept.shape[0] // 2, kept.shape[1], kept.shape[2]
+    narrow = kept.dtype == torch.bfloat16
+    at = address(rotation), positions.data_ptr(), address(hidden)
+    return PassFields(len(positions), heads, groups, size, capacity, narrow, *at)
+
+
+def address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

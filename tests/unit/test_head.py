@@ -1,0 +1,118 @@
+"""A draft head's step in one call of our own kernels is the step that is done operation by operation."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from specdec_engine.runtime import native
+from specdec_engine.runtime.decoder import Embedding
+from specdec_engine.runtime.head import Features, HeadForm, HeadForward, HeadRuntime, State, _sizes, head_shape
+from specdec_engine.runtime.linear import project
+
+CPU = torch.device("cpu")
+CONFIG = {
+    "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 50,
+    "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+}  # fmt: skip
+FORMS = {
+    "ours": HeadForm(),
+    "EAGLE-3": HeadForm(final=False, feature_norms="none"),
+    "EAGLE-3.1": HeadForm(final=False, residual_normed=True, output_normed=True),
+    "of all in a row": HeadForm(feature_norms="whole"),
+    "MTP": HeadForm(feature_norms="none", joined=True, output_normed=True),
+}
+
+
+def built(form, quantize, layers=1, fused=True):
+    shape = head_shape(CONFIG | {"num_hidden_layers": layers})
+    features = 3 if form.final and not form.joined else 2
+    if form.joined or not fused:
+        features = 1
+    drawn = torch.Generator().manual_seed(1)
+    weights = {
+        name: torch.randn(size, generator=drawn) / (size[-1] ** 0.5 if len(size) > 1 else 1)
+        for name, size in _sizes({}, shape, 96, features, form, 64).items()
+    }
+    table, rows = torch.randn(200, 64, generator=drawn), torch.randn(50, 64, generator=drawn)
+    kernels = native.kernels()
+    return HeadForward(shape, weights, Embedding(table), rows, torch.float32, CPU, quantize, kernels=kernels, form=form)
+
+
+def said(forward, whole, more=None, kept=3):
+    """A prompt's slots, then a draft's, each from the state before -> logits and states."""
+    forward.__dict__.pop("_own", None)
+    if not whole:
+        forward.__dict__["_own"] = None
+    drawn, runtime, found = torch.Generator().manual_seed(2), HeadRuntime(forward, 16), []
+    features, tokens = torch.randn(40, kept, 64, generator=drawn), torch.randint(0, 200, (40,), generator=drawn)
+    runtime.forward(features[:30], tokens[:30])
+    with torch.inference_mode():
+        read, at = Features(features[30:34]), slice(30, 34)
+        for step in range(4):
+            logits, state = runtime._step(read, tokens[at], more)
+            found += [logits, state.clone()]
+            read, at = State(state), slice(34 + step, 35 + step)
+    return found
+
+
+def assert_close(mine, theirs, by=1e-3):
+    assert (mine - theirs).abs().max() <= by * theirs.abs().max()
+
+
+@pytest.mark.skipif(native.kernels() is None, reason="no kernels of our own")
+@pytest.mark.parametrize("quantize", ["none", "int4"])
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_step_in_one_call_is_the_step_by_operations(form, quantize, layers):
+    forward = built(form, quantize, layers)
+    assert (forward._own is None) == form.joined  # MTP's is done by operations
+    kept = 2 if form.joined else 3
+    for mine, theirs in zip(said(forward, True, kept=kept), said(forward, False, kept=kept), strict=True):
+        assert_close(mine, theirs)
+
+
+@pytest.mark.skipif(native.kernels() is None, reason="no kernels of our own")
+def test_rows_of_the_context_stand_behind_its_own():
+    forward, more = built(HeadForm(), "int4"), torch.randn(7, 64)
+    for mine, theirs in zip(said(forward, True, more), said(forward, False, more), strict=True):
+        assert mine.shape == theirs.shape
+        assert_close(mine, theirs, 3e-3)  # the context's rows are rounded to bfloat16
+    assert said(forward, True, more)[0].shape == (1, 57)
+
+
+@pytest.mark.skipif(native.kernels() is None, reason="no kernels of our own")
+def test_features_that_nothing_fuses_are_the_states():
+    forward = built(replace(FORMS["EAGLE-3"], final=True), "int4", fused=False)
+    assert forward._fuse is None
+    for mine, theirs in zip(said(forward, True, kept=1), said(forward, False, kept=1), strict=True):
+        assert_close(mine, theirs)
+
+
+@pytest.mark.skipif(native.kernels() is None, reason="no kernels of our own")
+def test_an_output_in_several_matrices_is_multiplied_by_operations():
+    forward = built(HeadForm(), "int4")
+    forward._head = project([torch.randn(50, 64)], None, torch.float32, CPU, "none")
+    assert not forward._head.matrices
+    assert forward._own is None
+    assert len(said(forward, True)) == 8
+
+
+@pytest.mark.skipif(native.kernels() is None, reason="no kernels of our own")
+@pytest.mark.parametrize("n", [2, 15, 16, 17, 50, 6144, 6401])
+def test_the_two_likeliest_are_a_softmaxs(n):
+    for seed in range(30):
+        logits = torch.randn(n, generator=torch.Generator().manual_seed(seed)) * 10
+        shares, places = logits.softmax(-1).topk(2)
+        found = native.kernels().likeliest(logits)
+        assert [one.place for one in found] == places.tolist()
+        assert [one.share for one in found] == pytest.approx(shares.tolist(), rel=1e-5, abs=1e-9)
+
+
+@pytest.mark.skipif(native.kernels() is None, reason="no kernels of our own")
+def test_of_those_that_are_alike_the_first_is_likeliest():
+    logits = torch.zeros(40)
+    first, second = native.kernels().likeliest(logits)
+    assert (first.place, second.place) == (0, 1)
+    assert first.share == second.share == pytest.approx(1 / 40)
+    assert native.kernels().likeliest(torch.full((40,), -torch.inf).index_fill(0, torch.tensor([7]), 0.0))[0].place == 7
