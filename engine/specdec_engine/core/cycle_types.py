@@ -64,6 +64,11 @@ class Sampling:
         """All but the temperature."""
         return self.top_k, self.top_p, self.min_p
 
+    @property
+    def filtered(self) -> bool:
+        """Whether any filter leaves tokens out."""
+        return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class Sibling:

@@ -21,7 +21,7 @@ from specdec_engine.core.trees import MOST as LARGEST
 from specdec_engine.drafters.base import DraftSetup, empty_draft
 from specdec_engine.drafters.context_ids import MOST, ContextIds
 from specdec_engine.drafters.token_choice import DraftChoice, TextSampler, TwoLikeliest, draft_numbers, masked
-from specdec_engine.runtime import Runtime
+from specdec_engine.runtime import Runtime, native
 from specdec_engine.runtime.arithmetic import refuse_packing
 from specdec_engine.runtime.decoder import Decoder
 from specdec_engine.runtime.head import HeadRuntime
@@ -151,6 +151,8 @@ class FeatureDrafter:
     def _widened(self, rows: Tensor | None) -> Tensor | None:
         if rows is None:
             return None
+        if (kernels := native.of_rows(rows)) is not None:
+            return kernels.widen(rows, self._ids.ids, self._setup.vocab)
         wide = torch.zeros(rows.shape[0], self._setup.vocab, dtype=rows.dtype, device=rows.device)
         return wide.index_copy_(1, self._ids.ids, rows)
 

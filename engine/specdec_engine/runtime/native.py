@@ -64,6 +64,11 @@ class Kernels:
             "unpack": (small, small, small, address, address, size, size, size, address, small),
             "rows": (address, address, size, address),
             "likeliest": (address, size, address, address),
+            "top": (address, size, size, address, address),
+            "warp": (address, size, size, single, address, small),
+            "place": (address, size, ctypes.c_double),
+            "residual": (address, address, size, size, address),
+            "widen": (address, address, size, size, size, address),
             "add_norm": (*[address] * 3, single, size, size, small, address, small),
             "gate": (address, size, size, small, address, small),
             "rotate": (address, address, small, address, address, single, address, address, small),
@@ -71,6 +76,7 @@ class Kernels:
             "blocks": (address, size, address, address, size, *[address] * 4, size, address, small, small),
         }.items():
             getattr(self._library, name).argtypes = arguments
+        self._library.place.restype, self._library.residual.restype = size, single
 
     def reading_as(self, how: Reading) -> Kernels:
         """The same, with `reading` so, where it can be: what was remembered may be another process's, or compiler's."""
@@ -145,11 +151,42 @@ class Kernels:
         return out
 
     def likeliest(self, logits: Tensor) -> tuple[Likely, Likely]:
-        """The two likeliest of [n] float32, at least two; by torch's operations they take 40 µs of 6,400."""
+        """The two likeliest of [n] float32, at least two."""
         places, shares = (ctypes.c_int64 * 2)(), (ctypes.c_float * 2)()
         logits = logits.contiguous()
-        self._library.likeliest(logits.data_ptr(), len(logits), places, shares)
+        self._library.likeliest(logits.data_ptr(), logits.shape[0], places, shares)
         return Likely(places[0], shares[0]), Likely(places[1], shares[1])
+
+    def top(self, row: Tensor, many: int) -> list[tuple[int, float]]:
+        """The largest of [n] float32 and their places, from the largest on; no more than n."""
+        places, values = (ctypes.c_int64 * many)(), (ctypes.c_float * many)()
+        row = row.contiguous()
+        self._library.top(row.data_ptr(), row.shape[0], many, places, values)
+        return list(zip(places, values, strict=True))
+
+    def warp(self, logits: Tensor, temperature: float) -> Tensor:
+        """[n, V] float32 -> each row's softmax at a temperature; not a number where its largest logit is not finite."""
+        logits, out = logits.contiguous(), torch.empty(logits.shape)
+        threads = torch.get_num_threads()
+        self._library.warp(logits.data_ptr(), *logits.shape, temperature, out.data_ptr(), threads)
+        return out
+
+    def place(self, row: Tensor, u: float) -> int:
+        """The place at which the sum of [n] float32 first exceeds u of all."""
+        row = row.contiguous()
+        return int(self._library.place(row.data_ptr(), row.shape[0], u))
+
+    def residual(self, p: Tensor, q: Tensor | None, token: int) -> Tensor | None:
+        """max(0, p - q), normalised, of [n] float32; without q all of it is at the token. None where nothing is left."""
+        p, q, out = p.contiguous(), None if q is None else q.contiguous(), torch.empty(p.shape)
+        mass = self._library.residual(p.data_ptr(), address(q), token, p.shape[0], out.data_ptr())
+        return None if mass <= 0 else out
+
+    def widen(self, rows: Tensor, ids: Tensor, wide: int) -> Tensor:
+        """[n, m] float32 and its [m] ids, each from 0 on below `wide` -> [n, wide], zeros elsewhere."""
+        rows, ids, out = rows.contiguous(), ids.contiguous(), torch.empty(rows.shape[0], wide)
+        self._library.widen(rows.data_ptr(), ids.data_ptr(), *rows.shape, wide, out.data_ptr())
+        return out
 
     def add_norm(self, x: Tensor, more: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         """See `ops.Ops`; dtype: float32 or bfloat16, as `more`."""
@@ -276,6 +313,12 @@ def kernels() -> Kernels | None:
     """Those of this machine, compiled at the first call ever; None where there are none (`why_none`)."""
     found = _attempt()
     return None if isinstance(found, Unavailable) else found
+
+
+def of_rows(row: Tensor) -> Kernels | None:
+    """Those that this process has, for what is done with such a row; compiles nothing."""
+    own = row.dtype == torch.float32 and row.device.type == "cpu" and _attempt.cache_info().currsize > 0
+    return kernels() if own else None
 
 
 def why_none() -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from specdec_engine.core.cycle_types import Draft
 from specdec_engine.verify.evidence import RESIDUAL_TOP, Evidence, RawInputs, RawRows, Uniforms, pack
 from specdec_engine.verify.rules import AcceptanceRule, VerifyInputs, apply_rule
-from specdec_engine.verify.sampling import draw, draw_on_host, top
+from specdec_engine.verify.sampling import draw, draw_on_host, top, top_of_row
 
 Filtered = Callable[[Tensor], Tensor]
 """[m, n] ids -> [m, n]: what the target gives them after temperature and filters, at the first m places."""
@@ -55,8 +55,7 @@ def decide_on_host(
     outcome = apply_rule(rule, inputs, numbers.accept)
     n, final, residual = outcome.accepted, outcome.final, list[tuple[int, float]]()
     if n < k:
-        masses, ids = top(final[None], min(RESIDUAL_TOP, p.shape[1]))
-        residual = list(zip(ids[0].tolist(), masses[0].tolist(), strict=True))
+        residual = top_of_row(final, min(RESIDUAL_TOP, p.shape[1]))
     return Evidence(
         accepted=n,
         token=draw_on_host(final, numbers.final[n]),

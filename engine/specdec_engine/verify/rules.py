@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from specdec_engine.runtime import native
 from specdec_engine.verify.sampling import wide
 
 
@@ -224,10 +225,14 @@ def apply_token_rule(inputs: VerifyInputs, u: Sequence[float]) -> RuleOutcome:
     row = inputs.p[n]
     if n == len(u):
         return RuleOutcome(n, row)
+    q = None if inputs.probs is None else inputs.probs[n].to(row)
+    if (kernels := native.of_rows(row)) is not None:
+        left_over = kernels.residual(row, q, int(inputs.tokens[n]))
+        return RuleOutcome(n, row if left_over is None else left_over)
     left = row.numpy().copy()
-    if inputs.probs is None:
+    if q is None:
         left[int(inputs.tokens[n])] -= 1
     else:
-        left -= inputs.probs[n].to(row).numpy()
+        left -= q.numpy()
     mass = float(np.maximum(left, 0, out=left).sum())
     return RuleOutcome(n, torch.from_numpy(np.divide(left, mass, out=left)) if mass > 0 else row)

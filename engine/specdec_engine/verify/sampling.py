@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper
 
 from specdec_engine.core.cycle_types import Sampling
+from specdec_engine.runtime import native
 
 
 def warp(logits: Tensor, sampling: Sampling, temperature: Tensor | None = None) -> Tensor:  # [n, V] -> [n, V] float32
@@ -29,6 +30,8 @@ def warp(logits: Tensor, sampling: Sampling, temperature: Tensor | None = None) 
         best, at = best_of(logits)
         one = best.float() * 0 + 1  # NaN where the best is not finite
         return torch.zeros(logits.shape, device=logits.device).scatter_(-1, at[:, None], one[:, None])
+    if (kernels := native.of_rows(logits)) is not None and not sampling.filtered:
+        return kernels.warp(logits, max(sampling.temperature if temperature is None else float(temperature), _LOWEST))
     scores = logits.float() / (
         max(sampling.temperature, _LOWEST) if temperature is None else temperature.float().clamp(_LOWEST)
     )
@@ -94,6 +97,14 @@ def best_of(rows: Tensor) -> tuple[Tensor, Tensor]:  # [n, V] -> [n], [n]
     return best, block * _BLOCK + inside
 
 
+def top_of_row(row: Tensor, n: int) -> list[tuple[int, float]]:  # [V]
+    """On the host, the n largest entries of a row, and where they are."""
+    if (kernels := native.of_rows(row)) is not None:
+        return kernels.top(row, n)
+    values, at = top(row[None], n)
+    return list(zip(at[0].tolist(), values[0].tolist(), strict=True))
+
+
 def top(rows: Tensor, n: int) -> tuple[Tensor, Tensor]:  # [m, V] -> [m, n], [m, n]
     """Each row's n largest entries and where they are: all in the n blocks whose largest entries are largest."""
     blocks = _blocks(rows, -torch.inf)
@@ -114,7 +125,10 @@ def draw(probs: Tensor, u: Tensor) -> Tensor:  # [V], [] -> []
 
 
 def draw_on_host(probs: Tensor, u: float) -> int:
-    """`draw` where looking costs nothing: its 35 small operations take 0.1 ms there, and numpy's a third of that."""
+    """`draw` where looking costs nothing: its 35 small operations take 0.1 ms there, and numpy's a third of that, and
+    our own kernels' a tenth."""
+    if (kernels := native.of_rows(probs)) is not None:
+        return kernels.place(probs, u)
     blocks = _blocks(probs[None], 0.0)[0]
     ends = blocks.numpy().sum(-1, dtype=np.float64).cumsum()
     total = float(ends[-1])

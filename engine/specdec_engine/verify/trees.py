@@ -19,7 +19,7 @@ from specdec_engine.core.cycle_types import Draft
 from specdec_engine.core.trees import children
 from specdec_engine.verify.evidence import RESIDUAL_TOP, Evidence, Uniforms
 from specdec_engine.verify.rules import residual
-from specdec_engine.verify.sampling import draw_on_host, top
+from specdec_engine.verify.sampling import draw_on_host, top_of_row
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ def decide_on_tree(p: Tensor, draft: Draft, numbers: Uniforms) -> Evidence:
         p=masses_p,
         q=q,
         overlap=list(overlap),
-        residual=() if found.at_leaf else _largest(found.final),
+        residual=() if found.at_leaf else top_of_row(found.final, min(RESIDUAL_TOP, len(found.final))),
     )
     return _with_tests(evidence, found.path, found.tests, draft.parents)
 
@@ -127,8 +127,3 @@ def _with_tests(evidence: Evidence, path: Sequence[int], tests: Sequence[Tested]
         p[test.place], q[test.place], overlap[test.place] = test.p, test.q, test.overlap
     tested = tuple(test.place for test in tests)
     return replace(evidence, p=p, q=q, overlap=overlap, parents=tuple(parents), path=tuple(path), tested=tested)
-
-
-def _largest(row: Tensor) -> list[tuple[int, float]]:
-    masses, ids = top(row[None], min(RESIDUAL_TOP, len(row)))
-    return list(zip(ids[0].tolist(), masses[0].tolist(), strict=True))

@@ -4,6 +4,7 @@ machine it runs on, and describes the functions. */
 
 #include "attention.h"
 #include "dense.h"
+#include "rows.h"
 
 #define MANY_ROWS 16 /* from which on a second thread is worth its waking, between two products */
 
@@ -144,25 +145,6 @@ int attend(const pass *p, const float *queries, const void *kept, long window, v
   attend_jobs(jobs, count, window, room, narrow);
   free(room);
   return 0;
-}
-
-/* The two largest of n numbers, their places and their shares of a softmax over all; the first of those that are alike. */
-void likeliest(const float *x, long n, int64_t *places, float *shares) {
-  float two[2] = {-INFINITY, -INFINITY};
-  places[0] = places[1] = 0;
-  for (long i = 0; i < n; i += LANES) {
-    const long many = n - i < LANES ? n - i : LANES;
-    if (many == LANES && largest(load(x, i, 0, LANES)) <= two[1]) continue;
-    for (long at = i; at < i + many; at++)
-      if (x[at] > two[0]) two[1] = two[0], places[1] = places[0], two[0] = x[at], places[0] = at;
-      else if (x[at] > two[1]) two[1] = x[at], places[1] = at;
-  }
-  floats sum = {};
-  long i = 0;
-  for (; i + LANES <= n; i += LANES) sum += exponential(load(x, i, 0, LANES) - two[0]);
-  for (; i < n; i++) sum[0] += expf(x[i] - two[0]);
-  shares[0] = 1 / total(sum);
-  shares[1] = expf(two[1] - two[0]) * shares[0];
 }
 
 /* A layer all of whose matrices are multiplied here. */

@@ -1,0 +1,137 @@
+/* What is done with rows of logits and of probabilities. By torch's operations each of these takes 40 to 150 us of one row,
+once a pass has driven them out of the caches; here 5 to 20. */
+#pragma once
+#include "vectors.h"
+
+/* Not a number where there is one that is none. */
+INLINE float largest_of_row(const float *x, long n) {
+  floats part = each(-INFINITY);
+  ints odd = {};
+  float most = -INFINITY;
+  long i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    const floats v = load(x, i, 0, LANES);
+    part = larger(v, part);
+    odd |= v != v;
+  }
+  most = largest(part);
+  for (int j = 0; j < LANES; j++)
+    if (odd[j]) return NAN;
+  for (; i < n; i++) {
+    if (x[i] != x[i]) return NAN;
+    if (x[i] > most) most = x[i];
+  }
+  return most;
+}
+
+/* The `many` largest of n numbers, from the largest on, and their places; of those that are alike the first. */
+void top(const float *x, long n, long many, int64_t *places, float *values) {
+  for (long j = 0; j < many; j++) values[j] = -INFINITY, places[j] = j;
+  long found = 0;
+  for (long i = 0; i < n; i += LANES) {
+    const long end = i + LANES < n ? i + LANES : n;
+    if (end - i == LANES && found == many && largest(load(x, i, 0, LANES)) <= values[many - 1]) continue;
+    for (long at = i; at < end; at++) {
+      if (found == many && !(x[at] > values[many - 1])) continue;
+      long j = found < many ? found++ : many - 1;
+      for (; j > 0 && x[at] > values[j - 1]; j--) values[j] = values[j - 1], places[j] = places[j - 1];
+      values[j] = x[at], places[j] = at;
+    }
+  }
+}
+
+/* e to the power of each number's distance from the largest, over `heat`, to `out` if that is there; gives their sum. */
+INLINE float powers(const float *x, long n, float most, float heat, float *out) {
+  floats sum = {};
+  float rest = 0;
+  long i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    const floats part = exponential((load(x, i, 0, LANES) - most) * heat);
+    if (out) store(out, i, 0, LANES, part);
+    sum += part;
+  }
+  for (; i < n; i++) {
+    const float part = expf((x[i] - most) * heat);
+    if (out) out[i] = part;
+    rest += part;
+  }
+  return total(sum) + rest;
+}
+
+/* The two largest of n logits, and their shares of the softmax. */
+void likeliest(const float *x, long n, int64_t *places, float *shares) {
+  float values[2];
+  top(x, n, 2, places, values);
+  const float sum = powers(x, n, values[0], 1, 0);
+  for (int i = 0; i < 2; i++) shares[i] = expf(values[i] - values[0]) / sum;
+}
+
+/* Each row's softmax at a temperature; not a number where its largest logit is not finite. */
+void warp(const float *x, long rows, long n, float temperature, float *out, int threads) {
+#pragma omp parallel for num_threads(threads) if (rows > 1)
+  for (long r = 0; r < rows; r++) {
+    const float *from = x + r * n;
+    float *to = out + r * n;
+    const float most = largest_of_row(from, n), heat = 1 / temperature;
+    const float scale = isfinite(most) && isfinite(heat) ? 1 / powers(from, n, most, heat, to) : NAN;
+    if (isfinite(scale))
+      for (long i = 0; i < n; i++) to[i] *= scale;
+    else
+      for (long i = 0; i < n; i++) to[i] = NAN;
+  }
+}
+
+/* The first place at which the sum of what comes before and stands there exceeds u, from 0 to 1, of the sum of all. In
+double: over 49,152 numbers the running sum of floats is off by more than many a token's mass. */
+long place(const float *p, long n, double u) {
+  enum { PART = 256, APART = 8 };
+  const long blocks = (n + PART - 1) / PART;
+  double sums[blocks], all = 0;
+  for (long b = 0; b < blocks; b++) {
+    double parts[APART] = {0};
+    const long end = (b + 1) * PART < n ? (b + 1) * PART : n;
+    long i = b * PART;
+    for (; i + APART <= end; i += APART)
+      for (int j = 0; j < APART; j++) parts[j] += p[i + j];
+    for (; i < end; i++) parts[0] += p[i];
+    sums[b] = 0;
+    for (int j = 0; j < APART; j++) sums[b] += parts[j];
+    all += sums[b];
+  }
+  const double level = u * all;
+  double before = 0;
+  for (long b = 0; b < blocks; before += sums[b++]) {
+    if (before + sums[b] <= level) continue;
+    double sum = before;
+    for (long i = b * PART; i < n && i < (b + 1) * PART; i++)
+      if ((sum += p[i]) > level) return i;
+  }
+  while (n > 1 && !(p[n - 1] > 0)) n--; /* rounding leaves the level above all */
+  return n - 1;
+}
+
+/* What q leaves of p, normalised; gives its mass before that, and 0 leaves `out` as it is. q may be missing: all of it is at
+`token` then. */
+float residual(const float *p, const float *q, long token, long n, float *out) {
+  floats sum = {};
+  float mass = 0;
+  for (long i = 0; i < n; i += LANES) {
+    floats left = load(p, i, 0, n - i);
+    if (q) left -= load(q, i, 0, n - i);
+    else if (token >= i && token < i + LANES) left[token - i] -= 1;
+    left = larger((floats){}, left); /* what is not a number stays so */
+    sum += left;
+    store(out, i, 0, n - i, left);
+  }
+  mass = total(sum);
+  if (mass > 0)
+    for (long i = 0; i < n; i++) out[i] /= mass;
+  return mass;
+}
+
+/* [rows, n] numbers of some columns of [rows, wide], `ids`; zeros in all others. */
+void widen(const float *x, const int64_t *ids, long rows, long n, long wide, float *out) {
+  memset(out, 0, sizeof(float) * rows * wide);
+  for (long r = 0; r < rows; r++)
+    for (long i = 0; i < n; i++) out[r * wide + ids[i]] = x[r * n + i];
+}
