@@ -50,7 +50,7 @@ class DraftChoice:
                 return SampledToken(logits.argmax(-1), None, None, raw)
             most, at = (logits.float().softmax(-1) if raw is None else raw).max(-1)
             return SampledToken(at, None, most, raw)
-        row = warp(logits, self.sampling, temperature)
+        row = warp(logits, self.sampling, None if self.eager else temperature)
         sure = row.amax() if self.confident else None
         if self.sampling.coupled:
             return SampledToken(choice(row, u[None, : self.vocab]), None, sure, raw)

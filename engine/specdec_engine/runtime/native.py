@@ -180,7 +180,7 @@ class Kernels:
         """max(0, p - q), normalised, of [n] float32; without q all of it is at the token. None where nothing is left."""
         p, q, out = p.contiguous(), None if q is None else q.contiguous(), torch.empty(p.shape)
         mass = self._library.residual(p.data_ptr(), address(q), token, p.shape[0], out.data_ptr())
-        return None if mass <= 0 else out
+        return out if mass > 0 else None
 
     def widen(self, rows: Tensor, ids: Tensor, wide: int) -> Tensor:
         """[n, m] float32 and its [m] ids, each from 0 on below `wide` -> [n, wide], zeros elsewhere."""

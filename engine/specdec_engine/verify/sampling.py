@@ -30,8 +30,8 @@ def warp(logits: Tensor, sampling: Sampling, temperature: Tensor | None = None) 
         best, at = best_of(logits)
         one = best.float() * 0 + 1  # NaN where the best is not finite
         return torch.zeros(logits.shape, device=logits.device).scatter_(-1, at[:, None], one[:, None])
-    if (kernels := native.of_rows(logits)) is not None and not sampling.filtered:
-        return kernels.warp(logits, max(sampling.temperature if temperature is None else float(temperature), _LOWEST))
+    if temperature is None and not sampling.filtered and (kernels := native.of_rows(logits)) is not None:
+        return kernels.warp(logits, max(sampling.temperature, _LOWEST))
     scores = logits.float() / (
         max(sampling.temperature, _LOWEST) if temperature is None else temperature.float().clamp(_LOWEST)
     )
