@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from itertools import pairwise
 from types import ModuleType
@@ -76,7 +78,8 @@ class Deferred(TyperCommand):
 
     def make_context(self, *arguments: Any, **named: Any) -> Any:
         """The command's own context, whose `command` is the real one: to invoke, to complete, to help."""
-        return self._command().make_context(*arguments, **named)
+        with _reader_may_leave():
+            return self._command().make_context(*arguments, **named)
 
     def _command(self) -> Any:
         name = str(self.name)
@@ -92,12 +95,27 @@ class Commands(Helped, TyperGroup):
         deferred = {name: Deferred(name, help=line) for name, line in COMMANDS.items()}
         super().__init__(**{**settings, "commands": deferred})
 
+    def make_context(self, *arguments: Any, **named: Any) -> Any:
+        """Where `--help` and `--version` are said."""
+        with _reader_may_leave():
+            return super().make_context(*arguments, **named)
+
     def get_params(self, ctx: Any) -> Any:
         """All switches, False by default: Typer has None for its own, and imports pydantic (0.1 s) to read that."""
         switches = super().get_params(ctx)
         for switch in switches:
             switch.default = switch.default or False
         return switches
+
+
+@contextmanager
+def _reader_may_leave() -> Iterator[None]:
+    """A reader who has had enough of a help is no failure; Typer would end it with 1."""
+    try:
+        yield
+    except BrokenPipeError:
+        _silence()
+        raise typer.Exit from None
 
 
 def _import_help() -> None:

@@ -42,7 +42,10 @@ def figures(view: View, context: PanelContext) -> Line:
         [(f" {number(speedup)}{'' if speedup is None else '×'} plain ", headline)],
         [(f"{number(s.tokens_per_second, 1)} tok/s", "strong")],
         [(f"{number(s.mean_emitted_per_cycle)} tokens a cycle", ""), (f", α {number(s.alpha)}", "")],
-        [(f"cycle {s.cycles}", ""), (f", {s.emitted}{'/' + str(most) if most else ''} tokens", "")],
+        [
+            (f"cycle {s.cycles + (view.step is not None)}", ""),
+            (f", {s.emitted}{'/' + str(most) if most else ''} tokens", ""),
+        ],
         [(f"last 16: {number(rate(past.cycles[-16:]), 0)} tok/s", "muted")],
     ]
     texts = [

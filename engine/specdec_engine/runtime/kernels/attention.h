@@ -221,12 +221,12 @@ static void gather(const char *from, long start, long end, long base, uint64_t h
     }
 }
 
-static void attend_job(job j, long at, long team, long window, float *parts) {
+static void attend_job(job j, long at, long window, float *parts) {
   const long size = j.p->size, rows = rows_of(j), g = j.group + at / j.splits, start = at % j.splits * SPLIT;
   const long row = size * (j.p->narrow ? 2 : 4), bytes = j.p->capacity * row, base = j.p->positions[0];
   const long all = j.p->positions[j.first + j.tokens - 1] + 1 - start, count = all < SPLIT ? all : SPLIT;
   const char *keys = j.kept + g * bytes, *values = keys + j.p->groups * bytes;
-  const char *next = j.kept + (j.group + (at + team) / j.splits) * bytes + (at + team) % j.splits * SPLIT * row;
+  const char *next = j.kept + (j.group + (at + 1) / j.splits) * bytes + (at + 1) % j.splits * SPLIT * row;
   const float *asked[rows];
   view views[rows];
   for (long r = 0; r < rows; r++) views[r] = view_of(j, r, window), asked[r] = j.queries + head_of(j, g, r) * size;
@@ -266,12 +266,15 @@ static long most_room(const job *jobs, long count) {
 static void attend_jobs(const job *jobs, long count, long window, float *room, int narrow) {
   const long me = omp_get_thread_num(), team = omp_get_num_threads();
   for (long i = 0, end; i < count; i = end) {
-    long used = room_of(jobs[i]), turn = 0;
-    for (end = i + 1; end < count && used + room_of(jobs[end]) <= ROOM; end++) used += room_of(jobs[end]);
+    long used = room_of(jobs[i]), all = parts_of(jobs[i]), turn = 0;
+    for (end = i + 1; end < count && used + room_of(jobs[end]) <= ROOM; end++)
+      used += room_of(jobs[end]), all += parts_of(jobs[end]);
+    /* A thread's parts follow one another, as streams of memory do: by turns they took 4 to 16 % longer. */
+    const long from = all * me / team, to = all * (me + 1) / team;
     float *parts = room;
-    for (long j = i; j < end; parts += room_of(jobs[j++]))
-      for (long at = 0; at < parts_of(jobs[j]); at++)
-        if (turn++ % team == me) attend_job(jobs[j], at, team, window, parts);
+    for (long j = i, before = 0; j < end; before += parts_of(jobs[j]), parts += room_of(jobs[j++]))
+      for (long at = from > before ? from - before : 0; at < parts_of(jobs[j]) && before + at < to; at++)
+        attend_job(jobs[j], at, window, parts);
 #pragma omp barrier
     parts = room;
     for (long j = i; j < end; parts += room_of(jobs[j++])) {
