@@ -23,7 +23,7 @@ def narrate(cycle: Cycle, name: Name, rule: str = "token") -> str:
         free = "" if _clipped(cycle) else f", and {last} comes free from the same pass"
         whole = {1: "the one guess", 2: "both guesses"}.get(k, f"all {k}")
         all_of = whole if kept == k else f"{kept} of {k}"
-        return f"Cycle {number}: kept {all_of}{_by_branch(cycle)}{free}.{_ended(cycle)}"
+        return f"Cycle {number}: kept {all_of}{_by_branch(cycle, name)}{free}.{_ended(cycle)}"
     refused = repr_of(cycle.drafted[at], name)
     drawn = "" if _clipped(cycle) else f", {last} {_drawn(cycle, rule)} instead"
     if rule != "token":
@@ -31,10 +31,12 @@ def narrate(cycle: Cycle, name: Name, rule: str = "token") -> str:
     untested = sum(cycle.fate(place) == "untested" for place in range(k))
     after = "" if cycle.parents is not None else " after it"
     others = sum(cycle.fate(place) == "rejected" for place in range(k)) - 1
-    refused += f" and {counted(others, 'other')}" if others else ""
+    beside = f", and {counted(others, 'other')}" if others else ""
     dropped = f"; the {'one' if untested == 1 else untested}{after} untested" if untested else ""
-    kept_some = f"kept {kept} of {k}{_by_branch(cycle)}"
-    return f"Cycle {number}: {kept_some}. {refused} rejected ({held(cycle, at)}){drawn}{dropped}.{_ended(cycle)}"
+    kept_some = f"kept {kept} of {k}{_by_branch(cycle, name)}"
+    return (
+        f"Cycle {number}: {kept_some}. {refused} rejected ({held(cycle, at)}){beside}{drawn}{dropped}.{_ended(cycle)}"
+    )
 
 
 def held(cycle: Cycle, at: int) -> str:
@@ -50,13 +52,14 @@ def held(cycle: Cycle, at: int) -> str:
     return f"u {u:.3f} {'<' if u < p / q else '≥'} min(1, p/q) {p / q:.3f}{left}"
 
 
-def _by_branch(cycle: Cycle) -> str:
-    """Of a token tree, how many branches it has, and whether what was kept is not what stood first."""
+def _by_branch(cycle: Cycle, name: Name) -> str:
+    """Of a token tree, how many branches it has, what was kept, and whether that is not what stood first."""
     if cycle.parents is None:
         return ""
     aside = any(cycle.parents.index(cycle.parents[place]) != place for place in cycle.path or ())
     leaves = len(set(range(len(cycle.parents))) - set(cycle.parents))
-    return f" in {counted(leaves, 'branch')}" + (", on another than the first" if aside else "")
+    kept = f", “{_said([cycle.drafted[place] for place in cycle.path or ()], name)}”" if cycle.path else ""
+    return f" in {counted(leaves, 'branch')}{kept}" + (", on another than the first" if aside else "")
 
 
 def _drawn(cycle: Cycle, rule: str) -> str:
