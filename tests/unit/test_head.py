@@ -7,8 +7,18 @@ import torch
 
 from specdec_engine.runtime import native
 from specdec_engine.runtime.decoder import Embedding
-from specdec_engine.runtime.head import Features, HeadForm, HeadForward, HeadRuntime, State, _sizes, head_shape
+from specdec_engine.runtime.head import (
+    Features,
+    HeadForm,
+    HeadForward,
+    HeadRuntime,
+    State,
+    _sizes,
+    check_weights,
+    head_shape,
+)
 from specdec_engine.runtime.linear import project
+from tests.fakes import lean, tiny_llama
 
 CPU = torch.device("cpu")
 CONFIG = {
@@ -116,3 +126,20 @@ def test_of_those_that_are_alike_the_first_is_likeliest():
     assert (first.place, second.place) == (0, 1)
     assert first.share == second.share == pytest.approx(1 / 40)
     assert native.kernels().likeliest(torch.full((40,), -torch.inf).index_fill(0, torch.tensor([7]), 0.0))[0].place == 7
+
+
+def test_a_head_narrower_than_its_target_needs_what_fuses():
+    """One feature of another width than the head's is no state: without this the kernels would write past their memory."""
+    shape, form = head_shape(CONFIG), HeadForm(final=False, feature_norms="none")
+    weights = {name: torch.zeros(size) for name, size in _sizes({}, shape, 96, 1, form, 64).items()}
+    weights["head.weight"] = torch.zeros(50, 64)
+    check_weights(weights, shape, 96, 1, form, 64)
+    with pytest.raises(KeyError, match=r"fuse\.weight"):
+        check_weights(weights, shape, 96, 1, form, 1024)
+
+
+@pytest.mark.skipif(native.kernels() is None, reason="no kernels of our own")
+def test_no_more_rows_are_given_than_were_read():
+    runtime = lean(tiny_llama(), kernels=native.kernels())
+    assert runtime.forward(torch.empty(0, dtype=torch.long), 1).shape == (0, runtime.vocab)
+    assert runtime.forward(torch.tensor([3, 4]), 50).shape == (2, runtime.vocab)

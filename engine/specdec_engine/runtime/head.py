@@ -97,7 +97,7 @@ def _sizes(
     expected: dict[str, tuple[int, ...]] = dict.fromkeys(("embedding_norm", "final_norm"), (d,))
     if form.feature_norms != "none":
         expected["feature_norm"] = (features, target) if form.feature_norms == "each" else (features * target,)
-    if features > 1 or "fuse.weight" in weights:
+    if features > 1 or d != target or "fuse.weight" in weights:
         expected["fuse.weight"] = (d, features * target)
     if form.joined:
         expected |= {"joined_norm": (d,), "join.weight": (d, 2 * d)}
@@ -187,13 +187,20 @@ class HeadForward(Blocks):
         return whole(layer, self.shape)
 
     def __call__(
-        self, before: Features | State, tokens: Tensor, start: int, cache: Tensor, span: int, more: Tensor | None = None
+        self,
+        before: Features | State,
+        tokens: Tensor,
+        start: int,
+        cache: Tensor,
+        span: int,
+        more: Tensor | None = None,
+        rows: int = 1,
     ) -> tuple[Tensor, Tensor]:
-        """What [n] slots from `start` read, and their [n] tokens (target ids) -> [1, V' + m] logits of the last, and its
-        state [1, hidden] for the slot that follows. more [m, hidden]: output rows besides its own."""
+        """What [n] slots from `start` read, and their [n] tokens (target ids) -> [rows, V' + m] logits of the last one, or of
+        none, and its state [1, hidden] for the slot that follows. more [m, hidden]: output rows besides its own."""
         stack = self._stack_for(len(tokens), start, reading=True)
         if stack is not None and self._own is not None:
-            return self._by_own_kernels(self._own, stack, before, self.embedding(tokens), start, cache, more)
+            return self._by_own_kernels(self._own, stack, before, self.embedding(tokens), start, cache, more, rows)
         positions = torch.arange(start, start + tokens.shape[0], device=self.device)
         step = self.begin(positions, cache, span, start, reading=True)
         step.x.copy_(self.embedding(tokens))
@@ -203,8 +210,8 @@ class HeadForward(Blocks):
         step.x.copy_(self._fused(before.read) if isinstance(before, Features) else before.state)
         step.through(self.layers, self._read(step, self.layers[0], embedded))
         last = step.normed(self._norm)[-1:]
-        logits = self._head(last)
-        if more is not None:
+        logits = self._head(last) if rows else last[:0]
+        if more is not None and rows:
             logits = torch.cat([logits, (last @ more.to(last).T).to(logits)], -1)
         return logits, last if self.form.output_normed else step.x[-1:]
 
@@ -249,13 +256,18 @@ class HeadForward(Blocks):
         start: int,
         cache: Tensor,
         more: Tensor | None,
+        rows: int,
     ) -> tuple[Tensor, Tensor]:
         """A step in one call: by operations it took 0.4 ms, of which a third was work."""
         n, features, fuse, embedded = len(embedded), None, None, embedded.contiguous()
+        assert embedded.dtype == torch.float32
         if isinstance(before, Features):
+            assert before.read.dtype == torch.float32
+            assert len(before.read) == n
             x, features = torch.empty(n, self.shape.hidden), self._parts(before.read).contiguous()
             fuse = None if self._fuse is None else ctypes.pointer(self._fuse.matrices[0])
         else:
+            assert n == 1
             x = before.state.clone()
         beginning = Beginning(
             address(features),
@@ -270,7 +282,7 @@ class HeadForward(Blocks):
         if more is not None:
             more = more.bfloat16().contiguous()
             matrices.append(Matrix(16, 0, 0, *more.shape, more.data_ptr(), None, None))
-        after = Following(n, self._norm, matrices, 1)
+        after = Following(n, self._norm, matrices, rows)
         stack.kernels.through(
             stack.layers,
             len(self.layers),
@@ -307,7 +319,7 @@ class HeadRuntime:
     @torch.inference_mode()
     def forward(self, features: Tensor, tokens: Tensor) -> None:
         """Cache slots: [n, F, hidden] features and the [n] tokens that follow them."""
-        self._step(Features(features), tokens)
+        self._step(Features(features), tokens, rows=0)
 
     @torch.inference_mode()  # a cache that grew in a pass is an inference tensor
     def rollback(self, to: int) -> None:
@@ -338,7 +350,9 @@ class HeadRuntime:
 
         return unrolled(step, tokens, u, temperature, sampler, ids, stop)
 
-    def _step(self, before: Features | State, tokens: Tensor, more: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _step(
+        self, before: Features | State, tokens: Tensor, more: Tensor | None = None, rows: int = 1
+    ) -> tuple[Tensor, Tensor]:
         end = self._cached + tokens.shape[0]
         if end > self._cache.shape[2]:
             wider = self._forward.new_cache(_rounded(2 * end))
@@ -346,7 +360,7 @@ class HeadRuntime:
             self._cache = wider
         start, self._cached = self._cached, end
         self._written = max(self._written, end)
-        return self._forward(before, tokens, start, self._cache, end, more)
+        return self._forward(before, tokens, start, self._cache, end, more, rows)
 
 
 def unrolled(

@@ -151,14 +151,14 @@ class Kernels:
         return out
 
     def likeliest(self, logits: Tensor) -> tuple[Likely, Likely]:
-        """The two likeliest of [n] float32, at least two."""
+        """The two likeliest of [n] float32, at least two, none of them NaN."""
         places, shares = (ctypes.c_int64 * 2)(), (ctypes.c_float * 2)()
         logits = logits.contiguous()
         self._library.likeliest(logits.data_ptr(), logits.shape[0], places, shares)
         return Likely(places[0], shares[0]), Likely(places[1], shares[1])
 
     def top(self, row: Tensor, many: int) -> list[tuple[int, float]]:
-        """The largest of [n] float32 and their places, from the largest on; no more than n."""
+        """The largest of [n] float32, none of them NaN, and their places, from the largest on; no more than n."""
         places, values = (ctypes.c_int64 * many)(), (ctypes.c_float * many)()
         row = row.contiguous()
         self._library.top(row.data_ptr(), row.shape[0], many, places, values)
@@ -178,12 +178,16 @@ class Kernels:
 
     def residual(self, p: Tensor, q: Tensor | None, token: int) -> Tensor | None:
         """max(0, p - q), normalised, of [n] float32; without q all of it is at the token. None where nothing is left."""
+        assert token < len(p)
+        assert q is None or (q.shape == p.shape and q.dtype == p.dtype)
         p, q, out = p.contiguous(), None if q is None else q.contiguous(), torch.empty(p.shape)
         mass = self._library.residual(p.data_ptr(), address(q), token, p.shape[0], out.data_ptr())
         return out if mass > 0 else None
 
     def widen(self, rows: Tensor, ids: Tensor, wide: int) -> Tensor:
-        """[n, m] float32 and its [m] ids, each from 0 on below `wide` -> [n, wide], zeros elsewhere."""
+        """[n, m] float32 and its [m] ids, each once and from 0 on below `wide` -> [n, wide], zeros elsewhere."""
+        assert ids.dtype == torch.long
+        assert rows.shape[1] == len(ids)
         rows, ids, out = rows.contiguous(), ids.contiguous(), torch.empty(rows.shape[0], wide)
         self._library.widen(rows.data_ptr(), ids.data_ptr(), *rows.shape, wide, out.data_ptr())
         return out
@@ -316,7 +320,8 @@ def kernels() -> Kernels | None:
 
 
 def of_rows(row: Tensor) -> Kernels | None:
-    """Those that this process has, for what is done with such a row; compiles nothing."""
+    """Those that this process has, for what is done with such a row; compiles nothing. A model of the lean runtime on a CPU
+    has them from its loading on; beside one of transformers' own, torch does it until something else asks for them."""
     own = row.dtype == torch.float32 and row.device.type == "cpu" and _attempt.cache_info().currsize > 0
     return kernels() if own else None
 
@@ -354,18 +359,30 @@ def check(kernels: Kernels) -> None:
     rows, columns, n = 2 * kernels.lanes + 5, 96, 2 * TILED + 1
     x = torch.randn(n, columns, generator=some)
     for bits, group, offsets in ((4, 32, True), (8, 32, True), (8, 32, False), (8, 16, False)):
-        q = torch.randint(0, 16, (rows, columns), generator=some, dtype=torch.int8)
+        least, most = (0, 16) if bits == 4 else (-128, 128)
+        q = torch.randint(least, most, (rows, columns), generator=some, dtype=torch.int8)
         scale, offset = (torch.rand(rows, columns // group, generator=some).half().float() for _ in range(2))
         weight = Grouped(q, scale, offset if offsets else None, bits)
         words, constants = kernels.pack(weight)
         matrix = Matrix(bits, group, offsets, rows, columns, words.data_ptr(), constants.data_ptr(), None)
         _check_products(kernels, f"with {bits} bits", x, matrix, weight.dense())
+        _check_close(f"rows in {bits} bits", kernels.rows(torch.arange(rows), matrix), weight.dense())
     dense = torch.randn(rows, columns, generator=some).bfloat16()
     matrix = Matrix(16, 0, 0, rows, columns, dense.data_ptr(), None, None)
     _check_products(kernels, "in bfloat16", x, matrix, dense.float())
     for size, dtype in ((24, torch.bfloat16), (64, torch.float32)):
         kept = torch.randn(4, 140, size, generator=some).to(dtype)
         _check_attention(kernels, torch.randn(7, 6, size, generator=some), kept)
+    _check_rows(kernels, torch.randn(2, 4 * kernels.lanes + 3, generator=some))
+
+
+def _check_rows(kernels: Kernels, logits: Tensor) -> None:
+    p, q = logits.softmax(-1)
+    _check_close("softmax", kernels.warp(logits, 1.0), logits.softmax(-1))
+    left, ends = kernels.residual(p, q, 0), p.double().cumsum(0)
+    _check_close("residual", p if left is None else left, (p - q).clamp(min=0) / (p - q).clamp(min=0).sum())
+    if kernels.place(p, 0.5) != int((ends > 0.5 * ends[-1]).nonzero()[0]) or kernels.top(p, 1)[0][0] != int(p.argmax()):
+        raise Unavailable("they were compiled, and what they draw is wrong")
 
 
 def _check_products(kernels: Kernels, what: str, x: Tensor, matrix: Matrix, dense: Tensor) -> None:

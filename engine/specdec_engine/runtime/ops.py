@@ -163,6 +163,7 @@ class Pass:
     ) -> tuple[Tensor, Tensor]:
         """Pass all layers and the last norm [hidden] -> [n, hidden] as it leaves that, and the last `rows` rows times the
         output's matrix; without one they are as they leave the norm."""
+        rows = min(rows, len(self._x))
         matrices = () if output is None or rows == 0 else output.matrices
         if self.stack is not None and (output is None or matrices):
             after = Following(len(self._x), norm, matrices, rows if matrices else 0)

@@ -3,7 +3,7 @@ once a pass has driven them out of the caches; here 5 to 20. */
 #pragma once
 #include "vectors.h"
 
-/* Not a number where there is one that is none. */
+/* The largest of n numbers; NaN if any of them is NaN. */
 INLINE float largest_of_row(const float *x, long n) {
   floats part = each(-INFINITY);
   ints odd = {};
@@ -24,7 +24,8 @@ INLINE float largest_of_row(const float *x, long n) {
   return most;
 }
 
-/* The `many` largest of n numbers, from the largest on, and their places; of those that are alike the first. */
+/* The `many` largest of n numbers, none of them NaN, from the largest on, and their places; of those that are alike the
+first. */
 void top(const float *x, long n, long many, int64_t *places, float *values) {
   for (long j = 0; j < many; j++) values[j] = -INFINITY, places[j] = j;
   long found = 0;
@@ -104,14 +105,14 @@ long place(const float *p, long n, double u) {
     if (before + sums[b] <= level) continue;
     double sum = before;
     for (long i = b * PART; i < n && i < (b + 1) * PART; i++)
-      if ((sum += p[i]) > level) return i;
+      if ((sum += p[i]) > level && p[i] > 0) return i; /* sums of blocks round otherwise: one may begin above the level */
   }
   while (n > 1 && !(p[n - 1] > 0)) n--; /* rounding leaves the level above all */
   return n - 1;
 }
 
-/* What q leaves of p, normalised; gives its mass before that, and 0 leaves `out` as it is. q may be missing: all of it is at
-`token` then. */
+/* What q leaves of p, normalised; gives its mass before that, and where that is 0, `out` is of no use. q may be missing: all
+of it is at `token` then. */
 float residual(const float *p, const float *q, long token, long n, float *out) {
   floats sum = {};
   float mass = 0;
