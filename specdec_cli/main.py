@@ -110,10 +110,10 @@ class Commands(Helped, TyperGroup):
 
 @contextmanager
 def _reader_may_leave() -> Iterator[None]:
-    """A reader who has had enough of a help is no failure; Typer would end it with 1."""
+    """A reader who has had enough of a help is no failure; Typer and rich would end it with 1."""
     try:
         yield
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):  # rich's way to say the same; nothing else here leaves so
         _silence()
         raise typer.Exit from None
 

@@ -122,7 +122,11 @@ def test_a_reader_that_has_had_enough_ends_the_run_quietly(endless):
     assert b"Broken" not in err
 
 
-@pytest.mark.parametrize("words", [("replay", DEMO, "--plain"), ("diff", DEMO, DEMO)], ids=lambda w: w[0])
+@pytest.mark.parametrize(
+    "words",
+    [("replay", DEMO, "--plain"), ("diff", DEMO, DEMO), ("--help",), ("generate", "--help"), ("--version",)],
+    ids=lambda words: words[-1],
+)
 def test_a_reader_that_is_gone_is_no_failure(words):
     """Of commands that print and are done, as `specdec diff A B | head -1` shows them."""
     reading, writing = os.pipe()

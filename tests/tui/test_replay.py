@@ -318,7 +318,7 @@ def test_a_token_tree_is_told_by_its_path(trace):
     verdicts = ("is kept", "is kept", "is rejected")
     assert all(verdict in words for verdict, words in zip(verdicts, stepped, strict=True))
     (told,) = [line for line in script(*read_frame(path)) if line.startswith("Cycle 1")]
-    kept = "".join(map(name, chain.drafted[1:3])).strip()
+    kept = "".join(map(name, chain.drafted[1:3])).replace("\n", "⏎")
     assert f"kept 2 of {k} in 2 branches, “{kept}”, on another than the first" in told
     screen = replayed(path)
     row = next(line for line in screen.splitlines() if "2/" in line)

@@ -31,11 +31,11 @@ def narrate(cycle: Cycle, name: Name, rule: str = "token") -> str:
     untested = sum(cycle.fate(place) == "untested" for place in range(k))
     after = "" if cycle.parents is not None else " after it"
     others = sum(cycle.fate(place) == "rejected" for place in range(k)) - 1
-    beside = f", and {counted(others, 'other')}" if others else ""
+    beside = f"; {counted(others, 'other')} rejected, too" if others else ""
     dropped = f"; the {'one' if untested == 1 else untested}{after} untested" if untested else ""
     kept_some = f"kept {kept} of {k}{_by_branch(cycle, name)}"
     return (
-        f"Cycle {number}: {kept_some}. {refused} rejected ({held(cycle, at)}){beside}{drawn}{dropped}.{_ended(cycle)}"
+        f"Cycle {number}: {kept_some}. {refused} rejected ({held(cycle, at)}){drawn}{beside}{dropped}.{_ended(cycle)}"
     )
 
 
@@ -58,7 +58,9 @@ def _by_branch(cycle: Cycle, name: Name) -> str:
         return ""
     aside = any(cycle.parents.index(cycle.parents[place]) != place for place in cycle.path or ())
     leaves = len(set(range(len(cycle.parents))) - set(cycle.parents))
-    kept = f", “{_said([cycle.drafted[place] for place in cycle.path or ()], name)}”" if cycle.path else ""
+    shown = StreamDecoder(name)
+    text = one_line("".join(shown(cycle.drafted[place]) for place in cycle.path or ()))
+    kept = f", “{text}”" if cycle.path else ""
     return f" in {counted(leaves, 'branch')}{kept}" + (", on another than the first" if aside else "")
 
 
