@@ -66,7 +66,7 @@ class Sampling:
 
     @property
     def filtered(self) -> bool:
-        """Whether any filter leaves tokens out."""
+        """True where any filter leaves tokens out."""
         return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
 
 

@@ -85,7 +85,7 @@ class TwoLikeliest:
 
 
 def two_likeliest(logits: Tensor) -> tuple[Likely, Likely] | None:  # [n]
-    """By our own kernels, where a CPU has some and the numbers are theirs."""
+    """Ask our own kernels, where a CPU has some and the numbers are theirs."""
     kernels = native.of_rows(logits)
     return None if kernels is None or len(logits) < 2 else kernels.likeliest(logits)
 

@@ -135,7 +135,7 @@ class Blocks:
         return self._turned
 
     def fields_from(self, start: int, n: int, cache: Tensor) -> ctypes.Array[PassFields]:
-        """Of n consecutive positions of one text, in places of their own number: as `begin` has them, which makes tensors and
+        """Fields of n consecutive positions of one text, in places of their own number. `begin` makes tensors for them, which
         takes 70 µs. What it points at stays until a longer text asks for a longer table."""
         tables = self._tables(start + n)
         kept, size = cache.shape[2], self.shape.head_size

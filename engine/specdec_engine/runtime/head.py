@@ -118,7 +118,7 @@ def _sizes(
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """What slots read that the target has left to them."""
+    """The features that the target has left to slots."""
 
     read: Tensor
     """[n, taps + 1, hidden of the target]"""
@@ -126,7 +126,7 @@ class Features:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What a slot reads that the head has left to it."""
+    """The state that the head has left to a slot."""
 
     state: Tensor
     """[1, hidden]"""
@@ -196,8 +196,9 @@ class HeadForward(Blocks):
         more: Tensor | None = None,
         rows: int = 1,
     ) -> tuple[Tensor, Tensor]:
-        """What [n] slots from `start` read, and their [n] tokens (target ids) -> [rows, V' + m] logits of the last one, or of
-        none, and its state [1, hidden] for the slot that follows. more [m, hidden]: output rows besides its own."""
+        """Read what is before [n] slots from `start`, and their [n] tokens (target ids) -> [rows, V' + m] logits of the
+        last one, or of none, and its state [1, hidden] for the slot that follows. more [m, hidden]: output rows besides its
+        own."""
         stack = self._stack_for(len(tokens), start, reading=True)
         if stack is not None and self._own is not None:
             return self._by_own_kernels(self._own, stack, before, self.embedding(tokens), start, cache, more, rows)

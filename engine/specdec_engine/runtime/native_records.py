@@ -1,4 +1,4 @@
-"""What kernels of our own are told, as their C has it. Whoever makes one keeps what it points at."""
+"""Records for kernels of our own, as their C has them. Whoever makes one keeps what it points at."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+TILED = 16
+"""Rows of a prompt from which on it is done in tiles: making them of the weights takes 10 ms a pass, and a row 0.1 to 0.4
+instead of 0.7 to 1.3 (106M weights on two cores, in quiet hours and others)."""
 
 
 class Matrix(ctypes.Structure):
