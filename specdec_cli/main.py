@@ -113,7 +113,9 @@ def _reader_may_leave() -> Iterator[None]:
     """A reader who has had enough of a help is no failure; Typer and rich would end it with 1."""
     try:
         yield
-    except (BrokenPipeError, SystemExit):  # rich's way to say the same; nothing else here leaves so
+    except (BrokenPipeError, SystemExit) as error:
+        if isinstance(error, SystemExit) and error.code != 1:  # 1 is rich's way to say the same
+            raise
         _silence()
         raise typer.Exit from None
 
