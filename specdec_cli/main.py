@@ -96,7 +96,7 @@ class Commands(Helped, TyperGroup):
         super().__init__(**{**settings, "commands": deferred})
 
     def make_context(self, *arguments: Any, **named: Any) -> Any:
-        """Where `--help` and `--version` are said."""
+        """The context of all commands; `--help` and `--version` are said on the way."""
         with _reader_may_leave():
             return super().make_context(*arguments, **named)
 

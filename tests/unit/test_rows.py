@@ -1,4 +1,4 @@
-"""What our own kernels do with rows of logits and of probabilities is what torch does."""
+"""Our own kernels do with rows of logits and of probabilities what torch does."""
 
 import pytest
 import torch

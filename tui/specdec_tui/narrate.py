@@ -53,7 +53,7 @@ def held(cycle: Cycle, at: int) -> str:
 
 
 def _by_branch(cycle: Cycle, name: Name) -> str:
-    """Of a token tree, how many branches it has, what was kept, and whether that is not what stood first."""
+    """Say of a token tree how many branches it has, what was kept, and whether that is not what stood first."""
     if cycle.parents is None:
         return ""
     aside = any(cycle.parents.index(cycle.parents[place]) != place for place in cycle.path or ())

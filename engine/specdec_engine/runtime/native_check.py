@@ -1,4 +1,4 @@
-"""Whether kernels of our own compute what torch does: asked once of those that were compiled."""
+"""The check that kernels of our own compute what torch does: made once, of those that were compiled."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class Ending(ctypes.Structure):
 
 
 class Following:
-    """What follows the layers of a pass: the last norm, and of the last `rows` rows products with some matrices."""
+    """The end of a pass, behind its layers: the last norm, and products of the last `rows` rows with some matrices."""
 
     def __init__(self, n: int, norm: Tensor, matrices: Sequence[Matrix], rows: int) -> None:
         """norm [hidden], of a pass of n rows; both, and what matrices point at, live as long as this."""
@@ -93,14 +93,14 @@ class Tapped:
 
 
 def of_texts(fields: Sequence[PassFields]) -> ctypes.Array[PassFields]:
-    """As `Kernels.through` takes them."""
+    """Put them together as `Kernels.through` takes them."""
     return (PassFields * len(fields))(*fields)
 
 
 def pass_fields(
     heads: int, rotation: Tensor | None, positions: Tensor, kept: Tensor, hidden: Tensor | None = None
 ) -> PassFields:
-    """Of tensors that live as long as it; kept: see `ops.Ops`; hidden: see `ops.Pass`."""
+    """Describe tensors, which live as long as what is given; kept: see `ops.Ops`; hidden: see `ops.Pass`."""
     groups, capacity, size = kept.shape[0] // 2, kept.shape[1], kept.shape[2]
     narrow = kept.dtype == torch.bfloat16
     at = address(rotation), positions.data_ptr(), address(hidden)
