@@ -242,8 +242,9 @@ class Placement:
     trust_remote_code: TrustRemoteCode = False
     debug: Debug = False
 
-    def loading(self, tokens: int, report: Report = silent) -> LoadOptions:
-        """tokens: of context to reckon with. Imports torch, which takes 3 s."""
+    def loading(self, tokens: int, report: Report = silent, *, follow: bool = False) -> LoadOptions:
+        """tokens: of context to reckon with; follow: have the threads follow other programs' load, where nothing is compared.
+        Imports torch, which takes 3 s."""
         from specdec_engine.models.options import LoadOptions
 
         return LoadOptions(
@@ -253,7 +254,7 @@ class Placement:
             runtime=self.runtime,
             quantize=self.quantize,
             draft_quantize=self.draft_quantize,
-            threads=self.threads or "auto",
+            threads=self.threads or ("follow" if follow else "auto"),
             offline=self.offline,
             trust_remote_code=self.trust_remote_code,
             tokens=tokens,

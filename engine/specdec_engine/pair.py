@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal
@@ -33,10 +34,11 @@ from specdec_engine.models.translation import Translation
 from specdec_engine.record.events import Event, Started
 from specdec_engine.runtime import Runtime
 from specdec_engine.runtime.graphs import GraphRuntime
+from specdec_engine.runtime.lean import LeanRuntime
 from specdec_engine.runtime.shape import Shape
 from specdec_engine.runtime.target import ModelTarget
 from specdec_engine.system.devices import pick_device
-from specdec_engine.system.threads import set_threads, use_fewer_threads
+from specdec_engine.system.threads import FollowedThreads, set_threads, use_fewer_threads
 from specdec_engine.verify.processors import Asked, changed
 from specdec_engine.verify.rules import RULES, AcceptanceRule, SyntheticRule
 from specdec_engine.verify.verifier import Verifier, verifier_for
@@ -63,6 +65,12 @@ class Pair:
     """What drafters see of the run's grammar."""
     remarks: tuple[str, ...] = field(default=())
     """What a curious user may want to know: which runtimes were taken, and why not a faster one."""
+
+    @property
+    def threads_told(self) -> str:
+        """Threads that its passes got, where their number changed meanwhile."""
+        around = self.target.around
+        return around.told if isinstance(around, FollowedThreads) else ""
 
     @property
     def has_chat_template(self) -> bool:
@@ -249,7 +257,9 @@ class Pair:
         for _ in range(batch - 1):
             runtime = self.target.runtime.another()
             drafter = another(self.drafter, runtime)
-            lanes.append(Lane(ModelTarget(runtime, self.target.name), drafter, Controls(k, sampling)))
+            lanes.append(
+                Lane(ModelTarget(runtime, self.target.name, self.target.around), drafter, Controls(k, sampling))
+            )
         return lanes
 
     def matching(self, grammar: Grammar) -> Matching:
@@ -276,13 +286,18 @@ class Loader:
         self.options = options or LoadOptions()
         set_threads(self.options.threads, pick_device(self.options.device))  # first: forms are measured on so many
         self.found = find_model(target, self.options)
-        if self.options.threads == "auto":
+        if self.options.threads in ("auto", "follow"):
             use_fewer_threads(self.found.arithmetic.threads)
         if read_draft(self.found.path) is not None:
             raise UsageError(f"{target} is a draft, made for another target", "give it to --draft")
         self.target = cache(self.found.load)
         self.find_draft = cache(lambda name: find_model(name, self.options.for_draft()))
         self.draft = cache(lambda name: self.find_draft(name).load())
+
+    def around(self, runtime: Runtime) -> AbstractContextManager[object]:
+        """A context that this target's passes run in: threads are followed where its bits do not hang on them."""
+        follows = self.options.threads == "follow" and runtime.device.type == "cpu" and isinstance(runtime, LeanRuntime)
+        return FollowedThreads() if follows else nullcontext()
 
     def check_drafts(self) -> None:
         """Look whether the target can test drafts at all. Raises PairIncompatible."""
@@ -348,7 +363,7 @@ def _paired(models: Loader, draft: str | None) -> Pair:
             )
     notes += target_notes(loaded, draft)
     return Pair(
-        target=ModelTarget(loaded.runtime, target),
+        target=ModelTarget(loaded.runtime, target, models.around(loaded.runtime)),
         drafter=drafter,
         verifiers={name: _verifier(rule, loaded.runtime) for name, rule in RULES.items()},
         auto=AutoK(),

@@ -82,7 +82,7 @@ def chat(
     with interruptible(), output.narrated() as report, uncollected():
         from specdec_engine.pair import Loader
 
-        loader = Loader(target, where.loading(_ROOM + how.max_tokens, report))
+        loader = Loader(target, where.loading(_ROOM + how.max_tokens, report, follow=True))
         _check_template(loader, thinking)
         pair = loader.pair(setting.draft)
     for sentence in pair.notes:

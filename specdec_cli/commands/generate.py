@@ -125,7 +125,7 @@ def _answer_one(
         from specdec_engine.pair import load_pair
 
         tokens = len(text + (how.system or "")) // 3 + how.max_tokens
-        pair = load_pair(target, setting.draft, where.loading(tokens, report))
+        pair = load_pair(target, setting.draft, where.loading(tokens, report, follow=True))
     pair = penalties.of(pair)
     ids = pair.encode(text, chat=how.chat, system=how.system)
     _tell(pair, text, how.chat, grammar, told.verbose)
@@ -235,7 +235,7 @@ def _answer_many(
         from specdec_engine.pair import load_pair
 
         longest = max(sum(map(len, question.turns)) for question in asked.questions)
-        pair = load_pair(target, setting.draft, where.loading(longest // 3 + how.max_tokens, report))
+        pair = load_pair(target, setting.draft, where.loading(longest // 3 + how.max_tokens, report, follow=True))
     for sentence in pair.notes:
         output.note(sentence)
     answer_all(penalties.of(pair), asked)
@@ -335,7 +335,8 @@ def _ending(summary: Summary, max_tokens: int, stops: tuple[str, ...]) -> str:
 def _state(pair: Pair, summary: Summary, k: int | Literal["auto"], controls: Controls, named: bool) -> str:
     """Whether speculation ran, with what, and why not if it did not."""
     made = pair.environment
-    crowded = f", {threads(made)}" if made["device"] == "cpu" and made["threads"] < made["cores"] else ""
+    few = pair.threads_told or (threads(made) if made["device"] == "cpu" and made["threads"] < made["cores"] else "")
+    crowded = few and f", {few}"
     where = f"{pair.target.name}, {made['weights']} on {made['device']}{crowded}, {made['runtime']} runtime"
     if k == 0:
         return f"speculation off because k is 0 · {where}"

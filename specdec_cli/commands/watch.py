@@ -166,7 +166,7 @@ def _watch_pair(
             from specdec_engine.pair import load_pair
 
             tokens = len(text + (how.system or "")) // 3 + how.max_tokens
-            return load_pair(target, setting.draft, where.loading(tokens, report))
+            return load_pair(target, setting.draft, where.loading(tokens, report, follow=True))
 
     request = Request(
         text,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from specdec_engine.system import threads
-from specdec_engine.system.threads import free_threads, set_threads
+from specdec_engine.system.threads import FollowedThreads, free_threads, set_threads
 
 CPU = torch.device("cpu")
 
@@ -56,3 +56,75 @@ def test_a_gpus_target_leaves_the_cores_alone(monkeypatch):
     monkeypatch.setattr(threads, "keep_step", lambda n: False)
     set_threads("auto", torch.device("cuda"))
     assert torch.get_num_threads() == 2
+
+
+class Machine:
+    """Cores that other programs take from passes, and a clock that stands still between them."""
+
+    def __init__(self, cores: int) -> None:
+        self.now = self.used = 0.0
+        self.free = self.cores = cores
+        self.looks = 0
+
+    def fit(self, threads: int) -> bool:
+        self.looks += 1
+        torch.set_num_threads(threads)
+        return threads <= self.free
+
+    def passes(self, seconds: float, followed: FollowedThreads) -> int:
+        """So long of them, of 10 ms each; the threads after them."""
+        for _ in range(round(seconds * 100)):
+            with followed:
+                self.now += 0.01
+                self.used += 0.01 * min(torch.get_num_threads(), self.free)
+        return torch.get_num_threads()
+
+
+@pytest.fixture
+def machine():
+    torch.set_num_threads(4)
+    return Machine(4)
+
+
+def following(machine: Machine) -> FollowedThreads:
+    return FollowedThreads(4, fit=machine.fit, clock=lambda: machine.now, used=lambda: machine.used)
+
+
+def test_threads_are_given_up_while_others_need_the_cores_and_taken_again(machine):
+    followed = following(machine)
+    assert machine.passes(3, followed) == 4
+    assert not machine.looks
+    assert followed.told == ""
+    machine.free = 1
+    assert machine.passes(3, followed) == 1
+    machine.free = 3
+    assert machine.passes(20, followed) == 2
+    machine.free = 4
+    assert machine.passes(20, followed) == 4
+    assert followed.told == "at times 1 of 4 threads"
+
+
+def test_what_takes_less_than_its_cores_for_another_reason_is_looked_at_ever_more_seldom(machine):
+    """A thread that sleeps while it waits, as OMP_WAIT_POLICY=passive has it."""
+    looks = list[int]()
+    followed = FollowedThreads(
+        4, fit=lambda n: not looks.append(n), clock=lambda: machine.now, used=lambda: machine.used / 2
+    )
+    assert machine.passes(60, followed) == 4
+    assert len(looks) < 10
+
+
+def test_one_thread_is_not_looked_at(machine):
+    torch.set_num_threads(1)
+    followed = FollowedThreads(1, fit=machine.fit, clock=lambda: machine.now, used=lambda: 0.0)
+    machine.passes(3, followed)
+    assert not machine.looks
+
+
+def test_cores_that_were_busy_at_the_start_are_taken_later(monkeypatch, machine):
+    monkeypatch.setattr(threads, "usable_cores", lambda: 4)
+    monkeypatch.setattr(threads, "keep_step", lambda n: n <= 2)
+    set_threads("follow", CPU)
+    followed = FollowedThreads(fit=machine.fit, clock=lambda: machine.now, used=lambda: machine.used)
+    assert torch.get_num_threads() == 2
+    assert machine.passes(3, followed) == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, cast
 
 import torch
@@ -46,10 +47,11 @@ class Target(Protocol):
 
 
 class ModelTarget:
-    """A target on a runtime."""
+    """A target on a runtime. around: entered for each pass, see `system.threads.FollowedThreads`."""
 
-    def __init__(self, runtime: Runtime, name: str) -> None:
+    def __init__(self, runtime: Runtime, name: str, around: AbstractContextManager[object] | None = None) -> None:
         self.name = name
+        self.around = around or nullcontext()
         self.runtime = runtime
         self.limit = runtime.limit
         self.device = runtime.device
@@ -90,10 +92,11 @@ class ModelTarget:
 
     def score(self, context: Sequence[int], draft: Draft) -> Tensor:
         tokens = torch.cat([upload(torch.tensor([context[-1]]), self.device), draft.tokens])
-        if draft.parents is None:
-            logits = self.runtime.forward(tokens, len(draft) + 1, seldom=draft.cut)
-        else:
-            logits = cast(LeanRuntime, self.runtime).forward_tree(tokens, draft.parents)
+        with self.around:
+            if draft.parents is None:
+                logits = self.runtime.forward(tokens, len(draft) + 1, seldom=draft.cut)
+            else:
+                logits = cast(LeanRuntime, self.runtime).forward_tree(tokens, draft.parents)
         self.runtime.known.note(context, len(context))
         return logits
 
@@ -121,7 +124,8 @@ def score_together(asked: Sequence[tuple[ModelTarget, Sequence[int], Draft]]) ->
     if len(lean) < max(2, len(asked)):
         return [target.score(context, draft) for target, context, draft in asked]
     tokens = [torch.cat([upload(torch.tensor([c[-1]]), t.device), draft.tokens]) for t, c, draft in asked]
-    logits = forward_together(lean, tokens, [draft.parents for _, _, draft in asked])
+    with asked[0][0].around:
+        logits = forward_together(lean, tokens, [draft.parents for _, _, draft in asked])
     for target, context, _ in asked:
         target.runtime.known.note(context, len(context))
     return logits

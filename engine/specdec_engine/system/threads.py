@@ -5,26 +5,28 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from functools import cache
-from time import perf_counter
-from typing import Literal
+from time import perf_counter, process_time
+from types import TracebackType
+from typing import Literal, Self
 
 import torch
 
 from specdec_engine.errors import UsageError
 from specdec_engine.system.machine import usable_cores
 
-Threads = int | Literal["auto"] | None
-"""auto: for the cores that this process may use, fewer where other programs keep them busy; None leaves them as they are."""
+Threads = int | Literal["auto", "follow"] | None
+"""auto: for the cores that this process may use, fewer where other programs keep them busy; follow: so at first, and then as
+other programs come and go (`FollowedThreads`); None leaves them as they are."""
 
 
 def set_threads(threads: Threads, device: torch.device) -> None:
     """For a target on `device`. Raises UsageError for more than any machine has: OpenMP's stacks would not fit."""
-    if threads == "auto":
+    if threads in ("auto", "follow"):
         cores = usable_cores()
         threads = free_threads(cores) if device.type == "cpu" else cores
-    if threads is not None and threads > (most := 4 * max(64, usable_cores())):
+    if isinstance(threads, int) and threads > (most := 4 * max(64, usable_cores())):
         raise UsageError(f"--threads {threads} is more than {most}", "more threads than cores only wait for each other")
-    if threads is not None:
+    if isinstance(threads, int):
         torch.set_num_threads(threads)
     _initial.append(torch.get_num_threads())
 
@@ -77,3 +79,73 @@ _GRAIN = 2**15
 _WINDOW_S, _LONG_S, _WAITED = 0.1, 0.001, 5
 """Of operations of 0.01 ms on two cores, how many take a millisecond in a tenth of a second: two at most where nothing else
 runs (60 times), 8 to 16 beside one or two other programs. A program that has slept may run undisturbed for 25 ms."""
+
+
+class FollowedThreads:
+    """Torch's threads for passes that have the same bits on any number of them: fewer while other programs keep cores busy,
+    and more again afterwards. A context manager, which each pass runs in.
+
+    Threads that wait for each other spin, so a pass takes all the time of its cores: 0.99 of it where nothing else runs, 0.5
+    to 0.67 on two cores beside one or two other programs.
+    """
+
+    def __init__(
+        self,
+        most: int | None = None,
+        *,
+        fit: Callable[[int], bool] = keep_step,
+        clock: Callable[[], float] = perf_counter,
+        used: Callable[[], float] = process_time,
+    ) -> None:
+        self._fit, self._clock, self._used = fit, clock, used
+        self._most = most or _most_threads()
+        self._seen = {torch.get_num_threads()}
+        self._began = self._had = self._passes_s = self._used_s = 0.0
+        self._next_look, self._pause = clock(), _FIRST_PAUSE_S
+
+    @property
+    def told(self) -> str:
+        """A few words on their number, if it changed."""
+        return f"at times {min(self._seen)} of {self._most} threads" if len(self._seen) > 1 else ""
+
+    def __enter__(self) -> Self:
+        self._began, self._had = self._clock(), self._used()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        now = self._clock()
+        self._passes_s += now - self._began
+        self._used_s += self._used() - self._had
+        if self._passes_s < _WINDOW_S:
+            return
+        threads = torch.get_num_threads()
+        busy = threads > 1 and threads - self._used_s / self._passes_s > _LOST_CORES
+        self._passes_s = self._used_s = 0.0
+        if now >= self._next_look and (busy or threads < self._most):
+            self._look(threads, busy)
+
+    def _look(self, threads: int, busy: bool) -> None:
+        """Take half of them, or twice as many, if that is what there is room for; and look less often where it was not."""
+        if busy:
+            changed = not self._fit(threads)
+            threads = threads // 2 if changed else threads
+        else:
+            changed = self._fit(more := min(2 * threads, self._most))
+            threads = more if changed else threads
+        torch.set_num_threads(threads)
+        self._seen.add(threads)
+        self._pause = _FIRST_PAUSE_S if changed else min(2 * self._pause, _LAST_PAUSE_S)
+        self._next_look = self._clock() + self._pause
+
+
+def _most_threads() -> int:
+    """Threads for all cores, where some were given up at the start; else those of now, which were measured to be best."""
+    return usable_cores() if initial_threads() < usable_cores() else torch.get_num_threads()
+
+
+_LOST_CORES = 0.3
+"""Cores whose time passes did not get, see `FollowedThreads`: 0.02 where nothing else runs, 0.7 beside one program."""
+_FIRST_PAUSE_S, _LAST_PAUSE_S = 1.0, 16.0
+"""Between two looks, which take a tenth of a second each."""
