@@ -42,7 +42,7 @@ _BETTER_OFF = 1.03
 
 
 _ROW = 0.02
-"""Tokens that a row of a second candidate must bring at least: a width that was not measured yet seems free."""
+"""Tokens that a row of a second candidate must bring at least: until a second width is measured, rows seem free."""
 
 
 class AutoK:
