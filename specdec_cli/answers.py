@@ -18,6 +18,7 @@ import typer
 from specdec_cli import options as opt
 from specdec_cli import output, shaping
 from specdec_cli.exits import ExitCode
+from specdec_cli.templates import Template
 from specdec_engine.bench.plan import digest_of
 from specdec_engine.errors import UsageError, reason
 from specdec_engine.record.events import Cycle, Event, Failed, Finished, Started, TokenLogprobs, known_ids
@@ -94,6 +95,7 @@ class Asking:
     settings: Mapping[str, Any]
     """On which the answers depend."""
     how: opt.Decoding
+    template: Mapping[str, Any]
     k: int | Literal["auto"]
     grammar: Grammar | None
     logprobs: int | None
@@ -114,6 +116,7 @@ def asking(
     draft: str | None,
     k: str,
     how: opt.Decoding,
+    template: Template,
     penalties: shaping.Penalties,
     structured: shaping.Structured,
     logprobs: int | None = None,
@@ -125,9 +128,14 @@ def asking(
         output.note("of conversations the first turn is asked")
     settings = {"target": target, "draft": draft, **asdict(how), "k": k, "stop": list(how.stop or ())}
     settings |= {**asdict(penalties), "logit_bias": {str(i): value for i, value in penalties.bias.items()}}
-    settings |= {"grammar": None if grammar is None else grammar.named(), "samples": many.samples, "logprobs": logprobs}
+    settings |= {
+        "template": template.told,
+        "grammar": None if grammar is None else grammar.named(),
+        "samples": many.samples,
+        "logprobs": logprobs,
+    }
     del settings["seed"]
-    return Asking(many, questions, settings, how, opt.k_of(k), grammar, logprobs)
+    return Asking(many, questions, settings, how, template.told, opt.k_of(k), grammar, logprobs)
 
 
 def answer_all(pair: Pair, asked: Asking) -> None:
@@ -162,7 +170,7 @@ def _events(pair: Pair, asked: Asking, todo: Sequence[int], seed: int) -> Iterat
     def ids(number: int) -> Sequence[int]:
         question = asked.question(number)
         system = question.system or how.system
-        return question.ids or pair.encode(question.turns[0], chat=how.chat, system=system)
+        return question.ids or pair.encode(question.turns[0], chat=how.chat, system=system, template=asked.template)
 
     return pair.decode_together(
         [partial(ids, number) for number in todo],
@@ -293,7 +301,7 @@ def _before(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
     return head, rest
 
 
-_BEFORE = {"samples": 1}
+_BEFORE = {"samples": 1, "template": {}}
 """Of files from before there was such a setting."""
 _COMPUTED = ("dtype", "weights", "runtime")
 """Settings in which the target is computed: near-ties fall otherwise in another. Older files do not say it."""
@@ -303,7 +311,7 @@ def _same(path: Path, head: Mapping[str, Any] | None, asked: Asking) -> int:
     """The seed of a file that can be gone on with. Raises UsageError for another one."""
     assert head is not None
     now = json.loads(json.dumps(asked.settings))
-    before = _BEFORE | {name: now[name] for name in _COMPUTED}
+    before: Mapping[str, Any] = _BEFORE | {name: now[name] for name in _COMPUTED}
     other = [name for name in now if head["settings"].get(name, before.get(name)) != now[name]]
     if head["prompts"] != digest_of(asked.questions):
         raise UsageError(f"{path} is of other prompts", "give the same file, or another --out")

@@ -18,6 +18,7 @@ from specdec_engine.constrain.matching import Matching
 from specdec_engine.constrain.wanted import Grammar
 from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.core.randomness import KeyedRandomness
+from specdec_engine.core.registry import members_of
 from specdec_engine.decoding.control import Controls
 from specdec_engine.decoding.loop import Run, decode, forget, start
 from specdec_engine.decoding.stopping import Stop
@@ -83,9 +84,11 @@ class Pair:
         chat: bool | None = None,
         system: str | None = None,
         history: Sequence[tuple[str, str]] = (),
+        template: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """The prompt's token ids; as a user's turn where the tokenizer has a chat template, unless `chat` is False. history:
-        the turns before it, user and assistant; without a template they come as they are.
+        the turns before it, user and assistant; without a template they come as they are. template: what the chat template
+        is told beside them, for example {"enable_thinking": False}.
 
         Raises UsageError for an empty prompt, and for a chat or system prompt without a template.
         """
@@ -97,7 +100,7 @@ class Pair:
         if system and not chat:
             raise UsageError("a system prompt needs the chat template", "leave out --raw or --system")
         if chat:
-            return chat_ids(self.tokenizer, prompt, system, history)
+            return chat_ids(self.tokenizer, prompt, system, history, template)
         whole = "\n\n".join([*(text for turn in history for text in turn), prompt])
         return raw_ids(self.tokenizer, whole)
 
@@ -114,6 +117,15 @@ class Pair:
         chat = self.has_chat_template if chat is None else chat
         how = "as text, as the prompt has them" if chat else "as the marks that they are"
         return f"special tokens in the prompt ({', '.join(typed)}) are sent {how}" if typed else ""
+
+    def chains_alone(self, rule: str = "token", grammar: Grammar | None = None) -> str:
+        """Say in a sentence why a run like that verifies chains alone of the trees that its drafter makes; empty where it does
+        not."""
+        if not members_of(self.drafter.name)[0] or not self.target.trees:
+            return ""
+        names = {f"the {rule} rule": rule != "token", "a grammar": grammar is not None, "a penalty": bool(self.asked)}
+        why = " and ".join(name for name, there in names.items() if there)
+        return why and f"of {self.drafter.name} the first path alone is verified: {why} looks at chains"
 
     def controls(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,27 +15,14 @@ from specdec_cli.chat.lines import Turns
 from specdec_cli.exits import ExitCode, exit_code
 from specdec_cli.recorder import Recorder
 from specdec_cli.startup import interruptible, quieten, uncollected
+from specdec_cli.templates import Template
 from specdec_engine.decoding.stopping import Stop
 from specdec_engine.errors import SpecdecError, UsageError, first_line
-from specdec_engine.record.files import parse_json
 
 if TYPE_CHECKING:
     from specdec_engine.pair import Loader
 
 _PROMPT = "Prompt"
-Thinking = Annotated[
-    bool | None,
-    typer.Option(
-        "--thinking/--no-thinking",
-        rich_help_panel=_PROMPT,
-        help="Have the target think aloud before it answers, or not, where its chat template can.",
-        show_default="as the template has it",
-    ),
-]
-TemplateKwargs = Annotated[
-    str | None,
-    typer.Option(rich_help_panel=_PROMPT, metavar="JSON", help="What else the chat template is told, as an object."),
-]
 Load = Annotated[
     str | None,
     typer.Option("--load", rich_help_panel=_PROMPT, metavar="FILE", help="Go on with a chat that /save wrote."),
@@ -50,8 +37,7 @@ def chat(
     target: opt.Target = "builtin",
     draft: opt.Draft = None,
     how: opt.Decoding,
-    thinking: Thinking = None,
-    template_kwargs: TemplateKwargs = None,
+    template: Template,
     load_: Load = None,
     where: opt.Placement,
     trace: opt.Trace = None,
@@ -69,7 +55,7 @@ def chat(
         raise UsageError("--raw has no turns", "specdec generate --raw goes on with a text")
     sampling = how.sampling
     Stop(how.max_tokens, strings=tuple(how.stop or ()))
-    given = _template(template_kwargs)
+    told = template.told
     setting = profiles.chosen(target, draft, how.k, not sampling.greedy, where)
     k = opt.k_of(setting.k)
     from specdec_engine.decoding.control import Controls
@@ -83,11 +69,10 @@ def chat(
         from specdec_engine.pair import Loader
 
         loader = Loader(target, where.loading(_ROOM + how.max_tokens, report, follow=True))
-        _check_template(loader, thinking)
+        _check_template(loader, template)
         pair = loader.pair(setting.draft)
     for sentence in pair.notes:
         output.note(sentence)
-    told = given if thinking is None else {**given, "enable_thinking": thinking}
     talk = Conversation(loader, pair, how, k, told, recorder, color)
     if load_ is not None:
         load(talk, load_)
@@ -102,37 +87,14 @@ def chat(
         raise typer.Exit(code)
 
 
-_OURS = {"messages", "conversation", "add_generation_prompt", "tokenize", "chat_template", "tools", "documents"}
-
-
-def _template(text: str | None) -> dict[str, Any]:
-    """Raises UsageError for what is no object."""
-    if text is None:
-        return {}
-    try:
-        found = parse_json(text)
-    except ValueError as error:
-        raise UsageError(f"--template-kwargs: {error}", """for example '{"enable_thinking": false}'""") from error
-    if isinstance(found, dict) and (ours := sorted(_OURS & found.keys())):
-        raise UsageError(f"--template-kwargs cannot set {ours[0]}", "the chat itself does")
-    if not isinstance(found, dict):
-        raise UsageError(f"--template-kwargs {text} is no object", """for example '{"enable_thinking": false}'""")
-    return found
-
-
-def _check_template(loader: Loader, thinking: bool | None) -> None:
+def _check_template(loader: Loader, template: Template) -> None:
     """Before weights are read. Raises UsageError for a target without a chat template, or without a switch in it."""
-    template = str(getattr(loader.found.tokenizer, "chat_template", None) or "")
-    if not template:
+    if not getattr(loader.found.tokenizer, "chat_template", None):
         raise UsageError(
             f"{loader.found.name} has no chat template",
             "specdec generate goes on with a text; a model to talk to has one",
         )
-    if thinking is not None and "enable_thinking" not in template:
-        raise UsageError(
-            f"the chat template of {loader.found.name} has no switch for thinking",
-            "leave out --thinking; what else it knows goes into --template-kwargs",
-        )
+    template.check(loader.found)
 
 
 def _talk(talk: Conversation, debug: bool) -> int:

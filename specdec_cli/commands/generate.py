@@ -20,6 +20,7 @@ from specdec_cli.recorder import Recorder
 from specdec_cli.servers.attached import ServerOptions, asked_of, begun, server_at, state_at
 from specdec_cli.startup import interruptible, quieten, uncollected
 from specdec_cli.tables import threads
+from specdec_cli.templates import Template
 from specdec_engine.decoding.stopping import Stop
 from specdec_engine.errors import SpecdecError, UsageError
 from specdec_engine.record.events import Event, Finished
@@ -42,6 +43,7 @@ def generate(
     draft: opt.Draft = None,
     server: ServerOptions,
     how: opt.Decoding,
+    template: Template,
     penalties: shaping.Penalties,
     structured: shaping.Structured,
     many: Many,
@@ -60,7 +62,9 @@ def generate(
     """
     # All that can be wrong without a model is found out before one is loaded.
     told.check(many.prompts is not None)
+    _ = template.told  # raises
     if server.wanted:
+        template.refuse_at_server()
         structured.refuse_at_server()
         penalties.refuse_at_server()
         many.refuse_at_server()
@@ -70,9 +74,9 @@ def generate(
         return
     many.check_samples(how.sampling.greedy)
     if many.wanted({"PROMPT": prompt is not None, "--file": file, **told.of_one_prompt}):
-        _answer_many(many, target, draft, how, penalties, structured, where, told.logprobs)
+        _answer_many(many, target, draft, how, template, penalties, structured, where, told.logprobs)
     else:
-        _answer_one(prompt, file, target, draft, how, penalties, structured, where, told, many.samples)
+        _answer_one(prompt, file, target, draft, how, template, penalties, structured, where, told, many.samples)
 
 
 def _ask_server(
@@ -99,6 +103,7 @@ def _answer_one(
     target: str,
     draft: str | None,
     how: opt.Decoding,
+    template: Template,
     penalties: shaping.Penalties,
     structured: shaping.Structured,
     where: opt.Placement,
@@ -122,13 +127,14 @@ def _answer_one(
     quieten(where.offline, where.debug)
     with interruptible(), output.narrated() as report, uncollected():
         # Deferred: torch and transformers take 3 s, and `--help` and usage errors must not pay them.
-        from specdec_engine.pair import load_pair
+        from specdec_engine.pair import Loader
 
         tokens = len(text + (how.system or "")) // 3 + how.max_tokens
-        pair = load_pair(target, setting.draft, where.loading(tokens, report, follow=True))
-    pair = penalties.of(pair)
-    ids = pair.encode(text, chat=how.chat, system=how.system)
-    _tell(pair, text, how.chat, grammar, told.verbose)
+        loader = Loader(target, where.loading(tokens, report, follow=True))
+        template.check(loader.found, raw=how.chat is False)
+        pair = penalties.of(loader.pair(setting.draft))
+    ids = pair.encode(text, chat=how.chat, system=how.system, template=template.told)
+    _tell(pair, text, how, grammar, told.verbose)
 
     text_of = TokenText(pair.tokenizer)
     recorder.describe(text_of)
@@ -198,10 +204,11 @@ def _check_penalties(penalties: shaping.Penalties, grammar: Grammar | None) -> N
         raise UsageError("a grammar says itself when a text ends", "leave out --ignore-eos and --min-tokens")
 
 
-def _tell(pair: Pair, text: str, chat: bool | None, grammar: Grammar | None, verbose: bool) -> None:
+def _tell(pair: Pair, text: str, how: opt.Decoding, grammar: Grammar | None, verbose: bool) -> None:
     """What there is to know before the text begins."""
     said = [] if grammar is None else [f"not followed, of the {grammar.word}: {one}" for one in grammar.warnings]
-    for sentence in (*said, *pair.notes, pair.marks_in(text, chat), *(pair.remarks if verbose else ())):
+    said += [*pair.notes, pair.chains_alone(how.rule, grammar), pair.marks_in(text, how.chat)]
+    for sentence in (*said, *(pair.remarks if verbose else ())):
         if sentence:
             output.note(sentence)
 
@@ -221,21 +228,24 @@ def _answer_many(
     target: str,
     draft: str | None,
     how: opt.Decoding,
+    template: Template,
     penalties: shaping.Penalties,
     structured: shaping.Structured,
     where: opt.Placement,
     logprobs: int | None,
 ) -> None:
     setting = profiles.chosen(target, draft, how.k, not how.sampling.greedy, where)
-    asked = asking(many, target, setting.draft, setting.k, how, penalties, structured, logprobs)
+    asked = asking(many, target, setting.draft, setting.k, how, template, penalties, structured, logprobs)
     if setting.said:
         output.note(setting.said)
     quieten(where.offline, where.debug)
     with interruptible(), output.narrated() as report, uncollected():
-        from specdec_engine.pair import load_pair
+        from specdec_engine.pair import Loader
 
         longest = max(sum(map(len, question.turns)) for question in asked.questions)
-        pair = load_pair(target, setting.draft, where.loading(longest // 3 + how.max_tokens, report, follow=True))
+        loader = Loader(target, where.loading(longest // 3 + how.max_tokens, report, follow=True))
+        template.check(loader.found, raw=how.chat is False)
+        pair = loader.pair(setting.draft)
     for sentence in pair.notes:
         output.note(sentence)
     answer_all(penalties.of(pair), asked)

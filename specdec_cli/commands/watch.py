@@ -20,6 +20,7 @@ from specdec_cli.prompts import read_prompt, stdin_is_piped
 from specdec_cli.servers.attached import At, ServerOptions, asked_of, server_at
 from specdec_cli.servers.metrics import Counters, show_counters
 from specdec_cli.startup import has_screen, quieten, served, uncollected
+from specdec_cli.templates import Template
 from specdec_engine.decoding.stopping import Stop
 from specdec_engine.errors import UsageError
 from specdec_tui.live import LiveStream, Request
@@ -41,6 +42,7 @@ def watch(
     draft: opt.Draft = None,
     server: ServerOptions,
     how: opt.Decoding,
+    template: Template,
     structured: shaping.Structured,
     where: opt.Placement,
     counters: Counters,
@@ -84,11 +86,12 @@ def watch(
     _check_terminal()
     if server.wanted:
         structured.refuse_at_server()
+        template.refuse_at_server()
         text = read_prompt(prompt, file)
         asked_of(text, how)
         with server_at(server, target, draft, how, where) as at:
             _watch_server(at, text, how)
-    _watch_pair(prompt, file, target, draft, how, structured.wanted, where)
+    _watch_pair(prompt, file, target, draft, how, template, structured.wanted, where)
 
 
 def _check_alone(both: bool, prompted: bool, served: bool) -> None:
@@ -141,11 +144,13 @@ def _watch_pair(
     target: str,
     draft: str | None,
     how: opt.Decoding,
+    template: Template,
     grammar: Grammar | None,
     where: opt.Placement,
 ) -> None:
     """On our own engine."""
     sampling, stops = how.sampling, _checked(how)
+    told = template.told
     if prompt is None and file is None and (sys.stdin.isatty() or served()):
         chosen = _start(target, draft)
         if chosen.entry.kind != "run":
@@ -163,10 +168,12 @@ def _watch_pair(
     def load(report: Report) -> Pair:
         # In the engine's thread, while the first frame is on screen: torch and transformers take 3 s.
         with uncollected():
-            from specdec_engine.pair import load_pair
+            from specdec_engine.pair import Loader
 
             tokens = len(text + (how.system or "")) // 3 + how.max_tokens
-            return load_pair(target, setting.draft, where.loading(tokens, report, follow=True))
+            loader = Loader(target, where.loading(tokens, report, follow=True))
+            template.check(loader.found, raw=how.chat is False)
+            return loader.pair(setting.draft)
 
     request = Request(
         text,
@@ -180,6 +187,7 @@ def _watch_pair(
         how.chat,
         how.system,
         grammar,
+        told,
     )
     _shown(LiveStream(load, request, user_log_path("specdec") / "watch.log"))
 

@@ -484,3 +484,18 @@ def test_json_tells_how_likely_tokens_were_before_and_after_warping(generate):
         assert likeliest == {key: value for key, value in one.items() if key != "likeliest"}
         assert second["warped_logprob"] is None
     assert "logprobs" not in json.loads(generate("-n", "4", "--json").out)
+
+
+@pytest.mark.parametrize(
+    ("typed", "why"),
+    [
+        ((), ""),
+        (("--rule", "block"), "the block rule"),
+        (("--regex", "[a-z ]*"), "a grammar"),
+        (("--repetition-penalty", "1.2", "--rule", "block"), "the block rule and a penalty"),
+    ],
+)
+def test_trees_that_are_verified_as_chains_are_told(generate, typed, why):
+    said = generate("-d", "tree:ngram,suffix", "-n", "3", *typed).err
+    assert ("the first path alone is verified" in said) == bool(why)
+    assert (f"{why} looks at chains" in said) == bool(why)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -46,6 +46,8 @@ class Request:
     system: str | None = None
     grammar: Grammar | None = None
     """What the answer follows."""
+    template: Mapping[str, Any] | None = None
+    """What the chat template is told beside the prompt."""
 
 
 class LiveStream(Threaded):
@@ -183,7 +185,7 @@ class LiveStream(Threaded):
             return None if self._closing else request
 
     def _run(self, pair: Pair, request: Request) -> None:
-        ids = pair.encode(request.prompt, chat=request.chat, system=request.system)
+        ids = pair.encode(request.prompt, chat=request.chat, system=request.system, template=request.template)
         said = "; ".join(filter(None, [*pair.notes, pair.marks_in(request.prompt, request.chat)]))
         self.stage = Stage("reading the prompt", said, so_far=lambda: _read(pair, len(ids)))
         plain = self._plain(pair, ids, said)

@@ -28,9 +28,16 @@ _ENDS = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end_of_turn|>")
 Turn = dict[str, Any]
 
 
-def chat_ids(tokenizer: Any, prompt: str, system: str | None, history: Sequence[tuple[str, str]] = ()) -> list[int]:
-    """The prompt as the next user turn. history: what was said before, user and assistant. Raises as `turn_ids`."""
-    return turn_ids(tokenizer, _turns(prompt, system, history))
+def chat_ids(
+    tokenizer: Any,
+    prompt: str,
+    system: str | None,
+    history: Sequence[tuple[str, str]] = (),
+    template: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """The prompt as the next user turn. history: what was said before, user and assistant. For `template`, and what is
+    raised, see `turn_ids`."""
+    return turn_ids(tokenizer, _turns(prompt, system, history), template)
 
 
 def turn_ids(tokenizer: Any, turns: Sequence[Turn], template: Mapping[str, Any] | None = None) -> list[int]:

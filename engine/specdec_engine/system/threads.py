@@ -93,11 +93,11 @@ class FollowedThreads:
         self,
         most: int | None = None,
         *,
-        fit: Callable[[int], bool] = keep_step,
+        fit: Callable[[int], bool] | None = None,
         clock: Callable[[], float] = perf_counter,
         used: Callable[[], float] = process_time,
     ) -> None:
-        self._fit, self._clock, self._used = fit, clock, used
+        self._fit, self._clock, self._used = fit or keep_step, clock, used
         self._most = most or _most_threads()
         self._seen = {torch.get_num_threads()}
         self._began = self._had = self._passes_s = self._used_s = 0.0
