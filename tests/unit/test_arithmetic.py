@@ -9,10 +9,12 @@ import subprocess
 from collections import deque
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from specdec_engine.conditions import target_notes
 from specdec_engine.errors import UsageError
 from specdec_engine.runtime import arithmetic, compiled, native
 from specdec_engine.runtime.arithmetic import FORMS, Matrices, Measurement, Timing, choose
@@ -209,6 +211,12 @@ def test_without_a_compiler_torchs_kernels_are_taken(compiling, monkeypatch, cc,
     assert native.kernels() is None
     assert why in native.why_none()
     assert choose(PACKED, "auto", "auto", CPU).kernels is None
+    remark = f"there are no kernels of our own: {native.why_none()}"
+    target = SimpleNamespace(
+        name="t", runtime=SimpleNamespace(vocab=9), stop_ids=(), asked=None, unused=(), left_out=(), remark=remark
+    )
+    said = "".join(target_notes(target, "none"))  # where one package would mend it, without -v
+    assert ("with one, kernels of our own" in said) == (why == "no C compiler")
     monkeypatch.setattr(arithmetic, "torch_packs", lambda: False)
     with pytest.raises(UsageError, match=f"of our own there are none .*{why}"):
         arithmetic.refuse_packing("int4", "auto", CPU)

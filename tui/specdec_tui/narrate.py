@@ -66,7 +66,7 @@ def _by_branch(cycle: Cycle, name: Name) -> str:
 
 def _drawn(cycle: Cycle, rule: str) -> str:
     mass = next((mass for token, mass in cycle.residual if cycle.emitted and token == cycle.emitted[-1]), None)
-    if mass is not None and mass > 0.9995:
+    if mass is not None and mass >= 1.0:
         return "is the target's choice"
     if not cycle.residual:  # its observer tells neither p nor q
         return "is the target's own"

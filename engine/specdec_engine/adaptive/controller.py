@@ -264,7 +264,7 @@ class AutoK:
             return f"{name} does not pay: {now.emitted:.2f} tokens a cycle expected for {cost:.2f} plain cycles"
         history.probe_pause = FIRST_PROBE
         if history.sure_before:
-            return f"{name} drafts as far as it is sure"
+            return f"{name} drafts as far as it is sure, up to {history.k} tokens"
         return f"{name}: {best.emitted:.2f} tokens expected for {best.seconds / self._plain:.2f} plain cycles"
 
     def _best_choice(self, history: DrafterHistory, reach: Sequence[float]) -> Choice:
