@@ -6,7 +6,7 @@ rows: a row has the same bits alone and among others.
 
 Packed weights lie in blocks of LANES output columns. Within a block and a group, each lane of 32 bits holds the weights that
 one output column has for 4 input columns, or in 4 bits for 8. How they stand in it is as the processor multiplies: in bytes,
-if it sums four products of bytes at once (VNNI), and an activation is then two of them, 256 · high + low; or in pairs of 16
+if it sums four products of bytes at once (VNNI, or ARM's SDOT), and an activation is then two of them, 256 · high + low; or in pairs of 16
 bits. Four rows took 59 us in pairs on one core where bytes take 39, one row 30 and 22, since fewer steps unpack the weights
 (1536 x 576 in 4 bits, AVX-512). */
 #pragma once
@@ -17,7 +17,7 @@ bits. Four rows took 59 us in pairs on one core where bytes take 39, one row 30 
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 #define BYTES 1
-#elif defined(__AVXVNNI__) && LANES == 8
+#elif (defined(__AVXVNNI__) && LANES == 8) || defined(__ARM_FEATURE_DOTPROD)
 #define BYTES 1
 #else
 #define BYTES 0
@@ -28,15 +28,34 @@ bits. Four rows took 59 us in pairs on one core where bytes take 39, one row 30 
 typedef uint8_t bytes __attribute__((vector_size(4 * LANES)));
 typedef int8_t few_bytes __attribute__((vector_size(LANES)));
 
-/* Lane by lane, four bytes without a sign times four with one. */
-INLINE ints plus_products(ints sum, bytes a, ints b) {
+#if defined(__ARM_FEATURE_DOTPROD)
+#define LIFT 0
+/* Lane by lane, four weights times four activations, number i of those at x. */
+INLINE ints plus_products(ints sum, bytes a, const int8_t *x, int i) {
+  const int32x4_t to = (int32x4_t)sum;
+  const int8x16_t weights = (int8x16_t)a, all = vld1q_s8(x + 4 * (i & ~3));
+  switch (i & 3) { /* known where it is called: four of them share what is loaded */
+    case 0: return (ints)vdotq_laneq_s32(to, weights, all, 0);
+    case 1: return (ints)vdotq_laneq_s32(to, weights, all, 1);
+    case 2: return (ints)vdotq_laneq_s32(to, weights, all, 2);
+    default: return (ints)vdotq_laneq_s32(to, weights, all, 3);
+  }
+}
+#else
+#define LIFT 128 /* more are stored weights of 8 bits: bytes without a sign are multiplied by those with one */
+INLINE ints plus_products(ints sum, bytes a, const int8_t *x, int i) {
+  int32_t four;
+  memcpy(&four, x + 4 * i, sizeof four);
+  const ints b = four - (ints){};
 #if LANES == 16
   return (ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
 #else
   return (ints)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)a, (__m256i)b);
 #endif
 }
+#endif
 #else
+#define LIFT 0
 #define WHOLE_MOST 32767
 INLINE ints plus_products(ints sum, pairs a, pairs b) {
 #if defined(__AVX512BW__)
@@ -50,8 +69,7 @@ INLINE ints plus_products(ints sum, pairs a, pairs b) {
 }
 #endif
 
-/* Where column k of a group stands: the number of its vector, and of its first bit in a lane. In bytes, 8 bits are stored
-with 128 more, so that none is negative. */
+/* Where column k of a group stands: the number of its vector, and of its first bit in a lane. */
 INLINE int vector_of(int bits, int k) { return k / (32 / bits); }
 INLINE int bit_of(int bits, int k) {
   if (BYTES) return bits == 4 ? 8 * (k % 4) + k / 4 % 2 * 4 : 8 * (k % 4);
@@ -80,7 +98,7 @@ INLINE long words(int bits, int group) { return (long)LANES * bits * group / 16;
 void pack(int bits, int group, const int8_t *q, const half *scale, const half *offset, long N, long K, uint16_t *to,
           half *constants, int threads) {
   const long G = K / group, B = (N + LANES - 1) / LANES, step = words(bits, group);
-  const int sets = offset ? 2 : 1, more = BYTES && bits == 8 ? 128 : 0;
+  const int sets = offset ? 2 : 1, more = bits == 8 ? LIFT : 0;
 #pragma omp parallel for num_threads(threads)
   for (long b = 0; b < B; b++)
     for (long g = 0; g < G; g++) {
@@ -104,7 +122,7 @@ INLINE floats unpacked(const int bits, const int k, const uint16_t *w) {
   memcpy(&all, w + 2 * LANES * vector_of(bits, k), sizeof all);
   const lanes32 up = all << (32 - bits - bit_of(bits, k));
   if (bits == 4) return __builtin_convertvector((ints)(up >> 28), floats);
-  return __builtin_convertvector((ints)(BYTES ? up ^ 0x80000000u : up) >> 24, floats);
+  return __builtin_convertvector((ints)(LIFT ? up ^ 0x80000000u : up) >> 24, floats);
 }
 
 /* A group that is not made of numbers gives a scale that is none, and so answers that are none. */
@@ -152,7 +170,7 @@ INLINE void group_products(const int R, const int bits, const int group, const i
                            const int32_t *whole, long G, ints dot[MOST]) {
   const bytes nibble = (bytes){} + 15;
   ints high[MOST], low[MOST];
-  for (int r = 0; r < R; r++) high[r] = (ints){}, low[r] = bits == 8 ? -128 * whole[r * G] - (ints){} : (ints){};
+  for (int r = 0; r < R; r++) high[r] = (ints){}, low[r] = bits == 8 ? -LIFT * whole[r * G] - (ints){} : (ints){};
   UNROLLED for (int j = 0; j < group * bits / 32; j++) {
     bytes word, part[2];
     memcpy(&word, w + j * LANES * 2, sizeof word);
@@ -161,12 +179,9 @@ INLINE void group_products(const int R, const int bits, const int group, const i
     UNROLLED for (int t = 0; t < 8 / bits; t++) {
       IN_REGISTER(part[t]);
       UNROLLED for (int r = 0; r < R; r++) {
-        int32_t above, below;
-        const int8_t *at = x + 2 * r * K + 4 * (8 / bits * j + t);
-        memcpy(&above, at, sizeof above);
-        memcpy(&below, at + K, sizeof below);
-        high[r] = plus_products(high[r], part[t], above - (ints){});
-        low[r] = plus_products(low[r], part[t], below - (ints){});
+        const int8_t *at = x + 2 * r * K;
+        high[r] = plus_products(high[r], part[t], at, 8 / bits * j + t);
+        low[r] = plus_products(low[r], part[t], at + K, 8 / bits * j + t);
         IN_REGISTER(high[r]);
         IN_REGISTER(low[r]);
       }
@@ -290,7 +305,7 @@ void rows(const matrix *m, const int64_t *order, long n, float *out) {
         uint32_t word;
         memcpy(&word, w + 2 * LANES * vector_of(m->bits, k), sizeof word);
         word >>= bit_of(m->bits, k);
-        const float weight = (float)(m->bits == 4 ? (int)(word & 15) : (int8_t)(BYTES ? word ^ 128 : word)) * d;
+        const float weight = (float)(m->bits == 4 ? (int)(word & 15) : (int8_t)(LIFT ? word ^ 128 : word)) * d;
         out[r * m->K + g * m->group + k] = m->offsets ? weight + offset : weight;
       }
     }

@@ -6,19 +6,27 @@
 #include <string.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if defined(__AVX512BW__)
 #define LANES 16
 #define MOST 8 /* rows that share what is read of a packed matrix, or of a cache: as many as the registers hold */
 #else
+#if defined(__aarch64__)
+#define LANES 4
+#else
 #define LANES 8
+#endif
 #define MOST 6
 #endif
 #define UNROLLED _Pragma("GCC unroll 8")
 #define UNROLLED16 _Pragma("GCC unroll 16")
 #if defined(__AVX2__)
 #define IN_REGISTER(x) __asm__("" : "+x"(x)) /* the compiler neither reads it from memory again nor works it out later */
+#elif defined(__aarch64__)
+#define IN_REGISTER(x) __asm__("" : "+w"(x))
 #else
 #define IN_REGISTER(x)
 #endif
@@ -46,6 +54,8 @@ INLINE floats widened(const half *from) {
   return (floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
 #elif defined(__F16C__)
   return (floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from));
+#elif defined(__aarch64__)
+  return (floats)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from)));
 #else
   floats to;
   for (int i = 0; i < LANES; i++) to[i] = single(from[i]);
@@ -59,6 +69,8 @@ INLINE floats plus_product(floats sum, floats a, floats b) {
   return (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
 #elif defined(__FMA__)
   return (floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#elif defined(__aarch64__)
+  return (floats)vfmaq_f32((float32x4_t)sum, (float32x4_t)a, (float32x4_t)b);
 #else
   for (int i = 0; i < LANES; i++) sum[i] = fmaf(a[i], b[i], sum[i]);
   return sum;
@@ -131,6 +143,12 @@ INLINE void turn(ints x[LANES]) {
   UNROLLED for (int i = 0; i < LANES / 2; i++) {
     x[i] = (ints)_mm256_permute2x128_si256(z[i], z[i + 4], 0x20);
     x[i + 4] = (ints)_mm256_permute2x128_si256(z[i], z[i + 4], 0x31);
+  }
+#elif defined(__aarch64__)
+  const int32x4x2_t even = vzipq_s32((int32x4_t)x[0], (int32x4_t)x[2]), odd = vzipq_s32((int32x4_t)x[1], (int32x4_t)x[3]);
+  UNROLLED for (int i = 0; i < 2; i++) {
+    const int32x4x2_t both = vzipq_s32(even.val[i], odd.val[i]);
+    x[2 * i] = (ints)both.val[0], x[2 * i + 1] = (ints)both.val[1];
   }
 #else
   ints y[LANES];
