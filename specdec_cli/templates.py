@@ -27,39 +27,53 @@ TemplateKwargs = Annotated[
     str | None,
     typer.Option(rich_help_panel=_PROMPT, metavar="JSON", help="What else the chat template is told, as an object."),
 ]
-_OURS = {"messages", "conversation", "add_generation_prompt", "tokenize", "chat_template", "tools", "documents"}
+_OURS = {
+    *("messages", "conversation", "add_generation_prompt", "continue_final_message", "tokenize", "chat_template"),
+    *("tools", "documents", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+}
+_SWITCH = "enable_thinking"
 _FOR_EXAMPLE = """for example '{"enable_thinking": false}'"""
 
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """Options of every command that renders a prompt."""
+    """Options of `generate`, `watch` and `chat`."""
 
     thinking: Thinking = None
     template_kwargs: TemplateKwargs = None
 
     @property
     def told(self) -> dict[str, Any]:
-        """By the template's own names. Raises UsageError for what is no object, and for names that it is told anyhow."""
+        """Values by the template's own names. Raises UsageError for what is no object, for names that it is told anyhow, and
+        for a name that two options set."""
         found = {} if self.template_kwargs is None else _object(self.template_kwargs)
         if ours := sorted(_OURS & found.keys()):
             raise UsageError(f"--template-kwargs cannot set {ours[0]}", "the conversation itself does")
-        return found if self.thinking is None else {**found, "enable_thinking": self.thinking}
+        if self.thinking is None:
+            return found
+        if _SWITCH in found:
+            raise UsageError(f"--template-kwargs and {self._flag} both set {_SWITCH}", "leave one of them out")
+        return {**found, _SWITCH: self.thinking}
+
+    @property
+    def _flag(self) -> str:
+        return "--thinking" if self.thinking else "--no-thinking"
 
     def check(self, found: Candidate, *, raw: bool = False) -> None:
-        """Look at a target before its weights are read. Raises UsageError where its template is not asked, is not there, or
-        has no such switch."""
+        """Look at a target before its weights are read. raw: no template is used. Raises UsageError where something is to be
+        told, and there is no template to tell it, or none with that switch."""
         if not self.told:
             return
-        option = "--template-kwargs" if self.thinking is None else "--thinking"
+        option = "--template-kwargs" if self.thinking is None else self._flag
         template = str(getattr(found.tokenizer, "chat_template", None) or "")
         if raw or not template:
             why = "--raw uses no chat template" if raw else f"{found.name} has no chat template"
             raise UsageError(why, f"leave out {option}")
-        if self.thinking is not None and "enable_thinking" not in template:
+        if self.thinking is not None and _SWITCH not in template:
             raise UsageError(
                 f"the chat template of {found.name} has no switch for thinking",
-                "leave out --thinking; what else it knows goes into --template-kwargs",
+                f"leave out {self._flag}; what else it knows goes into --template-kwargs",
             )
 
     def refuse_at_server(self) -> None:

@@ -16,10 +16,11 @@ from specdec_engine.drafters.base import ModelInfo
 from specdec_engine.models.loading import Loaded
 from specdec_engine.models.memory_needs import kv_bytes
 from specdec_engine.record.text import counted
-from specdec_engine.runtime.native import why_none
-from specdec_engine.runtime.target import takes_trees
+from specdec_engine.runtime import native
+from specdec_engine.runtime.target import ModelTarget, takes_trees
 from specdec_engine.system.devices import idle_gpu
 from specdec_engine.system.machine import instructions, usable_cores
+from specdec_engine.verify.processors import Asked
 from specdec_engine.version import VERSION
 
 
@@ -40,8 +41,8 @@ def target_notes(target: Loaded, draft: str) -> Iterator[str]:
             f"{name} verifies chains here: of {draft} the first path alone; whole trees on a CPU, by our own forward, "
             "without windows"
         )
-    if "C compiler" in target.remark:
-        yield f"{why_none()}: with one, kernels of our own are compiled at the first run, about three times as fast"
+    if "there is no C compiler" in target.remark:
+        yield f"{native.why_none()}: with one, kernels of our own are compiled at the first run, which are mostly faster"
     if target.stop_ids and min(target.stop_ids) >= vocab:
         yield f"no token of {name} ends a text: {min(target.stop_ids)} is beyond its {vocab:,} tokens"
     if target.asked:
@@ -53,10 +54,35 @@ def target_notes(target: Loaded, draft: str) -> Iterator[str]:
         yield f"not followed, of {name}'s generation_config.json: {', '.join(target.left_out)}"
 
 
-def remark_on(role: str, part: ModelInfo, why: str) -> str:
-    """Say which runtime it got, and why."""
+def tree_note(draft: str, target: ModelTarget, rule: str, grammar: bool, asked: Asked) -> str:
+    """Say in a sentence why a run verifies chains alone of the trees that its draft makes; empty where it does not."""
+    if not members_of(draft)[0] or not target.trees:
+        return ""
+    why = (
+        [f"the {rule} rule"] * (rule != "token")
+        + ["a grammar"] * grammar
+        + [name.replace("_", " ") for name in asked.named()]
+    )
+    return f"of {draft} the first path alone is verified, beside {' and '.join(why)}" if why else ""
+
+
+def remarks_on(target: Loaded, parts: Mapping[str, ModelInfo], drafts: Mapping[str, Loaded]) -> tuple[str, ...]:
+    """Say which runtimes the target and the parts of its draft got, and why."""
+    own = ", by our own kernels" if target.kernels == "own" else ""
+    drafting = (
+        _remark_on("draft", part, drafts[name].remark if name in drafts else "") for name, part in parts.items()
+    )
+    return (_remark_on("target", info_of(target), target.remark) + own, *drafting)
+
+
+def _remark_on(role: str, part: ModelInfo, why: str) -> str:
     because = f", because {why}" if why else ""
     return f"{role} {part.name} runs on the {part.runtime} runtime, {part.weights} weights{because}"
+
+
+def now_on(environment: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The conditions of a run that begins now: threads may be other ones than at the loading."""
+    return {**environment, "threads": torch.get_num_threads()}
 
 
 def environment_of(target: Loaded, drafts: Mapping[str, ModelInfo]) -> dict[str, Any]:

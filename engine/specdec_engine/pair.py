@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, Literal
+
+import torch
 
 from specdec_engine.adaptive.controller import AutoK
 from specdec_engine.adaptive.limits import DraftLimits
 from specdec_engine.batch.best_k import BestK
 from specdec_engine.batch.together import Begin, Lane, decode_together
-from specdec_engine.conditions import environment_of, info_of, machine_notes, remark_on, target_notes
+from specdec_engine.conditions import environment_of, info_of, machine_notes, now_on, remarks_on, target_notes
 from specdec_engine.constrain.matching import Matching
 from specdec_engine.constrain.wanted import Grammar
 from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.core.randomness import KeyedRandomness
-from specdec_engine.core.registry import members_of
 from specdec_engine.decoding.control import Controls
+from specdec_engine.decoding.following import followed, followed_together
 from specdec_engine.decoding.loop import Run, decode, forget, start
 from specdec_engine.decoding.stopping import Stop
 from specdec_engine.drafters import build_drafter
@@ -30,16 +31,16 @@ from specdec_engine.models.draft_files import found_draft, read_draft
 from specdec_engine.models.kinds import mask_of
 from specdec_engine.models.loading import Candidate, Loaded, find_model
 from specdec_engine.models.options import LoadOptions
-from specdec_engine.models.tokenizers import compare_tokenizers
-from specdec_engine.models.translation import Translation
+from specdec_engine.models.translation import translation_for
 from specdec_engine.record.events import Event, Started
 from specdec_engine.runtime import Runtime
+from specdec_engine.runtime.arithmetic import most_threads
 from specdec_engine.runtime.graphs import GraphRuntime
-from specdec_engine.runtime.lean import LeanRuntime
 from specdec_engine.runtime.shape import Shape
 from specdec_engine.runtime.target import ModelTarget
 from specdec_engine.system.devices import pick_device
-from specdec_engine.system.threads import FollowedThreads, set_threads, use_fewer_threads
+from specdec_engine.system.machine import usable_cores
+from specdec_engine.system.threads import FollowedThreads, initial_threads, set_threads, use_fewer_threads
 from specdec_engine.verify.processors import Asked, changed
 from specdec_engine.verify.rules import RULES, AcceptanceRule, SyntheticRule
 from specdec_engine.verify.verifier import Verifier, verifier_for
@@ -68,12 +69,6 @@ class Pair:
     """What a curious user may want to know: which runtimes were taken, and why not a faster one."""
 
     @property
-    def threads_told(self) -> str:
-        """Threads that its passes got, where their number changed meanwhile."""
-        around = self.target.around
-        return around.told if isinstance(around, FollowedThreads) else ""
-
-    @property
     def has_chat_template(self) -> bool:
         return bool(getattr(self.tokenizer, "chat_template", None))
 
@@ -90,7 +85,7 @@ class Pair:
         the turns before it, user and assistant; without a template they come as they are. template: what the chat template
         is told beside them, for example {"enable_thinking": False}.
 
-        Raises UsageError for an empty prompt, and for a chat or system prompt without a template.
+        Raises UsageError for an empty prompt, and for a chat, a system prompt or a `template` without a chat template.
         """
         if not prompt.strip():
             raise UsageError("the prompt is empty", 'for example: specdec generate "Explain how a lighthouse works."')
@@ -99,6 +94,8 @@ class Pair:
             raise UsageError("this tokenizer has no chat template", "use --raw, and no --system")
         if system and not chat:
             raise UsageError("a system prompt needs the chat template", "leave out --raw or --system")
+        if template and not chat:
+            raise UsageError("what a chat template is told needs one", "leave out --raw, or what it is told")
         if chat:
             return chat_ids(self.tokenizer, prompt, system, history, template)
         whole = "\n\n".join([*(text for turn in history for text in turn), prompt])
@@ -117,15 +114,6 @@ class Pair:
         chat = self.has_chat_template if chat is None else chat
         how = "as text, as the prompt has them" if chat else "as the marks that they are"
         return f"special tokens in the prompt ({', '.join(typed)}) are sent {how}" if typed else ""
-
-    def chains_alone(self, rule: str = "token", grammar: Grammar | None = None) -> str:
-        """Say in a sentence why a run like that verifies chains alone of the trees that its drafter makes; empty where it does
-        not."""
-        if not members_of(self.drafter.name)[0] or not self.target.trees:
-            return ""
-        names = {f"the {rule} rule": rule != "token", "a grammar": grammar is not None, "a penalty": bool(self.asked)}
-        why = " and ".join(name for name, there in names.items() if there)
-        return why and f"of {self.drafter.name} the first path alone is verified: {why} looks at chains"
 
     def controls(
         self,
@@ -196,7 +184,7 @@ class Pair:
         self.auto.begin(seed, tokenwise=rule == "token", context=len(prompt))
         if controls.auto is not None:
             controls.adapt(controls.auto)  # k as it is now: what an earlier run with this seed has taught is forgotten
-        return decode(
+        events = decode(
             self.target,
             self.drafter,
             prompt,
@@ -206,9 +194,10 @@ class Pair:
             random=KeyedRandomness(seed),
             verifier=self.verifiers[rule],
             tokenizer=self.tokenizer,
-            environment=self.environment,
+            environment=now_on(self.environment),
             grammar=matching,
         )
+        return events if self.target.followed is None else followed(events, self.target.followed)
 
     def _stop(self, max_tokens: int, stop: Sequence[str]) -> Stop:
         marks = {text: i for text in stop if (i := stop_id(self.tokenizer, text)) is not None}
@@ -253,7 +242,7 @@ class Pair:
                     random=KeyedRandomness(seeds[number]),
                     verifier=self.verifiers[rule],
                     tokenizer=self.tokenizer,
-                    environment=self.environment,
+                    environment=now_on(self.environment),
                     asked=self.asked,
                     grammar=None if grammar is None else self.matching(grammar),
                 )
@@ -261,7 +250,8 @@ class Pair:
             return begin
 
         begins = (beginning(number, ids) for number, ids in enumerate(prompts))
-        return decode_together(lanes, begins, BestK() if k == "auto" else k)
+        events = decode_together(lanes, begins, BestK() if k == "auto" else k)
+        return events if self.target.followed is None else followed_together(events, self.target.followed)
 
     def _lanes(self, batch: int, k: int, sampling: Sampling | None) -> list[Lane]:
         """The first is the pair itself."""
@@ -269,9 +259,8 @@ class Pair:
         for _ in range(batch - 1):
             runtime = self.target.runtime.another()
             drafter = another(self.drafter, runtime)
-            lanes.append(
-                Lane(ModelTarget(runtime, self.target.name, self.target.around), drafter, Controls(k, sampling))
-            )
+            target = ModelTarget(runtime, self.target.name, self.target.followed)
+            lanes.append(Lane(target, drafter, Controls(k, sampling)))
         return lanes
 
     def matching(self, grammar: Grammar) -> Matching:
@@ -306,10 +295,13 @@ class Loader:
         self.find_draft = cache(lambda name: find_model(name, self.options.for_draft()))
         self.draft = cache(lambda name: self.find_draft(name).load())
 
-    def around(self, runtime: Runtime) -> AbstractContextManager[object]:
-        """A context that this target's passes run in: threads are followed where its bits do not hang on them."""
-        follows = self.options.threads == "follow" and runtime.device.type == "cpu" and isinstance(runtime, LeanRuntime)
-        return FollowedThreads() if follows else nullcontext()
+    @cached_property
+    def followed(self) -> FollowedThreads | None:
+        """Threads of all pairs, where they are to be followed and the target's bits do not hang on them."""
+        if self.options.threads != "follow" or self.found.device.type != "cpu" or self.target().kernels != "own":
+            return None
+        crowded = initial_threads() < usable_cores()
+        return FollowedThreads(max(torch.get_num_threads(), most_threads()) if crowded else torch.get_num_threads())
 
     def check_drafts(self) -> None:
         """Look whether the target can test drafts at all. Raises PairIncompatible."""
@@ -340,7 +332,8 @@ def _paired(models: Loader, draft: str | None) -> Pair:
         made = read_draft(small.path)
         if made is not None:
             made.check(found.tokenizer, target, found.vocab)
-        translation = None if made is not None else _translation(found, small, notes)
+        translation, note = (None, "") if made is not None else translation_for(found, small)
+        notes.extend(filter(None, [note]))
         drafts[name] = models.draft(name)
         setup.models[name] = replace(info_of(drafts[name]), by_text=translation is not None)
         return LoadedDraft(
@@ -375,7 +368,7 @@ def _paired(models: Loader, draft: str | None) -> Pair:
             )
     notes += target_notes(loaded, draft)
     return Pair(
-        target=ModelTarget(loaded.runtime, target, models.around(loaded.runtime)),
+        target=ModelTarget(loaded.runtime, target, models.followed),
         drafter=drafter,
         verifiers={name: _verifier(rule, loaded.runtime) for name, rule in RULES.items()},
         auto=AutoK(),
@@ -386,31 +379,8 @@ def _paired(models: Loader, draft: str | None) -> Pair:
         asked=loaded.asked,
         environment=environment_of(loaded, setup.models),
         notes=tuple(notes),
-        remarks=(
-            remark_on("target", info_of(loaded), loaded.remark)
-            + (", by our own kernels" if loaded.kernels == "own" else ""),
-            *(
-                remark_on("draft", part, drafts[name].remark if name in drafts else "")
-                for name, part in setup.models.items()
-            ),
-        ),
+        remarks=remarks_on(loaded, setup.models, drafts),
     )
-
-
-def _translation(target: Candidate, draft: Candidate, notes: list[str]) -> Translation | None:
-    """Build one for a draft whose ids mean other tokens; None where they mean the same. Raises PairIncompatible for one whose
-    text cannot be carried over."""
-    differing = compare_tokenizers(target.tokenizer, draft.tokenizer)
-    if differing.ordinary:
-        notes.append(
-            f"{draft.name} has another tokenizer than {target.name}: its text is drafted, in the target's tokens"
-        )
-        return Translation(target.tokenizer, draft.tokenizer, draft.name)
-    if special := differing.special:
-        notes.append(
-            f"{len(special)} special tokens of {target.name} and {draft.name} differ, from id {special[0].id} on"
-        )
-    return None
 
 
 def _verifier(rule: AcceptanceRule, target: Runtime) -> Verifier:

@@ -197,6 +197,12 @@ def _sink(
     return output.JsonOutput(stream, text_of, give) if told.json else output.TextOutput(stream, told.color, told.marks)
 
 
+def _notes(pair: Pair, how: opt.Decoding, grammar: Grammar | None) -> list[str]:
+    from specdec_engine.conditions import tree_note
+
+    return [*pair.notes, tree_note(pair.drafter.name, pair.target, how.rule, grammar is not None, pair.asked)]
+
+
 def _check_penalties(penalties: shaping.Penalties, grammar: Grammar | None) -> None:
     """Before a model is loaded. Raises UsageError."""
     _ = penalties.bias  # raises
@@ -207,7 +213,7 @@ def _check_penalties(penalties: shaping.Penalties, grammar: Grammar | None) -> N
 def _tell(pair: Pair, text: str, how: opt.Decoding, grammar: Grammar | None, verbose: bool) -> None:
     """What there is to know before the text begins."""
     said = [] if grammar is None else [f"not followed, of the {grammar.word}: {one}" for one in grammar.warnings]
-    said += [*pair.notes, pair.chains_alone(how.rule, grammar), pair.marks_in(text, how.chat)]
+    said += [*_notes(pair, how, grammar), pair.marks_in(text, how.chat)]
     for sentence in (*said, *(pair.remarks if verbose else ())):
         if sentence:
             output.note(sentence)
@@ -246,9 +252,10 @@ def _answer_many(
         loader = Loader(target, where.loading(longest // 3 + how.max_tokens, report, follow=True))
         template.check(loader.found, raw=how.chat is False)
         pair = loader.pair(setting.draft)
-    for sentence in pair.notes:
+    pair = penalties.of(pair)
+    for sentence in filter(None, _notes(pair, how, asked.grammar)):
         output.note(sentence)
-    answer_all(penalties.of(pair), asked)
+    answer_all(pair, asked)
 
 
 def _run(
@@ -345,7 +352,8 @@ def _ending(summary: Summary, max_tokens: int, stops: tuple[str, ...]) -> str:
 def _state(pair: Pair, summary: Summary, k: int | Literal["auto"], controls: Controls, named: bool) -> str:
     """Whether speculation ran, with what, and why not if it did not."""
     made = pair.environment
-    few = pair.threads_told or (threads(made) if made["device"] == "cpu" and made["threads"] < made["cores"] else "")
+    changed = "" if pair.target.followed is None else pair.target.followed.told
+    few = changed or (threads(made) if made["device"] == "cpu" and made["threads"] < made["cores"] else "")
     crowded = few and f", {few}"
     where = f"{pair.target.name}, {made['weights']} on {made['device']}{crowded}, {made['runtime']} runtime"
     if k == 0:

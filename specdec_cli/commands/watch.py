@@ -171,7 +171,7 @@ def _watch_pair(
             from specdec_engine.pair import Loader
 
             tokens = len(text + (how.system or "")) // 3 + how.max_tokens
-            loader = Loader(target, where.loading(tokens, report, follow=True))
+            loader = Loader(target, where.loading(tokens, report))
             template.check(loader.found, raw=how.chat is False)
             return loader.pair(setting.draft)
 

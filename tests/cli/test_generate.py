@@ -492,10 +492,13 @@ def test_json_tells_how_likely_tokens_were_before_and_after_warping(generate):
         ((), ""),
         (("--rule", "block"), "the block rule"),
         (("--regex", "[a-z ]*"), "a grammar"),
-        (("--repetition-penalty", "1.2", "--rule", "block"), "the block rule and a penalty"),
+        (("--logit-bias", "5=1", "--rule", "block"), "the block rule and logit bias"),
     ],
 )
-def test_trees_that_are_verified_as_chains_are_told(generate, typed, why):
-    said = generate("-d", "tree:ngram,suffix", "-n", "3", *typed).err
-    assert ("the first path alone is verified" in said) == bool(why)
-    assert (f"{why} looks at chains" in said) == bool(why)
+def test_trees_that_are_verified_as_chains_are_told(generate, specdec, checkpoint, tmp_path, typed, why):
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("hi")
+    words = ("-d", "tree:ngram,suffix", "-n", "3", *typed)
+    for said in (generate(*words).err, specdec("generate", "--prompts", prompts, "-t", checkpoint, *words).err):
+        assert ("the first path alone is verified" in said) == bool(why)
+        assert (f"verified, beside {why}" in said) == bool(why)

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 
+from specdec_engine.errors import UsageError
 from specdec_engine.pair import load_pair
 from tests.fakes import CHAT_TEMPLATE
 
@@ -60,6 +61,8 @@ def test_so_are_those_of_many_prompts_and_another_is_no_resumption(specdec, thin
         (("--thinking", "--raw"), "--raw uses no chat template"),
         (("--template-kwargs", "[1]"), "is no object"),
         (("--template-kwargs", '{"messages": []}'), "cannot set messages"),
+        (("--template-kwargs", '{"return_dict": true}'), "cannot set return_dict"),
+        (("--no-thinking", "--template-kwargs", '{"enable_thinking": true}'), "--no-thinking both set enable_thinking"),
         (("--thinking", "--attach", "http://localhost:1"), "for our own engine"),
     ],
 )
@@ -78,3 +81,5 @@ def test_a_program_tells_it_as_well(thinker):
     pair = load_pair(str(thinker), "none")
     told = pair.tokenizer.decode(pair.encode("hi", template={"enable_thinking": False}))
     assert told == pair.tokenizer.decode(pair.encode("hi")) + "<no>"
+    with pytest.raises(UsageError, match="needs one"):
+        pair.encode("hi", chat=False, template={"enable_thinking": False})

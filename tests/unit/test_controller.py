@@ -357,6 +357,23 @@ def test_the_staircase_takes_the_median_of_the_last_and_never_falls():
     assert not stairs.measured(2)
 
 
+@pytest.mark.parametrize(
+    ("seen", "of_16"),
+    [
+        ({1: 1.0}, 1.0),
+        ({1: 1.0, 2: 1.3}, 1.3),  # a step says nothing of more
+        ({1: 1.0, 2: 1.3, 4: 1.3}, 1.3),  # a GPU
+        ({1: 1.0, 4: 1.6}, 4.0),  # a packed CPU: no row is free
+        ({1: 1.0, 2: 1.1, 4: 1.9}, 5.5),  # no steeper than all of it
+    ],
+)
+def test_widths_beyond_the_widest_are_judged_by_the_last_ones(seen, of_16):
+    stairs = Staircase()
+    for width, seconds in seen.items():
+        stairs.add(width, seconds)
+    assert stairs(16) == pytest.approx(of_16)
+
+
 def test_times_forget():
     times = Times()
     for seconds in (1.0, *[3.0] * 6):

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from itertools import accumulate
+from typing import cast
 
 import pytest
 import torch
 
+from specdec_engine.decoding.following import followed
+from specdec_engine.models.options import LoadOptions
+from specdec_engine.pair import Loader, load_pair
+from specdec_engine.record.events import Cycle, Event, SettingChanged
 from specdec_engine.system import threads
-from specdec_engine.system.threads import FollowedThreads, free_threads, set_threads
+from specdec_engine.system.threads import FollowedThreads, Threads, free_threads, set_threads
 
 CPU = torch.device("cpu")
 
@@ -64,67 +69,173 @@ class Machine:
     def __init__(self, cores: int) -> None:
         self.now = self.used = 0.0
         self.free = self.cores = cores
+        self.share = 1.0
         self.looks = 0
+        torch.set_num_threads(cores)
+        self.followed = FollowedThreads(cores, fit=self.fit, clock=lambda: self.now, used=lambda: self.used)
 
     def fit(self, threads: int) -> bool:
         self.looks += 1
         torch.set_num_threads(threads)
         return threads <= self.free
 
-    def passes(self, seconds: float, followed: FollowedThreads) -> int:
+    def passes(self, seconds: float) -> int:
         """So long of them, of 10 ms each; the threads after them."""
         for _ in range(round(seconds * 100)):
-            with followed:
+            with self.followed:
                 self.now += 0.01
-                self.used += 0.01 * min(torch.get_num_threads(), self.free)
+                self.used += 0.01 * self.share * min(torch.get_num_threads(), self.free)
+            self.followed.look()
         return torch.get_num_threads()
 
 
-@pytest.fixture
-def machine():
-    torch.set_num_threads(4)
-    return Machine(4)
-
-
-def following(machine: Machine) -> FollowedThreads:
-    return FollowedThreads(4, fit=machine.fit, clock=lambda: machine.now, used=lambda: machine.used)
-
-
-def test_threads_are_given_up_while_others_need_the_cores_and_taken_again(machine):
-    followed = following(machine)
-    assert machine.passes(3, followed) == 4
+def test_threads_are_given_up_while_others_need_the_cores_and_taken_again():
+    machine = Machine(4)
+    assert machine.passes(3) == 4
     assert not machine.looks
-    assert followed.told == ""
+    assert machine.followed.told == ""
     machine.free = 1
-    assert machine.passes(3, followed) == 1
+    assert machine.passes(3) == 1
     machine.free = 3
-    assert machine.passes(20, followed) == 2
+    assert machine.passes(20) == 2
     machine.free = 4
-    assert machine.passes(20, followed) == 4
-    assert followed.told == "at times 1 of 4 threads"
+    assert machine.passes(20) == 4
+    assert machine.followed.told == "at times 1 of 4 threads"
+    machine.followed.begin()
+    assert machine.passes(3) == 4
+    assert machine.followed.told == ""
 
 
-def test_what_takes_less_than_its_cores_for_another_reason_is_looked_at_ever_more_seldom(machine):
-    """A thread that sleeps while it waits, as OMP_WAIT_POLICY=passive has it."""
-    looks = list[int]()
-    followed = FollowedThreads(
-        4, fit=lambda n: not looks.append(n), clock=lambda: machine.now, used=lambda: machine.used / 2
-    )
-    assert machine.passes(60, followed) == 4
-    assert len(looks) < 10
+def test_passes_that_get_less_for_another_reason_are_looked_at_ever_more_seldom():
+    """As where threads sleep while they wait (OMP_WAIT_POLICY=passive)."""
+    machine = Machine(4)
+    machine.share = 0.6
+    assert machine.passes(60) == 4
+    assert machine.looks < 10
+    machine.free = 1
+    assert machine.passes(40) == 1
+    machine.free = 4
+    assert machine.passes(40) == 4
 
 
-def test_one_thread_is_not_looked_at(machine):
-    torch.set_num_threads(1)
-    followed = FollowedThreads(1, fit=machine.fit, clock=lambda: machine.now, used=lambda: 0.0)
-    machine.passes(3, followed)
+def test_many_cores_lose_a_hundredth_each_and_are_not_looked_at():
+    machine = Machine(64)
+    machine.share = 0.99
+    assert machine.passes(60) == 64
     assert not machine.looks
 
 
-def test_cores_that_were_busy_at_the_start_are_taken_later(monkeypatch, machine):
-    monkeypatch.setattr(threads, "usable_cores", lambda: 4)
+def test_one_core_is_not_looked_at():
+    machine = Machine(1)
+    machine.share = 0.1
+    assert machine.passes(3) == 1
+    assert not machine.looks
+
+
+def test_what_interrupts_a_look_leaves_the_threads_as_they_were():
+    machine = Machine(4)
+    machine.free = 1
+
+    def interrupted(threads: int) -> bool:
+        torch.set_num_threads(2)
+        raise KeyboardInterrupt
+
+    machine.followed._fit = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        machine.passes(3)
+    assert torch.get_num_threads() == 4
+
+
+def test_torchs_own_products_keep_the_threads_of_the_start():
+    set_threads(2, CPU)
+    torch.set_num_threads(1)
+    with threads.as_at_first():
+        assert torch.get_num_threads() == 2
+    assert torch.get_num_threads() == 1
+
+
+def options(number: Threads) -> LoadOptions:
+    return LoadOptions(threads=number)
+
+
+def test_pairs_of_a_target_share_what_they_follow(checkpoint, monkeypatch):
+    """A chat that changes its draft while threads are given up gets them back all the same."""
+    monkeypatch.setattr(threads, "keep_step", lambda n: True)
+    loader = Loader(str(checkpoint), options("follow"))
+    one = loader.pair("ngram").target
+    if loader.target().kernels != "own":
+        pytest.skip("no kernels of our own")
+    most = torch.get_num_threads()
+    torch.set_num_threads(1)
+    other = loader.pair("none").target
+    assert one.followed is other.followed is not None
+    assert other.followed._most == most
+    lanes = loader.pair("ngram")._lanes(2, 3, None)
+    assert all(lane.target.followed is one.followed for lane in lanes)
+
+
+def test_cores_that_were_busy_at_the_start_are_taken_later(checkpoint, monkeypatch):
+    for name in ("specdec_engine.system.threads", "specdec_engine.pair", "specdec_engine.runtime.arithmetic"):
+        monkeypatch.setattr(f"{name}.usable_cores", lambda: 4)
     monkeypatch.setattr(threads, "keep_step", lambda n: n <= 2)
-    set_threads("follow", CPU)
-    followed = FollowedThreads(fit=machine.fit, clock=lambda: machine.now, used=lambda: machine.used)
-    assert torch.get_num_threads() == 2
-    assert machine.passes(3, followed) == 4
+    loader = Loader(str(checkpoint), options("follow"))
+    if loader.target().kernels != "own":
+        pytest.skip("no kernels of our own")
+    assert torch.get_num_threads() <= 2
+    assert loader.followed is not None
+    assert loader.followed._most > 2
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        LoadOptions(threads=2),
+        LoadOptions(threads="auto"),
+        LoadOptions(),
+        LoadOptions(threads="follow", dtype="float32"),
+        LoadOptions(threads="follow", runtime="generic"),
+    ],
+    ids=["a number", "auto", "none", "torch's kernels", "transformers"],
+)
+def test_threads_are_not_followed(checkpoint, given):
+    """Where that was not asked for, and where sums would fall otherwise in the middle of a text."""
+    assert Loader(str(checkpoint), given).pair("none").target.followed is None
+
+
+class Once:
+    """Changes threads after the second pass."""
+
+    def __init__(self) -> None:
+        self.looks = 0
+
+    def begin(self) -> None:
+        torch.set_num_threads(2)
+
+    def look(self) -> bool:
+        self.looks += 1
+        torch.set_num_threads(2 if self.looks < 2 else 1)
+        return self.looks == 2
+
+
+def test_a_change_is_an_event_before_the_cycle_that_it_holds_for(checkpoint):
+    pair = load_pair(str(checkpoint), "none")
+    plain = list(pair.decode([5, 6, 7], k=0, max_tokens=4, seed=1))
+    events = list(followed(pair.decode([5, 6, 7], k=0, max_tokens=4, seed=1), cast("FollowedThreads", Once())))
+    assert [event.kind for event in events] == [
+        "started",
+        "cycle",
+        "cycle",
+        "setting_changed",
+        "cycle",
+        "cycle",
+        "finished",
+    ]
+    changed = events[3]
+    assert isinstance(changed, SettingChanged)
+    assert (changed.cycle, changed.name, changed.old, changed.new) == (2, "threads", 2, 1)
+    assert changed.reason == "other programs keep the cores busy"
+    assert tokens(events) == tokens(plain)
+
+
+def tokens(events: list[Event]) -> list[int | str]:
+    return [token for event in events if isinstance(event, Cycle) for token in event.emitted]

@@ -131,12 +131,15 @@ class Drafting:
 
 
 class Staircase:
-    """Seconds of a pass by its tokens, as measured on the way; between measured widths on a line, beyond them as steep as all
-    of them are. Held to be free there, a lookup's first draft of 15 tokens cost nearly five plain passes on a packed CPU."""
+    """Seconds of a pass by its tokens, as measured on the way; between measured widths on a line, beyond them as steep as the
+    last of these, but no steeper than all of them. Held to be free there, a lookup's first draft of 15 tokens cost nearly
+    five plain passes on a packed CPU. From one step alone nothing follows: on a GPU two rows may cost more than one, and
+    more no more than two."""
 
     def __init__(self) -> None:
         self._by_width: dict[int, Times] = {}
         self._heights: list[float] = []  # of 1, 2, … tokens; as above
+        self._slope = 0.0
 
     def add(self, tokens: int, seconds: float) -> None:
         self._by_width.setdefault(tokens, Times()).add(seconds)
@@ -148,15 +151,16 @@ class Staircase:
         for i in range(1, len(widths)):
             each = (heights[i] - heights[i - 1]) / (widths[i] - widths[i - 1])
             self._heights += [heights[i - 1] + each * step for step in range(1, widths[i] - widths[i - 1] + 1)]
+            self._slope = (
+                min(each, (heights[i] - heights[0]) / (widths[i] - widths[0])) if widths[i] >= _STEEP_FROM else 0.0
+            )
 
     def __call__(self, tokens: int) -> float:
         """Never falls with more tokens. Raises ValueError while nothing is measured."""
         if not self._heights:
             raise ValueError("no pass was measured")
-        known, first, last = len(self._heights), self._heights[0], self._heights[-1]
-        if tokens <= known:
-            return self._heights[tokens - 1]
-        return last + (last - first) / max(1, known - 1) * (tokens - known)
+        known = len(self._heights)
+        return self._heights[tokens - 1] if tokens <= known else self._heights[-1] + self._slope * (tokens - known)
 
     def measured(self, tokens: int) -> int:
         """How often, of late."""
@@ -168,6 +172,10 @@ class Staircase:
         for width, times in self._by_width.items():
             made.add(width, times.seconds)
         return made
+
+
+_STEEP_FROM = 4
+"""Tokens of the widest pass from which on wider ones are judged by it."""
 
 
 @dataclass(slots=True)

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from specdec_engine.errors import PairIncompatible
 from specdec_engine.models.chat import turn_ends
+from specdec_engine.models.tokenizers import compare_tokenizers
 from specdec_engine.record.text import REPLACEMENT, Detokenizer
+
+if TYPE_CHECKING:
+    from specdec_engine.models.loading import Candidate
 
 _TRIED = ("Hello, world!", "Naïve café — 東京 🙂", "x = [1, 23, 456]\n\n    return  x", "IT'S 7 o'clock.", "a  b\tc")
 """Words, marks, figures, white space and capitals: what a normalizer that loses text would lose."""
@@ -215,3 +219,16 @@ def _ends(tokenizer: Any) -> frozenset[int]:
     """What ends a turn, or else a text."""
     end = tokenizer.eos_token_id
     return turn_ends(tokenizer) or (frozenset() if end is None else frozenset({end}))
+
+
+def translation_for(target: Candidate, draft: Candidate) -> tuple[Translation | None, str]:
+    """Build one for a draft whose ids mean other tokens; None where they mean the same. And a sentence for the user on how
+    they differ, empty if they do not. Raises PairIncompatible for a draft whose text cannot be carried over."""
+    differing = compare_tokenizers(target.tokenizer, draft.tokenizer)
+    if differing.ordinary:
+        said = f"{draft.name} has another tokenizer than {target.name}: its text is drafted, in the target's tokens"
+        return Translation(target.tokenizer, draft.tokenizer, draft.name), said
+    if special := differing.special:
+        ids = f"{len(special)} special tokens of {target.name} and {draft.name} differ, from id {special[0].id} on"
+        return None, ids
+    return None, ""

@@ -133,6 +133,12 @@ def measured(rows: int, columns: int) -> Measurement:
     return _measured(*_bucket(rows, columns), min(initial_threads(), usable_cores()))
 
 
+def most_threads() -> int:
+    """Threads that were fastest where all cores were free, as far as that was measured."""
+    cores = usable_cores()
+    return max((one.fastest_threads for one in current() if one.threads == cores), default=cores)
+
+
 @cache
 def _measured(rows: int, columns: int, threads: int) -> Measurement:
     known = {(one.threads, one.rows, one.columns): one for one in current()}

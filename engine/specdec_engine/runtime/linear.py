@@ -29,6 +29,7 @@ from specdec_engine.runtime.torch_forms import (
     products,
 )
 from specdec_engine.runtime.weights import GROUP, Grouped
+from specdec_engine.system.threads import as_at_first
 
 Quantize = Literal["auto", "none", "int8", "int4"]
 Packing = Literal["auto", "none", "int8", "int4", "light"]
@@ -76,7 +77,8 @@ class NativePacked:
         matrix = self.matrices[0]
         wide = [len(x) >= WIDE and self._kernels.reading == "unpacked" for x in texts]
         long, others = (list(compress(texts, which)) for which in (wide, [not is_wide for is_wide in wide]))
-        wide_ones = products([x.bfloat16() for x in long], self._unpacked(), matrix.N) if long else []
+        with as_at_first():
+            wide_ones = list(products([x.bfloat16() for x in long], self._unpacked(), matrix.N)) if long else []
         unpacked = (biased(product.float(), self._bias) for product in wide_ones)
         multiplied = iter(_multiplied(self._kernels, matrix, others))
         return [next(unpacked if is_wide else multiplied) for is_wide in wide]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Protocol, cast
 
 import torch
@@ -14,6 +14,7 @@ from specdec_engine.core.transfer import upload
 from specdec_engine.runtime import Runtime, prefill
 from specdec_engine.runtime.decoder import Decoder
 from specdec_engine.runtime.lean import LeanRuntime, forward_together
+from specdec_engine.system.threads import FollowedThreads
 
 
 class Target(Protocol):
@@ -47,11 +48,11 @@ class Target(Protocol):
 
 
 class ModelTarget:
-    """A target on a runtime. around: entered for each pass, see `system.threads.FollowedThreads`."""
+    """A target on a runtime. followed: threads that its passes are made on."""
 
-    def __init__(self, runtime: Runtime, name: str, around: AbstractContextManager[object] | None = None) -> None:
+    def __init__(self, runtime: Runtime, name: str, followed: FollowedThreads | None = None) -> None:
         self.name = name
-        self.around = around or nullcontext()
+        self.followed = followed
         self.runtime = runtime
         self.limit = runtime.limit
         self.device = runtime.device
@@ -92,7 +93,7 @@ class ModelTarget:
 
     def score(self, context: Sequence[int], draft: Draft) -> Tensor:
         tokens = torch.cat([upload(torch.tensor([context[-1]]), self.device), draft.tokens])
-        with self.around:
+        with self.followed or nullcontext():
             if draft.parents is None:
                 logits = self.runtime.forward(tokens, len(draft) + 1, seldom=draft.cut)
             else:
@@ -124,7 +125,7 @@ def score_together(asked: Sequence[tuple[ModelTarget, Sequence[int], Draft]]) ->
     if len(lean) < max(2, len(asked)):
         return [target.score(context, draft) for target, context, draft in asked]
     tokens = [torch.cat([upload(torch.tensor([c[-1]]), t.device), draft.tokens]) for t, c, draft in asked]
-    with asked[0][0].around:
+    with asked[0][0].followed or nullcontext():
         logits = forward_together(lean, tokens, [draft.parents for _, _, draft in asked])
     for target, context, _ in asked:
         target.runtime.known.note(context, len(context))

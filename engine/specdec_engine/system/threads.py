@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from time import perf_counter, process_time
 from types import TracebackType
@@ -15,8 +16,8 @@ from specdec_engine.errors import UsageError
 from specdec_engine.system.machine import usable_cores
 
 Threads = int | Literal["auto", "follow"] | None
-"""auto: for the cores that this process may use, fewer where other programs keep them busy; follow: so at first, and then as
-other programs come and go (`FollowedThreads`); None leaves them as they are."""
+"""auto: for the cores that this process may use, fewer where other programs keep them busy; follow: as many at first, and
+then as other programs come and go (`FollowedThreads`); None leaves them as they are."""
 
 
 def set_threads(threads: Threads, device: torch.device) -> None:
@@ -43,6 +44,17 @@ def use_fewer_threads(most: int | None) -> None:
     """No more than that, where a number is known."""
     if most is not None and most < torch.get_num_threads():
         torch.set_num_threads(most)
+
+
+@contextmanager
+def as_at_first() -> Iterator[None]:
+    """The threads that a process began with, for torch's own products: their sums fall otherwise on another number."""
+    now = torch.get_num_threads()
+    torch.set_num_threads(initial_threads())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(now)
 
 
 @cache
@@ -82,8 +94,9 @@ runs (60 times), 8 to 16 beside one or two other programs. A program that has sl
 
 
 class FollowedThreads:
-    """Torch's threads for passes that have the same bits on any number of them: fewer while other programs keep cores busy,
-    and more again afterwards. A context manager, which each pass runs in.
+    """Torch's threads, fewer while other programs keep cores busy, and more again afterwards: for passes that have the same
+    bits on any number of them. A context manager that each pass is made in; `look` is called between passes, and never while
+    one is timed.
 
     Threads that wait for each other spin, so a pass takes all the time of its cores: 0.99 of it where nothing else runs, 0.5
     to 0.67 on two cores beside one or two other programs.
@@ -91,21 +104,26 @@ class FollowedThreads:
 
     def __init__(
         self,
-        most: int | None = None,
+        most: int,
         *,
         fit: Callable[[int], bool] | None = None,
         clock: Callable[[], float] = perf_counter,
         used: Callable[[], float] = process_time,
     ) -> None:
+        """most: threads where nothing else runs."""
         self._fit, self._clock, self._used = fit or keep_step, clock, used
-        self._most = most or _most_threads()
-        self._seen = {torch.get_num_threads()}
+        self._most = most
         self._began = self._had = self._passes_s = self._used_s = 0.0
         self._next_look, self._pause = clock(), _FIRST_PAUSE_S
+        self.begin()
+
+    def begin(self) -> None:
+        """A run begins, of which `told` is to tell."""
+        self._seen = {torch.get_num_threads()}
 
     @property
     def told(self) -> str:
-        """A few words on their number, if it changed."""
+        """A few words on their number, if it changed in this run."""
         return f"at times {min(self._seen)} of {self._most} threads" if len(self._seen) > 1 else ""
 
     def __enter__(self) -> Self:
@@ -115,37 +133,40 @@ class FollowedThreads:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        now = self._clock()
-        self._passes_s += now - self._began
+        self._passes_s += self._clock() - self._began
         self._used_s += self._used() - self._had
+
+    def look(self) -> bool:
+        """Take half of them, or twice as many, if that is what there is room for, and True; mostly there is nothing to be
+        done, which takes no time. Where it was so again, look less often: each time takes a tenth of a second."""
         if self._passes_s < _WINDOW_S:
-            return
+            return False
         threads = torch.get_num_threads()
-        busy = threads > 1 and threads - self._used_s / self._passes_s > _LOST_CORES
+        lost = threads - self._used_s / self._passes_s
         self._passes_s = self._used_s = 0.0
-        if now >= self._next_look and (busy or threads < self._most):
-            self._look(threads, busy)
-
-    def _look(self, threads: int, busy: bool) -> None:
-        """Take half of them, or twice as many, if that is what there is room for; and look less often where it was not."""
-        if busy:
-            changed = not self._fit(threads)
-            threads = threads // 2 if changed else threads
-        else:
-            changed = self._fit(more := min(2 * threads, self._most))
-            threads = more if changed else threads
-        torch.set_num_threads(threads)
-        self._seen.add(threads)
-        self._pause = _FIRST_PAUSE_S if changed else min(2 * self._pause, _LAST_PAUSE_S)
+        busy = threads > 1 and lost > max(_LOST_CORES, _LOST_SHARE * threads)
+        if self._clock() < self._next_look or not (busy or threads < self._most):
+            return False
+        found = threads
+        try:
+            found = self._room(threads, busy)
+        finally:
+            torch.set_num_threads(found)
+        self._seen.add(found)
+        self._pause = _FIRST_PAUSE_S if found != threads else min(2 * self._pause, _LAST_PAUSE_S)
         self._next_look = self._clock() + self._pause
+        return found != threads
+
+    def _room(self, threads: int, busy: bool) -> int:
+        """How many there is room for. Passes get less than their cores for other reasons, too."""
+        if busy and not self._fit(threads):
+            return threads // 2
+        more = min(2 * threads, self._most)
+        return more if more > threads and self._fit(more) else threads
 
 
-def _most_threads() -> int:
-    """Threads for all cores, where some were given up at the start; else those of now, which were measured to be best."""
-    return usable_cores() if initial_threads() < usable_cores() else torch.get_num_threads()
-
-
-_LOST_CORES = 0.3
-"""Cores whose time passes did not get, see `FollowedThreads`: 0.02 where nothing else runs, 0.7 beside one program."""
+_LOST_CORES, _LOST_SHARE = 0.3, 0.05
+"""Cores whose time passes did not get, see `FollowedThreads`: 0.02 on two where nothing else runs, 0.7 beside one program;
+and on many cores a share of them, of which a hundredth is always lost."""
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 1.0, 16.0
-"""Between two looks, which take a tenth of a second each."""
+"""Between two looks."""

@@ -6,9 +6,9 @@ rows: a row has the same bits alone and among others.
 
 Packed weights lie in blocks of LANES output columns. Within a block and a group, each lane of 32 bits holds the weights that
 one output column has for 4 input columns, or in 4 bits for 8. How they stand in it is as the processor multiplies: in bytes,
-if it sums four products of bytes at once (VNNI, or ARM's SDOT), and an activation is then two of them, 256 · high + low; or in pairs of 16
-bits. Four rows took 59 us in pairs on one core where bytes take 39, one row 30 and 22, since fewer steps unpack the weights
-(1536 x 576 in 4 bits, AVX-512). */
+if it sums four products of bytes at once (VNNI, or SDOT of ARM), and an activation is then two of them, 256 · high + low; or
+in pairs of 16 bits. Four rows took 59 us in pairs on one core where bytes take 39, one row 30 and 22, since fewer steps
+unpack the weights (1536 x 576 in 4 bits, AVX-512). */
 #pragma once
 #include "vectors.h"
 
@@ -17,7 +17,7 @@ bits. Four rows took 59 us in pairs on one core where bytes take 39, one row 30 
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 #define BYTES 1
-#elif (defined(__AVXVNNI__) && LANES == 8) || defined(__ARM_FEATURE_DOTPROD)
+#elif (defined(__AVXVNNI__) && LANES == 8) || (defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD))
 #define BYTES 1
 #else
 #define BYTES 0
@@ -28,7 +28,7 @@ bits. Four rows took 59 us in pairs on one core where bytes take 39, one row 30 
 typedef uint8_t bytes __attribute__((vector_size(4 * LANES)));
 typedef int8_t few_bytes __attribute__((vector_size(LANES)));
 
-#if defined(__ARM_FEATURE_DOTPROD)
+#if defined(__aarch64__)
 #define LIFT 0
 /* Lane by lane, four weights times four activations, number i of those at x. */
 INLINE ints plus_products(ints sum, bytes a, const int8_t *x, int i) {
