@@ -42,7 +42,10 @@ def target_notes(target: Loaded, draft: str) -> Iterator[str]:
             "without windows"
         )
     if "there is no C compiler" in target.remark:
-        yield f"{native.why_none()}: with one, kernels of our own are compiled at the first run, which are mostly faster"
+        yield (
+            f"{native.why_none()}, so none of our own kernels: it is mostly slower, and with a draft near-ties may fall "
+            "otherwise than in plain decoding (not with --dtype float32)"
+        )
     if target.stop_ids and min(target.stop_ids) >= vocab:
         yield f"no token of {name} ends a text: {min(target.stop_ids)} is beyond its {vocab:,} tokens"
     if target.asked:
@@ -63,7 +66,7 @@ def tree_note(draft: str, target: ModelTarget, rule: str, grammar: bool, asked: 
         + ["a grammar"] * grammar
         + [name.replace("_", " ") for name in asked.named()]
     )
-    return f"of {draft} the first path alone is verified, beside {' and '.join(why)}" if why else ""
+    return f"of {draft} the first path alone is verified, because of {' and '.join(why)}" if why else ""
 
 
 def remarks_on(target: Loaded, parts: Mapping[str, ModelInfo], drafts: Mapping[str, Loaded]) -> tuple[str, ...]:

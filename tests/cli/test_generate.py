@@ -501,4 +501,4 @@ def test_trees_that_are_verified_as_chains_are_told(generate, specdec, checkpoin
     words = ("-d", "tree:ngram,suffix", "-n", "3", *typed)
     for said in (generate(*words).err, specdec("generate", "--prompts", prompts, "-t", checkpoint, *words).err):
         assert ("the first path alone is verified" in said) == bool(why)
-        assert (f"verified, beside {why}" in said) == bool(why)
+        assert (f"verified, because of {why}" in said) == bool(why)
