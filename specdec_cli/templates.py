@@ -1,4 +1,4 @@
-"""What a chat template is told beside the words."""
+"""Options that tell a chat template something beside the words."""
 
 from __future__ import annotations
 

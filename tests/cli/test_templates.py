@@ -1,4 +1,4 @@
-"""What a chat template is told: by `generate`, alone and with many prompts, and by `watch`."""
+"""Options that tell a chat template something, of one prompt and of many."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def test_threads_are_given_up_while_others_need_the_cores_and_taken_again():
 
 
 def test_passes_that_get_less_for_another_reason_are_looked_at_ever_more_seldom():
-    """As where threads sleep while they wait (OMP_WAIT_POLICY=passive)."""
+    """Threads that sleep while they wait do so (OMP_WAIT_POLICY=passive)."""
     machine = Machine(4)
     machine.share = 0.6
     assert machine.passes(60) == 4
@@ -198,7 +198,7 @@ def test_cores_that_were_busy_at_the_start_are_taken_later(checkpoint, monkeypat
     ids=["a number", "auto", "none", "torch's kernels", "transformers"],
 )
 def test_threads_are_not_followed(checkpoint, given):
-    """Where that was not asked for, and where sums would fall otherwise in the middle of a text."""
+    """That was not asked for, or sums would fall otherwise in the middle of a text."""
     assert Loader(str(checkpoint), given).pair("none").target.followed is None
 
 

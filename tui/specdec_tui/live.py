@@ -47,7 +47,7 @@ class Request:
     grammar: Grammar | None = None
     """What the answer follows."""
     template: Mapping[str, Any] | None = None
-    """What the chat template is told beside the prompt."""
+    """Values for the chat template, by its own names."""
 
 
 class LiveStream(Threaded):
