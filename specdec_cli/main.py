@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from specdec_cli.exits import ExitCode, exit_code
+from specdec_cli.signals import terminated_by
 from specdec_engine import __version__
 from specdec_engine.errors import SpecdecError, UsageError, reason
 
@@ -165,7 +166,8 @@ def main() -> None:
     _open_streams()
     code: int | None = None
     try:
-        code = app(_arguments(), standalone_mode=False)
+        with terminated_by(KeyboardInterrupt):
+            code = app(_arguments(), standalone_mode=False)
         sys.stdout.flush()
     except BrokenPipeError:  # what was printed last; the command has done its work
         _silence()
@@ -174,6 +176,9 @@ def main() -> None:
         _tell(error.message, error.hint)
         code = exit_code(error)
     except KeyboardInterrupt:
+        from specdec_cli import output
+
+        output.note("interrupted")
         code = ExitCode.INTERRUPTED
     except OSError as error:
         _trace_if_wanted()

@@ -27,7 +27,7 @@ def has_screen() -> bool:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Until the block ends Ctrl-C leaves at once: there is nothing to keep yet.
+    """Until the block ends Ctrl-C and SIGTERM leave at once: there is nothing to keep yet.
 
     Not by KeyboardInterrupt: in the middle of torch's import that aborts the process (exit 134) or is swallowed.
     """
@@ -36,11 +36,12 @@ def interruptible() -> Iterator[None]:
         output.interrupted()
         os._exit(ExitCode.INTERRUPTED)
 
-    usual = signal.signal(signal.SIGINT, leave)
+    usual = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, usual)
+        for number, handler in usual.items():
+            signal.signal(number, handler)
 
 
 def quieten(offline: bool, debug: bool) -> None:

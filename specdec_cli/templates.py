@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from specdec_engine.errors import UsageError
+from specdec_engine.models.chat import names_read
 from specdec_engine.record.files import parse_json
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ _OURS = {
     *("tools", "documents", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
     *("return_assistant_tokens_mask", "tokenizer_kwargs"),
 }
+_EVERYWHERE = {"raise_exception", "strftime_now"}
+"""Functions that every template may call."""
 _SWITCH = "enable_thinking"
 _FOR_EXAMPLE = """for example '{"enable_thinking": false}'"""
 
@@ -62,7 +65,7 @@ class Template:
 
     def check(self, found: Candidate, *, raw: bool = False) -> None:
         """Look at a target before its weights are read. raw: no template is used. Raises UsageError where something is to be
-        told, and there is no template to tell it, or none with that switch."""
+        told, and there is no template to tell it, or none that reads it."""
         if not self.told:
             return
         option = "--template-kwargs" if self.thinking is None else self._flag
@@ -74,6 +77,13 @@ class Template:
             raise UsageError(
                 f"the chat template of {found.name} has no switch for thinking",
                 f"leave out {self._flag}; what else it knows goes into --template-kwargs",
+            )
+        read = names_read(template)
+        if read is not None and (unknown := sorted(self.told.keys() - read)):
+            knows = sorted(name for name in read - _OURS - _EVERYWHERE if not name.endswith("_token"))
+            raise UsageError(
+                f"the chat template of {found.name} reads no {unknown[0]}",
+                f"it knows {', '.join(knows)}" if knows else "it can be told nothing: leave out --template-kwargs",
             )
 
     def refuse_at_server(self) -> None:

@@ -14,6 +14,7 @@ from specdec_cli.chat.conversation import Conversation
 from specdec_cli.chat.lines import Turns
 from specdec_cli.exits import ExitCode, exit_code
 from specdec_cli.recorder import Recorder
+from specdec_cli.signals import terminated_by
 from specdec_cli.startup import interruptible, quieten, uncollected
 from specdec_cli.templates import Template
 from specdec_engine.decoding.stopping import Stop
@@ -79,7 +80,8 @@ def chat(
         if how.system is not None:
             talk.turn(system=how.system)
     try:
-        code = _talk(talk, where.debug)
+        with terminated_by(SystemExit):  # Ctrl-C ends an answer, and not the chat
+            code = _talk(talk, where.debug)
     finally:
         recorder.close()
     recorder.check()

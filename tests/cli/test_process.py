@@ -71,10 +71,11 @@ def test_a_run_killed_in_the_middle_leaves_a_readable_trace(tmp_path, endless):
     assert len(cycles(found)) >= 3
 
 
-def test_ctrl_c_ends_the_run_with_what_there_is(tmp_path, endless):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_end_the_run_with_what_there_is(tmp_path, endless, number):
     """Text so far, the partial summary, 130, and the trace says cancelled."""
     running, trace = started(tmp_path, endless)
-    running.send_signal(signal.SIGINT)
+    running.send_signal(number)
     out, err = running.communicate(timeout=30)
     assert running.returncode == 130, err
     assert out
@@ -83,10 +84,11 @@ def test_ctrl_c_ends_the_run_with_what_there_is(tmp_path, endless):
     assert list(read_trace(trace))[-1].reason == "cancelled"
 
 
-def test_ctrl_c_while_loading_leaves_at_once_and_says_so(endless):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_leave_at_once_while_loading_and_say_so(endless, number):
     running = background(endless)
     time.sleep(1.5)  # past our own imports, inside torch's
-    running.send_signal(signal.SIGINT)
+    running.send_signal(number)
     out, err = running.communicate(timeout=30)
     assert (running.returncode, out, err) == (130, b"", b"specdec: interrupted while loading\n")
 
@@ -102,9 +104,10 @@ def test_the_summary_has_a_line_of_its_own_where_both_streams_meet(checkpoint):
     assert b"\nspecdec: " in done.stdout
 
 
-def test_ctrl_c_with_json_still_gives_the_object(tmp_path, endless):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_with_json_still_give_the_object(tmp_path, endless, number):
     running, _ = started(tmp_path, endless, "--json")
-    running.send_signal(signal.SIGINT)
+    running.send_signal(number)
     out, _ = running.communicate(timeout=30)
     assert running.returncode == 130
     assert json.loads(out)["finish_reason"] == "cancelled"

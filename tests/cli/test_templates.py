@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from specdec_engine.errors import UsageError
+from specdec_engine.models.chat import names_read
 from specdec_engine.pair import load_pair
 from tests.fakes import CHAT_TEMPLATE
 
@@ -62,6 +63,8 @@ def test_so_are_those_of_many_prompts_and_another_is_no_resumption(specdec, thin
         (("--template-kwargs", "[1]"), "is no object"),
         (("--template-kwargs", '{"messages": []}'), "cannot set messages"),
         (("--template-kwargs", '{"return_dict": true}'), "cannot set return_dict"),
+        (("--template-kwargs", '{"mod": 1}'), "it knows enable_thinking, mood"),
+        (("--template-kwargs", '{"range": 1}'), "reads no range"),
         (("--no-thinking", "--template-kwargs", '{"enable_thinking": true}'), "--no-thinking both set enable_thinking"),
         (("--thinking", "--attach", "http://localhost:1"), "for our own engine"),
     ],
@@ -75,6 +78,11 @@ def test_a_template_without_a_switch_is_named_before_weights_are_read(specdec, c
     monkeypatch.setattr("specdec_engine.models.loading.Candidate.load", lambda self: pytest.fail("weights were read"))
     done = specdec("generate", "hi", "-t", checkpoint, "--no-thinking")
     assert (done.code, "has no switch for thinking" in done.err) == (2, True), done.err
+
+
+def test_a_template_that_only_transformers_can_parse_is_told_anything():
+    assert names_read("{% generation %}{{ mood }}{% endgeneration %}") is None
+    assert names_read("{% set a = 1 %}{% for x in messages %}{{ x ~ a ~ mood }}{% endfor %}") == {"messages", "mood"}
 
 
 def test_a_program_tells_it_as_well(thinker):

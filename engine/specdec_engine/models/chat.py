@@ -93,6 +93,21 @@ def between_turns(tokenizer: Any) -> frozenset[int]:
     return frozenset(tokenizer.all_special_ids) - turn_ends(tokenizer) - {tokenizer.eos_token_id}
 
 
+def names_read(template: str) -> frozenset[str] | None:
+    """The names that a chat template expects to be told; None where only transformers can parse it."""
+    from jinja2 import Environment, TemplateError, meta
+
+    ours = Environment(extensions=_EXTENSIONS)
+    try:
+        return frozenset(meta.find_undeclared_variables(ours.parse(template)) - ours.globals.keys())
+    except TemplateError:
+        return None
+
+
+_EXTENSIONS = ("jinja2.ext.loopcontrols",)
+"""Of those that transformers renders templates with; the other is its own."""
+
+
 def turn_ends(tokenizer: Any) -> frozenset[int]:
     """The special tokens that end an assistant's turn: by its template, and by their names."""
     known = _specials(tokenizer)
