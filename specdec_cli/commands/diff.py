@@ -79,9 +79,10 @@ def say_comparison(found: Comparison) -> None:
     for letter, run in (("A", a), ("B", b)):
         s = run.summary
         rate = "–" if s.mean_emitted_per_cycle is None else f"{s.mean_emitted_per_cycle:.2f}"
+        speed = "" if s.tokens_per_second is None else f", {s.tokens_per_second:.1f} tok/s"
         output.say(
             f"{letter} {run.path}: {run.started.observer}, draft {run.started.settings.get('draft')}, {s.emitted} tokens in "
-            f"{s.cycles} cycles, {rate} a cycle, accepted {s.accepted} of {s.drafted}"
+            f"{s.cycles} cycles, {rate} a cycle, accepted {s.accepted} of {s.drafted}{speed}"
         )
     for name, (x, y) in found.settings.items():
         output.say(f"  {name}: {_short(x)} | {_short(y)}")

@@ -18,6 +18,7 @@ NEAR = 0.02
 0.06, a probability of a half by 0.015."""
 _DECIDE = ("target", "temperature", "top_k", "top_p", "min_p", "generation_config", "grammar", "stop", "max_tokens")
 """Settings on which a text depends whatever drafts; those after `stop` only cut it."""
+_ROUNDS_OTHERWISE = ("dtype", "weights", "kernels", "runtime", "device")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +117,9 @@ def _common(a: Sequence[TokenId], b: Sequence[TokenId]) -> int:
 def _settings(a: Started, b: Started) -> Iterator[tuple[str, Any, Any]]:
     for name in sorted({*a.settings, *b.settings}):
         yield name, a.settings.get(name), b.settings.get(name)
-    yield "seed", a.seed, b.seed
-    for name in ("dtype", "weights", "runtime", "device", "server"):
+    if any(one.settings.get("temperature") != 0 for one in (a, b)):  # nothing is drawn at 0
+        yield "seed", a.seed, b.seed
+    for name in ("dtype", "weights", "kernels", "runtime", "device", "threads", "server"):
         yield name, a.environment.get(name), b.environment.get(name)
 
 
@@ -144,9 +146,7 @@ def _why(a: RecordedRun, b: RecordedRun, common: int, settings: Mapping[str, tup
 def _greedy(a: RecordedRun, b: RecordedRun, common: int, settings: Mapping[str, tuple[Any, Any]]) -> tuple[Cause, str]:
     """Two choices of one target for the likeliest token: near to each other, or not explained."""
     gap = next((found for run in (a, b) if (found := _gap(run, common, a, b)) is not None), None)
-    rounded = [
-        f"{name} {x} and {y}" for name, (x, y) in settings.items() if name in ("dtype", "weights", "runtime", "device")
-    ]
+    rounded = [f"{name} {x} and {y}" for name, (x, y) in settings.items() if name in _ROUNDS_OTHERWISE]
     what = f" ({', '.join(rounded)})" if rounded else ""
     if gap is None:
         return "unexplained", f"the same target says two things{what}; its probabilities at that place are not recorded"
