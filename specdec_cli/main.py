@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -225,17 +226,27 @@ def _unforeseen(error: Exception) -> int:
         said = error.format_message().rstrip(".")
         if said:  # empty for a bare `specdec`, which has printed its help
             command = next((f" {word}" for word in sys.argv[1:2] if word in COMMANDS), "")
-            hint = f"specdec{command} --help lists what there is"
+            form = _form(error)
+            hint = f"{form}specdec{command} --help lists what there is"
             if prompt := _dashed(said):
                 said = f"the prompt {prompt!r} begins with a dash"
                 hint = f"put -- before it: specdec{command} -- {prompt!r}"
-            if "unexpected extra argument" in said:
+            if "unexpected extra argument" in said and not form:
                 hint = "put a prompt in quotes; " + hint
             _tell(said + _typed_value(error, said), hint)
         return int(getattr(error, "exit_code", ExitCode.USAGE))
     _trace_if_wanted()
     _tell(f"{type(error).__name__}: {error}", "this is a bug in specdec; --debug shows where")
     return ExitCode.FAILED
+
+
+def _form(error: Any) -> str:
+    """How the command is typed, where something has to follow its name; else empty."""
+    context: Any = getattr(error, "ctx", None)
+    pieces = [] if context is None else context.command.collect_usage_pieces(context)[1:]
+    words = [re.sub(r"\{(.*)\}", r"\1", piece).upper() for piece in pieces]
+    needed = any(piece.startswith("{") for piece in pieces)
+    return f"type {context.command_path} {' '.join(words)}; " if needed else ""
 
 
 def _dashed(said: str) -> str:

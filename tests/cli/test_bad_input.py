@@ -185,6 +185,22 @@ def test_the_weights_are_those_that_transformers_reads(checkpoint, tmp_path, spe
     assert specdec("generate", "hello", "-t", folder, "-n", 2).code == 0
 
 
+@pytest.mark.parametrize(
+    ("typed", "form"),
+    [
+        (["check"], "type specdec check TARGET [DRAFT]; "),
+        (["check", "-t", "a"], "type specdec check TARGET [DRAFT]; "),
+        (["check", "a", "b", "c"], "type specdec check TARGET [DRAFT]; "),
+        (["diff", "a"], "type specdec diff A B; "),
+        (["replay"], "type specdec replay TRACE; "),
+        (["generate", "--wibble"], "hint: specdec generate --help"),
+    ],
+)
+def test_what_has_to_follow_a_command_is_said_where_it_does_not(specdec, typed, form):
+    done = specdec(*typed)
+    assert (done.code, form in done.err) == (2, True), done.err
+
+
 def test_a_prompt_that_begins_with_a_dash(refused):
     assert "put -- before it" in refused(2, "- list the days")
 

@@ -24,7 +24,7 @@ from specdec_engine.runtime.attention import causal_of
 from specdec_engine.runtime.decoder import Decoder
 from specdec_engine.runtime.graphs import room_for
 from specdec_engine.runtime.ops import TORCH
-from specdec_engine.runtime.shape import shape_of
+from specdec_engine.runtime.shape import Unsupported, shape_of
 from specdec_engine.runtime.weights import Entry
 from specdec_engine.system import devices
 from specdec_engine.system.devices import idle_gpu, pick_device
@@ -46,6 +46,23 @@ def test_a_gguf_on_a_gpu_is_reckoned_dense(quantize):
     arithmetic = choose(Matrices(1, 1, packed=True, lean=True), "bfloat16", quantize, CUDA)
     need = placement.need_of(Path("x.gguf"), found, config, shape_of(config), arithmetic, CUDA, options, str)
     assert need.weights == 10 * prod(size) * 2
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+@pytest.mark.parametrize("runs", ["lean", "generic"])
+def test_no_cache_is_reckoned_longer_than_the_model_reads(device, runs):
+    """`-n 999999` was refused for 24 GiB of cache, of a model that reads 8,192 tokens."""
+    config = LlamaConfig(max_position_embeddings=64, num_hidden_layers=2)
+    found = {"model.norm.weight": Entry("F32", (4096,), 0, 4 * 4096)}
+    arithmetic = choose(Matrices(1, 1, packed=False, lean=True), "float32", "none", torch.device(device))
+    shape = shape_of(config) if runs == "lean" else Unsupported("it is not ours")
+    caches = [
+        placement.need_of(
+            Path("x.gguf"), found, config, shape, arithmetic, torch.device(device), LoadOptions(tokens=tokens), str
+        ).cache
+        for tokens in (64, 65, 10**6)
+    ]
+    assert caches[0] == caches[1] == caches[2] > 0
 
 
 def test_a_tied_head_on_a_gpu_is_the_table_of_embeddings():

@@ -45,14 +45,15 @@ def need_of(
     options: LoadOptions,
     ours: Callable[[str], str],
 ) -> Need:
-    """Reckon weights in the form they will be kept in, and the cache in its own dtype and size. ours: what the model calls a
-    tensor of the checkpoint; empty for one that it has no part of."""
+    """Reckon weights in the form they will be kept in, and the cache in its own dtype and size, for no more tokens than the
+    model reads. ours: what it calls a tensor of the checkpoint; empty for one that it has no part of."""
     quantize: Packing
-    dtype = arithmetic.weights
+    dtype, limit = arithmetic.weights, context_limit(config)
+    tokens = min(options.tokens, limit or options.tokens)
     if isinstance(shape, Unsupported):
-        quantize, cache = "none", kv_bytes(config, dtype, options.tokens)
+        quantize, cache = "none", kv_bytes(config, dtype, tokens)
     else:
-        tokens = room_for(options.tokens, context_limit(config)) if device.type == "cuda" else options.tokens
+        tokens = room_for(tokens, limit) if device.type == "cuda" else tokens
         quantize = packing_of(options, arithmetic)
         cache = tokens * shape.kv_values * cache_dtype(arithmetic.dtype, device, arithmetic.kernels).itemsize
     if not found:
