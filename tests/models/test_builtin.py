@@ -13,6 +13,8 @@ import torch
 from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.core.trees import first_path
 from specdec_engine.drafters import build_drafter
+from specdec_engine.models.draft_files import builtin_draft, read_draft
+from specdec_engine.models.draft_folder import fingerprint
 from specdec_engine.models.loading import load_model
 from specdec_engine.models.options import LoadOptions
 from specdec_engine.pair import load_pair
@@ -52,6 +54,11 @@ def noisy(reference, tmp_path_factory):
 @pytest.fixture(scope="module")
 def perturbed(noisy, loaded):
     return load_model(str(noisy), LoadOptions(dtype="float32", runtime=loaded.runtime.name)).runtime
+
+
+def test_the_pair_that_ships_has_one_tokenizer(reference):
+    """A start does not compare them."""
+    assert read_draft(builtin_draft()).tokenizer == fingerprint(reference.tokenizer)
 
 
 def chat(loaded, prompt):

@@ -25,6 +25,8 @@ def build_drafter(spec: str, setup: DraftSetup) -> Drafter:
     if not members_of(spec)[1]:
         raise UsageError(f"the draft {spec!r} names no drafter", "choose none, ngram, or a model's name")
     merged, names = members_of(spec)
+    if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
+        raise UsageError(f"the draft {spec} names {twice} twice", "each of them proposes once: name it once")
     members = [_build_one(name, setup) for name in names]
     if merged:
         return TreeDrafter(members, setup)

@@ -44,7 +44,7 @@ from specdec_engine.runtime.graphs import CudaRecorder, GraphRuntime, room_for
 from specdec_engine.runtime.lean import Forward, LeanRuntime
 from specdec_engine.runtime.shape import FAMILY, Shape, Unsupported, is_mxfp4
 from specdec_engine.runtime.unfused import SplitExperts
-from specdec_engine.runtime.weights import PACKED, GgufWeights, SafetensorsWeights, Weights
+from specdec_engine.runtime.weights import PACKED, GgufWeights, Grouped, SafetensorsWeights, Weights
 from specdec_engine.system.devices import pick_device, pick_dtype
 from specdec_engine.verify.processors import Asked, asked_by, left_out_of
 
@@ -280,7 +280,10 @@ class Candidate:
         """[n] ids -> [n, hidden]: those rows of the matrix that makes logits, unpacked."""
         weights = self._weights()
         untied = "lm_head.weight" in weights.names
-        return weights.dense("lm_head.weight" if untied else "model.embed_tokens.weight")[ids]
+        stored = weights.stored("lm_head.weight" if untied else "model.embed_tokens.weight")
+        if isinstance(stored, Grouped):
+            return stored.dense() if isinstance(ids, slice) else stored.dense_rows(ids)
+        return stored[ids]
 
     def _weights(self) -> Weights:
         if self.path.is_dir():

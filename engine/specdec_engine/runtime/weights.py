@@ -184,8 +184,10 @@ def _blocks(raw: np.ndarray, shape: Sequence[int], header: int, body: int) -> tu
 
 def _nibbles(body: np.ndarray, shape: Sequence[int]) -> Tensor:
     """A block's first 16 weights are its bytes' low halves, the last 16 the high ones."""
-    halves = np.concatenate([body & 15, body >> 4], -1)
-    return torch.from_numpy(halves.astype(np.int8).reshape(tuple(shape)))
+    halves = np.empty((*body.shape[:-1], GROUP), np.uint8)
+    np.bitwise_and(body, 15, out=halves[..., : GROUP // 2])
+    np.right_shift(body, 4, out=halves[..., GROUP // 2 :])
+    return torch.from_numpy(halves.view(np.int8).reshape(tuple(shape)))
 
 
 def _q4_0(raw: np.ndarray, shape: Sequence[int]) -> Grouped:
