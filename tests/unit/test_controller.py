@@ -331,7 +331,7 @@ def test_members_of_a_cascade_have_their_own_k():
         def limit(self, name):
             return {"ngram": 0, "suffix": 2}[name]
 
-        def should_draft(self, name, confidence, alone=True):
+        def should_draft(self, name, confidence, alone=True, unknown=True):
             return True
 
         def early_stop(self, name):

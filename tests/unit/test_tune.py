@@ -132,6 +132,17 @@ def test_in_a_cascade_the_first_that_proposes_wins_the_cycle():
     assert expected_cycles([lookup], 2) == {CycleKind(0, 0): 1.0, CycleKind(0, 2): 2.0}
 
 
+def test_before_another_a_lookup_counts_where_it_is_sure():
+    """As it does in a run: `limits.SURE`."""
+    alone = Chances((2, 2), ((0.0, 0.0), (0.0,)), ended=True)
+    sure = Chances((0, 0), ((), ()), ended=True)
+    right = Chances((2, 2), ((1.0, 1.0), (1.0,)), ended=True)
+    lookup, model = Member("ngram", (alone,), costs(), before=(sure,)), Member("x", (right,), costs())
+    assert predicted([lookup], 2).emitted == 1.0
+    assert predicted([lookup, model], 2).emitted == 2.0
+    assert predicted([model, lookup], 2).emitted == 2.0
+
+
 # -- costs and settings ------------------------------------------------------------------------------------------------
 
 

@@ -107,14 +107,15 @@ class AutoK:
         history = self._history(name)
         return history.k + history.looks_further
 
-    def should_draft(self, name: str, confidence: float, alone: bool = True) -> bool:
+    def should_draft(self, name: str, confidence: float, alone: bool = True, unknown: bool = True) -> bool:
         """Whether a draft that is this sure of its first token should begin: it pays, and more than that of another drafter
-        which knows only afterwards how sure it is; or, not alone but in a tree, together with that one."""
+        which knows only afterwards how sure it is; or, not alone but in a tree, together with that one. unknown: what holds
+        while costs are not known."""
         history = self._history(name)
         history.sure_before, first = True, history.chance(confidence, 0)
         history.first = first
         if not self._knows(history):
-            return True
+            return unknown
         gain, drafted = self._net_gain(history, 1.0, 0, first, history.chance(confidence, 1))
         others = [(other, self._net_gain_of_draft(other)) for other in self._histories.values()]
         best, found = max(others, key=lambda one: one[1])

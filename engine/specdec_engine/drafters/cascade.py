@@ -1,4 +1,4 @@
-"""Several drafters in order: the first that proposes anything wins the cycle."""
+"""Several drafters in order: the first that proposes anything wins the cycle. A lookup stands back where it is not sure."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class CascadeDrafter(Several):
 
     def propose(self, context: Sequence[int], k: int, sampling: Sampling, random: Randomness) -> Draft:
         for member in self._members:
+            self._limits.followed = member is not self._members[-1]
             if own := self._limits.limit(member.name, k):
                 draft = member.propose(context, own, sampling, random)
                 if len(draft):

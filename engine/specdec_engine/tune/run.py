@@ -19,7 +19,7 @@ from specdec_engine.pair import Pair
 from specdec_engine.record.prompt_files import Question
 from specdec_engine.tune.answers import Answer
 from specdec_engine.tune.passes import MOST_K, looked_at, unit_costs
-from specdec_engine.tune.whatif import Member, Setting, UnitCosts, best_of, curves
+from specdec_engine.tune.whatif import Chances, Member, Setting, UnitCosts, best_of, curves
 
 Say = Callable[[str], None]
 
@@ -106,10 +106,11 @@ def tuned(
             continue
         say(f"timing {name}")
         costs = lookups[0] if times and lookups else unit_costs(pair, answers, sampling, seed)
+        before = tuple[Chances, ...]()
         if times:  # the passes over a lookup's drafts are any lookup's
             lookups.append(costs)
-            costs = costs.drafting(times)
-        members[name] = Member(name, chances, costs)
+            costs, before = costs.drafting(times), _before_others(pair, answers, sampling)
+        members[name] = Member(name, chances, costs, before)
     say(f"solving for {len(pairs)} drafts and {MOST_K} k")
     cascades = [names for names in (draft.split(",") for draft in pairs) if set(names) <= members.keys()]
     found = curves(([members[name] for name in names] for names in cascades), MOST_K)
@@ -122,6 +123,15 @@ def tuned(
         labels = [f"{best.draft} with k {arm.arm.k}" for arm in confirmed]
         advice = recommend([a.ratios for a in confirmed], [a.arm.k for a in confirmed], labels)
     return Tuned(tuple(answers), tuple(members.values()), found, best, tuple(confirmed), advice)
+
+
+def _before_others(pair: Pair, answers: Sequence[Answer], sampling: Sampling) -> tuple[Chances, ...]:
+    """A lookup along these answers, where another drafter is asked after it."""
+    pair.draft_limits.followed = True
+    try:
+        return looked_at(pair, answers, sampling, lambda number, total: None)[0]
+    finally:
+        pair.draft_limits.followed = False
 
 
 def _counted(say: Say, what: str, number: int, total: int) -> None:

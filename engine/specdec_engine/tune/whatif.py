@@ -125,6 +125,8 @@ class Member:
     name: str
     chances: tuple[Chances, ...]
     costs: UnitCosts
+    before: tuple[Chances, ...] = ()
+    """The same of a lookup before another drafter, where it proposes only what it is sure of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +146,8 @@ class Setting:
 def predicted(cascade: Sequence[Member], k: int) -> Setting:
     """For these drafters, the first that proposes winning each cycle. Raises ValueError where there is no text."""
     ratios, tokens, cycles = list[float](), 0, 0.0
-    for chances in zip(*(member.chances for member in cascade), strict=True):
+    front, last = cascade[:-1], cascade[-1]
+    for chances in zip(*(member.before or member.chances for member in front), last.chances, strict=True):
         kinds = expected_cycles(chances, k)
         n = len(chances[0].drafted)
         ratios.append(n / sum(times * _cost(cascade, kind) for kind, times in kinds.items()))
