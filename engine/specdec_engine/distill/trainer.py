@@ -25,7 +25,7 @@ from specdec_engine.models.loading import Candidate, Loaded
 from specdec_engine.runtime.decoder import Decoder
 from specdec_engine.runtime.shape import Shape
 
-STEPS = 2
+STEPS = 3
 """Depth of a draft in training; each step costs as much as the first."""
 SHOWN = 5
 """Positions of the estimate."""
