@@ -57,9 +57,13 @@ class AgainstScreen(LanesScreen):
                 ),
             ]
             shown.append((view, figures))
-        state = f"▶ {self._speed:g} tokens a second" if self._playing else "‖ paused"
+        state = self._state(f"{self._speed:g} tokens a second")
         title: Line = [(" against ", "brand"), (f" token {place} of {against.tokens}  ", "strong"), (state, "key")]
         self._show(title, shown, against.said(place))
+
+    @property
+    def _ended(self) -> bool:
+        return self._clock >= self._against.tokens
 
     def _go(self, place: int) -> None:
         self._clock, self._playing = float(place), False

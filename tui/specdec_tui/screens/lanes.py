@@ -81,6 +81,9 @@ class LanesScreen(Screen[Frame | None]):
         else:
             self._playing = not self._playing
 
+    def _state(self, pace: str) -> str:
+        return "■ finished" if self._ended else f"▶ {pace}" if self._playing else "‖ paused"
+
     @property
     def _ended(self) -> bool:
         """True when all of both runs is shown."""

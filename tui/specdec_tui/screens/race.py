@@ -117,7 +117,7 @@ class RaceScreen(LanesScreen):
                 else f"recording {('plain', 'speculative')[min(self._recording, 1)]}"
             )
             return [(" race ", "brand"), (f" {what}", "strong")]
-        state = f"▶ 1/{1 / self._speed:g}×" if self._playing else "‖ paused"
+        state = self._state(f"1/{1 / self._speed:g}×")
         how = f"  k {self._request.k}  T {self._request.sampling.temperature:g}"
         return [
             (" race ", "brand"),
