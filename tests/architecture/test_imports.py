@@ -60,6 +60,7 @@ PROGRAM = {
     "specdec_cli",
     "specdec_cli.main",
     "specdec_cli.exits",
+    "specdec_cli.signals",
     "specdec_engine",
     "specdec_engine.errors",
     "specdec_engine.version",
