@@ -17,9 +17,9 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from specdec_cli.exits import ExitCode, exit_code
-from specdec_cli.signals import terminated_by
 from specdec_engine import __version__
 from specdec_engine.errors import SpecdecError, UsageError, reason
+from specdec_engine.system.signals import terminated_by
 
 COMMANDS = {
     "generate": "Generate text from a draft/target pair, losslessly.",

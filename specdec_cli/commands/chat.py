@@ -14,11 +14,11 @@ from specdec_cli.chat.conversation import Conversation
 from specdec_cli.chat.lines import Turns
 from specdec_cli.exits import ExitCode, exit_code
 from specdec_cli.recorder import Recorder
-from specdec_cli.signals import terminated_by
 from specdec_cli.startup import interruptible, quieten, uncollected
 from specdec_cli.templates import Template
 from specdec_engine.decoding.stopping import Stop
 from specdec_engine.errors import SpecdecError, UsageError, first_line
+from specdec_engine.system.signals import terminated_by
 
 if TYPE_CHECKING:
     from specdec_engine.pair import Loader

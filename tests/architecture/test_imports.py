@@ -60,9 +60,10 @@ PROGRAM = {
     "specdec_cli",
     "specdec_cli.main",
     "specdec_cli.exits",
-    "specdec_cli.signals",
     "specdec_engine",
     "specdec_engine.errors",
+    "specdec_engine.system",
+    "specdec_engine.system.signals",
     "specdec_engine.version",
 }
 """What every start imports of ours."""

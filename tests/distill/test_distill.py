@@ -567,7 +567,7 @@ class Learnt(Told):
 
 
 def direct_loss(given, wanted, counts):
-    """As the docstrings have it, slot by slot: the target says token 0 everywhere."""
+    """The loss as the docstrings have it, slot by slot; the target says token 0 everywhere."""
     p, q = (wanted / SHARPER).softmax(-1), (given / SHARPER).softmax(-1)
     total, weight = 0.0, 0.0
     for row, slot in counts.nonzero().tolist():

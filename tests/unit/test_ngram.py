@@ -90,7 +90,7 @@ def test_it_is_the_surer_the_more_is_alike(context, sure):
     ],
 )
 def test_before_another_drafter_a_lookup_proposes_only_what_it_is_sure_of(lookup, unsure, sure):
-    """At a fixed k it was asked first and always answered, though after one token alike it is right once in four times, and a
+    """It was asked first at a fixed k and always answered, though after one token alike it is right once in four times, and a
     head every second."""
 
     def proposed(spec, context):

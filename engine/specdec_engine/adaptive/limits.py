@@ -28,8 +28,8 @@ class DraftLimits:
         return k if self.controller is None else min(k, self.controller.limit(drafter))
 
     def should_draft(self, drafter: str, confidence: float) -> bool:
-        """Whether a draft that is this sure of its first token should begin. Where costs are not known and another drafter
-        follows, it must be sure enough to stand before that one."""
+        """Say whether a draft that is this sure of its first token should begin. Where costs are not known and another
+        drafter follows, it must be sure enough to stand before that one."""
         enough = confidence >= SURE or not self.followed
         if self.controller is None:
             return enough
@@ -59,8 +59,8 @@ class DraftLimits:
 
 
 SURE = 0.5
-"""Of its first token, before a draft head. Twelve prompts at temperature 0 and k 3, tokens a cycle of `ngram,builtin`: 2.01
-where a match of one token is a draft, 2.16 from here on (two tokens), 2.17 from 0.6 and 2.19 from 0.7, where the head drafts
-more often (1.6, 2.6, 3.0 and 3.1 ms a cycle); the head alone 2.15, at 3.4 ms."""
+"""How sure of its first token a lookup stands before a draft head. Twelve prompts at temperature 0 and k 3, tokens a cycle of
+`ngram,builtin`: 2.01 where a match of one token is a draft, 2.16 from here on (two tokens), 2.17 from 0.6 and 2.19 from 0.7,
+where the head drafts more often (1.6, 2.6, 3.0 and 3.1 ms a cycle); the head alone 2.15, at 3.4 ms."""
 _LIKELY = 0.1
 """Chance from which on a second candidate is taken where costs are not known."""

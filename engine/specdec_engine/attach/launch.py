@@ -16,6 +16,7 @@ from time import monotonic, sleep
 from specdec_engine.attach.http import Server
 from specdec_engine.errors import ServerUnavailable
 from specdec_engine.record.text import printable
+from specdec_engine.system.signals import terminated_by
 
 Say = Callable[[str], None]
 
@@ -43,7 +44,7 @@ def launched(command: Sequence[str], port: int, environment: Mapping[str, str], 
     Raises ServerUnavailable, with the last line of its log, for one that cannot be started, ends, or never answers.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as written, _ended_by_terminate():
+    with log.open("wb") as written, terminated_by(SystemExit):
         try:
             process = subprocess.Popen(
                 (sys.executable, "-I", "-S", "-c", _WARDEN, *command),
@@ -86,20 +87,6 @@ os._exit(code if code >= 0 else 128 - code)
 """
 """Runs the server, and ends its whole group when whoever holds the other end of its standard input is gone, however that
 ended: vLLM swallows a first signal while it starts, and its engine is a process of its own."""
-
-
-@contextmanager
-def _ended_by_terminate() -> Iterator[None]:
-    """SIGTERM ends this process by an exception, so that what it started is stopped."""
-
-    def leave(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    usual = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, usual)
 
 
 def _wait(process: subprocess.Popen[bytes], url: str, log: Path, say: Say) -> None:

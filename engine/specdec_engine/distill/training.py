@@ -33,7 +33,7 @@ REJECTED, SHARPER = 8.0, 0.8
 written at. After 100 steps more of one and the same trained head, with weight 0, 2 and 8: overlap with its target on held-out
 text 0.630, 0.635 and 0.641; on prompts by hand, at 0.8, 0.524, 0.527 and 0.530, agreement there 0.449, 0.451 and 0.453."""
 LEAST = 0.05
-"""Of a draft that gets to a token with less than this chance that token is not learnt from."""
+"""The chance that a draft gets to a token, below which it does not learn from it."""
 _SLICE = 128
 """Rows of logits at a time."""
 
@@ -187,7 +187,7 @@ class _Loss(torch.autograd.Function):
 
 @dataclass(frozen=True, slots=True)
 class _RowLosses:
-    """What some rows cost."""
+    """The losses of some rows, and what comes with them."""
 
     loss: Tensor
     """[n]"""

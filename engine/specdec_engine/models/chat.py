@@ -105,7 +105,7 @@ def names_read(template: str) -> frozenset[str] | None:
 
 
 _EXTENSIONS = ("jinja2.ext.loopcontrols",)
-"""Of those that transformers renders templates with; the other is its own."""
+"""Part of what transformers renders templates with; the other extension is its own."""
 
 
 def turn_ends(tokenizer: Any) -> frozenset[int]:

@@ -44,7 +44,7 @@ from specdec_engine.runtime.graphs import CudaRecorder, GraphRuntime, room_for
 from specdec_engine.runtime.lean import Forward, LeanRuntime
 from specdec_engine.runtime.shape import FAMILY, Shape, Unsupported, is_mxfp4
 from specdec_engine.runtime.unfused import SplitExperts
-from specdec_engine.runtime.weights import PACKED, GgufWeights, Grouped, SafetensorsWeights, Weights
+from specdec_engine.runtime.weights import PACKED, GgufWeights, SafetensorsWeights, Weights
 from specdec_engine.system.devices import pick_device, pick_dtype
 from specdec_engine.verify.processors import Asked, asked_by, left_out_of
 
@@ -278,12 +278,9 @@ class Candidate:
 
     def output_rows(self, ids: torch.Tensor | slice) -> torch.Tensor:
         """[n] ids -> [n, hidden]: those rows of the matrix that makes logits, unpacked."""
-        weights = self._weights()
-        untied = "lm_head.weight" in weights.names
-        stored = weights.stored("lm_head.weight" if untied else "model.embed_tokens.weight")
-        if isinstance(stored, Grouped):
-            return stored.dense() if isinstance(ids, slice) else stored.dense_rows(ids)
-        return stored[ids]
+        weights, untied = self._weights(), "lm_head.weight"
+        stored = weights.stored(untied if untied in weights.names else "model.embed_tokens.weight")
+        return stored[ids] if isinstance(stored, torch.Tensor) else stored.dense_rows(ids)
 
     def _weights(self) -> Weights:
         if self.path.is_dir():

@@ -45,9 +45,9 @@ class Grouped:
         offset = None if self.offset is None else self.offset.index_select(0, order)
         return Grouped(self.q.index_select(0, order), self.scale.index_select(0, order), offset, self.bits)
 
-    def dense_rows(self, order: Tensor) -> Tensor:
+    def dense_rows(self, order: Tensor | slice) -> Tensor:
         """[n] -> [n, K] float32."""
-        return self.rows(order).dense()
+        return self.dense()[order] if isinstance(order, slice) else self.rows(order).dense()
 
     def dense(self) -> Tensor:
         """[N, K] float32."""

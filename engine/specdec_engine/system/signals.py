@@ -1,4 +1,4 @@
-"""What SIGTERM does, which `timeout`, job schedulers and service managers send."""
+"""The end by SIGTERM, which `timeout`, job schedulers and service managers send."""
 
 from __future__ import annotations
 
