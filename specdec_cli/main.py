@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,6 +72,9 @@ class Real(Helped, TyperCommand):
         except BrokenPipeError:  # the reader has had enough, and that is no failure; Typer would end it with 1
             _silence()
             return None
+        except KeyboardInterrupt:  # Typer would say nothing
+            _say_interrupted()
+            raise typer.Exit(ExitCode.INTERRUPTED) from None
 
 
 class Deferred(TyperCommand):
@@ -177,9 +179,7 @@ def main() -> None:
         _tell(error.message, error.hint)
         code = exit_code(error)
     except KeyboardInterrupt:
-        from specdec_cli import output
-
-        output.note("interrupted")
+        _say_interrupted()
         code = ExitCode.INTERRUPTED
     except OSError as error:
         _trace_if_wanted()
@@ -192,6 +192,12 @@ def main() -> None:
     except Exception as error:
         code = _unforeseen(error)
     sys.exit(code or ExitCode.OK)
+
+
+def _say_interrupted() -> None:
+    from specdec_cli import output
+
+    output.note("interrupted")
 
 
 def _silence() -> None:
@@ -243,10 +249,9 @@ def _unforeseen(error: Exception) -> int:
 def _form(error: Any) -> str:
     """How the command is typed, where something has to follow its name; else empty."""
     context: Any = getattr(error, "ctx", None)
-    pieces = [] if context is None else context.command.collect_usage_pieces(context)[1:]
-    words = [re.sub(r"\{(.*)\}", r"\1", piece).upper() for piece in pieces]
-    needed = any(piece.startswith("{") for piece in pieces)
-    return f"type {context.command_path} {' '.join(words)}; " if needed else ""
+    taken = [] if context is None else [one for one in context.command.params if one.param_type_name == "argument"]
+    words = [one.name.upper() if one.required else f"[{one.name.upper()}]" for one in taken]
+    return f"type {context.command_path} {' '.join(words)}; " if any(one.required for one in taken) else ""
 
 
 def _dashed(said: str) -> str:

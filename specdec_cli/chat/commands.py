@@ -10,6 +10,7 @@ from pathlib import Path
 from specdec_cli import options as opt
 from specdec_cli import output
 from specdec_cli.chat.conversation import Conversation
+from specdec_cli.exits import ExitCode
 from specdec_engine.errors import UsageError
 from specdec_engine.record.chats import read_chat, write_chat
 from specdec_engine.record.text import counted
@@ -158,8 +159,9 @@ def _watch(talk: Conversation, text: str) -> None:
     stream = FrameStream(Frame().plus(talk.events), TokenText(talk.pair.tokenizer))
     try:
         show(SpecdecApp(stream, speed=REPLAY_SPEED))
-    except SystemExit:  # Ctrl-C twice leaves the screen, and not the chat
-        return
+    except SystemExit as left:  # Ctrl-C twice leaves the screen, and not the chat
+        if left.code != ExitCode.INTERRUPTED:
+            raise
 
 
 def _help(talk: Conversation, text: str) -> None:

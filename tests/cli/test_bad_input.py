@@ -201,7 +201,7 @@ def test_what_has_to_follow_a_command_is_said_where_it_does_not(specdec, typed, 
     assert (done.code, form in done.err) == (2, True), done.err
 
 
-@pytest.mark.parametrize("draft", ["ngram,ngram", "tree:ngram,suffix,ngram"])
+@pytest.mark.parametrize("draft", ["ngram,ngram", "tree:ngram,suffix,ngram", "ngram,ngram:5"])
 def test_a_draft_that_is_named_twice(refused, checkpoint, draft):
     assert "names ngram twice" in refused(2, "hello", "-t", checkpoint, "-d", draft)
 

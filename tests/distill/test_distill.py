@@ -566,16 +566,21 @@ class Learnt(Told):
         return states
 
 
-def direct_loss(given, wanted, counts):
-    """The loss as the docstrings have it, slot by slot; the target says token 0 everywhere."""
+def direct_loss(given, wanted, counts, said):
+    """The loss as the docstrings have it, slot by slot; said [B, T]: columns of what the target chose."""
     p, q = (wanted / SHARPER).softmax(-1), (given / SHARPER).softmax(-1)
     total, weight = 0.0, 0.0
+
+    def accepted(step, row, at):
+        column = said[row, at]
+        return 0.0 if column < 0 else (q[step, row, at, column] / p[row, at, column]).item()
+
     for row, slot in counts.nonzero().tolist():
         for s in range(len(given)):
             before = [(s - 1 - i, slot - 1 - i) for i in range(s)]  # the steps and slots of the same draft
             if any(at < 0 or not counts[row, at] for _, at in before):
                 continue
-            chance = prod(min(1.0, (q[step, row, at, 0] / p[row, at, 0]).item()) for step, at in before)
+            chance = prod(min(1.0, accepted(step, row, at)) for step, at in before)
             if chance > LEAST:
                 entropy = -(wanted[row, slot].softmax(-1) * given[s, row, slot].log_softmax(-1)).sum()
                 rejected = 1 - torch.minimum(q[s, row, slot], p[row, slot]).sum()
@@ -588,11 +593,13 @@ def test_the_gradient_of_the_loss_is_the_one_that_autograd_finds(dtype, within):
     """Over more slots than one slice of them, some of which do not count, each by the chance that a draft gets there."""
     torch.manual_seed(0)
     features = torch.randn(2, 101, 1, 6).to(dtype) * 2
-    batch = TrainingBatch(torch.zeros(2, 101, dtype=torch.long), features, torch.rand(2, 100) < 0.9)
+    batch = TrainingBatch(torch.randint(0, 6, (2, 101)), features, torch.rand(2, 100) < 0.9)
+    ids = torch.tensor([2, 0, 1, -1, 4, 5])  # by token: its column, if it has one
     logits = torch.randn(3, 2, 100, 6).to(dtype).requires_grad_()
-    loss = loss_of(Learnt(logits), Teacher(torch.eye(6, dtype=dtype), torch.arange(6)), batch, 3)
+    loss = loss_of(Learnt(logits), Teacher(torch.eye(6, dtype=dtype), ids), batch, 3)
     (found,) = torch.autograd.grad(loss, logits)
-    direct = direct_loss(logits.float(), features[:, 1:, 0].float(), batch.counts)
+    said = torch.cat([ids[batch.tokens[:, 2:]], torch.zeros(2, 1, dtype=torch.long)], 1)
+    direct = direct_loss(logits.float(), features[:, 1:, 0].float(), batch.counts, said)
     assert loss.item() == pytest.approx(direct.item())
     torch.testing.assert_close(found, torch.autograd.grad(direct, logits)[0], rtol=0.02, atol=within)
 

@@ -102,6 +102,7 @@ def test_before_another_drafter_a_lookup_proposes_only_what_it_is_sure_of(lookup
     assert proposed(lookup, unsure) == lookup  # as the last one, or alone, it is better than nothing
     assert proposed(f"{lookup},{other}", unsure) == other
     assert proposed(f"{lookup},{other}", sure) == lookup
+    assert proposed(f"{lookup},none", unsure) == lookup  # who follows it never proposes
 
 
 @pytest.mark.parametrize("spec", ["ngram:0", "ngram:x", "ngram:-1", ",", ""])

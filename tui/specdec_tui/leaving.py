@@ -74,7 +74,12 @@ class TerminalApp(App[T]):
 def show(app: TerminalApp[T]) -> T | None:
     """What it returns, once it is left. Raises what broke a screen, and SystemExit with a code where there was a signal."""
     app.theme = theme_of(is_light).name
-    result = app.run()
+    heeded = signal.getsignal(signal.SIGTERM)  # the loop's end sets it back to the system's own way
+    try:
+        result = app.run()
+    finally:
+        with suppress(TypeError, ValueError):  # not the main thread, or not set by Python
+            signal.signal(signal.SIGTERM, heeded)
     app.left.set()
     if app.failure is not None:
         raise app.failure

@@ -59,7 +59,7 @@ class DraftLimits:
 
 
 SURE = 0.5
-"""How sure of its first token a lookup stands before a draft head. Twelve prompts at temperature 0 and k 3, tokens a cycle of
+"""How sure of its first token a lookup stands before another. Twelve prompts at temperature 0 and k 3, tokens a cycle of
 `ngram,builtin`: 2.01 where a match of one token is a draft, 2.16 from here on (two tokens), 2.17 from 0.6 and 2.19 from 0.7,
 where the head drafts more often (1.6, 2.6, 3.0 and 3.1 ms a cycle); the head alone 2.15, at 3.4 ms."""
 _LIKELY = 0.1

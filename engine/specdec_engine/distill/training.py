@@ -3,8 +3,8 @@
 The loss is the cross-entropy with the target's whole distribution over the draft's ids, which the kept features give for one
 matrix product: a draft that knows how sure its target is knows when to stop. Added to it is the chance that a token drawn
 from q is rejected, 1 - Σ min(p, q) (DistillSpec's total variation, Zhou et al. 2024, arXiv:2310.08461). A later token of a
-draft counts by the chance that those before it are accepted: after a rejection nobody looks at it. Prompts are the target's
-own writing, too, and learnt from like answers; the estimate counts answers only.
+head's draft counts by the chance that those before it are accepted: after a rejection nobody looks at it. Prompts are the
+target's own writing, too, and learnt from like answers; the estimate counts answers only.
 
 Shapes: B sequences of T slots, V' draft ids; slot t predicts token t + 2 from what is known when token t + 1 is the newest.
 """

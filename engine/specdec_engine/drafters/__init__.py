@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
@@ -25,12 +26,18 @@ def build_drafter(spec: str, setup: DraftSetup) -> Drafter:
     if not members_of(spec)[1]:
         raise UsageError(f"the draft {spec!r} names no drafter", "choose none, ngram, or a model's name")
     merged, names = members_of(spec)
-    if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
-        raise UsageError(f"the draft {spec} names {twice} twice", "each of them proposes once: name it once")
+    _refuse_twice(spec, names)
     members = [_build_one(name, setup) for name in names]
+    _refuse_twice(spec, [member.name for member in members])  # `ngram` and `ngram:5` are one, and share a history
     if merged:
         return TreeDrafter(members, setup)
     return members[0] if len(members) == 1 else CascadeDrafter(members, setup)
+
+
+def _refuse_twice(spec: str, names: Sequence[str]) -> None:
+    """Raises UsageError."""
+    if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
+        raise UsageError(f"the draft {spec} names {twice} twice", "each of them proposes once: name it once")
 
 
 def _build_one(spec: str, setup: DraftSetup) -> Drafter:

@@ -24,7 +24,7 @@ class CascadeDrafter(Several):
 
     def propose(self, context: Sequence[int], k: int, sampling: Sampling, random: Randomness) -> Draft:
         for member in self._members:
-            self._limits.followed = member is not self._members[-1]
+            self._limits.followed = self._is_followed(member, k)
             if own := self._limits.limit(member.name, k):
                 draft = member.propose(context, own, sampling, random)
                 if len(draft):

@@ -25,6 +25,11 @@ class Several:
         self.name = self.prefix + ",".join(member.name for member in members)
         self._members = tuple(members)
 
+    def _is_followed(self, member: Drafter, k: int) -> bool:
+        """Tell whether one after this member may propose anything."""
+        later = self._members[self._members.index(member) + 1 :]
+        return any(other.name != "none" and self._limits.limit(other.name, k) for other in later)
+
     def another(self, target: Runtime) -> Self:
         """See `Repeatable`. Raises UsageError where a member can be had only once."""
         made = copy(self)

@@ -48,7 +48,7 @@ class TreeDrafter(Several):
             own = self._limits.limit(member.name, k)
             if not own or not self._limits.should_join(member.name, others):
                 continue
-            self._limits.followed = not self._limits.merging and member is not self._members[-1]
+            self._limits.followed = not self._limits.merging and self._is_followed(member, k)
             began = perf_counter()
             draft = member.propose(context, own, sampling, _Later(random, number * k))
             if len(draft):

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 @contextmanager
 def terminated_by(error: type[BaseException]) -> Iterator[None]:
     """Raise this at SIGTERM, until the block ends: with KeyboardInterrupt it ends as Ctrl-C does, and keeps what there is;
-    also where Ctrl-C is ignored, as under nohup."""
+    also where Ctrl-C is ignored, as in a script's background."""
 
     def leave(number: int, frame: object) -> None:
         raise error(128 + number)

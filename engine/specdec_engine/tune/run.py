@@ -109,7 +109,9 @@ def tuned(
         before = tuple[Chances, ...]()
         if times:  # the passes over a lookup's drafts are any lookup's
             lookups.append(costs)
-            costs, before = costs.drafting(times), _before_others(pair, answers, sampling)
+            costs = costs.drafting(times)
+        if is_lookup(name):
+            before = _before_others(pair, answers, sampling)
         members[name] = Member(name, chances, costs, before)
     say(f"solving for {len(pairs)} drafts and {MOST_K} k")
     cascades = [names for names in (draft.split(",") for draft in pairs) if set(names) <= members.keys()]
