@@ -201,6 +201,17 @@ def test_what_has_to_follow_a_command_is_said_where_it_does_not(specdec, typed, 
     assert (done.code, form in done.err) == (2, True), done.err
 
 
+def test_a_command_that_is_interrupted_says_so(specdec, monkeypatch):
+    """Typer ends it with 130 and no word, whatever stands around it."""
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("specdec_cli.commands.info._found", interrupted)
+    done = specdec("info")
+    assert (done.code, done.err.strip()) == (130, "specdec: interrupted")
+
+
 @pytest.mark.parametrize("draft", ["ngram,ngram", "tree:ngram,suffix,ngram", "ngram,ngram:5"])
 def test_a_draft_that_is_named_twice(refused, checkpoint, draft):
     assert "names ngram twice" in refused(2, "hello", "-t", checkpoint, "-d", draft)

@@ -14,7 +14,7 @@ import uuid
 import pytest
 
 from specdec_engine.record.trace import TraceWriter
-from tests.fakes import byte_tokenizer, save_checkpoint
+from tests.fakes import CHAT_TEMPLATE, byte_tokenizer, save_checkpoint
 from tests.tui.scenes import events, name
 
 pytestmark = pytest.mark.skipif(shutil.which("tmux") is None, reason="needs tmux")
@@ -123,6 +123,27 @@ def test_signals_restore_the_terminal_and_are_the_code(terminal, trace, number):
     ).stdout.split()[-1:]
     os.kill(int(pid), number)
     terminal.shows(f"code {128 + number}", "ready>")
+    restored(terminal)
+
+
+@pytest.mark.parametrize("after", ["screen", "chat"])
+def test_sigterm_leaves_a_chat_in_its_screen_and_after_it(terminal, tmp_path, after):
+    """The screen's end took it for a Ctrl-C, and left the chat with no handler: then it died with its trace open."""
+    model, trace = tmp_path / "model", tmp_path / "chat.jsonl"
+    save_checkpoint(model, tokenizer=byte_tokenizer(), vocab=len(byte_tokenizer()))
+    (model / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    terminal.type(f"{COMMAND} chat -t ./model -d ngram -n 8 --trace {trace.name}; echo code $?", "Enter")
+    terminal.shows("/help lists commands")
+    terminal.type("la la la", "Enter")
+    terminal.shows("tok/s")
+    terminal.type("/watch", "Enter")
+    terminal.shows("cycles")
+    if after == "chat":
+        terminal.type("q")
+        terminal.shows("/help ·")
+    found = subprocess.run(["pgrep", "-f", f"specdec_cli chat .*{trace.name}$"], capture_output=True, text=True).stdout
+    os.kill(int(found.split()[-1]), signal.SIGTERM)
+    terminal.shows("code 143", "ready>")
     restored(terminal)
 
 

@@ -133,7 +133,7 @@ def test_in_a_cascade_the_first_that_proposes_wins_the_cycle():
 
 
 def test_before_another_a_lookup_counts_where_it_is_sure():
-    """As it does in a run: `limits.SURE`."""
+    """A run leaves the rest to the next drafter (`limits.SURE`), and so does what is predicted."""
     alone = Chances((2, 2), ((0.0, 0.0), (0.0,)), ended=True)
     sure = Chances((0, 0), ((), ()), ended=True)
     right = Chances((2, 2), ((1.0, 1.0), (1.0,)), ended=True)
