@@ -52,7 +52,8 @@ from specdec_engine.models.options import LoadOptions
 from specdec_engine.pair import load_pair
 from specdec_engine.record.events import Started
 from specdec_engine.record.trace import TraceWriter
-from specdec_engine.runtime.head import Features, HeadForward, HeadRuntime, State, head_shape
+from specdec_engine.runtime.head import Features, HeadForward, State, head_shape
+from specdec_engine.runtime.head_runtime import HeadRuntime
 from specdec_engine.system.timing import HostTimer
 from tests.fakes import CPU, FakeClock, byte_tokenizer, cycles, emitted, lean, save_checkpoint, tiny_llama
 from tests.models.test_architectures import build

@@ -20,7 +20,8 @@ from specdec_engine.models.draft_folder import TargetLayers
 from specdec_engine.models.options import LoadOptions
 from specdec_engine.pair import load_pair
 from specdec_engine.runtime.decoder import Embedding
-from specdec_engine.runtime.head import Features, HeadForward, HeadRuntime, State, check_weights, head_shape
+from specdec_engine.runtime.head import Features, HeadForward, State, check_weights, head_shape
+from specdec_engine.runtime.head_runtime import HeadRuntime
 from tests.fakes import CPU, cycles, emitted, save_checkpoint, save_eagle_head, tiny_llama
 
 RECORDED = Path(__file__).with_name("eagle")

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from specdec_engine.models.draft_files import head_weights, read_draft
 from specdec_engine.runtime.blocks import _ops_for as ops_for
 from specdec_engine.runtime.decoder import Decoder, Embedding
-from specdec_engine.runtime.head import Features, HeadForward, HeadRuntime, head_shape
+from specdec_engine.runtime.head import Features, HeadForward, head_shape
+from specdec_engine.runtime.head_runtime import HeadRuntime
 from specdec_engine.runtime.ops import TORCH
 from specdec_engine.runtime.shape import shape_of
 from tests.fakes import CPU, StateWeights, byte_tokenizer, lean, save_head_draft, tiny_llama

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import torch
 
 from specdec_engine.core.cycle_types import Sampling
 from specdec_engine.core.randomness import KeyedRandomness
+from specdec_engine.runtime import native
 from specdec_engine.verify.decide import decide
 from specdec_engine.verify.evidence import Layout, Uniforms, unpack, verdict_of
 from specdec_engine.verify.greedy import RememberedRule
@@ -58,10 +60,20 @@ def test_the_rule_is_asked_once_a_pattern():
         assert (found.accepted, found.token) == (1, base + 1)
     assert len(asked) == 1
 
+    for low, high in itertools.combinations(range(10, 14), 2):  # of what comes after a rejection any order is the same
+        remembered.decide([5, low, 9], [5, high], numbers, 1000)
+        remembered.decide([high, 5, low], [high, 2], numbers, 1000)
+    assert len(asked) == 1
 
+
+@pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_where_the_mass_is(dtype):
+def test_where_the_mass_is(dtype, own, monkeypatch):
     """The first of several; nothing where a row is not made of numbers, which `warp` then shows."""
+    if own and native.kernels() is None:
+        pytest.skip(native.why_none())
+    if not own:
+        monkeypatch.setattr(native, "of_rows", lambda row: None)
     logits = torch.randint(0, 5, (200, 1000), generator=torch.Generator().manual_seed(1)).to(dtype)
     assert best_where_sure(logits) == warp(logits, Sampling()).argmax(-1).tolist()
     for broken in (float("nan"), float("inf")):

@@ -5,18 +5,20 @@ from dataclasses import replace
 import pytest
 import torch
 
+from specdec_engine.core.cycle_types import Sampling
+from specdec_engine.drafters.token_choice import DraftChoice
 from specdec_engine.runtime import native
 from specdec_engine.runtime.decoder import Embedding
 from specdec_engine.runtime.head import (
     Features,
     HeadForm,
     HeadForward,
-    HeadRuntime,
     State,
     _sizes,
     check_weights,
     head_shape,
 )
+from specdec_engine.runtime.head_runtime import HeadRuntime
 from specdec_engine.runtime.linear import project
 from tests.fakes import lean, tiny_llama
 
@@ -89,6 +91,51 @@ def test_rows_of_the_context_stand_behind_its_own():
         assert mine.shape == theirs.shape
         assert_close(mine, theirs, 3e-3)  # the context's rows are rounded to bfloat16
     assert said(forward, True, more)[0].shape == (1, 57)
+
+
+def drafts(forward, sampling, more, stops):
+    """Three drafts after one another, the second of one slot more, by steps or call by call."""
+    drawn, runtime, found = torch.Generator().manual_seed(2), HeadRuntime(forward, 16), []
+    features, tokens = torch.randn(80, 3, 64, generator=drawn), torch.randint(0, 200, (80,), generator=drawn)
+    runtime.forward(features[:30], tokens[:30])
+    begin = 30
+    for round, slots in enumerate((1, 2, 20)):
+        brought = None if more is None else more[: len(more) - 2 + round]
+        ids = torch.randperm(200, generator=drawn)[: 50 + (0 if brought is None else len(brought))]
+        u, at = torch.rand(5, generator=drawn, dtype=torch.float64), slice(begin, begin + slots)
+        temperature, asked = torch.tensor(sampling.temperature), []
+
+        def stop(sure, asked=asked):
+            asked.append(sure)
+            return len(asked) == stops
+
+        choice = DraftChoice(sampling, len(ids), eager=True)
+        made = runtime.unroll(features[at], tokens[at], u, temperature, choice, ids, stop if stops else None, brought)
+        found.append((made.tokens.tolist(), made.rows, asked, runtime.cached))
+        begin += slots
+        runtime.rollback(begin)
+    assert (runtime._steps is None) == (DraftChoice.plain is None)
+    return found
+
+
+@pytest.mark.skipif(native.kernels() is None, reason="no kernels of our own")
+@pytest.mark.parametrize("stops", [0, 2])
+@pytest.mark.parametrize("form", ["ours", "EAGLE-3.1"])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_draft_step_by_step_in_one_call_each_is_the_draft_call_by_call(temperature, form, stops, monkeypatch):
+    """To the bit, whether all are drafted or one asks to stop, with ids of the context and without."""
+    sampling = Sampling(temperature=temperature)
+    for more in (None, torch.randn(7, 64)):
+        form_of = replace(FORMS[form], final=True)
+        mine = drafts(built(form_of, "int4"), sampling, more, stops)
+        with monkeypatch.context() as patched:
+            patched.setattr(DraftChoice, "plain", None)
+            theirs = drafts(built(form_of, "int4"), sampling, more, stops)
+        for (tokens, rows, sure, cached), (tokens_, rows_, sure_, cached_) in zip(mine, theirs, strict=True):
+            assert (tokens, sure, cached) == (tokens_, sure_, cached_)
+            assert len(tokens) == (stops or 5)
+            assert (rows is None) == (temperature == 0)
+            assert rows is None or torch.equal(rows, rows_)
 
 
 @pytest.mark.skipif(native.kernels() is None, reason="no kernels of our own")

@@ -16,6 +16,20 @@ def drawn(*size, seed=0):
     return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("values", [3, 10**6])
+@pytest.mark.parametrize("n", SIZES)
+def test_the_best_is_the_first_of_the_largest(n, values):
+    rows = torch.randint(-values, values, (5, n), generator=torch.Generator().manual_seed(n)).float()
+    assert KERNELS.best(rows) == rows.argmax(-1).tolist()
+    assert KERNELS.best(rows[:1]) == rows[:1].argmax(-1).tolist()
+    for at in {0, n // 2, n - 1}:
+        for bad in (float("nan"), float("inf")):
+            broken = rows.clone()
+            broken[3, at] = bad
+            assert KERNELS.best(broken) is None
+    assert KERNELS.best(torch.full((2, n), -torch.inf)) is None
+
+
 @pytest.mark.parametrize("temperature", [0.05, 0.8, 1.0, 3.0])
 @pytest.mark.parametrize("n", SIZES)
 def test_warped_rows_are_softmaxes(n, temperature):

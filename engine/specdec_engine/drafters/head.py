@@ -14,7 +14,8 @@ from specdec_engine.errors import ModelUnavailable, PairIncompatible, UsageError
 from specdec_engine.models.draft_files import builtin_draft, head_weights, read_draft
 from specdec_engine.models.draft_folder import DraftFolder
 from specdec_engine.runtime.decoder import Decoder, Embedding
-from specdec_engine.runtime.head import HeadForward, HeadRuntime, check_weights, head_shape
+from specdec_engine.runtime.head import HeadForward, check_weights, head_shape
+from specdec_engine.runtime.head_runtime import HeadRuntime
 from specdec_engine.runtime.lean import LeanRuntime
 from specdec_engine.runtime.shape import Unsupported
 

@@ -26,7 +26,8 @@ from specdec_engine.models.mtp_files import (
 from specdec_engine.runtime import Runtime
 from specdec_engine.runtime.decoder import Decoder
 from specdec_engine.runtime.generic import GenericRuntime
-from specdec_engine.runtime.head import HeadForward, HeadRuntime, check_weights, head_shape
+from specdec_engine.runtime.head import HeadForward, check_weights, head_shape
+from specdec_engine.runtime.head_runtime import HeadRuntime
 from specdec_engine.runtime.lean import LeanRuntime
 from specdec_engine.runtime.mtp import MtpRuntime
 from specdec_engine.system.memory import ran_out

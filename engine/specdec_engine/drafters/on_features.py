@@ -24,7 +24,8 @@ from specdec_engine.drafters.token_choice import DraftChoice, TextSampler, TwoLi
 from specdec_engine.runtime import Runtime, native
 from specdec_engine.runtime.arithmetic import refuse_packing
 from specdec_engine.runtime.decoder import Decoder
-from specdec_engine.runtime.head import HeadRuntime
+from specdec_engine.runtime.head_runtime import HeadRuntime
+from specdec_engine.runtime.likely import Likely
 from specdec_engine.runtime.mtp import MtpRuntime
 
 
@@ -88,19 +89,20 @@ class FeatureDrafter:
             )
         self._head.rollback(read)
         self._head.known.note(context, len(context))
-        if two is not None and (siblings := self._siblings(two)):
+        if two is not None and (siblings := self._siblings(drawn.likeliest or two.found)):
             return self._branched(drawn.tokens, siblings)
         raw, raw_ids = drawn.raw, ids
         if raw is not None and not eager:  # or a verdict would be recorded anew for each id of the context
             raw, raw_ids = told_in_one_size(raw, self._ids)
         return Draft(drawn.tokens, self._widened(drawn.rows), self.name, raw, raw_ids)
 
-    def _siblings(self, two: TwoLikeliest) -> tuple[Sibling, ...]:
-        """Second candidates where they pay."""
-        places = self._setup.draft_limits.places_of_siblings(self.name, two.sure, two.chances)
-        places = places[: max(0, LARGEST - len(two.sure))]
-        tokens = self._ids.ids[[two.seconds[place] for place in places]].tolist()
-        return tuple(Sibling(at, token, two.chances[at]) for at, token in zip(places, tokens, strict=True))
+    def _siblings(self, found: Sequence[tuple[Likely, Likely]]) -> tuple[Sibling, ...]:
+        """Second candidates where they pay; found: the two likeliest of each place."""
+        sure, seconds = [first.share for first, _ in found], [second for _, second in found]
+        places = self._setup.draft_limits.places_of_siblings(self.name, sure, [second.share for second in seconds])
+        places = places[: max(0, LARGEST - len(found))]
+        tokens = self._ids.ids[[seconds[place].place for place in places]].tolist()
+        return tuple(Sibling(at, token, seconds[at].share) for at, token in zip(places, tokens, strict=True))
 
     def _branched(self, tokens: Tensor, siblings: Sequence[Sibling]) -> Draft:
         """The draft, and second candidates beside its tokens."""

@@ -15,7 +15,7 @@ from specdec_engine.core.randomness import Randomness
 from specdec_engine.core.transfer import upload
 from specdec_engine.drafters.base import RunGrammar
 from specdec_engine.runtime import SampledToken, TokenSampler, native
-from specdec_engine.runtime.native import Likely
+from specdec_engine.runtime.likely import Likely
 from specdec_engine.verify.coupling import choice, gumbel_noise
 from specdec_engine.verify.sampling import draw, draw_on_host, warp, wide
 
@@ -39,6 +39,15 @@ class DraftChoice:
     def key(self) -> Hashable:
         sampling = self.sampling
         return (sampling.greedy, sampling.coupled, *sampling.filters, sampling.raw, self.vocab, self.confident)
+
+    @property
+    def plain(self) -> float | None:
+        sampling = self.sampling
+        if not self.eager or sampling.raw:
+            return None
+        if sampling.greedy:
+            return 0.0
+        return None if sampling.coupled or sampling.filtered else sampling.temperature
 
     def __call__(self, logits: Tensor, u: Tensor, temperature: Tensor) -> SampledToken:
         logits = logits[:, : self.vocab]
@@ -64,23 +73,22 @@ class TwoLikeliest:
     def __init__(self, vocab: int, raw: bool) -> None:
         """vocab: only ids below this may be chosen; raw: distributions are asked for."""
         self.vocab, self._raw = vocab, raw
-        self.sure: list[float] = []
-        """Probabilities of the tokens."""
-        self.seconds: list[int] = []
-        self.chances: list[float] = []
-        """Probabilities of the second candidates."""
+        self.found: list[tuple[Likely, Likely]] = []
+        """Of each token; empty where our own kernels chose (`DraftTokens.likeliest`)."""
 
     @property
     def key(self) -> Hashable:
         return id(self)
 
+    @property
+    def plain(self) -> float | None:
+        return None if self._raw else 0.0
+
     def __call__(self, logits: Tensor, u: Tensor, temperature: Tensor) -> SampledToken:
         logits = logits[:, : self.vocab]
         row = logits.float().softmax(-1) if self._raw else None
         first, second = two_likeliest(logits[0]) or _likely(logits[0])
-        self.sure.append(first.share)
-        self.seconds.append(second.place)
-        self.chances.append(second.share)
+        self.found.append((first, second))
         return SampledToken(torch.tensor([first.place]), None, first.share, row)
 
 
@@ -99,6 +107,8 @@ def _likely(logits: Tensor) -> tuple[Likely, Likely]:  # [n]
 class MaskedChoice:
     """A draft's choice among what a grammar allows: q is masked and normalised, and that is what it is drawn from. A draft
     that has left the grammar, or has none of the tokens that are allowed, chooses freely."""
+
+    plain: float | None = None
 
     def __init__(self, choice: DraftChoice | TwoLikeliest, walk: Walk, ids: Tensor | None) -> None:
         """ids [V']: the target's id of each of the draft's."""
@@ -148,6 +158,8 @@ def acceptance_of_emitted(p: float, q: float) -> float:
 
 class TextSampler:
     """Chooses what a text says, and notes each token's acceptance probability: a `TokenSampler` for one draft."""
+
+    plain: float | None = None
 
     def __init__(self, tokens: Sequence[int], p: Sequence[float], sampling: Sampling) -> None:
         """tokens: the draft's ids of what is said, negative where it has none; p: what the target gives them."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from specdec_engine.runtime.known_text import KnownText
+from specdec_engine.runtime.likely import Likely
 
 
 class SampledToken(NamedTuple):
@@ -44,6 +45,8 @@ class DraftTokens(NamedTuple):
     """[k, V'], the distributions before temperature and filters over the draft's own ids, where they were asked for."""
     guessed: tuple[int, ...] = ()
     """The places of those that were expected before they were chosen (`guided`)."""
+    likeliest: tuple[tuple[Likely, Likely], ...] = ()
+    """[k]: of each the two likeliest, the first of which it is; where our own kernels chose so."""
 
     @classmethod
     def of(cls, sampled: Sequence[SampledToken], tokens: Sequence[Tensor]) -> DraftTokens:
@@ -65,6 +68,12 @@ class TokenSampler(Protocol):
     @property
     def key(self) -> Hashable:
         """Equal keys do the same with the same tensors."""
+        ...
+
+    @property
+    def plain(self) -> float | None:
+        """The temperature, where our own kernels may choose in its place: the likeliest at 0, and else what a uniform number
+        draws of the whole distribution. None where it does more."""
         ...
 
     def __call__(self, logits: Tensor, u: Tensor, temperature: Tensor) -> SampledToken:

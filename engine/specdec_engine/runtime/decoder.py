@@ -15,9 +15,9 @@ from torch import Tensor
 from specdec_engine.runtime.blocks import Blocks, TreeRows
 from specdec_engine.runtime.cpu import whole
 from specdec_engine.runtime.experts import Experts
-from specdec_engine.runtime.linear import Packing, Projection, Rows, head_packing, project
-from specdec_engine.runtime.native import Kernels
-from specdec_engine.runtime.native_records import Tapped
+from specdec_engine.runtime.linear import NativeDense, NativePacked, Packing, Projection, Rows, head_packing, project
+from specdec_engine.runtime.native import Kernels, Stack
+from specdec_engine.runtime.native_records import Following, Matrix, Tapped
 from specdec_engine.runtime.ops import Layer, Network, Ops, Pass, PassOfPrompts, PassTogether, clamped_gate
 from specdec_engine.runtime.shape import Shape, Unsupported
 from specdec_engine.runtime.unfused import Unfused
@@ -32,6 +32,10 @@ class Taps:
     """Whose output is kept, and besides it the normed output of the last."""
     kept: Tensor
     """[capacity, taps + 1, hidden], by position."""
+
+    def told(self, features: Tensor) -> Tapped:
+        """The place [n, taps + 1, hidden] for a pass's, with the layers as they follow."""
+        return Tapped(tuple(sorted(self.layers)), features)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +123,11 @@ class Decoder(Blocks):
         Writes their keys and values into `cache`, and looks at its first `span` positions, which must take in all of
         `positions`. start: see `Blocks.begin`.
         """
-        step = self.begin(positions, cache, span, start, None, rows == 1 < len(tokens))
+        reading = rows == 1 < len(tokens)
+        stack = None if start is None else self._stack_for(len(tokens), start, reading)
+        if stack is not None and start is not None and (matrices := self.head.matrices):
+            return self._by_own_kernels(stack, matrices, tokens, start, cache, rows, taps, reading)
+        step = self.begin(positions, cache, span, start, None, reading)
         features = None
         if taps is not None:
             features = self._features(taps, len(tokens)) if start is None else taps.kept[start : start + len(tokens)]
@@ -158,15 +166,34 @@ class Decoder(Blocks):
                 s.taps.kept[s.start : s.start + len(own)] = own
         return logits
 
+    def _by_own_kernels(
+        self,
+        stack: Stack,
+        matrices: Sequence[Matrix],
+        tokens: Tensor,
+        start: int,
+        cache: Tensor,
+        rows: int,
+        taps: Taps | None,
+        reading: bool,
+    ) -> Tensor:
+        """A pass in one call; matrices: the head's."""
+        n = len(tokens)
+        after = Following(n, self.norm, matrices, min(rows, n))
+        tapped = None if taps is None else taps.told(taps.kept[start : start + n])
+        self.in_one_call(stack, self._embedded(tokens), start, cache, after, None, tapped, reading)
+        return self.shape.scales.of_logits(after.out)
+
     def _through(self, step: Pass, tokens: Tensor, taps: Taps | None, features: Tensor | None, rows: int) -> Tensor:
         """[rows, V] logits of the last rows; features [n, taps + 1, hidden]: the place for what a head reads."""
-        embedded, scales = self.embedding(tokens), self.shape.scales
-        step.x.copy_(embedded if scales.embedding == 1.0 else embedded * scales.embedding)
-        tapped = None
-        if taps is not None and features is not None:
-            tapped = Tapped(tuple(sorted(taps.layers)), features)  # as the layers follow
+        step.x.copy_(self._embedded(tokens))
+        tapped = None if taps is None or features is None else taps.told(features)
         _, out = step.finish(self.layers, self.norm, self.head if rows else None, rows, tapped)
-        return scales.of_logits(out) if rows else out[:0]
+        return self.shape.scales.of_logits(out) if rows else out[:0]
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        embedded, scale = self.embedding(tokens), self.shape.scales.embedding
+        return embedded if scale == 1.0 else embedded * scale
 
     def _features(self, taps: Taps, rows: int) -> Tensor:
         return torch.empty(rows, len(taps.layers) + 1, self.shape.hidden, dtype=self.dtype, device=self.device)
@@ -235,6 +262,15 @@ class Embedding:
 
     def __init__(self, table: Tensor | Rows) -> None:
         self.table = table
+
+    @property
+    def matrix(self) -> Matrix | None:
+        """The table for kernels of our own; None where they cannot read it."""
+        if isinstance(self.table, Tensor):
+            bits = {torch.bfloat16: 16, torch.float32: 32}.get(self.table.dtype)
+            whole = self.table.device.type == "cpu" and self.table.is_contiguous()
+            return Matrix(bits, 0, 0, *self.table.shape, self.table.data_ptr(), None, None) if bits and whole else None
+        return self.table.matrices[0] if isinstance(self.table, NativePacked | NativeDense) else None
 
     def __call__(self, tokens: Tensor) -> Tensor:
         return self.table[tokens].float() if isinstance(self.table, Tensor) else self.table.dense_rows(tokens)

@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-from specdec_engine.runtime import DraftTokens, SampledToken, StopDrafting, TokenSampler
 from specdec_engine.runtime.blocks import Blocks
 from specdec_engine.runtime.cpu import whole
 from specdec_engine.runtime.decoder import Embedding
-from specdec_engine.runtime.known_text import KnownText
+from specdec_engine.runtime.head_steps import HeadSteps, Read
 from specdec_engine.runtime.linear import Projection, Quantize, project
 from specdec_engine.runtime.native import Kernels, Stack
 from specdec_engine.runtime.native_records import Beginning, Following, Matrix, address
@@ -248,6 +247,34 @@ class HeadForward(Blocks):
         alone = all(len(part.matrices) == 1 for part in parts)
         return self._head.matrices[0] if alone and not self.form.joined else None
 
+    def steps(self, slots: int, columns: int) -> HeadSteps:
+        """Room for drafts that `goes_by_steps`: that begin with so many slots, and choose among so many columns, at most."""
+        stack, table = self._stack, self._table
+        assert stack is not None
+        assert self._own is not None
+        assert table is not None
+        normed, before = self.form.output_normed, self._beginning(None, None)
+        return HeadSteps(stack, self._own, self._norm, before, table, slots, columns, normed=normed)
+
+    def goes_by_steps(self, slots: int, start: int) -> bool:
+        """Whether a draft that begins with so many slots from `start` is made by our own kernels alone."""
+        return (
+            self._own is not None
+            and self._table is not None
+            and self._stack_for(slots, start, reading=True) is not None
+        )
+
+    @cached_property
+    def _table(self) -> Matrix | None:
+        return self.embedding.matrix
+
+    def read(
+        self, before: Features, tokens: Tensor, start: int, k: int, cache: Tensor, ids: Tensor, more: Tensor | None
+    ) -> Read:
+        """What the first of up to k steps reads; see `__call__`. ids: of all columns."""
+        text = self.fields_from(start, len(tokens), cache, more=k)[0]
+        return Read(self._parts(before.read).contiguous(), tokens, text, cache, more, ids)
+
     def _by_own_kernels(
         self,
         own: Matrix,
@@ -260,131 +287,30 @@ class HeadForward(Blocks):
         rows: int,
     ) -> tuple[Tensor, Tensor]:
         """A step in one call: by operations it took 0.4 ms, of which a third was work."""
-        n, features, fuse, embedded = len(embedded), None, None, embedded.contiguous()
+        n, features, embedded = len(embedded), None, embedded.contiguous()
         assert embedded.dtype == torch.float32
         if isinstance(before, Features):
             assert before.read.dtype == torch.float32
             assert len(before.read) == n
             x, features = torch.empty(n, self.shape.hidden), self._parts(before.read).contiguous()
-            fuse = None if self._fuse is None else ctypes.pointer(self._fuse.matrices[0])
         else:
             assert n == 1
             x = before.state.clone()
-        beginning = Beginning(
-            address(features),
-            *((1, 1) if features is None else features.shape[1:]),
-            address(self._feature_norm),
-            fuse,
-            embedded.data_ptr(),
-            self._embedding_norm.data_ptr(),
-            self.form.residual_normed,
-        )
         matrices = [own]
         if more is not None:
             more = more.bfloat16().contiguous()
             matrices.append(Matrix(16, 0, 0, *more.shape, more.data_ptr(), None, None))
         after = Following(n, self._norm, matrices, rows)
-        stack.kernels.through(
-            stack.layers,
-            len(self.layers),
-            self.fields_from(start, n, cache),
-            x,
-            [cache],
-            tiles=stack.kernels.reads_tiled(n),
-            before=beginning,
-            after=after,
-        )
+        self.in_one_call(stack, x, start, cache, after, self._beginning(features, embedded), reading=True)
         return after.out, after.last[-1:] if self.form.output_normed else x[-1:]
 
-
-class HeadRuntime:
-    """A head and its cache, which grows. Its slots are counted as `Runtime` counts tokens."""
-
-    def __init__(self, forward: HeadForward, capacity: int) -> None:
-        """capacity: slots to make room for at first."""
-        self.device = forward.device
-        self._forward = forward
-        self.known = KnownText()
-        """The text whose tokens slots have read: slot i has read the tokens up to i + 1."""
-        self._cached = self._written = 0
-        self._cache = forward.new_cache(_rounded(capacity))
-
-    def another(self) -> HeadRuntime:
-        """The same head on a cache of its own, for another text."""
-        return HeadRuntime(self._forward, 16)
-
-    @property
-    def cached(self) -> int:
-        return self._cached
-
-    @torch.inference_mode()
-    def forward(self, features: Tensor, tokens: Tensor) -> None:
-        """Cache slots: [n, F, hidden] features and the [n] tokens that follow them."""
-        self._step(Features(features), tokens, rows=0)
-
-    @torch.inference_mode()  # a cache that grew in a pass is an inference tensor
-    def rollback(self, to: int) -> None:
-        """Forget all but the first `to` slots; idempotent."""
-        self.known.cut(to + 1)
-        if to == 0:  # as in `LeanRuntime`: what a broken run left would come through the mask
-            self._cache[:, :, : self._written].zero_()
-            self._written = 0
-        self._cached = min(self._cached, to)
-
-    @torch.inference_mode()
-    def unroll(
-        self,
-        features: Tensor,
-        tokens: Tensor,
-        u: Tensor,
-        temperature: Tensor,
-        sampler: TokenSampler,
-        ids: Tensor,
-        stop: StopDrafting | None = None,
-        more: Tensor | None = None,
-    ) -> DraftTokens:
-        """Pending slots and [k] uniform numbers -> at most [k] tokens, the target's ids, and their distributions
-        [k, V' + m]. more [m, hidden]: output rows besides its own; ids: of all columns."""
-
-        def step(state: Tensor | None, tokens: Tensor) -> tuple[Tensor, Tensor]:
-            return self._step(Features(features) if state is None else State(state), tokens, more)
-
-        return unrolled(step, tokens, u, temperature, sampler, ids, stop)
-
-    def _step(
-        self, before: Features | State, tokens: Tensor, more: Tensor | None = None, rows: int = 1
-    ) -> tuple[Tensor, Tensor]:
-        end = self._cached + tokens.shape[0]
-        if end > self._cache.shape[2]:
-            wider = self._forward.new_cache(_rounded(2 * end))
-            wider[:, :, : self._cached] = self._cache[:, :, : self._cached]
-            self._cache = wider
-        start, self._cached = self._cached, end
-        self._written = max(self._written, end)
-        return self._forward(before, tokens, start, self._cache, end, more, rows)
-
-
-def unrolled(
-    step: Callable[[Tensor | None, Tensor], tuple[Tensor, Tensor]],
-    tokens: Tensor,
-    u: Tensor,
-    temperature: Tensor,
-    sampler: TokenSampler,
-    ids: Tensor,
-    stop: StopDrafting | None,
-) -> DraftTokens:
-    """Draft from pending slots' tokens, token by token; step: gives logits, and the state that follows, of the state before,
-    or, at first, of what the target has left to these slots."""
-    sampled, said, state = list[SampledToken](), list[Tensor](), None
-    for number in u:
-        logits, state = step(state, tokens)
-        sampled.append(sampler(logits, number, temperature))
-        tokens = ids.index_select(0, sampled[-1].token)
-        said.append(tokens)
-        if stop is not None and stop(sampled[-1].sure):
-            break
-    return DraftTokens.of(sampled, said)
-
-
-def _rounded(slots: int) -> int:
-    return -(-slots // 16) * 16
+    def _beginning(self, features: Tensor | None, embedded: Tensor | None) -> Beginning:
+        return Beginning(
+            address(features),
+            *((1, 1) if features is None else features.shape[1:]),
+            address(self._feature_norm),
+            None if self._fuse is None else ctypes.pointer(self._fuse.matrices[0]),
+            address(embedded),
+            self._embedding_norm.data_ptr(),
+            self.form.residual_normed,
+        )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from specdec_engine.runtime import DraftTokens, StopDrafting, TokenSampler
-from specdec_engine.runtime.head import unrolled
+from specdec_engine.runtime.head_runtime import unrolled
 from specdec_engine.runtime.known_text import KnownText
 from specdec_engine.runtime.transformers_cache import cut, mtp_cache
 

@@ -12,6 +12,7 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -20,10 +21,12 @@ from torch import Tensor
 
 from specdec_engine.runtime import compiled
 from specdec_engine.runtime.compiled import Unavailable
+from specdec_engine.runtime.likely import Likely
 from specdec_engine.runtime.native_check import check
 from specdec_engine.runtime.native_records import (
     TILED,
     Beginning,
+    Drafting,
     Following,
     LayerFields,
     Matrix,
@@ -61,6 +64,7 @@ class Kernels:
             "multiply": (address, address, size, small, address, small),
             "unpack": (small, small, small, address, address, size, size, size, address, small),
             "rows": (address, address, size, address),
+            "best": (address, size, size, address, address, small),
             "likeliest": (address, size, address, address),
             "top": (address, size, size, address, address),
             "warp": (address, size, size, single, address, small),
@@ -71,6 +75,7 @@ class Kernels:
             "gate": (address, size, size, small, address, small),
             "rotate": (address, address, small, address, address, single, address, address, small),
             "attend": (*[address] * 3, size, address, small, small),
+            "draft_token": (address, single, ctypes.c_double, address, small),
             "blocks": (address, size, address, address, size, *[address] * 4, size, address, small, small),
         }.items():
             getattr(self._library, name).argtypes = arguments
@@ -154,6 +159,15 @@ class Kernels:
         logits = logits.contiguous()
         self._library.likeliest(logits.data_ptr(), logits.shape[0], places, shares)
         return Likely(places[0], shares[0]), Likely(places[1], shares[1])
+
+    def best(self, rows: Tensor) -> list[int] | None:
+        """The place of the largest number in each row of [n, V] float32, the first of those that are alike; None where one is
+        not finite."""
+        rows = rows.contiguous()
+        n = rows.shape[0]
+        places, values = (ctypes.c_int64 * n)(), (ctypes.c_float * n)()
+        self._library.best(rows.data_ptr(), *rows.shape, places, values, torch.get_num_threads())
+        return list(places) if all(map(isfinite, values)) else None
 
     def top(self, row: Tensor, many: int) -> list[tuple[int, float]]:
         """The largest of [n] float32, none of them NaN, and their places, from the largest on; no more than n."""
@@ -278,13 +292,11 @@ class Kernels:
         failed = self._library.blocks(*at, *around, *told, tiles, torch.get_num_threads())
         _check_memory(failed, len(x))
 
-
-@dataclass(frozen=True, slots=True)
-class Likely:
-    """One of several numbers, and its share of their softmax."""
-
-    place: int
-    share: float
+    def draft_token(self, drafting: Drafting, temperature: float, u: float, row: int | None) -> None:
+        """A step of a head's draft; row: the address of [columns] float32 for what its token is drawn from, at a temperature
+        above 0."""
+        failed = self._library.draft_token(ctypes.byref(drafting), temperature, u, row, torch.get_num_threads())
+        _check_memory(failed, 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,8 @@ def _check_rows(kernels: Kernels, logits: Tensor) -> None:
     _check_close("softmax", kernels.warp(logits, 1.0), logits.softmax(-1))
     left, ends = kernels.residual(p, q, 0), p.double().cumsum(0)
     _check_close("residual", p if left is None else left, (p - q).clamp(min=0) / (p - q).clamp(min=0).sum())
+    if kernels.best(logits) != logits.argmax(-1).tolist():
+        raise Unavailable("they were compiled, and the largest numbers that they find are wrong")
     if kernels.place(p, 0.5) != int((ends > 0.5 * ends[-1]).nonzero()[0]) or kernels.top(p, 1)[0][0] != int(p.argmax()):
         raise Unavailable("they were compiled, and what they draw is wrong")
 

@@ -70,6 +70,28 @@ class Ending(ctypes.Structure):
     )
 
 
+class Drafting(ctypes.Structure):
+    """`drafting` in `kernels.c`."""
+
+    _fields_ = (
+        ("layers", ctypes.POINTER(LayerFields)),
+        ("many", ctypes.c_long),
+        ("text", PassFields),
+        ("kept", ctypes.c_void_p),
+        ("before", Beginning),
+        ("after", Ending),
+        ("x", ctypes.c_void_p),
+        ("normed", ctypes.c_int),
+        ("tiles", ctypes.c_int),
+        ("embedding", ctypes.POINTER(Matrix)),
+        ("tokens", ctypes.c_void_p),
+        ("ids", ctypes.c_void_p),
+        ("token", ctypes.c_int64),
+        ("places", ctypes.c_int64 * 2),
+        ("shares", ctypes.c_float * 2),
+    )
+
+
 class Following:
     """The end of a pass, behind its layers: the last norm, and products of the last `rows` rows with some matrices."""
 

@@ -135,7 +135,7 @@ class Pass:
         self._wide_dtype = cache.dtype if cache.dtype == torch.float32 else ops.wide_dtype or cache.dtype
         grown = shape.growth is not None and (start is None or start + n > shape.growth.length)
         self._growth = factors(positions, shape.growth) if grown and shape.growth is not None else None
-        self.stack = None if grown else stack
+        self.stack = stack
         if self.stack is not None:
             assert cache.is_contiguous()  # the layers' follow one another
             self.fields = [pass_fields(shape.heads, rotation, positions, cache[0], hidden) for rotation in rotations]

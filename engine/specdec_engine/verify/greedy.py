@@ -41,16 +41,19 @@ class RememberedRule:
         """best [k + 1]: where each row's mass is."""
         if not drafted:
             return Evidence(0, best[0], 1.0)
-        ids = sorted({*best, *drafted})  # as in a vocabulary, so that a uniform number draws the same
-        pattern = tuple(map(ids.index, best)), tuple(map(ids.index, drafted))
-        asked = self._asked.get(pattern) or self._ask(pattern, len(ids))
+        # By first occurrence: by size there are thousands of orders of what comes after a rejection, and each is asked about.
+        places = dict[int, int]()
+        pattern = _placed(best, places), _placed(drafted, places)
+        asked = self._asked.get(pattern) or self._ask(pattern, len(places))
         passed = tuple(u < threshold for u, threshold in zip(numbers.accept, asked.thresholds, strict=True))
         n, weights = asked.ends.get(passed) or self._end(asked, passed)
+        ends = sorted(zip(places, weights, strict=True))  # as in a vocabulary, so that a uniform number draws the same
         mass = sum(weights)
         level = numbers.final[n] * mass
-        token = next((id for id, end in zip(ids, accumulate(weights), strict=True) if end > level), ids[0])
+        sums = accumulate(weight for _, weight in ends)
+        token = next((id for (id, _), so_far in zip(ends, sums, strict=True) if so_far > level), ends[0][0])
         p = [1.0 if token == at else 0.0 for token, at in zip(drafted, best, strict=False)]
-        largest = sorted(zip(ids, weights, strict=True), key=lambda entry: -entry[1])[: min(RESIDUAL_TOP, vocab)]
+        largest = sorted(ends, key=lambda entry: -entry[1])[: min(RESIDUAL_TOP, vocab)]
         return Evidence(n, token, mass, drafted, p, [1.0] * len(drafted), p, largest)
 
     def _ask(self, pattern: Pattern, m: int) -> _Asked:
@@ -65,6 +68,11 @@ class RememberedRule:
         accepted = self._rule.count(torch.tensor(passed))
         end = asked.ends[passed] = int(accepted), self._rule.final(asked.inputs, accepted).tolist()
         return end
+
+
+def _placed(ids: Sequence[int], places: dict[int, int]) -> tuple[int, ...]:
+    """Each id's place among those that occur, which new ones join at the end."""
+    return tuple(places.setdefault(id, len(places)) for id in ids)
 
 
 _REMEMBERED = 4096

@@ -308,3 +308,45 @@ int blocks(const layer *l, long layers, const pass *texts, void *const *kept, lo
   free(memory);
   return 0;
 }
+
+/* A draft head's draft, token by token: what its next step reads, and what the last one said. */
+typedef struct {
+  const layer *layers;
+  long many;
+  pass text; /* the next step's slots */
+  void *kept;
+  beginning before; /* `embedded`: room for the first step's slots */
+  ending after;     /* of one row */
+  float *x;
+  int normed; /* the state that is handed on is normed as the output is */
+  int tiles;  /* the first step's rows are a prompt's */
+  const matrix *embedding;
+  const int64_t *tokens; /* the first step's, whose embeddings it reads */
+  const int64_t *ids;    /* [columns]: the target's id of each */
+  int64_t token;      /* what was chosen, by the target's id; the next step reads it */
+  int64_t places[2];  /* its column, and where nothing is drawn, the second likeliest */
+  float shares[2];    /* where it is drawn, the first is the largest of all */
+} drafting;
+
+/* A step: its pass, the choice of a token, and what the next one reads. temperature: 0 for the likeliest; else one is drawn
+by u, and what it was drawn from is left in `row`. */
+int draft_token(drafting *d, float temperature, double u, float *row, int threads) {
+  pass *text = &d->text;
+  const ending *after = &d->after;
+  const long hidden = d->layers->hidden, newest = text->n - 1;
+  float *embedded = (float *)d->before.embedded;
+  for (long r = 0; d->tokens && r < text->n; r++) row_of(d->embedding, d->tokens[r], embedded + r * hidden);
+  if (blocks(d->layers, d->many, text, &d->kept, 1, d->x, &d->before, after, 0, 0, 0, d->tiles, threads)) return 1;
+  long columns = 0;
+  for (long i = 0; i < after->many; i++) columns += after->matrices[i].N;
+  if (temperature > 0) {
+    warp(after->out, 1, columns, temperature, row, 1);
+    d->places[0] = place(row, columns, u), d->shares[0] = largest_of_row(row, columns);
+  } else likeliest(after->out, columns, d->places, d->shares);
+  d->token = d->ids[d->places[0]];
+  memmove(d->x, (d->normed ? after->last : d->x) + newest * hidden, sizeof(float) * hidden);
+  row_of(d->embedding, d->token, embedded);
+  d->before.features = 0, d->tokens = 0, d->tiles = 0;
+  text->rotation += text->n * text->size, text->positions += text->n, text->n = 1;
+  return 0;
+}

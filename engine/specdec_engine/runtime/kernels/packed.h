@@ -292,21 +292,30 @@ void unpack(int bits, int group, int offsets, const uint16_t *w, const half *con
     }
 }
 
-/* Rows of a packed matrix in float32, [n, K], by their numbers. */
-void rows(const matrix *m, const int64_t *order, long n, float *out) {
+/* A row of a matrix in float32, [K]: of a packed one, or a dense one of 16 or 32 bits. */
+static void row_of(const matrix *m, int64_t row, float *out) {
+  if (m->bits >= 16) {
+    for (long i = 0; i < m->K; i += LANES)
+      store(out, i, 0, m->K - i, load(m->words, row * m->K + i, m->bits == 16, m->K - i));
+    return;
+  }
   const long G = m->K / m->group, step = words(m->bits, m->group), sets = 1 + m->offsets;
-  for (long r = 0; r < n; r++)
-    for (long g = 0; g < G; g++) {
-      const long lane = order[r] % LANES, at = order[r] / LANES * G + g;
-      const uint16_t *w = m->words + at * step + 2 * lane;
-      const float d = single(m->constants[at * sets * LANES + lane]);
-      const float offset = m->offsets ? single(m->constants[(at * sets + 1) * LANES + lane]) : 0;
-      for (int k = 0; k < m->group; k++) {
-        uint32_t word;
-        memcpy(&word, w + 2 * LANES * vector_of(m->bits, k), sizeof word);
-        word >>= bit_of(m->bits, k);
-        const float weight = (float)(m->bits == 4 ? (int)(word & 15) : (int8_t)(LIFT ? word ^ 128 : word)) * d;
-        out[r * m->K + g * m->group + k] = m->offsets ? weight + offset : weight;
-      }
+  for (long g = 0; g < G; g++) {
+    const long lane = row % LANES, at = row / LANES * G + g;
+    const uint16_t *w = m->words + at * step + 2 * lane;
+    const float d = single(m->constants[at * sets * LANES + lane]);
+    const float offset = m->offsets ? single(m->constants[(at * sets + 1) * LANES + lane]) : 0;
+    for (int k = 0; k < m->group; k++) {
+      uint32_t word;
+      memcpy(&word, w + 2 * LANES * vector_of(m->bits, k), sizeof word);
+      word >>= bit_of(m->bits, k);
+      const float weight = (float)(m->bits == 4 ? (int)(word & 15) : (int8_t)(LIFT ? word ^ 128 : word)) * d;
+      out[g * m->group + k] = m->offsets ? weight + offset : weight;
     }
+  }
+}
+
+/* Rows of a matrix in float32, [n, K], by their numbers. */
+void rows(const matrix *m, const int64_t *order, long n, float *out) {
+  for (long r = 0; r < n; r++) row_of(m, order[r], out + r * m->K);
 }

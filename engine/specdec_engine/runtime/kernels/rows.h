@@ -24,6 +24,54 @@ INLINE float largest_of_row(const float *x, long n) {
   return most;
 }
 
+/* The largest of the n numbers from x on, not below `most`, and its place, the first of those that are alike; NaN if any is
+NaN. `from` is the place of the first. */
+INLINE void best_of_part(const float *x, long n, long from, float *most, int64_t *place) {
+  floats part = each(*most);
+  ints at = {}, odd = {}, lane;
+  for (int j = 0; j < LANES; j++) lane[j] = j;
+  long i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    const floats v = load(x, i, 0, LANES);
+    const ints more = v > part;
+    part = chosen(more, v, part), at = (more & (lane + (int)i + 1)) | (~more & at);
+    odd |= v != v;
+  }
+  int nan = 0;
+  for (int j = 0; j < LANES; j++) {
+    nan |= odd[j];
+    const int64_t here = from + at[j] - 1; /* 0: nothing in this lane was larger */
+    if (at[j] && (part[j] > *most || (part[j] == *most && here < *place))) *most = part[j], *place = here;
+  }
+  for (; i < n; i++) {
+    nan |= x[i] != x[i];
+    if (x[i] > *most) *most = x[i], *place = from + i;
+  }
+  if (nan) *most = NAN;
+}
+
+/* The largest number of each row and its first place; NaN for a row that has one. Each thread looks at columns that lie
+beside each other, as those that it has multiplied do. */
+void best(const float *x, long rows, long n, int64_t *places, float *values, int threads) {
+  float most[threads][rows];
+  int64_t at[threads][rows];
+  for (int t = 0; t < threads; t++)
+    for (long r = 0; r < rows; r++) most[t][r] = -INFINITY, at[t][r] = 0;
+#pragma omp parallel num_threads(threads)
+  {
+    const long me = omp_get_thread_num(), team = omp_get_num_threads();
+    const long from = n / LANES * me / team * LANES, to = me + 1 < team ? n / LANES * (me + 1) / team * LANES : n;
+    for (long r = 0; r < rows; r++) best_of_part(x + r * n + from, to - from, from, most[me] + r, at[me] + r);
+  }
+  for (long r = 0; r < rows; r++) {
+    values[r] = most[0][r], places[r] = at[0][r];
+    for (int t = 1; t < threads; t++) {
+      if (most[t][r] > values[r]) values[r] = most[t][r], places[r] = at[t][r];
+      if (most[t][r] != most[t][r]) values[r] = NAN;
+    }
+  }
+}
+
 /* The `many` largest of n numbers, none of them NaN, from the largest on, and their places; of those that are alike the
 first. */
 void top(const float *x, long n, long many, int64_t *places, float *values) {
