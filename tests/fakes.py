@@ -344,7 +344,7 @@ def save_head_draft(folder: Path, target: Any, tokenizer: Any, taps: Sequence[in
     config = target.config
     size = config.hidden_size // config.num_attention_heads
     heads = config.num_attention_heads, config.num_key_value_heads
-    head = Head(HeadShape(config.hidden_size, len(taps) + 1, *heads, size, 48, config.rms_norm_eps, 10000.0))
+    head = Head(HeadShape(config.hidden_size, len(taps) + 1, *heads, size, 48, config.rms_norm_eps, 10000.0, True))
     for weight in (head.out.weight, head.down.weight):
         torch.nn.init.normal_(weight, std=0.3)
     save_head(folder, head, torch.arange(1, 2 * ids, 2), tuple(taps), tokenizer, {"target": "tiny"})

@@ -22,6 +22,7 @@ from specdec_engine.decoding.loop import decode
 from specdec_engine.decoding.stopping import Stop
 from specdec_engine.distill.batch import Batch
 from specdec_engine.distill.documents import read_documents
+from specdec_engine.distill.export import save_head
 from specdec_engine.distill.head import Head, HeadShape
 from specdec_engine.distill.lanes import BatchLanes, RunLanes
 from specdec_engine.distill.recipe import Recipe, taps
@@ -52,7 +53,7 @@ from specdec_engine.models.options import LoadOptions
 from specdec_engine.pair import load_pair
 from specdec_engine.record.events import Started
 from specdec_engine.record.trace import TraceWriter
-from specdec_engine.runtime.head import Features, HeadForward, State, head_shape
+from specdec_engine.runtime.head import Features, HeadForm, HeadForward, State, head_shape
 from specdec_engine.runtime.head_runtime import HeadRuntime
 from specdec_engine.system.timing import HostTimer
 from tests.fakes import CPU, FakeClock, byte_tokenizer, cycles, emitted, lean, save_checkpoint, tiny_llama
@@ -208,10 +209,11 @@ def test_the_template_is_split_around_a_users_words():
         turns(byte_tokenizer(chat=False))
 
 
-def test_the_head_in_use_computes_what_the_head_in_training_computes():
+@pytest.mark.parametrize("normed", [False, True])
+def test_the_head_in_use_computes_what_the_head_in_training_computes(normed):
     """Step by step: true features first, then its own states; one slot at a time and several."""
     torch.manual_seed(0)
-    shape = HeadShape(32, 3, 4, 2, 8, 48, 1e-5, 10000.0)
+    shape = HeadShape(32, 3, 4, 2, 8, 48, 1e-5, 10000.0, normed)
     head = Head(shape)
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -222,7 +224,10 @@ def test_the_head_in_use_computes_what_the_head_in_training_computes():
         "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
     }  # fmt: skip
     weights = dict(head.state_dict())
-    forward = HeadForward(head_shape(config), weights, target.decoder.embedding, rows, torch.float32, CPU, "none")
+    form = HeadForm(output_normed=normed)
+    forward = HeadForward(
+        head_shape(config), weights, target.decoder.embedding, rows, torch.float32, CPU, "none", form=form
+    )
     features, tokens = torch.randn(1, 9, 3, 32), torch.randint(0, 300, (10,))
     with torch.no_grad():
         trained = head(features, target.decoder.embedding(tokens[1:])[None], 3)
@@ -234,6 +239,15 @@ def test_the_head_in_use_computes_what_the_head_in_training_computes():
             logits, state = runtime._step(read, tokens[at])
             assert torch.allclose(logits[0], trained[step][0, 6 + step] @ rows.T, atol=1e-3)
             read = State(state)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_a_head_goes_on_in_the_form_that_it_was_made_in(tmp_path, normed):
+    shape = HeadShape(32, 3, 4, 2, 8, 48, 1e-5, 10000.0, normed)
+    save_head(tmp_path, Head(shape), torch.arange(50), (0, 2), byte_tokenizer(), {})
+    draft = read_draft(tmp_path)
+    assert shape_of(draft) == shape
+    assert draft.form == HeadForm(output_normed=normed)
 
 
 @pytest.mark.parametrize("kind", ["head", "model"])

@@ -34,6 +34,7 @@ def save_head(
         "intermediate_size": shape.intermediate,
         "rms_norm_eps": shape.eps,
         "rope_theta": shape.theta,
+        "norm_output": shape.output_normed,
         "torch_dtype": "bfloat16",
         SECTION: {"kind": "head", "taps": list(taps), "tokenizer_sha256": fingerprint(tokenizer), **made},
     }

@@ -28,6 +28,9 @@ class HeadShape:
     intermediate: int
     eps: float
     theta: float
+    output_normed: bool
+    """The state that is fed back is normed as the output is (EAGLE-3.1, arXiv:2605.09992): it is then as large after one step
+    as after five."""
 
 
 class Head(nn.Module):
@@ -95,7 +98,9 @@ class Head(nn.Module):
             values.append(v)
             state = self.after_attention(state, _attended(q, keys, values))
             outputs.append(self.output(state))
-            state = state.roll(1, 1)  # the next step reads the output of the slot before
+            state = (outputs[-1] if self.shape.output_normed else state).roll(
+                1, 1
+            )  # the next reads that of the slot before
         return outputs
 
 

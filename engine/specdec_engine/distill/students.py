@@ -47,6 +47,7 @@ def shape_for(target: Shape, size: Dimensions, features: int) -> HeadShape:
         intermediate=-(-int(target.hidden * size.intermediate) // 64) * 64,
         eps=target.eps,
         theta=10_000.0,
+        output_normed=True,
     )
 
 
@@ -62,6 +63,7 @@ def shape_of(draft: DraftFolder) -> HeadShape:
         intermediate=config["intermediate_size"],
         eps=config["rms_norm_eps"],
         theta=config["rope_theta"],
+        output_normed=draft.form.output_normed,
     )
 
 

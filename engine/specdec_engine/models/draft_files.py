@@ -20,6 +20,7 @@ from specdec_engine.models.draft_folder import DraftFolder, TargetLayers
 from specdec_engine.models.eagle_files import eagle_folder, eagle_weights, refuse_others
 from specdec_engine.models.options import LoadOptions
 from specdec_engine.models.sources import raw_config, resolve
+from specdec_engine.runtime.head import HeadForm
 
 SECTION = "specdec_draft"
 VOCABULARY = "draft_vocab.safetensors"
@@ -40,7 +41,8 @@ def read_draft(path: Path) -> DraftFolder | None:
         about = config[SECTION]
         ids = load_file(path / VOCABULARY)["target_ids"].long()
         layers = TargetLayers(tuple(about["taps"]))
-        draft = DraftFolder(path, about["kind"], config, layers, about["tokenizer_sha256"], ids, ours=True)
+        form = HeadForm(output_normed=bool(config.get("norm_output")))
+        draft = DraftFolder(path, about["kind"], config, layers, about["tokenizer_sha256"], ids, form, ours=True)
         _check(draft)
         return draft
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
