@@ -121,7 +121,7 @@ def drafts(forward, sampling, more, stops):
 @pytest.mark.skipif(native.kernels() is None, reason="no kernels of our own")
 @pytest.mark.parametrize("stops", [0, 2])
 @pytest.mark.parametrize("form", ["ours", "EAGLE-3.1"])
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("temperature", [0.0, 0.8, 1e-39, 1e-50])
 def test_a_draft_step_by_step_in_one_call_each_is_the_draft_call_by_call(temperature, form, stops, monkeypatch):
     """To the bit, whether all are drafted or one asks to stop, with ids of the context and without."""
     sampling = Sampling(temperature=temperature)

@@ -17,7 +17,7 @@ from specdec_engine.drafters.base import RunGrammar
 from specdec_engine.runtime import SampledToken, TokenSampler, native
 from specdec_engine.runtime.likely import Likely
 from specdec_engine.verify.coupling import choice, gumbel_noise
-from specdec_engine.verify.sampling import draw, draw_on_host, warp, wide
+from specdec_engine.verify.sampling import LOWEST, draw, draw_on_host, warp, wide
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class DraftChoice:
             return None
         if sampling.greedy:
             return 0.0
-        return None if sampling.coupled or sampling.filtered else sampling.temperature
+        return None if sampling.coupled or sampling.filtered else max(sampling.temperature, LOWEST)
 
     def __call__(self, logits: Tensor, u: Tensor, temperature: Tensor) -> SampledToken:
         logits = logits[:, : self.vocab]

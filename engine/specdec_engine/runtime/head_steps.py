@@ -70,7 +70,7 @@ class HeadSteps:
         n, fields = len(read.tokens), self._fields
         more = None if read.more is None else read.more.bfloat16().contiguous()
         columns = self._own + (0 if more is None else len(more))
-        assert n <= self.slots
+        assert n == len(read.features) <= self.slots
         assert len(read.ids) == columns <= self.columns
         assert read.tokens.dtype == read.ids.dtype == torch.long
         assert read.features.dtype == torch.float32
@@ -102,4 +102,4 @@ class HeadSteps:
             if stop is not None and stop(fields.shares[0]):
                 break
         drawn = None if rows is None else rows[: len(tokens)]
-        return DraftTokens(torch.tensor(tokens), drawn, None, likeliest=tuple(likeliest))
+        return DraftTokens(torch.tensor(tokens, dtype=torch.long), drawn, None, likeliest=tuple(likeliest))

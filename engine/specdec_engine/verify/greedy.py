@@ -2,7 +2,7 @@
 
 With one-hot rows and a deterministic draft, what a rule does depends on which of a few ids are equal, and on the uniform
 numbers only by how they compare with its thresholds. Asking it takes some 60 small tensor operations, each 5 to 10 µs after a
-pass has filled the caches: 0.5 ms of a cycle of 12. A run meets a few dozen patterns.
+pass has filled the caches: 0.5 ms of a cycle of 12. Patterns number ids as they occur, so that few are met.
 """
 
 from __future__ import annotations

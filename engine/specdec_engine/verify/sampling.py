@@ -31,9 +31,9 @@ def warp(logits: Tensor, sampling: Sampling, temperature: Tensor | None = None) 
         one = best.float() * 0 + 1  # NaN where the best is not finite
         return torch.zeros(logits.shape, device=logits.device).scatter_(-1, at[:, None], one[:, None])
     if temperature is None and not sampling.filtered and (kernels := native.of_rows(logits)) is not None:
-        return kernels.warp(logits, max(sampling.temperature, _LOWEST))
+        return kernels.warp(logits, max(sampling.temperature, LOWEST))
     scores = logits.float() / (
-        max(sampling.temperature, _LOWEST) if temperature is None else temperature.float().clamp(_LOWEST)
+        max(sampling.temperature, LOWEST) if temperature is None else temperature.float().clamp(LOWEST)
     )
     if sampling.top_k:
         scores = TopKLogitsWarper(sampling.top_k)(None, scores)
@@ -44,7 +44,7 @@ def warp(logits: Tensor, sampling: Sampling, temperature: Tensor | None = None) 
     return scores.softmax(-1)
 
 
-_LOWEST = 1e-30
+LOWEST = 1e-30
 """No temperature is taken for less: it gives what any such does, and divides no logit below 3e8 into an overflow."""
 
 
