@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from specdec_engine.core.cycle_types import Sampling
-from specdec_engine.drafters.token_choice import DraftChoice
+from specdec_engine.drafters.token_choice import DraftChoice, TwoLikeliest
 from specdec_engine.runtime import native
 from specdec_engine.runtime.decoder import Embedding
 from specdec_engine.runtime.head import (
@@ -136,6 +136,42 @@ def test_a_draft_step_by_step_in_one_call_each_is_the_draft_call_by_call(tempera
             assert len(tokens) == (stops or 5)
             assert (rows is None) == (temperature == 0)
             assert rows is None or torch.equal(rows, rows_)
+
+
+TABLES = {
+    "float32": lambda table: table,
+    "bfloat16": torch.Tensor.bfloat16,
+    "dense rows": lambda table: project([table], None, torch.float32, CPU, "none", native.kernels()),
+    "int8": lambda table: project([table], None, torch.float32, CPU, "int8", native.kernels()),
+    "int4": lambda table: project([table], None, torch.float32, CPU, "int4", native.kernels()),
+    "float16": torch.Tensor.half,
+}
+
+
+@pytest.mark.skipif(native.kernels() is None, reason="no kernels of our own")
+@pytest.mark.parametrize("table", TABLES)
+def test_steps_read_embeddings_in_any_form_and_tell_the_two_likeliest(table):
+    """A form that C does not read is read call by call. A second text on the same head takes nothing from the first."""
+    forward = built(HeadForm(), "int4")
+    forward.embedding = Embedding(TABLES[table](forward.embedding.table))
+    ids, u = torch.arange(50), torch.zeros(4)
+    features, tokens = torch.randn(3, 3, 64), torch.tensor([1, 2, 3])
+    first = HeadRuntime(forward, 16)
+    second = first.another()
+    found = []
+    for runtime in (first, second, first):
+        runtime.rollback(0)
+        two = TwoLikeliest(50, raw=False)
+        made = runtime.unroll(features, tokens, u, u[0], two, ids)
+        assert (made.likeliest == ()) == (table == "float16") == (runtime._steps is None)
+        found.append((made.tokens.tolist(), list(made.likeliest or two.found)))
+    called = TwoLikeliest(50, raw=False)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(TwoLikeliest, "plain", None)
+        first.rollback(0)
+        made = first.unroll(features, tokens, u, u[0], called, ids)
+    assert found == [(made.tokens.tolist(), called.found)] * 3
+    assert [one.place for one, _ in called.found] == made.tokens.tolist()
 
 
 @pytest.mark.skipif(native.kernels() is None, reason="no kernels of our own")

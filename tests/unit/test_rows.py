@@ -28,6 +28,7 @@ def test_the_best_is_the_first_of_the_largest(n, values):
             broken[3, at] = bad
             assert KERNELS.best(broken) is None
     assert KERNELS.best(torch.full((2, n), -torch.inf)) is None
+    assert KERNELS.best(rows[:0]) == []
 
 
 @pytest.mark.parametrize("temperature", [0.05, 0.8, 1.0, 3.0])

@@ -74,7 +74,7 @@ class TwoLikeliest:
         """vocab: only ids below this may be chosen; raw: distributions are asked for."""
         self.vocab, self._raw = vocab, raw
         self.found: list[tuple[Likely, Likely]] = []
-        """Of each token; empty where our own kernels chose (`DraftTokens.likeliest`)."""
+        """Each token, and the second; empty where our own kernels chose (`DraftTokens.likeliest`)."""
 
     @property
     def key(self) -> Hashable:

@@ -46,7 +46,7 @@ class DraftTokens(NamedTuple):
     guessed: tuple[int, ...] = ()
     """The places of those that were expected before they were chosen (`guided`)."""
     likeliest: tuple[tuple[Likely, Likely], ...] = ()
-    """[k]: of each the two likeliest, the first of which it is; where our own kernels chose so."""
+    """[k]: each token, and the second likeliest in its place; empty where others than our own kernels chose."""
 
     @classmethod
     def of(cls, sampled: Sequence[SampledToken], tokens: Sequence[Tensor]) -> DraftTokens:

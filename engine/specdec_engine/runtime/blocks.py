@@ -133,8 +133,11 @@ class Blocks:
         tapped: Tapped | None = None,
         reading: bool = False,
     ) -> None:
-        """All layers, and what is around them, of x [n, hidden] at consecutive positions of one text. A `Pass` of the same
-        costs 0.1 ms more: it has tensors for what torch's operations would ask."""
+        """Pass x [n, hidden] through all layers, and what is around them, at consecutive positions of one text; it is written
+        over. A `Pass` of the same costs 0.1 ms more: it has tensors for what torch's operations would ask."""
+        assert x.dtype == torch.float32
+        assert x.is_contiguous()
+        assert cache.is_contiguous()  # the layers' follow one another
         kernels, texts = stack.kernels, self.fields_from(start, len(x), cache)
         tiles = reading and kernels.reads_tiled(len(x))
         kernels.through(stack.layers, len(self.layers), texts, x, [cache], tapped, tiles, before, after)
@@ -154,7 +157,7 @@ class Blocks:
 
     def fields_from(self, start: int, n: int, cache: Tensor, more: int = 0) -> ctypes.Array[PassFields]:
         """Fields of n consecutive positions of one text, in places of their own number; more: how many further ones what it
-        points at takes in. That stays until a longer text asks for a longer table."""
+        points at takes in. That stays until a longer text asks for a longer table: one thread at a time uses a model."""
         tables = self._tables(start + n + more)
         kept, size = cache.shape[2], self.shape.head_size
         shape = n, self.shape.heads, self.shape.kv_heads, size, kept, cache.dtype == torch.bfloat16

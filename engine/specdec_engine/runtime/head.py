@@ -257,7 +257,7 @@ class HeadForward(Blocks):
         return HeadSteps(stack, self._own, self._norm, before, table, slots, columns, normed=normed)
 
     def goes_by_steps(self, slots: int, start: int) -> bool:
-        """Whether a draft that begins with so many slots from `start` is made by our own kernels alone."""
+        """Tell whether a draft that begins with so many slots from `start` is made by our own kernels alone."""
         return (
             self._own is not None
             and self._table is not None
@@ -271,7 +271,7 @@ class HeadForward(Blocks):
     def read(
         self, before: Features, tokens: Tensor, start: int, k: int, cache: Tensor, ids: Tensor, more: Tensor | None
     ) -> Read:
-        """What the first of up to k steps reads; see `__call__`. ids: of all columns."""
+        """Gather what the first of up to k steps reads; see `__call__`. ids: of all columns."""
         text = self.fields_from(start, len(tokens), cache, more=k)[0]
         return Read(self._parts(before.read).contiguous(), tokens, text, cache, more, ids)
 

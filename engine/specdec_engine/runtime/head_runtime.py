@@ -64,9 +64,10 @@ class HeadRuntime:
         [k, V' + m]. more [m, hidden]: output rows besides its own; ids: of all columns."""
         if sampler.plain is not None and (steps := self._steps_for(len(tokens), len(ids))) is not None:
             k = len(u)
+            assert k > 0
             start = self._take(len(tokens) + k - 1)
-            steps.begin(self._forward.read(Features(features), tokens, start, k, self._cache, ids, more))
-            drawn = steps.drawn(k, u, sampler.plain, stop)
+            read = self._forward.read(Features(features), tokens, start, k, self._cache, ids, more)
+            drawn = steps.drawn(read, k, u, sampler.plain, stop)
             self._cached -= k - len(drawn.tokens)
             return drawn
 

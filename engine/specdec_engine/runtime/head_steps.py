@@ -20,14 +20,14 @@ from specdec_engine.runtime.native_records import Beginning, Drafting, Following
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """What a draft's first step reads, of n slots."""
+    """The n slots that a draft begins with, as its first step reads them."""
 
     features: Tensor
     """[n, parts, size] float32"""
     tokens: Tensor
     """[n]"""
     text: PassFields
-    """Of the slots."""
+    """The slots' fields."""
     cache: Tensor
     more: Tensor | None
     """[m, hidden]: output rows besides the head's own."""
@@ -63,35 +63,17 @@ class HeadSteps:
         self._fields = Drafting(layers=stack.layers, many=len(stack.layers), normed=normed, before=before)
         self._fields.after, self._fields.x = self._after.fields, self._x.data_ptr()
         self._fields.embedding = ctypes.pointer(embedding)
-        self._reads: tuple[Read, Tensor | None] | None = None
 
-    def begin(self, read: Read) -> None:
-        """A draft begins with these slots."""
-        n, fields = len(read.tokens), self._fields
-        more = None if read.more is None else read.more.bfloat16().contiguous()
-        columns = self._own + (0 if more is None else len(more))
-        assert n == len(read.features) <= self.slots
-        assert len(read.ids) == columns <= self.columns
-        assert read.tokens.dtype == read.ids.dtype == torch.long
-        assert read.features.dtype == torch.float32
-        self._reads = read, more
-        if more is not None:
-            fields.after.matrices[1].N, fields.after.matrices[1].words = len(more), more.data_ptr()
-        fields.after.many = 1 if more is None else 2
-        fields.before.features, fields.before.parts, fields.before.size = (
-            read.features.data_ptr(),
-            *read.features.shape[1:],
-        )
-        fields.text, fields.kept, fields.tiles = read.text, read.cache.data_ptr(), self._kernels.reads_tiled(n)
-        fields.tokens, fields.ids = read.tokens.data_ptr(), read.ids.data_ptr()
-
-    def drawn(self, k: int, u: Tensor, temperature: float, stop: StopDrafting | None) -> DraftTokens:
-        """At most k tokens, until `stop` ends the draft; u [k]: uniform numbers, which draw them at a temperature above 0."""
-        assert self._reads is not None
-        columns = len(self._reads[0].ids)
+    def drawn(self, read: Read, k: int, u: Tensor, temperature: float, stop: StopDrafting | None) -> DraftTokens:
+        """Draft at most k tokens, until `stop` ends it; u [k]: uniform numbers, which draw them at a temperature above 0."""
+        more = (
+            None if read.more is None else read.more.bfloat16().contiguous()
+        )  # lives as long as the steps that read it
+        self._begin(read, more)
+        columns, fields = len(read.ids), self._fields
         rows = torch.empty(k, columns) if temperature > 0 else None
         numbers = [0.0] * k if rows is None else u.tolist()
-        tokens, likeliest, fields = list[int](), list[tuple[Likely, Likely]](), self._fields
+        tokens, likeliest = list[int](), list[tuple[Likely, Likely]]()
         for i, number in enumerate(numbers):
             row = None if rows is None else rows.data_ptr() + rows.element_size() * columns * i
             self._kernels.draft_token(fields, temperature, number, row)
@@ -102,4 +84,22 @@ class HeadSteps:
             if stop is not None and stop(fields.shares[0]):
                 break
         drawn = None if rows is None else rows[: len(tokens)]
-        return DraftTokens(torch.tensor(tokens, dtype=torch.long), drawn, None, likeliest=tuple(likeliest))
+        return DraftTokens(torch.tensor(tokens), drawn, None, likeliest=tuple(likeliest))
+
+    def _begin(self, read: Read, more: Tensor | None) -> None:
+        n, fields = len(read.tokens), self._fields
+        columns = self._own + (0 if more is None else len(more))
+        assert n == len(read.features) <= self.slots
+        assert len(read.ids) == columns <= self.columns
+        assert read.tokens.dtype == read.ids.dtype == torch.long
+        assert read.features.dtype == torch.float32
+        assert all(t.is_contiguous() for t in (read.tokens, read.ids, read.features, read.cache))
+        if more is not None:
+            fields.after.matrices[1].N, fields.after.matrices[1].words = len(more), more.data_ptr()
+        fields.after.many = 1 if more is None else 2
+        fields.before.features, fields.before.parts, fields.before.size = (
+            read.features.data_ptr(),
+            *read.features.shape[1:],
+        )
+        fields.text, fields.kept, fields.tiles = read.text, read.cache.data_ptr(), self._kernels.reads_tiled(n)
+        fields.tokens, fields.ids = read.tokens.data_ptr(), read.ids.data_ptr()

@@ -1,4 +1,4 @@
-"""What a draft says of one of the tokens that it could choose."""
+"""A token that a draft could choose, and how likely it is to the draft."""
 
 from __future__ import annotations
 

@@ -161,10 +161,12 @@ class Kernels:
         return Likely(places[0], shares[0]), Likely(places[1], shares[1])
 
     def best(self, rows: Tensor) -> list[int] | None:
-        """The place of the largest number in each row of [n, V] float32, the first of those that are alike; None where one is
-        not finite."""
+        """The place of the largest number in each of a few rows [n, V] float32, the first of those that are alike; None where
+        one is not finite."""
         rows = rows.contiguous()
         n = rows.shape[0]
+        if n == 0:
+            return []
         places, values = (ctypes.c_int64 * n)(), (ctypes.c_float * n)()
         self._library.best(rows.data_ptr(), *rows.shape, places, values, torch.get_num_threads())
         return list(places) if all(map(isfinite, values)) else None

@@ -45,7 +45,9 @@ def _check_rows(kernels: Kernels, logits: Tensor) -> None:
     _check_close("softmax", kernels.warp(logits, 1.0), logits.softmax(-1))
     left, ends = kernels.residual(p, q, 0), p.double().cumsum(0)
     _check_close("residual", p if left is None else left, (p - q).clamp(min=0) / (p - q).clamp(min=0).sum())
-    if kernels.best(logits) != logits.argmax(-1).tolist():
+    alike, broken = logits.round(), logits.index_fill(1, torch.tensor([kernels.lanes]), torch.nan)
+    wrong = any(kernels.best(rows) != rows.argmax(-1).tolist() for rows in (logits, alike))
+    if wrong or kernels.best(broken) is not None:
         raise Unavailable("they were compiled, and the largest numbers that they find are wrong")
     if kernels.place(p, 0.5) != int((ends > 0.5 * ends[-1]).nonzero()[0]) or kernels.top(p, 1)[0][0] != int(p.argmax()):
         raise Unavailable("they were compiled, and what they draw is wrong")

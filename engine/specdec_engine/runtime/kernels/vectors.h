@@ -197,7 +197,7 @@ INLINE floats exponential(floats x) {
   y = plus_product(zero + 1.6666665459e-1f, y, r);
   y = plus_product(zero + 5.0000001201e-1f, y, r);
   y = plus_product(r, y, r * r) + 1.f;
-  return chosen(tiny, zero, (floats)((ints)y + ((ints)shifted << 23)));
+  return chosen(tiny, zero, (floats)((lanes32)y + ((lanes32)shifted << 23))); /* without a sign: it overflows */
 }
 
 /* A call for a number of rows that the compiler knows. */
